@@ -1,0 +1,132 @@
+"""Which code runs a layer: the choice, why, and what this machine lacks for the others."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton", "cuda")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_warned: set[str] = set()
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+_requested = _checked(os.environ.get("SMOLORA_BACKEND", "auto"), "the environment variable SMOLORA_BACKEND")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _obstacle(backend: str) -> str | None:
+    """Why a backend cannot run on this machine at all; None if it can."""
+    if backend == "triton":
+        if not _HAS_TRITON:
+            return "triton is not installed (pip install triton; it exists for Linux on x86-64)"
+        if not torch.cuda.is_available() and not _interpreted():
+            return "torch sees no CUDA device; with TRITON_INTERPRET=1 Triton's interpreter runs the kernels on the CPU"
+    if backend == "cuda":
+        return "this version of smolora has no CUDA C++ kernels; use 'triton' on a GPU"
+    return None
+
+
+def _misfit(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot take tensors of this device and dtype; None if it can."""
+    if backend == "torch":
+        return None
+    obstacle = _obstacle(backend)
+    if obstacle is not None:
+        return obstacle
+    if dtype not in TRITON_DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, not {dtype}"
+    if device_type == "cpu" and not _interpreted():
+        return "x is on the CPU; with TRITON_INTERPRET=1 Triton's interpreter takes CPU tensors"
+    if device_type == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter gets products of bfloat16 wrong; use float32 or float16 with it"
+    if device_type not in ("cpu", "cuda"):
+        return f"its kernels run on CUDA devices, not on {device_type!r}"
+    return None
+
+
+def resolve_backend(device_type: str, dtype: torch.dtype) -> str:
+    """The backend for tensors of a device type and compute dtype.
+
+    "auto" takes Triton on a CUDA device and torch on a CPU; where it has to fall back on a GPU, it warns once.
+
+    Raises:
+        RuntimeError: a backend was asked for by name and cannot run these tensors; the message says why.
+    """
+    if _requested != "auto":
+        misfit = _misfit(_requested, device_type, dtype)
+        if misfit is not None:
+            raise RuntimeError(f"backend {_requested!r} cannot run: {misfit}")
+        return _requested
+    if device_type == "cpu":
+        return "torch"
+    misfit = _misfit("triton", device_type, dtype)
+    if misfit is None:
+        return "triton"
+    if misfit not in _warned:
+        _warned.add(misfit)
+        warnings.warn(f"smolora falls back to its slower torch backend: triton cannot run, {misfit}", stacklevel=2)
+    return "torch"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run layers with one backend inside a `with` block: "auto", "torch", "triton" or "cuda".
+
+    A layer's backward runs with the backend of its forward.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend cannot run on this machine; nothing falls back.
+    """
+    global _requested
+    obstacle = _obstacle(_checked(name, "backend"))
+    if obstacle is not None:
+        raise RuntimeError(f"backend {name!r} cannot run: {obstacle}")
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def backend_info() -> dict[str, Any]:
+    """What would run, and why the others would not.
+
+    Returns:
+        "requested": by `use_backend` or SMOLORA_BACKEND. "active": the backend for float32 tensors of each device type
+        (None where the requested one cannot run). "backends": for each, whether it is "available", the "reason" if
+        not, and the "version" of what it needs.
+    """
+    backends = {}
+    for name in BACKENDS[1:]:
+        reason = _obstacle(name)
+        backends[name] = {"available": reason is None, "reason": reason}
+    backends["torch"]["version"] = torch.__version__
+    backends["triton"]["version"] = metadata.version("triton") if _HAS_TRITON else None
+    backends["triton"]["interpreted"] = _interpreted()
+    active = {}
+    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        chosen = _requested
+        if chosen == "auto":
+            fits = device_type == "cuda" and _misfit("triton", device_type, torch.float32) is None
+            chosen = "triton" if fits else "torch"
+        active[device_type] = chosen if _misfit(chosen, device_type, torch.float32) is None else None
+    return {"requested": _requested, "active": active, "backends": backends}

@@ -1,0 +1,158 @@
+"""The configuration of a SMoLoRA adapter: one `peft.PeftConfig` for the bare layer and for a whole model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+MAX_RANK = 128
+
+CHOICES = {
+    "route_over": ("prompt", "valid", "all"),
+    "decode_routing": ("prompt", "token"),
+    "fusion": ("adaptive", "mean", "vu", "if"),
+    "router_grad": ("none", "straight_through"),
+}
+
+
+def _register_peft_type(name: str) -> PeftType:
+    """Add the member `name` to `peft.PeftType`, a string Enum that is closed for subclassing."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+SMOLORA = _register_peft_type("SMOLORA")
+
+
+def dropout_threshold(p: float) -> int:
+    """The 8-bit threshold `round(256 p)`: an element is dropped when its random byte lies below it.
+
+    Args:
+        p: dropout probability in [0, 1).
+
+    Returns:
+        0 for no dropout, else 1 to 255; what is kept is scaled by `256 / (256 - threshold)`.
+
+    Raises:
+        ValueError: `p` is no number in [0, 1), or is positive and too small (or too close to 1) for 8 bits.
+    """
+    if not isinstance(p, (int, float)) or isinstance(p, bool) or not 0 <= p < 1:
+        raise ValueError(f"lora_dropout must be a number in [0, 1), got {p!r}")
+    threshold = round(256 * p)
+    if p > 0 and threshold == 0:
+        raise ValueError(
+            f"lora_dropout={p!r} rounds to nothing: probabilities are multiples of 1/256, "
+            f"so the smallest that works is just above 1/512 (use 1/256 = {1 / 256})"
+        )
+    if threshold == 256:
+        raise ValueError(
+            f"lora_dropout={p!r} rounds to 1, which drops everything: the largest is 255/256 = {255 / 256}"
+        )
+    return threshold
+
+
+@dataclass
+class SMoLoRAConfig(PeftConfig):
+    """Configuration of SMoLoRA (Separable Mixture of Low-Rank Adaptation, ICCV 2025).
+
+    The defaults are the paper's setting; where paper and released code differ, the first choice listed is the default
+    and `SMoLoRAConfig.official()` gives the released code's behaviour.
+
+    Args:
+        r: rank of each expert, 1 to 128.
+        lora_alpha: the adapter's output is scaled by `lora_alpha / r`.
+        lora_dropout: dropout on the adapter's input, a mask for each branch; a multiple of 1/256 after rounding.
+        num_vu_experts: number of visual-understanding experts (the paper's M).
+        num_if_experts: number of instruction-following experts (the paper's N - M).
+        top_k: experts chosen in each branch (Eq. 5 and 6), at most `min(num_vu_experts, num_if_experts)`.
+        instruction_dim: size of the instruction embedding.
+        route_over: tokens whose mean routes the VU branch of a whole model: "prompt" (valid tokens before the answer,
+            so that training and inference route alike), "valid" (all but padding) or "all".
+        decode_routing: "prompt" keeps the routes of a `generate()` call's first forward; "token" routes every new
+            token by itself, as released.
+        fusion: "adaptive" (Eq. 8 and 9), "mean", "vu" or "if" (the ablations of Table 4).
+        router_grad: "none" (a router learns only through the softmax of its chosen experts, so not at all when
+            `top_k` is 1) or "straight_through" (the chosen experts' gates pull on all logits of the branch).
+        target_modules: names of the linear layers to adapt, or a regular expression.
+        exclude_modules: names to leave out, or a regular expression.
+        modules_to_save: further modules to train and save.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    r: int = field(default=16, metadata={"help": "rank of each expert, 1 to 128"})
+    lora_alpha: float = field(default=32, metadata={"help": "the adapter's output is scaled by lora_alpha / r"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input"})
+    num_vu_experts: int = field(default=4, metadata={"help": "number of visual-understanding experts"})
+    num_if_experts: int = field(default=4, metadata={"help": "number of instruction-following experts"})
+    top_k: int = field(default=1, metadata={"help": "experts chosen in each branch"})
+    instruction_dim: int = field(default=384, metadata={"help": "size of the instruction embedding"})
+    route_over: Literal["prompt", "valid", "all"] = field(
+        default="prompt", metadata={"help": "tokens whose mean routes the VU branch"}
+    )
+    decode_routing: Literal["prompt", "token"] = field(
+        default="prompt", metadata={"help": "route once a generate() call, or every new token"}
+    )
+    fusion: Literal["adaptive", "mean", "vu", "if"] = field(
+        default="adaptive", metadata={"help": "how the two branches are combined"}
+    )
+    router_grad: Literal["none", "straight_through"] = field(
+        default="none", metadata={"help": "which gradient the routers get"}
+    )
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to adapt"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to leave out"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SMOLORA
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        for name in ("r", "num_vu_experts", "num_if_experts", "top_k", "instruction_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.r > MAX_RANK:
+            raise ValueError(f"r must be at most {MAX_RANK}, got {self.r}")
+        if self.top_k > min(self.num_vu_experts, self.num_if_experts):
+            raise ValueError(
+                f"top_k must be at most min(num_vu_experts, num_if_experts) = "
+                f"{min(self.num_vu_experts, self.num_if_experts)}, got {self.top_k}"
+            )
+        alpha = self.lora_alpha
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
+            raise ValueError(f"lora_alpha must be a positive finite number, got {alpha!r}")
+        dropout_threshold(self.lora_dropout)
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def official(cls, **overrides) -> SMoLoRAConfig:
+        """The released code's behaviour: every position routes, and every decoded token is routed by itself."""
+        return cls(**{"route_over": "all", "decode_routing": "token", **overrides})
+
+    @property
+    def scaling(self) -> float:
+        """The factor s on every expert's output, `lora_alpha / r`."""
+        return self.lora_alpha / self.r
+
+    @property
+    def routers_learn(self) -> bool:
+        """Whether a gradient can reach the routers: with one expert chosen its gate is the constant 1."""
+        return self.top_k > 1 or self.router_grad == "straight_through"

@@ -1,0 +1,477 @@
+"""The four passes in plain torch: the CPU backend, and the algebra that the kernels implement.
+
+One token's h = A x has r numbers, and everything else between A and B happens there: the k-sized expert outputs of
+Eq. 7 to 9 never exist. The two branches lie side by side, VU first, in tensors with these axes:
+
+    T tokens, n instances, b branches in use (2, or 1 with fusion "vu" or "if"), c chosen experts, r rank
+    h       (T, b, c, r)   A x of the chosen experts, x after dropout
+    w       (M + N, r)     s B^T I of every expert, so that an expert's score I . (s B h) is w . h
+    routes  (n, b, c)      int32, the chosen experts
+    gates   (n, b, c)      softmax over the chosen logits
+    logits  (n, M + N)     router outputs; (n, 0) when the routes were given
+    mean    (n, d)         what the VU router saw; (0, 0) when nobody needs it
+    alpha   (T,)           the VU branch's share; the IF branch's is 1 - alpha
+
+Reductions, h, w, gates and alpha are float32 (float64 for float64 inputs). Packed instances of unequal lengths are cut
+into blocks of one instance each, so that every product is one batched matrix product over blocks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PHILOX_ROUNDS = 10
+
+
+def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of reductions over inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def branches(fusion: str) -> tuple[bool, bool]:
+    """Which branches, VU and IF, a fusion mode uses."""
+    return fusion != "if", fusion != "vu"
+
+
+def active_streams(fusion: str) -> tuple[int, ...]:
+    """The branches in use by number (VU 0, IF 1), which are also their dropout streams."""
+    return tuple(branch for branch, used in enumerate(branches(fusion)) if used)
+
+
+# ---------------------------------------------------------------------------------------------------------- dropout
+
+
+def keep_masks(seed: Tensor, rows: int, columns: int, threshold: int, streams: tuple[int, ...]) -> list[Tensor]:
+    """Dropout masks, bool (rows, columns) for each stream, True where an element is kept.
+
+    Philox4x32-10 with counter (column // 16, row low, row high, stream) and key `seed` (int64 (1,), on the device);
+    byte `column % 16` of its output is compared with `threshold`. 32-bit words live in int64, whose wrapping product
+    has the right 64 bits.
+    """
+    device = seed.device
+    low = 0xFFFFFFFF
+    blocks = -(-columns // 16)
+    row = torch.arange(rows, device=device)[:, None]
+    shape = (len(streams), rows, blocks)
+    c0 = torch.arange(blocks, device=device).expand(shape).contiguous()
+    c1 = (row & low).expand(shape).contiguous()
+    c2 = (row >> 32).expand(shape).contiguous()
+    c3 = torch.tensor(streams, device=device)[:, None, None].expand(shape).contiguous()
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(PHILOX_ROUNDS):
+        a = c0.mul_(0xD2511F53)
+        b = c2.mul_(0xCD9E8D57)
+        c0, c2 = (
+            ((b >> 32) & low).bitwise_xor_(c1).bitwise_xor_(k0),
+            ((a >> 32) & low).bitwise_xor_(c3).bitwise_xor_(k1),
+        )
+        c1, c3 = b.bitwise_and_(low), a.bitwise_and_(low)
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    words = torch.stack([c0, c1, c2, c3], -1)
+    shifts = torch.arange(0, 32, 8, device=device)
+    keep = ((words[..., None] >> shifts) & 0xFF) >= threshold
+    return list(keep.view(len(streams), rows, 16 * blocks)[..., :columns].unbind(0))
+
+
+# ------------------------------------------------------------------------------------------------ instances and blocks
+
+
+class Blocks(NamedTuple):
+    """Tokens cut into N equal blocks of L tokens, each of one instance: (B, S) itself, or packed tokens re-laid."""
+
+    number: int
+    length: int
+    instance: Tensor | None  # (N,) the instance of a block; None: block = instance
+    token: Tensor | None  # (N * L,) the token at a place, T for a place that is empty; None: the token itself
+    place: Tensor | None  # (T,) the place of a token
+
+    def split(self, tokens: Tensor) -> Tensor:
+        """(T, ...) -> (N, L, ...), zero where a block has no token."""
+        if self.token is not None:
+            tokens = torch.cat([tokens, tokens.new_zeros(1, *tokens.shape[1:])]).index_select(0, self.token)
+        return tokens.reshape(self.number, self.length, *tokens.shape[1:])
+
+    def join(self, blocks: Tensor) -> Tensor:
+        """(N, L, ...) -> (T, ...)."""
+        tokens = blocks.reshape(self.number * self.length, *blocks.shape[2:])
+        return tokens if self.place is None else tokens.index_select(0, self.place)
+
+    def spread(self, per_instance: Tensor) -> Tensor:
+        """(n, ...) -> (N, ...), each block's instance."""
+        return per_instance if self.instance is None else per_instance.index_select(0, self.instance)
+
+    def gather(self, per_block: Tensor, instances: int) -> Tensor:
+        """(N, ...) -> (n, ...), summed over the blocks of an instance, in a fixed order."""
+        if self.instance is None:
+            return per_block
+        member = torch.arange(instances, device=per_block.device)[:, None] == self.instance[None, :]
+        flat = per_block.reshape(self.number, -1)
+        return (member.to(flat.dtype) @ flat).reshape(instances, *per_block.shape[1:])
+
+
+def cut(tokens: int, instances: int, cu_seqlens: Tensor | None) -> Blocks:
+    """The blocks of a batch: `instances` of equal length, or packed ones with boundaries `cu_seqlens` (n + 1,)."""
+    if cu_seqlens is None or not instances:
+        return Blocks(instances, tokens // max(instances, 1), None, None, None)
+    cu = cu_seqlens.long()
+    length = 16
+    while length < 256 and length * instances < tokens:
+        length *= 2
+    lengths = cu[1:] - cu[:-1]
+    ends = ((lengths + length - 1) // length).cumsum(0)
+    number = tokens // length + instances  # an upper bound that no value on the device is needed for
+    block = torch.arange(number, device=cu.device)
+    instance = torch.searchsorted(ends, block, right=True).clamp_(max=instances - 1)
+    start = cu[:-1].index_select(0, instance) + (block - (ends - (lengths + length - 1) // length)[instance]) * length
+    token = start[:, None] + torch.arange(length, device=cu.device)
+    inside = (token < cu[1:].index_select(0, instance)[:, None]) & (block < ends[-1])[:, None]
+    token = torch.where(inside, token, tokens).view(-1)
+    place = torch.empty(tokens + 1, dtype=torch.long, device=cu.device)
+    place[token] = torch.arange(number * length, device=cu.device)
+    return Blocks(number, length, instance, token, place[:tokens])
+
+
+def by_expert(blocks: Tensor, experts: int, chosen: Tensor) -> Tensor:
+    """Sum (N, c, ...) into (experts, ...) by the chosen expert (N, c), as one product in a fixed order."""
+    member = torch.arange(experts, device=chosen.device)[:, None] == chosen.reshape(1, -1)
+    flat = blocks.reshape(chosen.numel(), -1)
+    return (member.to(flat.dtype) @ flat).reshape(experts, *blocks.shape[2:])
+
+
+# ---------------------------------------------------------------------------------------------------- routing and mix
+
+
+def choose(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """softmax(top_k(logits)) of Eq. 5 and 6 over (n, E): experts (n, c) int32, ties to the lowest, and gates (n, c)."""
+    values, index = torch.sort(logits, dim=-1, descending=True, stable=True)
+    return index[:, :top_k].int(), torch.softmax(values[:, :top_k], -1)
+
+
+def route_backward(
+    dgates: Tensor, gates: Tensor, routes: Tensor, logits: Tensor, num_vu: int, fusion: str, straight_through: bool
+) -> Tensor:
+    """Gradient of the router logits (n, M + N) from that of the gates (n, b, c).
+
+    The softmax over the chosen logits, or, straight through, over all of them: dz_j = pi_j (dq_j - sum pi_e dq_e).
+    """
+    dlogits = torch.zeros_like(logits)
+    for slot, branch in enumerate(active_streams(fusion)):
+        columns = slice(0, num_vu) if branch == 0 else slice(num_vu, None)
+        z, chosen, dq = logits[:, columns], routes[:, slot].long(), dgates[:, slot]
+        if straight_through:
+            pi = torch.softmax(z, -1)
+            dq = torch.zeros_like(z).scatter_(1, chosen, dq)
+            dlogits[:, columns] = pi * (dq - (pi * dq).sum(-1, keepdim=True))
+        else:
+            q = gates[:, slot]
+            dlogits[:, columns] = torch.zeros_like(z).scatter_(1, chosen, q * (dq - (q * dq).sum(-1, keepdim=True)))
+    return dlogits
+
+
+def mix(h: Tensor, w: Tensor, gates: Tensor, fusion: str) -> Tensor:
+    """The VU branch's share alpha (N, L) of Eq. 8 from h (N, L, b, c, r), the chosen w (N, b, c, r), gates (N, b, c)."""
+    if fusion != "adaptive":
+        return h.new_full(h.shape[:2], {"mean": 0.5, "vu": 1.0, "if": 0.0}[fusion])
+    signed = (w * gates[..., None]) * h.new_tensor([1.0, -1.0])[:, None, None]
+    return torch.sigmoid(torch.einsum("nlx,nx->nl", h.flatten(2), signed.flatten(1)))
+
+
+def shares(alpha: Tensor, fusion: str) -> Tensor:
+    """alpha (...) -> the shares (..., b) of the branches in use."""
+    return torch.stack([part for part, used in zip((alpha, 1 - alpha), branches(fusion), strict=True) if used], -1)
+
+
+def mix_backward(
+    p: Tensor, h: Tensor, w: Tensor, gates: Tensor, alpha: Tensor, fusion: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative of mix and of the gating, from p = s B^T g (N, L, b, c, r).
+
+    Returns:
+        dh (N, L, b, c, r); c = sum over tokens of the score's gradient times q h (N, b, c, r), which carries it to B
+        and I; and the gates' gradient (N, b, c).
+    """
+    share = shares(alpha, fusion)[..., None, None]  # (N, L, b, 1, 1)
+    q, w = gates[:, None, :, :, None], w[:, None]
+    if fusion != "adaptive":
+        dgates = (share * p * h).sum((1, 4))
+        return q * share * p, torch.zeros_like(h[:, 0]), dgates
+    ph = (q * p * h).sum((3, 4))  # (N, L, 2)
+    delta = alpha * (1 - alpha) * (ph[..., 0] - ph[..., 1])  # (N, L)
+    delta = torch.stack([delta, -delta], -1)[..., None, None]
+    gated = share * p + delta * w
+    return q * gated, (delta * q * h).sum(1), (gated * h).sum((1, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------- the passes
+
+
+def _routed(
+    route_mask: Tensor | None, tokens: int, instances: int, blocks: Blocks, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which places route, 1 or 0 (N, L), and how many do in each instance (n, 1), at least 1."""
+    routed = like.new_ones(tokens) if route_mask is None else route_mask.to(like.dtype)
+    routed = blocks.split(routed)
+    return routed, blocks.gather(routed.sum(1, keepdim=True), instances).clamp(min=1)
+
+
+def routed_tokens(
+    route_mask: Tensor | None, tokens: int, instances: int, cu_seqlens: Tensor | None, like: Tensor
+) -> Tensor:
+    """How many tokens route in each instance (n, 1), at least 1, in the dtype of `like`."""
+    return _routed(route_mask, tokens, instances, cut(tokens, instances, cu_seqlens), like)[1]
+
+
+def _chosen_A(A: tuple[Tensor, Tensor], routes: Tensor, fusion: str, dtype: torch.dtype) -> Tensor:
+    """The chosen down projections (N, b, c r, d), rounded to the compute dtype; routes (N, b, c)."""
+    parts = [a for a, used in zip(A, branches(fusion), strict=True) if used]
+    picked = [a.index_select(0, routes[:, slot].flatten()).to(dtype) for slot, a in enumerate(parts)]
+    picked = [a.view(routes.shape[0], 1, -1, a.shape[-1]) for a in picked]
+    return torch.cat(picked, 1).to(accurate_dtype(dtype))
+
+
+def _chosen_B(B: tuple[Tensor, Tensor], routes: Tensor, fusion: str, dtype: torch.dtype) -> Tensor:
+    """The chosen up projections side by side (N, k, b c r), rounded to the compute dtype; routes (N, b, c)."""
+    parts = [b for b, used in zip(B, branches(fusion), strict=True) if used]
+    picked = [b.index_select(0, routes[:, slot].flatten()).to(dtype) for slot, b in enumerate(parts)]
+    picked = [b.view(*routes.shape[::2], *b.shape[1:]).transpose(1, 2).flatten(2) for b in picked]
+    return torch.cat(picked, -1).to(accurate_dtype(dtype))
+
+
+def _chosen_w(w: Tensor, routes: Tensor, num_vu: int, fusion: str) -> Tensor | None:
+    """The chosen rows of w (N, b, c, r); None unless the fusion is adaptive."""
+    if fusion != "adaptive":
+        return None
+    rows = routes + torch.tensor([0, num_vu], device=routes.device, dtype=routes.dtype)[:, None]
+    return w.index_select(0, rows.flatten()).view(*routes.shape, -1)
+
+
+def _fused(h: Tensor, alpha: Tensor, gates: Tensor, scaling: float, fusion: str) -> Tensor:
+    """What B is multiplied with, s (alpha q h_vu | beta q h_if): (N, L, b c r)."""
+    return (h * (scaling * shares(alpha, fusion)[..., None] * gates[:, None])[..., None]).flatten(2)
+
+
+def route_shrink(
+    x: Tensor,
+    instances: int,
+    cu_seqlens: Tensor | None,
+    route_mask: Tensor | None,
+    instruction: Tensor | None,
+    given_routes: Tensor | None,
+    given_gates: Tensor | None,
+    vu_A: Tensor,
+    if_A: Tensor,
+    vu_B: Tensor,
+    if_B: Tensor,
+    vu_router: Tensor,
+    if_router: Tensor,
+    vu_importance: Tensor,
+    if_importance: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    top_k: int,
+    scaling: float,
+    fusion: str,
+    need_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Route each instance and bring its tokens into rank space: (h, w, routes, gates, logits, mean).
+
+    Args:
+        x: tokens (T, d).
+        instances: n; without `cu_seqlens` each has T / n tokens.
+        cu_seqlens: int32 (n + 1,).
+        route_mask: bool (T,), tokens the VU router averages; an instance without any routes by a zero mean.
+        instruction: (n, e); None if the IF branch routes nothing.
+        given_routes, given_gates: (n, b, c), instead of routing.
+        seed, threshold: of dropout; there is none with threshold 0.
+        need_mean: return the mean, which the gradient of a router needs.
+    """
+    accurate = accurate_dtype(x.dtype)
+    blocks = cut(x.shape[0], instances, cu_seqlens)
+    x_blocks = blocks.split(x).to(accurate)
+    mean = x.new_empty((0, 0), dtype=accurate)
+    logits = x.new_zeros((instances, 0), dtype=accurate)
+    if given_routes is not None:
+        routes, gates = given_routes.clone(), given_gates.to(accurate, copy=True)
+    else:
+        z = [x.new_zeros((instances, router.shape[0]), dtype=accurate) for router in (vu_router, if_router)]
+        use_vu, use_if = branches(fusion)
+        if use_vu:
+            routed, count = _routed(route_mask, x.shape[0], instances, blocks, x_blocks)
+            mean = blocks.gather(torch.bmm(routed[:, None], x_blocks)[:, 0], instances) / count
+            z[0] = mean @ vu_router.to(accurate).mT
+        if use_if:
+            z[1] = instruction.to(accurate) @ if_router.to(accurate).mT
+        logits = torch.cat(z, 1)
+        chosen = [choose(branch, top_k) for branch, used in zip(z, (use_vu, use_if), strict=True) if used]
+        routes, gates = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
+    A = _chosen_A((vu_A, if_A), blocks.spread(routes), fusion, x.dtype)
+    if threshold:
+        keep = keep_masks(seed, *x.shape, threshold, active_streams(fusion))
+        h = [torch.bmm(x_blocks * blocks.split(m), A[:, slot].mT) for slot, m in enumerate(keep)]
+        h = torch.stack(h, 2).mul_(256 / (256 - threshold))
+    else:
+        h = torch.bmm(x_blocks, A.flatten(1, 2).mT)
+    h = blocks.join(h).reshape(x.shape[0], *routes.shape[1:], vu_A.shape[1])
+    w = x.new_empty((0, vu_A.shape[1]), dtype=accurate)
+    if fusion == "adaptive":
+        rounded = [
+            (B.to(x.dtype).to(accurate), I.to(x.dtype).to(accurate))
+            for B, I in ((vu_B, vu_importance), (if_B, if_importance))
+        ]
+        w = scaling * torch.cat([torch.einsum("ekr,k->er", B, I) for B, I in rounded])
+    return h, w, routes, gates, logits, mean if need_mean else x.new_empty((0, 0), dtype=accurate)
+
+
+def fuse_expand(
+    h: Tensor,
+    w: Tensor,
+    routes: Tensor,
+    gates: Tensor,
+    vu_B: Tensor,
+    if_B: Tensor,
+    instances: int,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    fusion: str,
+    dtype: torch.dtype,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Fuse the branches and expand them to the output: (y (T, k), alpha (T,)).
+
+    Without `weight` y is the adapter's output alone; with it, x weight^T + bias is in it too.
+    """
+    blocks = cut(h.shape[0], instances, cu_seqlens)
+    routes, gates, h = blocks.spread(routes), blocks.spread(gates), blocks.split(h)
+    alpha = mix(h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, fusion)
+    u = _fused(h, alpha, gates, scaling, fusion)
+    B = _chosen_B((vu_B, if_B), routes, fusion, dtype)
+    base = None if weight is None else torch.nn.functional.linear(x, weight, bias)
+    return _accumulate(base, u, B.mT, blocks, dtype), blocks.join(alpha)
+
+
+def _accumulate(base: Tensor | None, left: Tensor, right: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """base (T, columns) + left (N, L, j) @ right (N, j, columns), in place where base has the shape and precision."""
+    if base is not None and blocks.token is None and base.dtype == left.dtype:
+        return base.view(blocks.number, blocks.length, -1).baddbmm_(left, right).view(base.shape)
+    out = blocks.join(torch.bmm(left, right))
+    return (out if base is None else out.add_(base)).to(dtype)
+
+
+def grad_output(
+    g: Tensor,
+    h: Tensor,
+    w: Tensor,
+    routes: Tensor,
+    gates: Tensor,
+    alpha: Tensor,
+    vu_B: Tensor,
+    if_B: Tensor,
+    vu_importance: Tensor,
+    if_importance: Tensor,
+    instances: int,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    fusion: str,
+    need_dh: bool,
+    need_vu_B: bool,
+    need_if_B: bool,
+    need_importance: bool,
+    need_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From g = dL/dy (T, k): (dh (T, b, c, r), dvu_B, dif_B, dvu_importance, dif_importance, dgates (n, b, c)).
+
+    What is not needed, or not in use, comes back empty.
+    """
+    accurate = accurate_dtype(g.dtype)
+    blocks = cut(h.shape[0], instances, cu_seqlens)
+    routes, gates, alpha, h = blocks.spread(routes), blocks.spread(gates), blocks.split(alpha), blocks.split(h)
+    g_blocks = blocks.split(g).to(accurate)
+    need_c = fusion == "adaptive" and (need_vu_B or need_if_B or need_importance)
+    dh = dgates = g.new_empty(0, dtype=accurate)
+    dB = [g.new_empty(0), g.new_empty(0)]
+    dI = [g.new_empty(0), g.new_empty(0)]
+    if need_dh or need_c or need_gates:
+        B = _chosen_B((vu_B, if_B), routes, fusion, g.dtype)
+        p = torch.bmm(g_blocks, B).mul_(scaling).view_as(h)
+        dh, c, dgates = mix_backward(p, h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, alpha, fusion)
+        dh, dgates = blocks.join(dh), blocks.gather(dgates, instances)
+    if need_vu_B or need_if_B:
+        partial = torch.bmm(g_blocks.mT, _fused(h, alpha, gates, scaling, fusion))
+        partial = partial.view(*partial.shape[:2], *h.shape[2:]).permute(2, 0, 3, 1, 4)  # (b, N, c, k, r)
+    for slot, branch in enumerate(active_streams(fusion)):
+        B, importance = ((vu_B, vu_importance), (if_B, if_importance))[branch]
+        c_e = by_expert(c[:, slot], B.shape[0], routes[:, slot]) if need_c else None  # (E, r)
+        if (need_vu_B, need_if_B)[branch]:
+            grad = by_expert(partial[slot], B.shape[0], routes[:, slot])
+            if need_c:
+                grad += scaling * importance.to(accurate)[:, None] * c_e[:, None, :]
+            dB[branch] = grad.to(B.dtype)
+        if need_importance and need_c:
+            dI[branch] = (scaling * torch.einsum("ekr,er->k", B.to(accurate), c_e)).to(importance.dtype)
+    return dh, *dB, *dI, dgates
+
+
+def grad_input(
+    x: Tensor | None,
+    dh: Tensor,
+    routes: Tensor,
+    vu_A: Tensor,
+    if_A: Tensor,
+    instances: int,
+    cu_seqlens: Tensor | None,
+    route_mask: Tensor | None,
+    dmean: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    fusion: str,
+    dtype: torch.dtype,
+    need_dx: bool,
+    need_vu_A: bool,
+    need_if_A: bool,
+    g: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From dh (T, b, c, r): (dx (T, d), dvu_A, dif_A); what is not needed comes back empty.
+
+    Args:
+        x: tokens (T, d); None when no A needs a gradient.
+        dmean: (n, d), gradient of the mean that the VU router saw, over the number of routed tokens; or None.
+        g, weight: with both, dx has the base's g weight in it.
+    """
+    accurate = accurate_dtype(dtype)
+    blocks = cut(dh.shape[0], instances, cu_seqlens)
+    tokens, d = dh.shape[0], vu_A.shape[2]
+    dh, routes = blocks.split(dh).flatten(3), blocks.spread(routes)  # (N, L, b, c r)
+    scale = 256 / (256 - threshold)
+    keep = None
+    if threshold:
+        keep = [blocks.split(m) for m in keep_masks(seed, tokens, d, threshold, active_streams(fusion))]
+    dx = dh.new_empty(0)
+    dA = [dh.new_empty(0), dh.new_empty(0)]
+    if need_dx:
+        A = _chosen_A((vu_A, if_A), routes, fusion, dtype)
+        base = None if weight is None else g @ weight
+        if keep is None:
+            dx = _accumulate(base, dh.flatten(2), A.flatten(1, 2), blocks, dtype)
+        else:
+            parts = [torch.bmm(dh[:, :, slot] * scale, A[:, slot]).mul_(m) for slot, m in enumerate(keep)]
+            dx = blocks.join(sum(parts[1:], parts[0]))
+            dx = (dx if base is None else dx.add_(base)).to(dtype)
+        if dmean is not None:
+            routed, _ = _routed(route_mask, tokens, instances, blocks, dh)
+            dx += blocks.join(routed[..., None] * blocks.spread(dmean)[:, None])
+    if need_vu_A or need_if_A:
+        x_blocks = blocks.split(x).to(accurate)
+        for slot, branch in enumerate(active_streams(fusion)):
+            if not (need_vu_A, need_if_A)[branch]:
+                continue
+            A = (vu_A, if_A)[branch]
+            x_kept = x_blocks if keep is None else x_blocks * keep[slot]
+            partial = torch.bmm(dh[:, :, slot].mT, x_kept).view(*routes.shape[::2], *A.shape[1:])
+            dA[branch] = by_expert(partial, A.shape[0], routes[:, slot]).mul_(scale).to(A.dtype)
+    return dx, *dA

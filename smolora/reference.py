@@ -1,0 +1,181 @@
+"""Eq. 5 to 9 of the paper as written: the oracle that every backend is tested against.
+
+Every expert's output is a k-sized vector, every instance is a turn of a Python loop, and torch differentiates it all.
+Slow on purpose: nothing here shares a line, or an idea, with the fast code. Imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Routing(NamedTuple):
+    """What one forward decided, for `n` instances and `T` tokens; a branch that is not in use has None."""
+
+    routes: tuple[Tensor | None, Tensor | None]  # chosen experts (n, top_k), VU and IF
+    logits: tuple[Tensor | None, Tensor | None]  # (n, M) and (n, N)
+    gates: tuple[Tensor | None, Tensor | None]  # weights of the chosen experts (n, top_k)
+    alpha: Tensor  # the VU branch's share (T,); 1 - alpha is the IF branch's
+
+
+def philox_bytes(seed: int, rows: int, columns: int, stream: int) -> np.ndarray:
+    """Random bytes (rows, columns) of Philox4x32-10 (Salmon et al., 2011).
+
+    The counter of a byte is (column // 16, row low, row high, stream), the key is `seed`; byte `column % 16` of the
+    128-bit output, least significant first, is taken.
+    """
+    low = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    blocks = -(-columns // 16)
+    row = np.arange(rows, dtype=np.uint64)[:, None]
+    c0 = np.broadcast_to(np.arange(blocks, dtype=np.uint64), (rows, blocks))
+    c1 = np.broadcast_to(row & low, (rows, blocks))
+    c2 = np.broadcast_to(row >> shift, (rows, blocks))
+    c3 = np.full((rows, blocks), stream, np.uint64)
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (b >> shift) ^ c1 ^ np.uint64(k0), b & low, (a >> shift) ^ c3 ^ np.uint64(k1), a & low
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    words = np.stack([c0, c1, c2, c3], -1).astype("<u4")
+    return words.view(np.uint8).reshape(rows, 16 * blocks)[:, :columns]
+
+
+def dropout_factor(seed: int, rows: int, columns: int, stream: int, p: float) -> Tensor:
+    """Factors (rows, columns) of one branch's dropout: 0, or 1 / (1 - p) with p rounded to 8 bits; float64."""
+    threshold = round(256 * p)
+    keep = philox_bytes(seed, rows, columns, stream) >= threshold
+    return torch.from_numpy(keep * (256 / (256 - threshold)))
+
+
+def _choose(z: Tensor, top_k: int, straight_through: bool) -> tuple[Tensor, Tensor]:
+    """softmax(top_k(z)) of Eq. 5 and 6 for one instance: indices (top_k,), ties to the lowest, and their gates."""
+    index = torch.sort(z, descending=True, stable=True).indices[:top_k]
+    gates = torch.softmax(torch.full_like(z, -torch.inf).index_copy(0, index, z[index]), 0)[index]
+    if straight_through:
+        soft = torch.softmax(z, 0)[index]
+        gates = gates.detach() + soft - soft.detach()
+    return index, gates
+
+
+def smolora_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vu_A: Tensor,
+    vu_B: Tensor,
+    if_A: Tensor,
+    if_B: Tensor,
+    vu_router: Tensor,
+    if_router: Tensor,
+    vu_importance: Tensor,
+    if_importance: Tensor,
+    instruction: Tensor | None,
+    *,
+    scaling: float,
+    top_k: int = 1,
+    fusion: str = "adaptive",
+    router_grad: str = "none",
+    route_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    routes: tuple[Tensor | None, Tensor | None] | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    return_routing: bool = False,
+) -> Tensor | tuple[Tensor, Routing]:
+    """One SMoLoRA layer (Eq. 4 to 9), in x's dtype; routing in float32 or better.
+
+    Args:
+        x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
+        weight, bias: the frozen linear layer, (k, d) and (k,) or None.
+        vu_A, if_A: down projections (M, r, d), (N, r, d).
+        vu_B, if_B: up projections (M, k, r), (N, k, r).
+        vu_router, if_router: R_vu (M, d) and R_if (N, e).
+        vu_importance, if_importance: I_vu and I_if (k,).
+        instruction: embeddings (B, e), or (e,) for all; None if the IF branch routes nothing.
+        scaling: factor on every expert's output.
+        top_k, fusion, router_grad: as in `SMoLoRAConfig`.
+        route_mask: bool, x's shape without d: tokens the VU router averages (None: all).
+        cu_seqlens: int (n + 1,), boundaries of packed instances.
+        routes: chosen experts of the branches, (n,) or (n, top_k) each; gates are then 1 / top_k.
+        dropout: probability, applied when `seed` is given.
+        seed: 64-bit seed of the dropout masks.
+        return_routing: also return a `Routing`.
+
+    Returns:
+        y, of x's shape with k in place of d.
+    """
+    dtype = x.dtype
+    accurate = torch.float64 if dtype == torch.float64 else torch.float32
+    k = weight.shape[0]
+    tokens = x.reshape(-1, x.shape[-1])
+    if cu_seqlens is None:
+        bounds = [b * x.shape[1] for b in range(x.shape[0] + 1)]
+    else:
+        bounds = cu_seqlens.tolist()
+    mask = torch.ones(len(tokens), dtype=torch.bool) if route_mask is None else route_mask.reshape(-1)
+    factors = [None, None]
+    if dropout and seed is not None:
+        factors = [dropout_factor(seed, *tokens.shape, stream, dropout).to(dtype) for stream in (0, 1)]
+    straight_through = router_grad == "straight_through"
+    active = (fusion != "if", fusion != "vu")
+    down, up = (vu_A.to(dtype), if_A.to(dtype)), (vu_B.to(dtype), if_B.to(dtype))
+    importance = (vu_importance.to(dtype), if_importance.to(dtype))
+
+    outputs, shares, picked, scores = [], [], ([], []), ([], [])
+    gates_of = ([], [])
+    for b in range(len(bounds) - 1):
+        start, end = bounds[b], bounds[b + 1]
+        x_b, mask_b = tokens[start:end], mask[start:end]
+        branch_outputs = []
+        for branch in (0, 1):
+            if not active[branch]:
+                branch_outputs.append(x_b.new_zeros(end - start, k))
+                continue
+            if routes is not None:
+                index = routes[branch][b].reshape(-1).long()
+                gates = torch.full((len(index),), 1 / len(index), dtype=accurate)
+            else:
+                if branch == 0:
+                    average = x_b[mask_b].to(accurate).sum(0) / max(int(mask_b.sum()), 1)
+                    z = vu_router.to(accurate) @ average
+                else:
+                    embedding = instruction if instruction.dim() == 1 else instruction[b]
+                    z = if_router.to(accurate) @ embedding.to(accurate)
+                index, gates = _choose(z, top_k, straight_through)
+                scores[branch].append(z)
+            picked[branch].append(index)
+            gates_of[branch].append(gates)
+            dropped = x_b if factors[branch] is None else x_b * factors[branch][start:end]
+            output = x_b.new_zeros(end - start, k)
+            for e, gate in zip(index.tolist(), gates, strict=True):
+                output = output + gate.to(dtype) * (
+                    scaling * F.linear(F.linear(dropped, down[branch][e]), up[branch][e])
+                )
+            branch_outputs.append(output)
+        x_vu, x_if = branch_outputs
+        if fusion == "adaptive":
+            score = torch.stack([x_vu @ importance[0], x_if @ importance[1]], -1)
+            share = torch.softmax(score, -1)[:, 0]
+        else:
+            share = x_b.new_full((end - start,), {"mean": 0.5, "vu": 1.0, "if": 0.0}[fusion])
+        shares.append(share)
+        outputs.append(share[:, None] * x_vu + (1 - share)[:, None] * x_if)
+    adapter = torch.cat(outputs) if outputs else tokens.new_zeros(0, k)
+    y = F.linear(tokens, weight.to(dtype), None if bias is None else bias.to(dtype)) + adapter
+    y = y.reshape(*x.shape[:-1], k)
+    if not return_routing:
+        return y
+    stack = lambda rows: torch.stack(rows) if rows else None  # noqa: E731
+    routing = Routing(
+        tuple(stack(p) for p in picked),
+        tuple(stack(z) for z in scores),
+        tuple(stack(q) for q in gates_of),
+        torch.cat(shares) if shares else tokens.new_zeros(0),
+    )
+    return y, routing

@@ -1,0 +1,19 @@
+"""What a forward decided."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Routes of one forward over n instances and T tokens; a branch that the fusion leaves out has None.
+
+    Pairs are (VU, IF). With `top_k` 1 the routes are (n,), as `FusedSMoLoRA.forward` takes them.
+    """
+
+    routes: tuple[Tensor | None, Tensor | None]  # chosen experts, int32, (n,) or (n, top_k)
+    logits: tuple[Tensor | None, Tensor | None]  # (n, M) and (n, N); None when the routes were given
+    gates: tuple[Tensor | None, Tensor | None]  # weights of the chosen experts (n, top_k)
+    alpha: Tensor | None  # (T,), the VU branch's share of each token, 1 - alpha the IF branch's; when it was kept
