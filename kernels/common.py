@@ -9,6 +9,12 @@ import triton.language as tl
 
 
 @triton.jit
+def wide(i):
+    """A number as int64, also where it is a Python integer: addresses are past 32 bits before they are multiplied."""
+    return tl.zeros([], tl.int64) + i
+
+
+@triton.jit
 def tile_base(i, cu_ptr, S, BT: tl.constexpr, SLACK: tl.constexpr, VARLEN: tl.constexpr):
     """Number of the first tile of instance i. An instance of L tokens has room for (L + SLACK * BT - 1) // BT tiles."""
     if VARLEN:
@@ -37,7 +43,7 @@ def locate(tile, cu_ptr, n, S, BT: tl.constexpr, SLACK: tl.constexpr, VARLEN: tl
         end = tl.load(cu_ptr + i + 1).to(tl.int64)
     else:
         i = tile // ((S + SLACK * BT - 1) // BT)
-        start = i.to(tl.int64) * S
+        start = wide(i) * S
         end = start + S
     j = tile - tile_base(i, cu_ptr, S, BT, SLACK, VARLEN)
     return i, j, start, end
@@ -89,6 +95,7 @@ def keep_mask(
     """
     o_block = column // 16 + tl.arange(0, BD // 16)
     c0 = tl.broadcast_to(o_block[None, :], [BT, BD // 16]).to(tl.uint32, bitcast=True)
+    rows = rows.to(tl.int64)
     c1 = tl.broadcast_to(rows[:, None], [BT, BD // 16]).to(tl.uint32)
     c2 = tl.broadcast_to((rows >> 32)[:, None], [BT, BD // 16]).to(tl.uint32)
     c3 = tl.full([BT, BD // 16], STREAM, tl.uint32)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .common import columns, keep_mask, locate, per_slot
+from .common import columns, keep_mask, locate, per_slot, wide
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def grad_input_kernel(
         if IF:
             a_i = load_A(if_A_ptr, p_routes + VU * K, slot, rank, o_d, m_d, d, K, R).to(dtype)
     if ROUTER:
-        b_dmean = tl.load(dmean_ptr + i_n.to(tl.int64) * d + o_d, mask=m_d, other=0)
+        b_dmean = tl.load(dmean_ptr + wide(i_n) * d + o_d, mask=m_d, other=0)
     if VU_A:
         d_v = tl.zeros([BC, BD], tl.float32)
     if IF_A:
@@ -160,11 +160,11 @@ def grad_input_kernel(
             d_i = tl.dot(tl.trans(b_dh), b_kept, d_i, input_precision=PRECISION)
 
     m_a = m_c[:, None] & m_d[None, :]
-    o_a = ((chunk.to(tl.int64) * (VU + IF) * K + slot) * R + rank)[:, None] * d + o_d[None, :]
+    o_a = ((wide(chunk) * (VU + IF) * K + slot) * R + rank)[:, None] * d + o_d[None, :]
     if VU_A:
         tl.store(A_part_ptr + o_a, d_v * scale, mask=m_a)
     if IF_A:
-        tl.store(A_part_ptr + o_a + tl.full([], VU * K * R, tl.int64) * d, d_i * scale, mask=m_a)
+        tl.store(A_part_ptr + o_a + wide(VU * K * R) * d, d_i * scale, mask=m_a)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -182,15 +182,15 @@ def _collect_A(
 ):
     """Grid (E, blocks of R * d): dA_e is the sum of its chunks' parts; `branch` counts the branches in use."""
     expert = tl.program_id(0)
-    o = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o = wide(tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
     b_dA = tl.zeros([BLOCK], tl.float32)
     for chunk in range(0, chunks):
         owner = tl.load(owner_ptr + chunk)
         for j in tl.static_range(K):
             route = tl.load(routes_ptr + (owner * BRANCHES + branch) * K + j, mask=owner >= 0, other=-1)
-            p_part = A_part_ptr + ((chunk.to(tl.int64) * BRANCHES + branch) * K + j) * size + o
+            p_part = A_part_ptr + ((wide(chunk) * BRANCHES + branch) * K + j) * size + o
             b_dA += tl.load(p_part, mask=(o < size) & (route == expert), other=0)
-    tl.store(dA_ptr + expert.to(tl.int64) * size + o, b_dA.to(dA_ptr.dtype.element_ty), mask=o < size)
+    tl.store(dA_ptr + wide(expert) * size + o, b_dA.to(dA_ptr.dtype.element_ty), mask=o < size)
 
 
 def grad_input(

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .common import columns, locate, per_slot
+from .common import columns, locate, per_slot, wide
 from .fuse_expand import fused
 from .mix import gradient_h, mix_backward
 from .route_shrink import shrink
@@ -102,7 +102,7 @@ def grad_output_kernel(
         b_g = tl.load(g_ptr + rows[:, None] * k + o_k[None, :], mask=inside[:, None] & m_k[None, :], other=0)
         b_alpha = tl.load(alpha_ptr + rows, mask=inside, other=0)
         m_p = inside[:, None] & m_c[None, :]
-        o_p = (i_k.to(tl.int64) * T + rows)[:, None] * (K * R) + (slot * R + rank)[None, :]
+        o_p = (wide(i_k) * T + rows)[:, None] * (K * R) + (slot * R + rank)[None, :]
         if VU:
             if P:
                 tl.store(vu_part_ptr + o_p, tl.dot(b_g, b_v, input_precision=PRECISION), mask=m_p)
@@ -118,12 +118,12 @@ def grad_output_kernel(
                 )
                 d_i = tl.dot(tl.trans(b_g), u_i, d_i, input_precision=PRECISION)
 
-    p_out = B_part_ptr + (chunk.to(tl.int64) * (VU + IF) * K + slot)[None, :] * k * R + o_k[:, None].to(tl.int64) * R
+    p_out = B_part_ptr + (wide(chunk) * (VU + IF) * K + slot)[None, :] * k * R + o_k[:, None].to(tl.int64) * R
     p_out += rank[None, :]
     if VU_B:
         tl.store(p_out, d_v, mask=m_b)
     if IF_B:
-        tl.store(p_out + tl.full([], VU * K, tl.int64) * k * R, d_i, mask=m_b)
+        tl.store(p_out + wide(VU * K) * k * R, d_i, mask=m_b)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def part_sum(
     """The sum of the parts of p of a branch [BT, BC], in their order."""
     b_p = tl.zeros([BT, BC], tl.float32)
     for i in range(0, parts):
-        p_part = part_ptr + (rows + i * T.to(tl.int64))[:, None] * (K * R) + (slot * R + rank)[None, :]
+        p_part = part_ptr + (rows + wide(i) * T)[:, None] * (K * R) + (slot * R + rank)[None, :]
         b_p += tl.load(p_part, mask=m_p, other=0)
     return b_p
 
@@ -220,10 +220,10 @@ def mix_backward_kernel(
                 b_h = tl.load(h_ptr + rows[:, None] * STRIDE + o_c[None, :], mask=m_p, other=0)
             if ADAPTIVE:
                 b_c = tl.sum(delta[:, None] * b_h, 0) * b_q
-                tl.store(c_part_ptr + tile.to(tl.int64) * STRIDE + o_c, b_c, mask=m_c)
+                tl.store(c_part_ptr + wide(tile) * STRIDE + o_c, b_c, mask=m_c)
             if GATES:
                 b_dq = tl.sum((b_share[:, None] * b_p + delta[:, None] * b_w[None, :]) * b_h, 0)
-                tl.store(dq_part_ptr + tile.to(tl.int64) * STRIDE + o_c, b_dq, mask=m_c)
+                tl.store(dq_part_ptr + wide(tile) * STRIDE + o_c, b_dq, mask=m_c)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -318,15 +318,15 @@ def _collect_B(
                 owner = tl.load(owner_ptr + chunk)
                 for j in tl.static_range(K):
                     route = tl.load(routes_ptr + (owner * BRANCHES + branch) * K + j, mask=owner >= 0, other=-1)
-                    p_part = B_part_ptr + ((chunk.to(tl.int64) * BRANCHES + branch) * K + j) * k * R + o_b
+                    p_part = B_part_ptr + ((wide(chunk) * BRANCHES + branch) * K + j) * k * R + o_b
                     b_dB += tl.load(p_part, mask=inside & (route == expert), other=0)
             if ADAPTIVE:
                 b_dB += b_I[:, None] * b_c[None, :]
             tl.store(
-                dB_ptr + tl.full([], expert, tl.int64) * k * R + o_b, b_dB.to(dB_ptr.dtype.element_ty), mask=inside
+                dB_ptr + wide(expert) * k * R + o_b, b_dB.to(dB_ptr.dtype.element_ty), mask=inside
             )
         if ADAPTIVE and WANT_I:
-            b_B = tl.load(B_ptr + tl.full([], expert, tl.int64) * k * R + o_b, mask=inside, other=0).to(tl.float32)
+            b_B = tl.load(B_ptr + wide(expert) * k * R + o_b, mask=inside, other=0).to(tl.float32)
             b_dI += tl.sum(b_B * b_c[None, :], 1)
     if ADAPTIVE and WANT_I:
         tl.store(dI_ptr + o_k, b_dI.to(dI_ptr.dtype.element_ty), mask=m_k)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .common import columns, keep_mask, locate, per_slot, tile_base, top_k
+from .common import columns, keep_mask, locate, per_slot, tile_base, top_k, wide
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -70,12 +70,12 @@ def _prepare(
                 start = tl.load(cu_ptr + pid).to(tl.int64)
                 length = tl.load(cu_ptr + pid + 1).to(tl.int64) - start
             else:
-                start = pid.to(tl.int64) * S
-                length = tl.full([], S, tl.int64)
-            first = tl.full([], 0, tl.int64)
+                start = wide(pid) * S
+                length = wide(S)
+            first = wide(0)
             count = length
             if MASKED:
-                count = tl.full([], 0, tl.int64)
+                count = wide(0)
                 first = length
                 for s in range(0, length, BS):
                     o_s = s + tl.arange(0, BS)
@@ -89,7 +89,7 @@ def _prepare(
             b_z = tl.zeros([NP], tl.float32)
             for i in range(0, e, BE):
                 o_e = i + tl.arange(0, BE)
-                b_i = tl.load(instruction_ptr + pid.to(tl.int64) * e + o_e, mask=o_e < e, other=0).to(tl.float32)
+                b_i = tl.load(instruction_ptr + wide(pid) * e + o_e, mask=o_e < e, other=0).to(tl.float32)
                 p_r = if_router_ptr + o_n[:, None] * e + o_e[None, :]
                 b_r = tl.load(p_r, mask=(o_n[:, None] < N) & (o_e[None, :] < e), other=0).to(tl.float32)
                 b_z += tl.sum(b_r * b_i[None, :], 1)
@@ -106,15 +106,15 @@ def _prepare(
         o_r = tl.arange(0, RP)
         inside = (o_k[:, None] < k) & (o_r[None, :] < R)
         if i_e < M:
-            p_B = vu_B_ptr + i_e.to(tl.int64) * k * R
+            p_B = vu_B_ptr + wide(i_e) * k * R
             p_I = vu_importance_ptr
         else:
-            p_B = if_B_ptr + (i_e - M).to(tl.int64) * k * R
+            p_B = if_B_ptr + wide(i_e - M) * k * R
             p_I = if_importance_ptr
         b_B = tl.load(p_B + o_k[:, None].to(tl.int64) * R + o_r[None, :], mask=inside, other=0)
         b_I = tl.load(p_I + o_k, mask=o_k < k, other=0)
         b_w = scaling * tl.sum(b_B.to(ROUND).to(tl.float32) * b_I.to(ROUND).to(tl.float32)[:, None], 0)
-        tl.store(w_part_ptr + (pid - n).to(tl.int64) * R + o_r, b_w, mask=o_r < R)
+        tl.store(w_part_ptr + wide(pid - n) * R + o_r, b_w, mask=o_r < R)
 
 
 @triton.jit(do_not_specialize=["T", "n", "S"])
@@ -204,7 +204,7 @@ def shrink_kernel(
         if SUM:
             b_sum = tl.sum(tl.dot(b_m, b_x, input_precision=PRECISION), 0)  # one row is not zero
             if block == 0:
-                tl.store(sums_ptr + tile.to(tl.int64) * d + o_d, b_sum, mask=m_d)
+                tl.store(sums_ptr + wide(tile) * d + o_d, b_sum, mask=m_d)
         if VU:
             b_a = tl.load(p_v[None, :] + o_a, mask=m_d[:, None] & column_v[None, :], other=0).to(b_x.dtype)
             b_kept = b_x
@@ -218,7 +218,7 @@ def shrink_kernel(
                 b_kept = tl.where(keep_mask(seed_ptr, rows, c, THRESHOLD, 1, BT, BD), b_x, 0.0).to(b_x.dtype)
             b_i = tl.dot(b_kept, b_a, b_i, input_precision=PRECISION)
 
-    o_t = i_s.to(tl.int64) * T + rows
+    o_t = wide(i_s) * T + rows
     if VU:
         p_out = vu_part_ptr + o_t[:, None] * (V * R) + (slot_v * R + rank_v)[None, :]
         tl.store(p_out, b_v, mask=inside[:, None] & column_v[None, :])
@@ -257,9 +257,9 @@ def _route(
     offset = ((BT - first % BT) % BT).to(tl.int32)
     b_sum = tl.zeros([BD], tl.float32)
     for t in range(base, base + tl.cdiv(length + offset, BT)):
-        b_sum += tl.load(sums_ptr + t.to(tl.int64) * d + o_d, mask=m_d, other=0)
+        b_sum += tl.load(sums_ptr + wide(t) * d + o_d, mask=m_d, other=0)
     b_mean = b_sum / tl.maximum(tl.load(routed_ptr + i_n * 2 + 1), 1).to(tl.float32)
-    tl.store(mean_ptr + i_n.to(tl.int64) * d + o_d, b_mean, mask=m_d)
+    tl.store(mean_ptr + wide(i_n) * d + o_d, b_mean, mask=m_d)
     o_m = tl.arange(0, MP)
     p_r = vu_router_ptr + o_m[:, None].to(tl.int64) * d + o_d[None, :]
     b_r = tl.load(p_r, mask=(o_m[:, None] < M) & m_d[None, :], other=0).to(tl.float32)
@@ -339,13 +339,13 @@ def _finish(
                     source = per_slot(routes_ptr + i_n * b_routes * K, slot, K, 0)
                 b_h = tl.zeros([BT, BC], tl.float32)
                 for i in tl.static_range(KS):
-                    p_part = vu_part_ptr + (rows[:, None] + i * T.to(tl.int64)) * (V * R)
+                    p_part = vu_part_ptr + (rows[:, None] + wide(i) * T) * (V * R)
                     b_h += tl.load(p_part + (source * R + rank)[None, :], mask=m_c, other=0)
                 tl.store(h_ptr + o_h, b_h * scale, mask=m_c)
             if IF:
                 b_h = tl.zeros([BT, BC], tl.float32)
                 for i in tl.static_range(KS):
-                    p_part = if_part_ptr + (rows[:, None] + i * T.to(tl.int64)) * (K * R)
+                    p_part = if_part_ptr + (rows[:, None] + wide(i) * T) * (K * R)
                     b_h += tl.load(p_part + (slot * R + rank)[None, :], mask=m_c, other=0)
                 tl.store(h_ptr + o_h + VU * K * R, b_h * scale, mask=m_c)
     else:

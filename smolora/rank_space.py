@@ -108,7 +108,7 @@ class Blocks(NamedTuple):
         if self.instance is None:
             return per_block
         member = torch.arange(instances, device=per_block.device)[:, None] == self.instance[None, :]
-        flat = per_block.reshape(self.number, -1)
+        flat = per_block.flatten(1)
         return (member.to(flat.dtype) @ flat).reshape(instances, *per_block.shape[1:])
 
 
@@ -137,7 +137,7 @@ def cut(tokens: int, instances: int, cu_seqlens: Tensor | None) -> Blocks:
 def by_expert(blocks: Tensor, experts: int, chosen: Tensor) -> Tensor:
     """Sum (N, c, ...) into (experts, ...) by the chosen expert (N, c), as one product in a fixed order."""
     member = torch.arange(experts, device=chosen.device)[:, None] == chosen.reshape(1, -1)
-    flat = blocks.reshape(chosen.numel(), -1)
+    flat = blocks.flatten(0, 1).flatten(1)
     return (member.to(flat.dtype) @ flat).reshape(experts, *blocks.shape[2:])
 
 
@@ -194,14 +194,14 @@ def mix_backward(
         and I; and the gates' gradient (N, b, c).
     """
     share = shares(alpha, fusion)[..., None, None]  # (N, L, b, 1, 1)
-    q, w = gates[:, None, :, :, None], w[:, None]
+    q = gates[:, None, :, :, None]
     if fusion != "adaptive":
         dgates = (share * p * h).sum((1, 4))
         return q * share * p, torch.zeros_like(h[:, 0]), dgates
     ph = (q * p * h).sum((3, 4))  # (N, L, 2)
     delta = alpha * (1 - alpha) * (ph[..., 0] - ph[..., 1])  # (N, L)
     delta = torch.stack([delta, -delta], -1)[..., None, None]
-    gated = share * p + delta * w
+    gated = share * p + delta * w[:, None]
     return q * gated, (delta * q * h).sum(1), (gated * h).sum((1, 4))
 
 
@@ -228,7 +228,7 @@ def _chosen_A(A: tuple[Tensor, Tensor], routes: Tensor, fusion: str, dtype: torc
     """The chosen down projections (N, b, c r, d), rounded to the compute dtype; routes (N, b, c)."""
     parts = [a for a, used in zip(A, branches(fusion), strict=True) if used]
     picked = [a.index_select(0, routes[:, slot].flatten()).to(dtype) for slot, a in enumerate(parts)]
-    picked = [a.view(routes.shape[0], 1, -1, a.shape[-1]) for a in picked]
+    picked = [a.view(routes.shape[0], 1, routes.shape[2] * a.shape[1], a.shape[2]) for a in picked]
     return torch.cat(picked, 1).to(accurate_dtype(dtype))
 
 
@@ -245,7 +245,7 @@ def _chosen_w(w: Tensor, routes: Tensor, num_vu: int, fusion: str) -> Tensor | N
     if fusion != "adaptive":
         return None
     rows = routes + torch.tensor([0, num_vu], device=routes.device, dtype=routes.dtype)[:, None]
-    return w.index_select(0, rows.flatten()).view(*routes.shape, -1)
+    return w.index_select(0, rows.flatten()).view(*routes.shape, w.shape[1])
 
 
 def _fused(h: Tensor, alpha: Tensor, gates: Tensor, scaling: float, fusion: str) -> Tensor:
@@ -357,7 +357,7 @@ def fuse_expand(
 def _accumulate(base: Tensor | None, left: Tensor, right: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """base (T, columns) + left (N, L, j) @ right (N, j, columns), in place where base has the shape and precision."""
     if base is not None and blocks.token is None and base.dtype == left.dtype:
-        return base.view(blocks.number, blocks.length, -1).baddbmm_(left, right).view(base.shape)
+        return base.view(blocks.number, blocks.length, base.shape[1]).baddbmm_(left, right).view(base.shape)
     out = blocks.join(torch.bmm(left, right))
     return (out if base is None else out.add_(base)).to(dtype)
 
