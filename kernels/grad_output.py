@@ -138,6 +138,55 @@ def part_sum(
     return b_p
 
 
+@triton.jit
+def branch_backward(
+    part_ptr,  # (parts, T, K * R)
+    h_ptr,  # (T, b, K, R) at the branch, and so all below
+    w_ptr,  # (experts, R)
+    p_routes,  # (K,)
+    p_gates,  # (K,)
+    dh_ptr,  # (T, b, K, R) out
+    p_c,  # (K, R) out
+    p_dq,  # (K, R) out
+    rows,
+    inside,
+    b_share,
+    b_delta,
+    parts,
+    T,
+    scaling,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    GATES: tl.constexpr,
+):
+    """One branch of mix's gradient: dh of a tile of tokens [BT], and their sums of c and of the gates' gradient."""
+    for block in tl.static_range(BLOCKS):
+        slot, rank = columns(block, BC, RP)
+        m_c = (slot < K) & (rank < R)
+        m_p = inside[:, None] & m_c[None, :]
+        o_c = slot * R + rank
+        b_q = per_slot(p_gates, slot, K, 0.0)
+        b_p = scaling * part_sum(part_ptr, rows, m_p, slot, rank, T, parts, K, R, BT, BC)
+        b_w = tl.zeros([BC], tl.float32)
+        if ADAPTIVE:
+            b_w = tl.load(w_ptr + per_slot(p_routes, slot, K, 0) * R + rank, mask=m_c, other=0)
+        b_dh = gradient_h(b_share, b_delta, b_p, b_w, b_q)
+        tl.store(dh_ptr + rows[:, None] * STRIDE + o_c[None, :], b_dh, mask=m_p)
+        if ADAPTIVE or GATES:
+            b_h = tl.load(h_ptr + rows[:, None] * STRIDE + o_c[None, :], mask=m_p, other=0)
+        if ADAPTIVE:
+            tl.store(p_c + o_c, tl.sum(b_delta[:, None] * b_h, 0) * b_q, mask=m_c)
+        if GATES:
+            b_dq = tl.sum((b_share[:, None] * b_p + b_delta[:, None] * b_w[None, :]) * b_h, 0)
+            tl.store(p_dq + o_c, b_dq, mask=m_c)
+
+
 @triton.jit(do_not_specialize=["T", "n", "S", "parts"])
 def mix_backward_kernel(
     vu_part_ptr,  # (parts, T, K * R)
@@ -196,34 +245,20 @@ def mix_backward_kernel(
             b_p = scaling * part_sum(if_part_ptr, rows, m_p, slot, rank, T, parts, K, R, BT, BC)
             ph_i += tl.sum(b_p * tl.load(p_h + K * R, mask=m_p, other=0) * b_q[None, :], 1)
         b_delta = mix_backward(b_alpha, ph_v, ph_i)
-    for branch in tl.static_range(VU + IF):
-        IS_IF: tl.constexpr = branch + 1 - VU  # with both branches the first is VU
-        part_ptr = if_part_ptr if IS_IF else vu_part_ptr
-        b_share = 1 - b_alpha if IS_IF else b_alpha
-        delta = -b_delta if IS_IF else b_delta
-        p_routes = routes_ptr + (i_n * (VU + IF) + branch) * K
-        p_gates = gates_ptr + (i_n * (VU + IF) + branch) * K
-        for block in tl.static_range(BLOCKS):
-            slot, rank = columns(block, BC, RP)
-            m_c = (slot < K) & (rank < R)
-            m_p = inside[:, None] & m_c[None, :]
-            o_c = branch * K * R + slot * R + rank
-            b_q = per_slot(p_gates, slot, K, 0.0)
-            b_p = scaling * part_sum(part_ptr, rows, m_p, slot, rank, T, parts, K, R, BT, BC)
-            b_w = tl.zeros([BC], tl.float32)
-            if ADAPTIVE:
-                p_w = w_ptr + (per_slot(p_routes, slot, K, 0) + IS_IF * M) * R + rank
-                b_w = tl.load(p_w, mask=m_c, other=0)
-            b_dh = gradient_h(b_share, delta, b_p, b_w, b_q)
-            tl.store(dh_ptr + rows[:, None] * STRIDE + o_c[None, :], b_dh, mask=m_p)
-            if ADAPTIVE or GATES:
-                b_h = tl.load(h_ptr + rows[:, None] * STRIDE + o_c[None, :], mask=m_p, other=0)
-            if ADAPTIVE:
-                b_c = tl.sum(delta[:, None] * b_h, 0) * b_q
-                tl.store(c_part_ptr + wide(tile) * STRIDE + o_c, b_c, mask=m_c)
-            if GATES:
-                b_dq = tl.sum((b_share[:, None] * b_p + delta[:, None] * b_w[None, :]) * b_h, 0)
-                tl.store(dq_part_ptr + wide(tile) * STRIDE + o_c, b_dq, mask=m_c)
+    o_g = i_n * (VU + IF) * K
+    if VU:
+        branch_backward(
+            vu_part_ptr, h_ptr, w_ptr, routes_ptr + o_g, gates_ptr + o_g, dh_ptr, c_part_ptr + wide(tile) * STRIDE,
+            dq_part_ptr + wide(tile) * STRIDE, rows, inside, b_alpha, b_delta, parts, T, scaling, R, RP, K, STRIDE, BT,
+            BC, BLOCKS, ADAPTIVE, GATES,
+        )  # fmt: skip
+    if IF:
+        o_b = VU * K * R
+        branch_backward(
+            if_part_ptr, h_ptr + o_b, w_ptr + M * R, routes_ptr + o_g + VU * K, gates_ptr + o_g + VU * K, dh_ptr + o_b,
+            c_part_ptr + wide(tile) * STRIDE + o_b, dq_part_ptr + wide(tile) * STRIDE + o_b, rows, inside, 1 - b_alpha,
+            -b_delta, parts, T, scaling, R, RP, K, STRIDE, BT, BC, BLOCKS, ADAPTIVE, GATES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -322,9 +357,7 @@ def _collect_B(
                     b_dB += tl.load(p_part, mask=inside & (route == expert), other=0)
             if ADAPTIVE:
                 b_dB += b_I[:, None] * b_c[None, :]
-            tl.store(
-                dB_ptr + wide(expert) * k * R + o_b, b_dB.to(dB_ptr.dtype.element_ty), mask=inside
-            )
+            tl.store(dB_ptr + wide(expert) * k * R + o_b, b_dB.to(dB_ptr.dtype.element_ty), mask=inside)
         if ADAPTIVE and WANT_I:
             b_B = tl.load(B_ptr + wide(expert) * k * R + o_b, mask=inside, other=0).to(tl.float32)
             b_dI += tl.sum(b_B * b_c[None, :], 1)

@@ -94,10 +94,10 @@ def _prepare(
                 b_r = tl.load(p_r, mask=(o_n[:, None] < N) & (o_e[None, :] < e), other=0).to(tl.float32)
                 b_z += tl.sum(b_r * b_i[None, :], 1)
             b_route, b_gate = top_k(b_z, N, NP, K, KP)
-            o_k = tl.arange(0, KP)
-            slot = (pid * BRANCHES + BRANCHES - 1) * K + o_k
-            tl.store(routes_ptr + slot, b_route, mask=o_k < K)
-            tl.store(gates_ptr + slot, b_gate, mask=o_k < K)
+            o_slot = tl.arange(0, KP)
+            p_slot = (pid * BRANCHES + BRANCHES - 1) * K + o_slot
+            tl.store(routes_ptr + p_slot, b_route, mask=o_slot < K)
+            tl.store(gates_ptr + p_slot, b_gate, mask=o_slot < K)
             tl.store(logits_ptr + pid * (M + N) + M + o_n, b_z, mask=o_n < N)
     else:
         i_e = (pid - n) % (M + N)

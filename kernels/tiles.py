@@ -50,7 +50,7 @@ class Card:
 def card_of(device: torch.device) -> Card:
     """The device's card; the default one stands in for a CPU, on which the interpreter runs."""
     if device.type != "cuda":
-        return Card()
+        return Card(processors=4) if device.type == "cpu" else Card()
     properties = torch.cuda.get_device_properties(device)
     return Card((properties.major, properties.minor), properties.multi_processor_count)
 

