@@ -140,7 +140,7 @@ def run_layer(s: Setting) -> None:
             x, s.instances, cu, mask, torch.empty(s.instances, 384), given, gates, A, A, B, B, router, router_if,
             importance, importance, seed, s.threshold, s.top_k, 2.0, "adaptive", learns,
         )  # fmt: skip
-        _, alpha = passes.fuse_expand(
+        _, lead = passes.fuse_expand(
             h,
             w,
             routes,
@@ -158,7 +158,7 @@ def run_layer(s: Setting) -> None:
         )
         if s.training:
             dh, *_ = passes.grad_output(
-                g, h, w, routes, gates, alpha, B, B, importance, importance, s.instances, cu, 2.0, "adaptive",
+                g, h, w, routes, gates, lead, B, B, importance, importance, s.instances, cu, 2.0, "adaptive",
                 True, True, True, True, learns,
             )  # fmt: skip
             passes.grad_input(

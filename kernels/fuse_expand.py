@@ -9,7 +9,7 @@ from . import tiles
 from .common import columns, locate, per_slot
 from .mix import mix
 
-FIXED_ALPHA = {"mean": 0.5, "vu": 1.0, "if": 0.0}
+FIXED_LEAD = {"mean": 0.0, "vu": float("inf"), "if": -float("inf")}
 
 
 @triton.jit
@@ -45,13 +45,13 @@ def fuse_expand_kernel(
     if_B_ptr,  # (N, k, R)
     bias_ptr,  # (k,)
     cu_ptr,  # (n + 1,)
-    alpha_ptr,  # (T,) out
+    lead_ptr,  # (T,) out
     y_ptr,  # (T, k) out
     n,
     S,
     k,
     scaling,
-    fixed_alpha,
+    fixed_lead,
     M: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
@@ -87,20 +87,20 @@ def fuse_expand_kernel(
         score_if = score(
             h_if_ptr, rows, inside, w_ptr + M * R, p_routes + K, p_gates + K, K, R, RP, STRIDE, BT, BC, BLOCKS
         )
-        b_alpha = mix(score_vu, score_if)
+        b_lead = mix(score_vu, score_if)
     else:
-        b_alpha = tl.zeros([BT], tl.float32) + fixed_alpha
+        b_lead = tl.zeros([BT], tl.float32) + fixed_lead
     if i_s == 0:
-        tl.store(alpha_ptr + rows, b_alpha, mask=inside)
+        tl.store(lead_ptr + rows, b_lead, mask=inside)
 
     slot, rank = columns(0, BC, RP)
     if BLOCKS == 1:  # what B is multiplied with stays in registers over the whole of k
         if VU:
             b_q = per_slot(p_gates, slot, K, 0.0)
-            u_v = fused(h_ptr, rows, inside, b_alpha, slot, rank, b_q, scaling, K, R, STRIDE).to(dtype)
+            u_v = fused(h_ptr, rows, inside, tl.sigmoid(b_lead), slot, rank, b_q, scaling, K, R, STRIDE).to(dtype)
         if IF:
             b_q = per_slot(p_gates + VU * K, slot, K, 0.0)
-            u_i = fused(h_if_ptr, rows, inside, 1 - b_alpha, slot, rank, b_q, scaling, K, R, STRIDE).to(dtype)
+            u_i = fused(h_if_ptr, rows, inside, tl.sigmoid(-b_lead), slot, rank, b_q, scaling, K, R, STRIDE).to(dtype)
     span = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
     for c in range(i_s * span, tl.minimum(k, (i_s + 1) * span), BK):
         o_k = c + tl.arange(0, BK)
@@ -113,7 +113,9 @@ def fuse_expand_kernel(
             if VU:
                 if BLOCKS > 1:
                     b_q = per_slot(p_gates, slot, K, 0.0)
-                    u_v = fused(h_ptr, rows, inside, b_alpha, slot, rank, b_q, scaling, K, R, STRIDE).to(dtype)
+                    u_v = fused(h_ptr, rows, inside, tl.sigmoid(b_lead), slot, rank, b_q, scaling, K, R, STRIDE).to(
+                        dtype
+                    )
                 expert = per_slot(p_routes, slot, K, 0)
                 p_b = vu_B_ptr + (expert.to(tl.int64) * k * R + rank)[:, None] + o_k[None, :].to(tl.int64) * R
                 b_b = tl.load(p_b, mask=m_b, other=0).to(dtype)
@@ -121,7 +123,9 @@ def fuse_expand_kernel(
             if IF:
                 if BLOCKS > 1:
                     b_q = per_slot(p_gates + VU * K, slot, K, 0.0)
-                    u_i = fused(h_if_ptr, rows, inside, 1 - b_alpha, slot, rank, b_q, scaling, K, R, STRIDE).to(dtype)
+                    u_i = fused(h_if_ptr, rows, inside, tl.sigmoid(-b_lead), slot, rank, b_q, scaling, K, R, STRIDE).to(
+                        dtype
+                    )
                 expert = per_slot(p_routes + VU * K, slot, K, 0)
                 p_b = if_B_ptr + (expert.to(tl.int64) * k * R + rank)[:, None] + o_k[None, :].to(tl.int64) * R
                 b_b = tl.load(p_b, mask=m_b, other=0).to(dtype)
@@ -147,7 +151,7 @@ def fuse_expand(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, alpha); arguments and results as in `smolora.rank_space.fuse_expand`.
+    """(y, lead); arguments and results as in `smolora.rank_space.fuse_expand`.
 
     y is written once, and the base's product accumulates on it inside its matrix product, which reads y while it is
     bound by arithmetic.
@@ -158,13 +162,13 @@ def fuse_expand(
     tile = tiles.choose_tile("expand", r, top_k, dtype, card.capability)
     RP = tiles.rank_columns(r)
     y = torch.empty((T, k), dtype=dtype, device=h.device)
-    alpha = h.new_empty(T)
+    lead = h.new_empty(T)
     number = tiles.tile_count(T, n, tile.BT, cu_seqlens is not None)
     splits = tiles.splits(number, k, 4 * tile.BD, card.processors)
     if number and k:
         fuse_expand_kernel[(number, splits)](
             h, w, routes, gates, vu_B, if_B, h if bias is None else bias, routes if cu_seqlens is None else cu_seqlens,
-            alpha, y, n, T // max(n, 1), k, scaling, FIXED_ALPHA.get(fusion, 0.0),
+            lead, y, n, T // max(n, 1), k, scaling, FIXED_LEAD.get(fusion, 0.0),
             M=M, R=r, RP=RP, K=top_k, BT=tile.BT, BK=tile.BD, BC=tile.BC,
             BLOCKS=tiles.cdiv(tiles.next_power(top_k) * RP, tile.BC), SPLITS=splits, VU=fusion != "if",
             IF=fusion != "vu", ADAPTIVE=fusion == "adaptive", BIAS=bias is not None, VARLEN=cu_seqlens is not None,
@@ -172,4 +176,4 @@ def fuse_expand(
         )  # fmt: skip
     if weight is not None:
         y.addmm_(x, weight.t())
-    return y, alpha
+    return y, lead

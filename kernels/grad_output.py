@@ -30,7 +30,7 @@ def grad_output_kernel(
     h_ptr,  # (T, b, K, R)
     routes_ptr,  # (n, b, K)
     gates_ptr,  # (n, b, K)
-    alpha_ptr,  # (T,)
+    lead_ptr,  # (T,)
     vu_B_ptr,  # (M, k, R)
     if_B_ptr,  # (N, k, R)
     cu_ptr,  # (n + 1,)
@@ -100,22 +100,22 @@ def grad_output_kernel(
         rows = t + tl.arange(0, BT)
         inside = rows < end
         b_g = tl.load(g_ptr + rows[:, None] * k + o_k[None, :], mask=inside[:, None] & m_k[None, :], other=0)
-        b_alpha = tl.load(alpha_ptr + rows, mask=inside, other=0)
+        b_lead = tl.load(lead_ptr + rows, mask=inside, other=0)
         m_p = inside[:, None] & m_c[None, :]
         o_p = (wide(i_k) * T + rows)[:, None] * (K * R) + (slot * R + rank)[None, :]
         if VU:
             if P:
                 tl.store(vu_part_ptr + o_p, tl.dot(b_g, b_v, input_precision=PRECISION), mask=m_p)
             if VU_B:
-                u_v = fused(h_ptr, rows, inside, b_alpha, slot, rank, q_v, scaling, K, R, STRIDE).to(dtype)
+                u_v = fused(h_ptr, rows, inside, tl.sigmoid(b_lead), slot, rank, q_v, scaling, K, R, STRIDE).to(dtype)
                 d_v = tl.dot(tl.trans(b_g), u_v, d_v, input_precision=PRECISION)
         if IF:
             if P:
                 tl.store(if_part_ptr + o_p, tl.dot(b_g, b_i, input_precision=PRECISION), mask=m_p)
             if IF_B:
-                u_i = fused(h_ptr + VU * K * R, rows, inside, 1 - b_alpha, slot, rank, q_i, scaling, K, R, STRIDE).to(
-                    dtype
-                )
+                u_i = fused(
+                    h_ptr + VU * K * R, rows, inside, tl.sigmoid(-b_lead), slot, rank, q_i, scaling, K, R, STRIDE
+                ).to(dtype)
                 d_i = tl.dot(tl.trans(b_g), u_i, d_i, input_precision=PRECISION)
 
     p_out = B_part_ptr + (wide(chunk) * (VU + IF) * K + slot)[None, :] * k * R + o_k[:, None].to(tl.int64) * R
@@ -195,7 +195,7 @@ def mix_backward_kernel(
     w_ptr,  # (M + N, R)
     routes_ptr,  # (n, b, K)
     gates_ptr,  # (n, b, K)
-    alpha_ptr,  # (T,)
+    lead_ptr,  # (T,)
     cu_ptr,  # (n + 1,)
     dh_ptr,  # (T, b, K, R) out
     c_part_ptr,  # (tiles, b, K, R) out
@@ -229,7 +229,7 @@ def mix_backward_kernel(
         return
     rows = start + tl.arange(0, BT)
     inside = rows < end
-    b_alpha = tl.load(alpha_ptr + rows, mask=inside, other=0)
+    b_lead = tl.load(lead_ptr + rows, mask=inside, other=0)
     b_delta = tl.zeros([BT], tl.float32)
     if ADAPTIVE:
         ph_v = tl.zeros([BT], tl.float32)
@@ -244,19 +244,19 @@ def mix_backward_kernel(
             b_q = per_slot(gates_ptr + (i_n * 2 + 1) * K, slot, K, 0.0)
             b_p = scaling * part_sum(if_part_ptr, rows, m_p, slot, rank, T, parts, K, R, BT, BC)
             ph_i += tl.sum(b_p * tl.load(p_h + K * R, mask=m_p, other=0) * b_q[None, :], 1)
-        b_delta = mix_backward(b_alpha, ph_v, ph_i)
+        b_delta = mix_backward(b_lead, ph_v, ph_i)
     o_g = i_n * (VU + IF) * K
     if VU:
         branch_backward(
             vu_part_ptr, h_ptr, w_ptr, routes_ptr + o_g, gates_ptr + o_g, dh_ptr, c_part_ptr + wide(tile) * STRIDE,
-            dq_part_ptr + wide(tile) * STRIDE, rows, inside, b_alpha, b_delta, parts, T, scaling, R, RP, K, STRIDE, BT,
+            dq_part_ptr + wide(tile) * STRIDE, rows, inside, tl.sigmoid(b_lead), b_delta, parts, T, scaling, R, RP, K, STRIDE, BT,
             BC, BLOCKS, ADAPTIVE, GATES,
         )  # fmt: skip
     if IF:
         o_b = VU * K * R
         branch_backward(
             if_part_ptr, h_ptr + o_b, w_ptr + M * R, routes_ptr + o_g + VU * K, gates_ptr + o_g + VU * K, dh_ptr + o_b,
-            c_part_ptr + wide(tile) * STRIDE + o_b, dq_part_ptr + wide(tile) * STRIDE + o_b, rows, inside, 1 - b_alpha,
+            c_part_ptr + wide(tile) * STRIDE + o_b, dq_part_ptr + wide(tile) * STRIDE + o_b, rows, inside, tl.sigmoid(-b_lead),
             -b_delta, parts, T, scaling, R, RP, K, STRIDE, BT, BC, BLOCKS, ADAPTIVE, GATES,
         )  # fmt: skip
 
@@ -371,7 +371,7 @@ def grad_output(
     w: Tensor,
     routes: Tensor,
     gates: Tensor,
-    alpha: Tensor,
+    lead: Tensor,
     vu_B: Tensor,
     if_B: Tensor,
     vu_importance: Tensor,
@@ -423,7 +423,7 @@ def grad_output(
         B_part = torch.empty((chunks, both, top_k, k, r), **float32)
     if chunks and (need_B or (need_p and one_read)):
         grad_output_kernel[(k_blocks, chunks, blocks)](
-            g, h, routes, gates, alpha, vu_B, if_B, cu, vu_part, if_part, B_part, chunk_owner, T, n, S, k, scaling,
+            g, h, routes, gates, lead, vu_B, if_B, cu, vu_part, if_part, B_part, chunk_owner, T, n, S, k, scaling,
             R=r, RP=RP, K=top_k, BT=tile.BT, BK=tile.BD, BC=tile.BC, CHUNK=chunk, VU=use_vu, IF=use_if,
             P=need_p and one_read, VU_B=need_vu_B, IF_B=need_if_B, VARLEN=packed, IEEE=g.dtype == torch.float32,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -439,7 +439,7 @@ def grad_output(
         dgates = torch.empty((n if need_gates else 0, both, top_k), **float32)
         if number:
             mix_backward_kernel[(number,)](
-                vu_part, if_part, h, w, routes, gates, alpha, cu, dh, c_part, dq_part, tile_owner, parts, T, n, S, scaling,
+                vu_part, if_part, h, w, routes, gates, lead, cu, dh, c_part, dq_part, tile_owner, parts, T, n, S, scaling,
                 M=M, R=r, RP=RP, K=top_k, BT=mix_tile.BT, BC=mix_tile.BC, BLOCKS=tiles.cdiv(KP * RP, mix_tile.BC),
                 VU=use_vu, IF=use_if, ADAPTIVE=adaptive, GATES=need_gates, VARLEN=packed, num_warps=mix_tile.warps,
             )  # fmt: skip

@@ -10,17 +10,20 @@ import triton.language as tl
 
 @triton.jit
 def mix(score_vu, score_if):
-    """The VU branch's share of Eq. 8 from the branches' scores I . x_vu and I . x_if, [BT] each: a two-way softmax."""
-    return tl.sigmoid(score_vu - score_if)
+    """The lead of the VU branch [BT], from the branches' scores I . x of Eq. 8.
+
+    The two-way softmax over the scores gives the shares alpha = sigmoid(lead) and beta = sigmoid(-lead).
+    """
+    return score_vu - score_if
 
 
 @triton.jit
-def mix_backward(alpha, ph_vu, ph_if):
-    """Gradient of the VU branch's score, the negative of the IF branch's, [BT]; ph = sum of q p . h of a branch."""
-    return alpha * (1 - alpha) * (ph_vu - ph_if)
+def mix_backward(lead, ph_vu, ph_if):
+    """Gradient of the lead [BT]; ph is the sum of q p . h over a branch."""
+    return tl.sigmoid(lead) * tl.sigmoid(-lead) * (ph_vu - ph_if)
 
 
 @triton.jit
 def gradient_h(share, delta, b_p, b_w, b_q):
-    """Gradient of a branch's h [BT, BC]: through the expand, share p, and through the score, delta w; gated by q [BC]."""
+    """Gradient of a branch's h [BT, BC]: share p through the expand, delta w through the score, gated by q [BC]."""
     return b_q[None, :] * (share[:, None] * b_p + delta[:, None] * b_w[None, :])

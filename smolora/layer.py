@@ -178,8 +178,8 @@ class FusedSMoLoRA(nn.Module):
             route_mask=None if route_mask is None else route_mask.reshape(-1).contiguous(), cu_seqlens=cu_seqlens,
             routes=routes, gates=gates, seed=seed,
         )  # fmt: skip
-        *last, alpha = last
-        self._last = (*last, alpha if self.keep_alpha else None)
+        *last, lead = last
+        self._last = (*last, torch.sigmoid(lead) if self.keep_alpha else None)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if plain else y.add_(base(x))
 

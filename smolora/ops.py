@@ -117,7 +117,7 @@ def _fake_fuse_expand(
 
 
 def _fake_grad_output(
-    g, h, w, routes, gates, alpha, vu_B, if_B, vu_importance, if_importance, instances, cu_seqlens, scaling, fusion,
+    g, h, w, routes, gates, lead, vu_B, if_B, vu_importance, if_importance, instances, cu_seqlens, scaling, fusion,
     need_dh, need_vu_B, need_if_B, need_importance, need_gates, backend,
 ):  # fmt: skip
     use_vu, use_if = rank_space.branches(fusion)
@@ -158,7 +158,7 @@ fuse_expand = _define(
     _fake_fuse_expand,
 )
 grad_output = _define(
-    "grad_output(Tensor g, Tensor h, Tensor w, Tensor routes, Tensor gates, Tensor alpha, Tensor vu_B, Tensor if_B, "
+    "grad_output(Tensor g, Tensor h, Tensor w, Tensor routes, Tensor gates, Tensor lead, Tensor vu_B, Tensor if_B, "
     "Tensor vu_importance, Tensor if_importance, SymInt instances, Tensor? cu_seqlens, float scaling, str fusion, "
     "bool need_dh, bool need_vu_B, bool need_if_B, bool need_importance, bool need_gates, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -173,9 +173,9 @@ grad_input = _define(
 
 
 class _SMoLoRA(torch.autograd.Function):
-    """Forward and backward over the four passes; the routes, gates, logits and alpha it returns are not differentiable.
+    """Forward and backward over the four passes; the routes, gates, logits and lead it returns are not differentiable.
 
-    Saved for backward, besides parameters: x if an A trains (else nothing of x's size), h, alpha, and what is per
+    Saved for backward, besides parameters: x if an A trains (else nothing of x's size), h, lead, and what is per
     instance. Nothing saved is written to.
     """
 
@@ -191,23 +191,23 @@ class _SMoLoRA(torch.autograd.Function):
             if_router, vu_importance, if_importance, seed, threshold, top_k, scaling, fusion, router_grad is not None,
             backend,
         )  # fmt: skip
-        y, alpha = fuse_expand(
+        y, lead = fuse_expand(
             h, w, routes, gates, vu_B, if_B, instances, cu_seqlens, scaling, fusion, x.dtype,
             None if weight is None else x, weight, bias, backend,
         )  # fmt: skip
         ctx.save_for_backward(
-            x if keep_x else None, h, w, routes, gates, alpha, logits, mean, vu_A, vu_B, if_A, if_B, vu_router,
+            x if keep_x else None, h, w, routes, gates, lead, logits, mean, vu_A, vu_B, if_A, if_B, vu_router,
             if_router, vu_importance, if_importance, instruction, weight, route_mask, cu_seqlens, seed,
         )  # fmt: skip
         ctx.options = instances, threshold, scaling, fusion, router_grad, backend, x.dtype
-        ctx.mark_non_differentiable(routes, gates, logits, alpha)
-        return y, routes, gates, logits, alpha
+        ctx.mark_non_differentiable(routes, gates, logits, lead)
+        return y, routes, gates, logits, lead
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
         (
-            x, h, w, routes, gates, alpha, logits, mean, vu_A, vu_B, if_A, if_B, vu_router, if_router, vu_importance,
+            x, h, w, routes, gates, lead, logits, mean, vu_A, vu_B, if_A, if_B, vu_router, if_router, vu_importance,
             if_importance, instruction, weight, route_mask, cu_seqlens, seed,
         ) = ctx.saved_tensors  # fmt: skip
         instances, threshold, scaling, fusion, router_grad, backend, dtype = ctx.options
@@ -217,7 +217,7 @@ class _SMoLoRA(torch.autograd.Function):
         dy = dy.contiguous()
         learn = router_grad is not None and any(need[n] for n in ("x", "vu_router", "if_router", "instruction"))
         dh, dvu_B, dif_B, dvu_importance, dif_importance, dgates = grad_output(
-            dy, h, w, routes, gates, alpha, vu_B, if_B, vu_importance, if_importance, instances, cu_seqlens, scaling,
+            dy, h, w, routes, gates, lead, vu_B, if_B, vu_importance, if_importance, instances, cu_seqlens, scaling,
             fusion, need["x"] or need["vu_A"] or need["if_A"], need["vu_B"], need["if_B"],
             need["vu_importance"] or need["if_importance"], learn, backend,
         )  # fmt: skip
@@ -293,7 +293,7 @@ def smolora_linear(
         route_mask: bool (T,), contiguous. cu_seqlens: int32 (n + 1,). routes: int32 (n, b, c), gates (n, b, c).
 
     Returns:
-        y (T, k), routes (n, b, c), gates (n, b, c), logits (n, M + N) or (n, 0), alpha (T,). Without `weight`, y is
+        y (T, k), routes (n, b, c), gates (n, b, c), logits (n, M + N) or (n, 0), lead (T,). Without `weight`, y is
         the adapter's output alone.
     """
     learns = (top_k > 1 or router_grad == "straight_through") and routes is None

@@ -10,9 +10,10 @@ Eq. 7 to 9 never exist. The two branches lie side by side, VU first, in tensors 
     gates   (n, b, c)      softmax over the chosen logits
     logits  (n, M + N)     router outputs; (n, 0) when the routes were given
     mean    (n, d)         what the VU router saw; (0, 0) when nobody needs it
-    alpha   (T,)           the VU branch's share; the IF branch's is 1 - alpha
+    lead    (T,)           by how much the VU branch's score leads: its share alpha is sigmoid(lead), the IF branch's
+                           beta is sigmoid(-lead), which 1 - alpha would round away where beta is small
 
-Reductions, h, w, gates and alpha are float32 (float64 for float64 inputs). Packed instances of unequal lengths are cut
+Reductions, h, w, gates and lead are float32 (float64 for float64 inputs). Packed instances of unequal lengths are cut
 into blocks of one instance each, so that every product is one batched matrix product over blocks.
 """
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 PHILOX_ROUNDS = 10
+FIXED_LEAD = {"mean": 0.0, "vu": float("inf"), "if": -float("inf")}
 
 
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -172,20 +174,20 @@ def route_backward(
 
 
 def mix(h: Tensor, w: Tensor, gates: Tensor, fusion: str) -> Tensor:
-    """The VU branch's share alpha (N, L) of Eq. 8 from h (N, L, b, c, r), the chosen w (N, b, c, r), gates (N, b, c)."""
+    """The lead (N, L), I . x_vu - I . x_if of Eq. 8, from h (N, L, b, c, r), the chosen w (N, b, c, r), gates (N, b, c)."""
     if fusion != "adaptive":
-        return h.new_full(h.shape[:2], {"mean": 0.5, "vu": 1.0, "if": 0.0}[fusion])
+        return h.new_full(h.shape[:2], FIXED_LEAD[fusion])
     signed = (w * gates[..., None]) * h.new_tensor([1.0, -1.0])[:, None, None]
-    return torch.sigmoid(torch.einsum("nlx,nx->nl", h.flatten(2), signed.flatten(1)))
+    return torch.einsum("nlx,nx->nl", h.flatten(2), signed.flatten(1))
 
 
-def shares(alpha: Tensor, fusion: str) -> Tensor:
-    """alpha (...) -> the shares (..., b) of the branches in use."""
-    return torch.stack([part for part, used in zip((alpha, 1 - alpha), branches(fusion), strict=True) if used], -1)
+def shares(lead: Tensor, fusion: str) -> Tensor:
+    """The lead (...) -> the shares (..., b) of the branches in use, alpha and beta."""
+    return torch.sigmoid(torch.stack([(lead, -lead)[branch] for branch in active_streams(fusion)], -1))
 
 
 def mix_backward(
-    p: Tensor, h: Tensor, w: Tensor, gates: Tensor, alpha: Tensor, fusion: str
+    p: Tensor, h: Tensor, w: Tensor, gates: Tensor, lead: Tensor, fusion: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The derivative of mix and of the gating, from p = s B^T g (N, L, b, c, r).
 
@@ -193,13 +195,13 @@ def mix_backward(
         dh (N, L, b, c, r); c = sum over tokens of the score's gradient times q h (N, b, c, r), which carries it to B
         and I; and the gates' gradient (N, b, c).
     """
-    share = shares(alpha, fusion)[..., None, None]  # (N, L, b, 1, 1)
+    share = shares(lead, fusion)[..., None, None]  # (N, L, b, 1, 1)
     q = gates[:, None, :, :, None]
     if fusion != "adaptive":
         dgates = (share * p * h).sum((1, 4))
         return q * share * p, torch.zeros_like(h[:, 0]), dgates
     ph = (q * p * h).sum((3, 4))  # (N, L, 2)
-    delta = alpha * (1 - alpha) * (ph[..., 0] - ph[..., 1])  # (N, L)
+    delta = torch.sigmoid(lead) * torch.sigmoid(-lead) * (ph[..., 0] - ph[..., 1])  # (N, L)
     delta = torch.stack([delta, -delta], -1)[..., None, None]
     gated = share * p + delta * w[:, None]
     return q * gated, (delta * q * h).sum(1), (gated * h).sum((1, 4))
@@ -248,9 +250,9 @@ def _chosen_w(w: Tensor, routes: Tensor, num_vu: int, fusion: str) -> Tensor | N
     return w.index_select(0, rows.flatten()).view(*routes.shape, w.shape[1])
 
 
-def _fused(h: Tensor, alpha: Tensor, gates: Tensor, scaling: float, fusion: str) -> Tensor:
+def _fused(h: Tensor, lead: Tensor, gates: Tensor, scaling: float, fusion: str) -> Tensor:
     """What B is multiplied with, s (alpha q h_vu | beta q h_if): (N, L, b c r)."""
-    return (h * (scaling * shares(alpha, fusion)[..., None] * gates[:, None])[..., None]).flatten(2)
+    return (h * (scaling * shares(lead, fusion)[..., None] * gates[:, None])[..., None]).flatten(2)
 
 
 def route_shrink(
@@ -341,17 +343,17 @@ def fuse_expand(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fuse the branches and expand them to the output: (y (T, k), alpha (T,)).
+    """Fuse the branches and expand them to the output: (y (T, k), lead (T,)).
 
     Without `weight` y is the adapter's output alone; with it, x weight^T + bias is in it too.
     """
     blocks = cut(h.shape[0], instances, cu_seqlens)
     routes, gates, h = blocks.spread(routes), blocks.spread(gates), blocks.split(h)
-    alpha = mix(h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, fusion)
-    u = _fused(h, alpha, gates, scaling, fusion)
+    lead = mix(h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, fusion)
+    u = _fused(h, lead, gates, scaling, fusion)
     B = _chosen_B((vu_B, if_B), routes, fusion, dtype)
     base = None if weight is None else torch.nn.functional.linear(x, weight, bias)
-    return _accumulate(base, u, B.mT, blocks, dtype), blocks.join(alpha)
+    return _accumulate(base, u, B.mT, blocks, dtype), blocks.join(lead)
 
 
 def _accumulate(base: Tensor | None, left: Tensor, right: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
@@ -368,7 +370,7 @@ def grad_output(
     w: Tensor,
     routes: Tensor,
     gates: Tensor,
-    alpha: Tensor,
+    lead: Tensor,
     vu_B: Tensor,
     if_B: Tensor,
     vu_importance: Tensor,
@@ -389,7 +391,7 @@ def grad_output(
     """
     accurate = accurate_dtype(g.dtype)
     blocks = cut(h.shape[0], instances, cu_seqlens)
-    routes, gates, alpha, h = blocks.spread(routes), blocks.spread(gates), blocks.split(alpha), blocks.split(h)
+    routes, gates, lead, h = blocks.spread(routes), blocks.spread(gates), blocks.split(lead), blocks.split(h)
     g_blocks = blocks.split(g).to(accurate)
     need_c = fusion == "adaptive" and (need_vu_B or need_if_B or need_importance)
     dh = dgates = g.new_empty(0, dtype=accurate)
@@ -398,10 +400,10 @@ def grad_output(
     if need_dh or need_c or need_gates:
         B = _chosen_B((vu_B, if_B), routes, fusion, g.dtype)
         p = torch.bmm(g_blocks, B).mul_(scaling).view_as(h)
-        dh, c, dgates = mix_backward(p, h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, alpha, fusion)
+        dh, c, dgates = mix_backward(p, h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, lead, fusion)
         dh, dgates = blocks.join(dh), blocks.gather(dgates, instances)
     if need_vu_B or need_if_B:
-        partial = torch.bmm(g_blocks.mT, _fused(h, alpha, gates, scaling, fusion))
+        partial = torch.bmm(g_blocks.mT, _fused(h, lead, gates, scaling, fusion))
         partial = partial.view(*partial.shape[:2], *h.shape[2:]).permute(2, 0, 3, 1, 4)  # (b, N, c, k, r)
     for slot, branch in enumerate(active_streams(fusion)):
         B, importance = ((vu_B, vu_importance), (if_B, if_importance))[branch]

@@ -1,12 +1,26 @@
 """What holds for every test: where kernels run, and memory that is never quietly zero."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before any kernel is imported: Triton decides then
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure() -> None:
+    """Let Triton's interpreter patch its language once a launch; it does so again for every device function called,
+    which takes half of the time of these tests."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch, both = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang = lambda fn: patch(both)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
