@@ -224,8 +224,7 @@ def grad_input(
     tile = tiles.choose_tile("grad_input", r, top_k, dtype, card.capability)
     RP, KP = tiles.rank_columns(r), tiles.next_power(top_k)
     blocks = tiles.cdiv(KP * RP, tile.BC)
-    empty = dh.new_empty(0)
-    dx = torch.empty((T, d), dtype=dtype, device=dh.device) if need_dx else empty
+    dx = torch.empty((T, d), dtype=dtype, device=dh.device) if need_dx else dh.new_empty(0, dtype=dtype)
     d_blocks = tiles.cdiv(d, tile.BD)
     chunk = tiles.chunk_tokens(T, n, d_blocks, tile.BT, card.processors)
     chunks = tiles.tile_count(T, n, chunk, packed)
@@ -250,7 +249,7 @@ def grad_input(
             launch(1, blocks, True, False, False)
         if need_A:
             launch(blocks, 1, False, need_vu_A, need_if_A)
-    dA = [empty, empty]
+    dA = [A.new_empty(0) for A in (vu_A, if_A)]
     for branch, (A, want) in enumerate(((vu_A, need_vu_A), (if_A, need_if_A))):
         if want:
             dA[branch] = torch.empty_like(A)

@@ -401,15 +401,16 @@ def grad_output(
     blocks = tiles.cdiv(KP * RP, tile.BC)
     one_read = 2 * KP * RP <= tiles.MAX_BLOCK_COLUMNS
     cu = routes if cu_seqlens is None else cu_seqlens
-    empty = g.new_empty(0, dtype=torch.float32)
-    dh, dgates, dB, dI = empty, empty, [empty, empty], [empty, empty]
     float32 = dict(dtype=torch.float32, device=g.device)
     int32 = dict(dtype=torch.int32, device=g.device)
+    dh, dgates = torch.empty(0, **float32), torch.empty(0, **float32)
+    dB = [B.new_empty(0) for B in (vu_B, if_B)]
+    dI = [importance.new_empty(0) for importance in (vu_importance, if_importance)]
 
     k_blocks = tiles.cdiv(k, tile.BD)
     chunk = tiles.chunk_tokens(T, n, k_blocks, tile.BT, card.processors)
     chunks = tiles.tile_count(T, n, chunk, packed)
-    vu_part = if_part = B_part = empty
+    vu_part = if_part = B_part = dh
     chunk_owner = torch.empty(chunks, **int32)
     if need_p and one_read:
         vu_part = torch.empty((k_blocks, T, top_k * r) if use_vu else 0, **float32)
@@ -436,7 +437,7 @@ def grad_output(
         dh = torch.empty_like(h)
         c_part = torch.empty((number if adaptive else 0, both, top_k, r), **float32)
         dq_part = torch.empty((number if need_gates else 0, both, top_k, r), **float32)
-        dgates = torch.empty((n if need_gates else 0, both, top_k), **float32)
+        dgates = torch.empty((n, both, top_k) if need_gates else 0, **float32)
         if number:
             mix_backward_kernel[(number,)](
                 vu_part, if_part, h, w, routes, gates, lead, cu, dh, c_part, dq_part, tile_owner, parts, T, n, S, scaling,
@@ -464,4 +465,4 @@ def grad_output(
             E=B.shape[0], R=r, RP=RP, K=top_k, BRANCHES=both, BK=64, ADAPTIVE=need_c, WANT_B=want,
             WANT_I=need_importance, num_warps=4,
         )  # fmt: skip
-    return dh if need_dh else empty, *dB, *dI, dgates
+    return dh if need_dh else torch.empty(0, **float32), *dB, *dI, dgates

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .backends import resolve_backend
 from .config import SMoLoRAConfig, dropout_threshold
 from .ops import smolora_linear
-from .rank_space import active_streams, branches
+from .rank_space import accurate_dtype, active_streams, branches
 from .routing import Routing
 
 OFFICIAL_KEY = re.compile(
@@ -164,7 +164,7 @@ class FusedSMoLoRA(nn.Module):
             elif instruction.dim() == 1:
                 instruction = instruction.expand(instances, -1)
         else:
-            routes, gates = self._given(routes, gates, instances)
+            routes, gates = self._given(routes, gates, instances, accurate_dtype(dtype))
             instruction = None
         tokens = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         base = self.base_layer
@@ -326,8 +326,9 @@ class FusedSMoLoRA(nn.Module):
         routes: tuple[Tensor | None, Tensor | None],
         gates: tuple[Tensor | None, Tensor | None] | None,
         instances: int,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Given routes and gates as the passes take them, (n, b, c)."""
+        """Given routes, and gates in `dtype`, as the passes take them, (n, b, c)."""
         top_k = self.config.top_k
         picked: dict[str, list[Tensor]] = {"routes": [], "gates": []}
         for name, pair in (("routes", routes), ("gates", gates)):
@@ -350,5 +351,5 @@ class FusedSMoLoRA(nn.Module):
                 picked[name].append(value.view(instances, top_k))
         chosen = torch.stack(picked["routes"], 1).int()
         if gates is None:
-            return chosen, torch.full(chosen.shape, 1 / top_k, device=chosen.device)
-        return chosen, torch.stack(picked["gates"], 1).to(torch.float32)
+            return chosen, torch.full(chosen.shape, 1 / top_k, dtype=dtype, device=chosen.device)
+        return chosen, torch.stack(picked["gates"], 1).to(dtype)

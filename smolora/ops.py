@@ -137,7 +137,7 @@ def _fake_grad_input(
 ):  # fmt: skip
     use_vu, use_if = rank_space.branches(fusion)
     return (
-        dh.new_empty((dh.shape[0], vu_A.shape[2]) if need_dx else 0, dtype=dtype),
+        dh.new_empty((dh.shape[0], vu_A.shape[2]) if need_dx else (0,), dtype=dtype),
         torch.empty_like(vu_A) if need_vu_A and use_vu else vu_A.new_empty(0),
         torch.empty_like(if_A) if need_if_A and use_if else if_A.new_empty(0),
     )

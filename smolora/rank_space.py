@@ -199,7 +199,7 @@ def mix_backward(
     q = gates[:, None, :, :, None]
     if fusion != "adaptive":
         dgates = (share * p * h).sum((1, 4))
-        return q * share * p, torch.zeros_like(h[:, 0]), dgates
+        return q * share * p, h.new_zeros((h.shape[0], *h.shape[2:])), dgates
     ph = (q * p * h).sum((3, 4))  # (N, L, 2)
     delta = torch.sigmoid(lead) * torch.sigmoid(-lead) * (ph[..., 0] - ph[..., 1])  # (N, L)
     delta = torch.stack([delta, -delta], -1)[..., None, None]
@@ -394,14 +394,15 @@ def grad_output(
     routes, gates, lead, h = blocks.spread(routes), blocks.spread(gates), blocks.split(lead), blocks.split(h)
     g_blocks = blocks.split(g).to(accurate)
     need_c = fusion == "adaptive" and (need_vu_B or need_if_B or need_importance)
-    dh = dgates = g.new_empty(0, dtype=accurate)
-    dB = [g.new_empty(0), g.new_empty(0)]
-    dI = [g.new_empty(0), g.new_empty(0)]
+    dh, dgates = g.new_empty(0, dtype=accurate), g.new_empty(0, dtype=accurate)
+    dB = [B.new_empty(0) for B in (vu_B, if_B)]
+    dI = [importance.new_empty(0) for importance in (vu_importance, if_importance)]
     if need_dh or need_c or need_gates:
         B = _chosen_B((vu_B, if_B), routes, fusion, g.dtype)
         p = torch.bmm(g_blocks, B).mul_(scaling).view_as(h)
         dh, c, dgates = mix_backward(p, h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, lead, fusion)
-        dh, dgates = blocks.join(dh), blocks.gather(dgates, instances)
+        dh = blocks.join(dh) if need_dh else g.new_empty(0, dtype=accurate)
+        dgates = blocks.gather(dgates, instances) if need_gates else g.new_empty(0, dtype=accurate)
     if need_vu_B or need_if_B:
         partial = torch.bmm(g_blocks.mT, _fused(h, lead, gates, scaling, fusion))
         partial = partial.view(*partial.shape[:2], *h.shape[2:]).permute(2, 0, 3, 1, 4)  # (b, N, c, k, r)
@@ -453,8 +454,8 @@ def grad_input(
     keep = None
     if threshold:
         keep = [blocks.split(m) for m in keep_masks(seed, tokens, d, threshold, active_streams(fusion))]
-    dx = dh.new_empty(0)
-    dA = [dh.new_empty(0), dh.new_empty(0)]
+    dx = dh.new_empty(0, dtype=dtype)
+    dA = [A.new_empty(0) for A in (vu_A, if_A)]
     if need_dx:
         A = _chosen_A((vu_A, if_A), routes, fusion, dtype)
         base = None if weight is None else g @ weight

@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from smolora.kernels.common import keep_mask, locate
 from smolora.kernels.tiles import chunk_tokens, next_power, tile_count
-
 from smolora.reference import philox_bytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
-from cases import OPTIONS, RANKS, SHAPES, plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from cases import OPTIONS, RANKS, SHAPES, plain
 from oracle import Case, build, check, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
