@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PHILOX_ROUNDS = 10
+LOW = 0xFFFFFFFF
 FIXED_LEAD = {"mean": 0.0, "vu": float("inf"), "if": -float("inf")}
 
 
@@ -50,32 +50,35 @@ def keep_masks(seed: Tensor, rows: int, columns: int, threshold: int, streams: t
     """Dropout masks, bool (rows, columns) for each stream, True where an element is kept.
 
     Philox4x32-10 with counter (column // 16, row low, row high, stream) and key `seed` (int64 (1,), on the device);
-    byte `column % 16` of its output is compared with `threshold`. 32-bit words live in int64, whose wrapping product
-    has the right 64 bits.
+    byte `column % 16` of its output is compared with `threshold`.
     """
-    device = seed.device
-    low = 0xFFFFFFFF
-    blocks = -(-columns // 16)
-    row = torch.arange(rows, device=device)[:, None]
-    shape = (len(streams), rows, blocks)
-    c0 = torch.arange(blocks, device=device).expand(shape).contiguous()
-    c1 = (row & low).expand(shape).contiguous()
-    c2 = (row >> 32).expand(shape).contiguous()
-    c3 = torch.tensor(streams, device=device)[:, None, None].expand(shape).contiguous()
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(PHILOX_ROUNDS):
-        a = c0.mul_(0xD2511F53)
-        b = c2.mul_(0xCD9E8D57)
-        c0, c2 = (
-            ((b >> 32) & low).bitwise_xor_(c1).bitwise_xor_(k0),
-            ((a >> 32) & low).bitwise_xor_(c3).bitwise_xor_(k1),
-        )
-        c1, c3 = b.bitwise_and_(low), a.bitwise_and_(low)
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    words = torch.stack([c0, c1, c2, c3], -1)
-    shifts = torch.arange(0, 32, 8, device=device)
-    keep = ((words[..., None] >> shifts) & 0xFF) >= threshold
-    return list(keep.view(len(streams), rows, 16 * blocks)[..., :columns].unbind(0))
+    device, blocks = seed.device, -(-columns // 16)
+    # a CPU goes through some rows at a time, so that the twenty multiplications of a counter find it in the cache
+    step = rows if device.type != "cpu" else max(1, 16384 // max(1, len(streams) * blocks))
+    masks = torch.empty((len(streams), rows, 16 * blocks), dtype=torch.bool, device=device)
+    column = torch.arange(blocks, device=device)
+    stream = torch.tensor(streams, device=device)[:, None, None]
+    for start in range(0, rows, max(1, step)):
+        row = torch.arange(start, min(rows, start + step), device=device)[:, None]
+        words = torch.stack(_philox(column, row & LOW, row >> 32, stream, seed), -1).to(torch.int32)  # wraps
+        torch.ge(words.view(torch.uint8).flatten(2), threshold, out=masks[:, start : start + step])
+    return list(masks[..., :columns].unbind(0))
+
+
+def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of counters that broadcast together: four 32-bit words, in int64.
+
+    A product of two 32-bit words wraps in int64, but has the right 64 bits.
+    """
+    c0, c1, c2, c3 = (c.contiguous() for c in torch.broadcast_tensors(c0, c1, c2, c3))
+    k0, k1 = seed & LOW, (seed >> 32) & LOW
+    for _ in range(10):
+        a, b = c0.mul_(0xD2511F53), c2.mul_(0xCD9E8D57)
+        c1 = (b >> 32).bitwise_and_(LOW).bitwise_xor_(c1).bitwise_xor_(k0)
+        c3 = (a >> 32).bitwise_and_(LOW).bitwise_xor_(c3).bitwise_xor_(k1)
+        c0, c1, c2, c3 = c1, b.bitwise_and_(LOW), c3, a.bitwise_and_(LOW)
+        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
+    return c0, c1, c2, c3
 
 
 # ------------------------------------------------------------------------------------------------ instances and blocks
@@ -312,7 +315,7 @@ def route_shrink(
     A = _chosen_A((vu_A, if_A), blocks.spread(routes), fusion, x.dtype)
     if threshold:
         keep = keep_masks(seed, *x.shape, threshold, active_streams(fusion))
-        h = [torch.bmm(x_blocks * blocks.split(m), A[:, slot].mT) for slot, m in enumerate(keep)]
+        h = [torch.bmm(_kept(x_blocks, blocks.split(m)), A[:, slot].mT) for slot, m in enumerate(keep)]
         h = torch.stack(h, 2).mul_(256 / (256 - threshold))
     else:
         h = torch.bmm(x_blocks, A.flatten(1, 2).mT)
@@ -354,6 +357,11 @@ def fuse_expand(
     B = _chosen_B((vu_B, if_B), routes, fusion, dtype)
     base = None if weight is None else torch.nn.functional.linear(x, weight, bias)
     return _accumulate(base, u, B.mT, blocks, dtype), blocks.join(lead)
+
+
+def _kept(x: Tensor, keep: Tensor) -> Tensor:
+    """x where it is kept, 0 where it is dropped."""
+    return torch.where(keep, x, x.new_zeros(()))
 
 
 def _accumulate(base: Tensor | None, left: Tensor, right: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
@@ -462,8 +470,8 @@ def grad_input(
         if keep is None:
             dx = _accumulate(base, dh.flatten(2), A.flatten(1, 2), blocks, dtype)
         else:
-            parts = [torch.bmm(dh[:, :, slot] * scale, A[:, slot]).mul_(m) for slot, m in enumerate(keep)]
-            dx = blocks.join(sum(parts[1:], parts[0]))
+            parts = [_kept(torch.bmm(dh[:, :, slot] * scale, A[:, slot]), m) for slot, m in enumerate(keep)]
+            dx = blocks.join(parts[0] if len(parts) == 1 else parts[0].add_(parts[1]))
             dx = (dx if base is None else dx.add_(base)).to(dtype)
         if dmean is not None:
             routed, _ = _routed(route_mask, tokens, instances, blocks, dh)
@@ -474,7 +482,7 @@ def grad_input(
             if not (need_vu_A, need_if_A)[branch]:
                 continue
             A = (vu_A, if_A)[branch]
-            x_kept = x_blocks if keep is None else x_blocks * keep[slot]
+            x_kept = x_blocks if keep is None else _kept(x_blocks, keep[slot])
             partial = torch.bmm(dh[:, :, slot].mT, x_kept).view(*routes.shape[::2], *A.shape[1:])
             dA[branch] = by_expert(partial, A.shape[0], routes[:, slot]).mul_(scale).to(A.dtype)
     return dx, *dA

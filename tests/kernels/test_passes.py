@@ -63,7 +63,7 @@ def test_any_case(part: int):
     @settings(max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(cases(), st.sampled_from([torch.float32, torch.float16]), st.just(part))
     def holds(case: Case, dtype: torch.dtype, part: int):
-        check(case.but(seed=case.seed * 10 + part), dtype, "triton")
+        check(case.but(seed=case.seed * 10 + part), dtype, "triton", slack=5)
 
     holds()
 

@@ -31,7 +31,7 @@ def requested() -> str:
     return smolora.backend_info()["requested"]
 
 
-# ---------------------------------------------------------------------------------------------------- inside one process
+# --------------------------------------------------------------------------------------------------- inside one process
 
 
 def test_use_backend_restores():
@@ -61,7 +61,7 @@ def test_unknown_backend(name: str | None):
 def test_no_cuda_kernels():
     """The CUDA backend is a name without kernels, on any machine: entering says so, and leaves no trace."""
     before = requested()
-    with pytest.raises(RuntimeError, match="'cuda' cannot run: .* no CUDA C\\+\\+ kernels"):
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot run: .* no CUDA C\+\+ kernels"):
         smolora.use_backend("cuda").__enter__()
     assert requested() == before
 
@@ -80,8 +80,9 @@ def test_backend_info_structure():
 
 
 def test_backend_info_follows():
-    """ "active" is what would run now."""
-    assert smolora.backend_info()["active"]["cpu"] == "torch"  # auto never interprets by itself
+    """What is "active" is what would run now."""
+    with smolora.use_backend("auto"):
+        assert smolora.backend_info()["active"]["cpu"] == "torch"  # auto never interprets by itself
     with smolora.use_backend("torch"):
         assert set(smolora.backend_info()["active"].values()) == {"torch"}
     if INTERPRETED:
@@ -184,7 +185,7 @@ def test_cpu_never_warns(layer: smolora.FusedSMoLoRA, monkeypatch):
         run(layer)
 
 
-# ------------------------------------------------------------------------------------------------ processes of their own
+# ----------------------------------------------------------------------------------------------- processes of their own
 
 # a layer and one forward
 LAYER = """

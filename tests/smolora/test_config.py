@@ -140,7 +140,7 @@ def test_dropout_threshold(p: float, threshold: int):
     assert dropout_threshold(p) == threshold
 
 
-# ------------------------------------------------------------------------------------------------------- as peft sees it
+# ------------------------------------------------------------------------------------------------------ as peft sees it
 
 UNUSUAL = dict(
     r=8, lora_alpha=12.5, lora_dropout=0.25, num_vu_experts=3, num_if_experts=5, top_k=2, instruction_dim=24,
@@ -191,7 +191,7 @@ def test_copies(arguments: dict):
 @pytest.mark.parametrize("arguments", [{}, UNUSUAL], ids=["defaults", "nothing at its default"])
 @pytest.mark.parametrize("reader", [SMoLoRAConfig, peft.PeftConfig], ids=["own class", "peft's class"])
 def test_saved_round_trip(arguments: dict, reader: type, tmp_path):
-    """adapter_config.json, read by the class itself and by `peft.PeftConfig`, which finds the class by the type in it."""
+    """adapter_config.json, read by the class itself, and by `peft.PeftConfig`, which goes by the type in it."""
     config = SMoLoRAConfig(**arguments)
     config.save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SMOLORA"

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,12 +12,11 @@ from torch import Tensor, nn
 
 import smolora
 from cases import plain
-from oracle import PARAMETERS, Case, build, collect, error, reference, run
+from oracle import PARAMETERS, Case, build, collect, complaints, error, reference, run
 from smolora import FusedSMoLoRA, SMoLoRAConfig, rank_space
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: kernels run on the GPU here")
-BACKENDS = ["torch", pytest.param("triton", marks=interpreter)]
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}  # relative, between two orders of the same sums
 
 
@@ -26,7 +26,7 @@ def agree(got: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> 
     assert max(errors.values()) <= bound, errors
 
 
-# ---------------------------------------------------------------------------------------------------------- parameters
+# ----------------------------------------------------------------------------------------------------------- parameters
 
 SHAPES = {
     "vu_A": (3, 8, 40), "vu_B": (3, 56, 8), "if_A": (5, 8, 40), "if_B": (5, 56, 8), "vu_router": (3, 40),
@@ -93,22 +93,17 @@ def test_initial_values():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_starts_as_the_base(case: Case, backend: str):
+def test_starts_as_the_base(case: Case):
     """With B = 0 the adapter adds exactly nothing: a run starts from the model it adapts, bit for bit."""
     layer, batch = build(case, torch.float32)
     layer.reset_parameters()
-    got = run(layer, batch, backend)
-    tokens = batch.x.reshape(-1, case.d)
+    got = run(layer, batch, "torch")
     base = layer.base_layer
-    if backend == "torch":
-        expected = nn.functional.linear(tokens, base.weight, base.bias).view(got["y"].shape)
-        assert torch.equal(got["y"], expected)
-    else:  # the same products, added in the kernel's order
-        assert error(got["y"], base(batch.x)) < 1e-6
+    tokens = nn.functional.linear(batch.x.reshape(-1, case.d), base.weight, base.bias)
+    assert torch.equal(got["y"], tokens.view(got["y"].shape))
 
 
-# --------------------------------------------------------------------------------------------------------- what trains
+# ---------------------------------------------------------------------------------------------------------- what trains
 
 ROUTERS, IMPORTANCES = {"vu_router", "if_router"}, {"vu_importance", "if_importance"}
 FROZEN = [
@@ -170,7 +165,7 @@ def test_freezing_changes_no_other_gradient(case: Case, group: tuple[str, ...]):
             assert torch.equal(tensor.grad, full[f"d{name}"]), name
 
 
-# ----------------------------------------------------------------------------------------------------- work and memory
+# ------------------------------------------------------------------------------------------------------ work and memory
 
 
 def kept(layer: FusedSMoLoRA, x: Tensor, **keywords) -> int:
@@ -191,17 +186,17 @@ def kept(layer: FusedSMoLoRA, x: Tensor, **keywords) -> int:
 
 
 MEMORY = [
-    (plain, 1),  # (case, chosen experts of both branches over top_k and branches)
-    (plain.but(dropout=0.2), 1),  # masks are drawn again, not kept
-    (plain.but(top_k=3), 1),
-    (plain.but(router_grad="straight_through"), 1),
-    (plain.but(fusion="mean"), 1),
+    plain,
+    plain.but(dropout=0.2),  # masks are drawn again, not kept
+    plain.but(top_k=3),  # h of every chosen expert
+    plain.but(router_grad="straight_through"),  # the mean, an instance's
+    plain.but(fusion="mean"),
 ]
 
 
 @pytest.mark.parametrize("train", ["all", "B", "if_B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [case for case, _ in MEMORY], ids=str)
+@pytest.mark.parametrize("case", MEMORY, ids=str)
 def test_memory_kept_for_backward(case: Case, dtype: torch.dtype, train: str):
     """x and T (2 r top_k + 1) floats, nothing k-sized, no mask and no copy; without x where every A is frozen. Exact
     for what grows with the tokens, and what grows with the instances is small."""
@@ -255,7 +250,7 @@ def test_no_work_for_what_is_frozen(monkeypatch):
     assert layer.if_B.grad.any()
 
 
-# --------------------------------------------------------------------------------------------------- as any other module
+# -------------------------------------------------------------------------------------------------- as any other module
 
 
 def test_state_dict_round_trip():
@@ -324,16 +319,15 @@ def test_extra_repr():
     """`print(model)` tells a reader what the layer is."""
     layer, _ = build(plain.but(M=3, N=5, top_k=2, r=12, dropout=0.25, router_grad="straight_through"), torch.float32)
     text = repr(layer)
-    for word in ("FusedSMoLoRA", "in_features=40", "out_features=56", "r=12", "scaling=2", "3 VU + 5 IF", "top_k=2",
-                 "fusion='adaptive'", "router_grad='straight_through'", "dropout=0.25", "(base_layer): Linear"):  # fmt: skip
-        assert word in text, word
+    words = ["FusedSMoLoRA", "in_features=40", "out_features=56", "r=12", "scaling=2", "3 VU + 5 IF", "top_k=2"]
+    words += ["fusion='adaptive'", "router_grad='straight_through'", "dropout=0.25", "(base_layer): Linear"]
+    assert not [word for word in words if word not in text]
 
 
-# ------------------------------------------------------------------------------------------------------------- dropout
+# -------------------------------------------------------------------------------------------------------------- dropout
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_in_training_only(backend: str):
+def test_dropout_in_training_only():
     """In eval the layer is that without dropout, bit for bit, and draws no random number; in training every forward
     draws a mask, the same one after the same seed."""
     layer, batch = build(plain.but(dropout=0.3), torch.float32)
@@ -342,7 +336,7 @@ def test_dropout_in_training_only(backend: str):
     def forward(of: FusedSMoLoRA, seed: int | None = None) -> Tensor:
         if seed is not None:
             torch.manual_seed(seed)
-        with smolora.use_backend(backend):
+        with smolora.use_backend("torch"):
             return of(batch.x, **batch.keywords).detach()
 
     layer.eval()
@@ -366,7 +360,7 @@ def test_dropout_moves_no_route():
         assert torch.equal(mine, theirs)
 
 
-# ------------------------------------------------------------------------------------------------------------ the base
+# ------------------------------------------------------------------------------------------------------------- the base
 
 
 class Doubled(nn.Linear):
@@ -466,8 +460,12 @@ def test_trainable_base(case: Case, trained: tuple[str, ...]):
 # ------------------------------------------------------------------------------------------------------------- autocast
 
 
-@pytest.mark.parametrize("case", [plain, plain.but(dropout=0.2, mask=True, top_k=2), plain.but(lengths=(9, 4))], ids=str)
-@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)  # a float32 base is called, a bfloat16 one is not
+@pytest.mark.parametrize(
+    "case", [plain, plain.but(dropout=0.2, mask=True, top_k=2), plain.but(lengths=(9, 4))], ids=str
+)
+@pytest.mark.parametrize(
+    "base", [torch.float32, torch.bfloat16], ids=str
+)  # a float32 base is called, a bfloat16 one is not
 def test_autocast(case: Case, base: torch.dtype):
     """Float32 parameters under bfloat16 autocast: an output in bfloat16 that is close to float32's, and the same bits
     of gradient whether backward runs inside of the autocast block or outside."""
@@ -489,7 +487,8 @@ def test_autocast(case: Case, base: torch.dtype):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     for name, value in results[0].items():
         assert value.dtype == (torch.bfloat16 if name == "y" else torch.float32), name
-    agree(results[0], truth, 3e-2)
+    found = complaints(results[0], truth, reference(layer, batch, torch.bfloat16), torch.bfloat16)
+    assert not found, found
 
 
 def test_autocast_off_is_off():
@@ -505,15 +504,14 @@ def test_autocast_off_is_off():
 # -------------------------------------------------------------------------------------------------------------- routing
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_last_routing(top_k: int, backend: str):
+def test_last_routing(top_k: int):
     """Routes, logits and gates of the last forward; alpha where it was asked for; all plain data without a graph."""
     case = plain.but(M=3, N=5, top_k=top_k, B=4)
     layer, batch = build(case, torch.float32)
     with pytest.raises(RuntimeError, match="needs a forward first"):
         layer.last_routing()
-    run(layer, batch, backend)
+    run(layer, batch, "torch")
     routing = layer.last_routing()
     assert isinstance(routing, smolora.Routing) and routing.alpha is None  # keeping it costs memory
     embedding = batch.keywords["instruction"].double()
@@ -527,12 +525,12 @@ def test_last_routing(top_k: int, backend: str):
         assert tuple(gates.shape) == (4, top_k) and error(gates, torch.softmax(values, -1)) < 1e-6
         assert not any(t.requires_grad for t in (logits, routes, gates))
     layer.keep_alpha = True
-    run(layer, batch, backend)
+    run(layer, batch, "torch")
     alpha = layer.last_routing().alpha
-    assert tuple(alpha.shape) == (28,) and not alpha.requires_grad and ((0 <= alpha) & (alpha <= 1)).all()
+    assert tuple(alpha.shape) == (28,) and not alpha.requires_grad and ((alpha >= 0) & (alpha <= 1)).all()
     assert alpha.unique().numel() > 4  # it is token by token
     layer.keep_alpha = False
-    run(layer, batch, backend)
+    run(layer, batch, "torch")
     assert layer.last_routing().alpha is None
 
 
@@ -568,18 +566,17 @@ def test_last_routing_of_one_branch(fusion: str, branch: int, alpha: float):
         layer(batch.x)  # it needs no instruction
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "case",
-    [
-        plain,
-        plain.but(mask=True, dropout=0.2, lengths=(5, 0, 9)),
-        plain.but(fusion="vu"),
-        plain.but(fusion="if", shared=True),
-        plain.but(top_k=2, M=3, N=5),
-    ],
-    ids=str,
-)
+FED_BACK = [
+    (plain, "torch"),
+    (plain.but(mask=True, dropout=0.2, lengths=(5, 0, 9)), "torch"),
+    (plain.but(fusion="vu"), "torch"),
+    (plain.but(fusion="if", shared=True), "torch"),
+    (plain.but(top_k=2, M=3, N=5), "torch"),  # the gates have to be given too
+    pytest.param(plain.but(top_k=2, M=3, N=5, mask=True, dropout=0.2), "triton", marks=interpreter),
+]
+
+
+@pytest.mark.parametrize(("case", "backend"), FED_BACK, ids=str)
 def test_routes_fed_back(case: Case, backend: str):
     """The routes of a forward, given to the next one, reproduce it bit for bit: that is how decoding keeps the
     prompt's routes, and how a recomputed forward keeps its own."""
@@ -595,20 +592,21 @@ def test_routes_fed_back(case: Case, backend: str):
     for mine, theirs in zip(layer.last_routing().routes, routing.routes, strict=True):
         assert mine is theirs is None or torch.equal(mine, theirs)
     for name in expected:
-        if not (case.top_k > 1 and (name in {f"d{n}" for n in ROUTERS} or name == "dx")):  # given routes teach no router
+        if not (
+            case.top_k > 1 and (name in {f"d{n}" for n in ROUTERS} or name == "dx")
+        ):  # given routes teach no router
             assert torch.equal(again[name], expected[name]), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_one_instruction_for_all(backend: str):
+def test_one_instruction_for_all():
     """(e,) is (B, e) with equal rows, bit for bit."""
     layer, batch = build(plain.but(shared=True, router_grad="straight_through"), torch.float32)
-    shared = run(layer, batch, backend)
+    shared = run(layer, batch, "torch")
     embedding = batch.keywords["instruction"]
     batch.keywords["instruction"] = embedding[None].expand(3, -1)
-    expanded = run(layer, batch, backend)
+    expanded = run(layer, batch, "torch")
     batch.keywords["instruction"] = embedding[None].repeat(3, 1)
-    repeated = run(layer, batch, backend)
+    repeated = run(layer, batch, "torch")
     for name in shared:
         assert torch.equal(shared[name], expanded[name]) and torch.equal(shared[name], repeated[name]), name
 
@@ -632,9 +630,8 @@ PACKED = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", PACKED, ids=str)
-def test_packed_equals_padded(case: Case, backend: str):
+def test_packed_equals_padded(case: Case):
     """The same instances, packed (in both shapes) and padded on the right under a route_mask."""
     lengths = (5, 1, 17, 8)
     layer, packed = build(case.but(lengths=lengths), torch.float32)
@@ -651,14 +648,14 @@ def test_packed_equals_padded(case: Case, backend: str):
         cotangent.view(4, S, -1),
         {"instruction": packed.keywords["instruction"], "route_mask": mask.view(4, S)},
     )
-    expected, got = run(layer, padded, backend), run(layer, packed, backend)
+    expected, got = run(layer, padded, "torch"), run(layer, packed, "torch")
     for name in ("y", "dx"):
         expected[name] = expected[name].flatten(0, 1)[place]
     agree(got, expected, ROUNDING[torch.float32])
     packed.x, packed.cotangent = packed.x[None], packed.cotangent[None]
     if "route_mask" in packed.keywords:
         packed.keywords["route_mask"] = packed.keywords["route_mask"][None]
-    batched = run(layer, packed, backend)
+    batched = run(layer, packed, "torch")
     assert batched["y"].shape[0] == 1
     for name in got:
         assert torch.equal(batched[name].view(got[name].shape), got[name]), name
@@ -730,9 +727,11 @@ def test_routes_depend_on_the_sample_alone(name: str, samples):
         assert error(theirs, mine) < 1e-5, branch
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+BROKEN = [(float("inf"), "torch"), (float("nan"), "torch"), pytest.param(float("nan"), "triton", marks=interpreter)]
+
+
+@pytest.mark.parametrize(("value", "backend"), BROKEN)
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_broken_sample_breaks_no_other(value: float, packed: bool, backend: str):
     """An overflow in one sample stays in that sample's route and output."""
     layer, batch = build(plain.but(lengths=(7, 7, 7)) if packed else plain, torch.float32)
@@ -751,16 +750,15 @@ def test_broken_sample_breaks_no_other(value: float, packed: bool, backend: str)
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [plain, plain.but(top_k=2, M=5, router_grad="straight_through")], ids=str)
-def test_gradient_accumulation(case: Case, backend: str):
+def test_gradient_accumulation(case: Case):
     """Micro-batches of uneven token counts add up to the gradient of one packed batch."""
     lengths = (3, 11, 1, 30, 7, 16)
     layer, batch = build(case.but(lengths=lengths, spread=True), torch.float32)
-    expected = run(layer, batch, backend)
+    expected = run(layer, batch, "torch")
     trained = [name for name in PARAMETERS if getattr(layer, name).requires_grad]
     bounds = batch.keywords["cu_seqlens"].tolist()
-    with smolora.use_backend(backend):
+    with smolora.use_backend("torch"):
         for first, last in ((0, 1), (1, 4), (4, 6)):
             tokens = slice(bounds[first], bounds[last])
             y = layer(
@@ -777,8 +775,7 @@ class Stack(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], config: SMoLoRAConfig) -> None:
         super().__init__()
-        pairs = zip(sizes, sizes[1:], strict=False)
-        self.layers = nn.ModuleList(FusedSMoLoRA(nn.Linear(d, k), config) for d, k in pairs)
+        self.layers = nn.ModuleList(FusedSMoLoRA(nn.Linear(d, k), config) for d, k in pairwise(sizes))
 
     def forward(self, x: Tensor, **keywords) -> Tensor:
         for layer in self.layers:
@@ -786,50 +783,53 @@ class Stack(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def used_experts(layer: FusedSMoLoRA) -> list[set[int]]:
+    """The VU and IF experts of the last forward."""
+    return [set(routes.flatten().tolist()) for routes in layer.last_routing().routes]
+
+
 @pytest.mark.parametrize("arguments", [{}, dict(top_k=2), dict(router_grad="straight_through")], ids=str)
-def test_the_adapter_is_live(arguments: dict, backend: str):
+def test_the_adapter_is_live(arguments: dict):
     """The worst bug an adapter can have is to do nothing. In every layer: B's gradient is nonzero at once, A's and I's
     are exactly zero while B = 0; after two steps everything routed learns, unused experts get zeros, and the output
-    has changed."""
+    has changed. Nothing frozen has moved."""
     torch.manual_seed(3)
     config = SMoLoRAConfig(r=4, num_vu_experts=5, num_if_experts=6, instruction_dim=12, lora_dropout=0.05, **arguments)
     stack = Stack((24, 40, 16, 24), config)
     x, target, emb = torch.randn(3, 9, 24) + torch.randn(3, 1, 24), torch.randn(3, 9, 24), torch.randn(3, 12)
     optimizer = torch.optim.AdamW([p for p in stack.parameters() if p.requires_grad], lr=1e-2)
+    frozen = {name: p.clone() for name, p in stack.named_parameters() if not p.requires_grad}
+    before = stack.eval()(x, instruction=emb).detach()
+    stack.train()
 
     def backward() -> None:
         optimizer.zero_grad()
         nn.functional.mse_loss(stack(x, instruction=emb), target).backward()
 
-    with smolora.use_backend(backend):
-        before = stack.eval()(x, instruction=emb).detach()
-        frozen = {name: p.clone() for name, p in stack.named_parameters() if not p.requires_grad}
-        stack.train()
-        backward()
-        for layer in stack.layers:
-            used = [routes.view(-1).unique().tolist() for routes in layer.last_routing().routes]
-            for B, experts in ((layer.vu_B, used[0]), (layer.if_B, used[1])):
-                assert all(B.grad[e].any() == (e in experts) for e in range(len(B)))
-            for name in ("vu_A", "if_A", "vu_importance", "if_importance", "vu_router", "if_router"):
-                gradient = getattr(layer, name).grad
-                assert gradient is None or not gradient.any(), name
+    backward()
+    at_first = [used_experts(layer) for layer in stack.layers]
+    for layer, used in zip(stack.layers, at_first, strict=True):
+        for B, experts in zip((layer.vu_B, layer.if_B), used, strict=True):
+            assert {e for e in range(len(B)) if B.grad[e].any()} == experts
+        for name in ("vu_A", "if_A", *IMPORTANCES, *ROUTERS):
+            gradient = getattr(layer, name).grad
+            assert gradient is None or not gradient.any(), name
+    for _ in range(2):
         optimizer.step()
         backward()
-        optimizer.step()
-        backward()
-        for layer in stack.layers:
-            used = [routes.view(-1).unique().tolist() for routes in layer.last_routing().routes]
-            for branch, prefix in enumerate(("vu", "if")):
-                for letter in "AB":
-                    gradient = getattr(layer, f"{prefix}_{letter}").grad
-                    assert gradient.isfinite().all()
-                    assert all(gradient[e].any() == (e in used[branch]) for e in range(len(gradient)))
-                for kind in ("importance", "router"):
-                    parameter = getattr(layer, f"{prefix}_{kind}")
-                    assert (parameter.grad is not None) == parameter.requires_grad
-                    if parameter.requires_grad:
-                        assert parameter.grad.isfinite().all() and parameter.grad.any(), kind
-        after = stack.eval()(x, instruction=emb).detach()
-    assert not torch.equal(before, after) and after.isfinite().all()
-    assert all(torch.equal(value, dict(stack.named_parameters())[name]) for name, value in frozen.items())
+    for layer, first in zip(stack.layers, at_first, strict=True):
+        for prefix, used, known in zip(("vu", "if"), used_experts(layer), first, strict=True):
+            assert used & known
+            for letter in "AB":
+                gradient = getattr(layer, f"{prefix}_{letter}").grad
+                assert gradient.isfinite().all()
+                live = {e for e in range(len(gradient)) if gradient[e].any()}
+                assert used & known <= live <= used, letter  # an expert that is new has a B of zero still
+            for kind in ("importance", "router"):
+                parameter = getattr(layer, f"{prefix}_{kind}")
+                assert (parameter.grad is not None) == parameter.requires_grad
+                assert parameter.grad is None or (parameter.grad.isfinite().all() and parameter.grad.any()), kind
+    after = stack.eval()(x, instruction=emb).detach()
+    assert after.isfinite().all() and error(after, before) > 1e-3
+    now = dict(stack.named_parameters())
+    assert all(torch.equal(value, now[name]) for name, value in frozen.items())

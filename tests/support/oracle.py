@@ -166,29 +166,39 @@ def along(value: Tensor, truth: Tensor) -> float:
     return (value - truth).dot(truth).item() / norm if norm else 0.0
 
 
-def complaints(got: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor], dtype: torch.dtype) -> list:
-    """What breaks the promise: y within 2 times, gradients within 3 times the eager reference's error, plus FLOOR."""
+def complaints(
+    got: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor], dtype: torch.dtype, slack: float = 1
+) -> list[str]:
+    """What breaks the promise: y within 2 times, gradients within 3 times the eager reference's error, plus FLOOR.
+
+    `slack` multiplies the bounds.
+    """
     found = []
     if got.keys() != truth.keys():
         found.append(f"results {sorted(got)} instead of {sorted(truth)}")
+    errors = {name: error(eager[name], truth[name]) for name in truth}
     for name in got.keys() & truth.keys():
-        bound = (2 if name == "y" else 3) * error(eager[name], truth[name]) + FLOOR[dtype]
+        # few elements may be right by luck: the worst of the case's results stands in for theirs
+        usual = errors[name] if truth[name].numel() >= 64 else max(errors.values())
+        bound = slack * ((2 if name == "y" else 3) * usual + FLOOR[dtype])
         size = error(got[name], truth[name])
         if not size <= bound:
             found.append(f"{name}: error {size:.2e} above {bound:.2e}")
         # rounding has no direction: over many elements, the part along the truth is far smaller
         off, usual = abs(along(got[name], truth[name])), abs(along(eager[name], truth[name]))
-        bound = (2 if name == "y" else 3) * usual + FLOOR[dtype] + 4 * bound / max(truth[name].numel(), 1) ** 0.5
+        bound = (
+            slack * ((2 if name == "y" else 3) * usual + FLOOR[dtype]) + 4 * bound / max(truth[name].numel(), 1) ** 0.5
+        )
         if not off <= bound:
             found.append(f"{name}: scale off by {off:.2e}, above {bound:.2e}")
     return found
 
 
-def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", slack: float = 1) -> None:
     """Hold a backend against the float64 reference on one case."""
     layer, batch = build(case, dtype, device)
     got = run(layer, batch, backend)
     truth = reference(layer, batch, torch.float64)
     eager = truth if dtype == torch.float64 else reference(layer, batch, dtype)
-    found = complaints(got, truth, eager, dtype)
+    found = complaints(got, truth, eager, dtype, slack)
     assert not found, f"{case} {dtype} {backend}: {'; '.join(found)}"

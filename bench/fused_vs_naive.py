@@ -1,0 +1,470 @@
+"""FusedSMoLoRA beside what one would otherwise use: correctness first, then time and memory, side by side in one run.
+
+    python bench/fused_vs_naive.py --quick                    the CPU's shape, two minutes
+    python bench/fused_vs_naive.py --preset llava-7b          a LLaVA-1.5-7B's shapes, on a GPU
+    python bench/fused_vs_naive.py --d 2048 --k 8192 --r 32 --batch 4 --seq 512 --dtype float16
+
+Peers: linear (the frozen base alone), official (the released algorithm), gathered (chosen experts only),
+compiled_gathered and compiled_rank_space (torch.compile), peft_lora (rank 2r, adapter in the compute dtype; _fp32:
+PEFT's default), and smolora under its backends torch, triton and cuda. "own": time less linear's in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import report
+import roofline
+import smolora
+from accuracy import Errors, WrongResult, check, check_step, expect, forward_backward
+from peers import OURS, PEERS, Peer
+from problem import Batch, Layer, draw_batch, draw_layer
+from report import MODES, Row
+from shapes import ITEM_BYTES, PRESETS, Case
+from timing import (
+    Clock,
+    Job,
+    Timing,
+    capture,
+    ceilings,
+    clock_for,
+    interleave,
+    kept_for_backward,
+    peak,
+)
+
+CPU_TOKENS = (2, 128)  # batch and sequence to which a GPU's preset is cut on a CPU
+LAYER_GROUPS = 4
+SWEEP = (1 / 16, 1 / 4, 1, 2)  # of the case's sequence length
+
+
+def unavailable(name: str, device: torch.device, dtype: str) -> str | None:
+    """Why this peer cannot be measured here; None if it can."""
+    if name == "peft_lora_fp32" and dtype == "float32":
+        return "the same as peft_lora: the compute dtype is float32"
+    if name.startswith("compiled") and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        return "torch.compile needs a C++ compiler on a CPU, and none was found"
+    if name == "triton" and device.type == "cpu":
+        return "Triton's interpreter on a CPU is no measurement"
+    if name in OURS:
+        return smolora.backend_info()["backends"][name]["reason"]
+    return None
+
+
+@dataclass
+class Run:
+    """One invocation: what all measurements share, and what they leave."""
+
+    device: torch.device
+    clock: Clock
+    names: list[str]
+    group_seconds: float  # time for one interleaved group of repeats; a layer's takes LAYER_GROUPS of them
+    deadline: float
+    rounds: int | None
+    bar: tqdm
+    environment: Row
+    card: roofline.Card
+    rows: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def late(self, what: str) -> bool:
+        """Whether the time budget is spent; what is then left out is said."""
+        if time.perf_counter() < self.deadline:
+            return False
+        self.skipped[what] = "the time budget was spent"
+        return True
+
+    def say(self, what: str) -> None:
+        self.bar.set_description(f"{what:<40}", refresh=False)
+        self.bar.update(0)
+
+    def time(self, what: str, jobs: list[Job], groups: int = 1) -> dict[str, list[Timing]]:
+        """`interleave` within this run's budget, shown as a step of its progress."""
+        self.say(what)
+        timings = interleave(
+            jobs,
+            self.clock,
+            groups * self.group_seconds,
+            min_rounds=5 if groups > 1 else 3,
+            rounds=self.rounds,
+            on_round=lambda done: self.say(f"{what}, round {done}"),
+        )
+        self.bar.update(groups)
+        return timings
+
+
+def checked(run: Run, case: Case, peers: dict[str, Peer], batch: Batch) -> dict[str, Errors]:
+    """Errors of every peer; one that does not fit in memory is dropped from `peers`, with the reason."""
+    layer = next(iter(peers.values())).layer
+    expected = {}
+    errors = {}
+    for name, peer in list(peers.items()):
+        run.say(f"{case.name}, {batch.x.shape[0] * batch.x.shape[1]} tokens: checking {name}")
+        if peer.formula not in expected:
+            expected[peer.formula] = expect(peer.formula, layer, batch)
+        try:
+            errors[name] = check(name, peer, batch, expected[peer.formula])
+        except torch.OutOfMemoryError:
+            del peers[name]
+            run.skipped[f"{name} ({case.name}, T {batch.x.shape[0] * batch.x.shape[1]})"] = "out of device memory"
+    gc.collect()
+    return errors
+
+
+def layer_jobs(peers: dict[str, Peer], batch: Batch) -> list[Job]:
+    """A job a peer: a training forward, then its backward right after it."""
+
+    def job(name: str, peer: Peer) -> Job:
+        live = replace(batch, x=batch.x.detach().requires_grad_())
+
+        def forward(_: None) -> torch.Tensor:
+            with peer.scope():
+                return peer(live)
+
+        def backward(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(y, [live.x, *peer.leaves.values()], batch.dy)
+
+        return Job(name, (forward, backward))
+
+    return [job(name, peer) for name, peer in peers.items()]
+
+
+def row_head(run: Run, case: Case, name: str, peer: Peer, batch: Batch, kind: str) -> Row:
+    instances, seq = batch.x.shape[:2]
+    return {
+        "kind": kind,
+        "case": case.name,
+        "peer": name,
+        "tokens": instances * seq,
+        "shape": {**asdict(replace(case, batch=instances, seq=seq))},
+        "dtype": case.dtype,
+        "weights_dtype": peer.weights_dtype,
+        **run.environment,
+    }
+
+
+def measure_layer(run: Run, case: Case, layer: Layer, peers: dict[str, Peer]) -> None:
+    """Forward, backward and both; memory; shares of `linear` and of the floor."""
+    batch = draw_batch(layer, case.batch, case.seq)
+    errors = checked(run, case, peers, batch)
+    timings = run.time(f"{case.name}: timing", layer_jobs(peers, batch), LAYER_GROUPS)
+    times = {mode: {name: timings[name][i] for name in peers} for i, mode in enumerate(MODES)}
+
+    def over_linear(name: str, mode: str) -> float | None:
+        return times[mode][name].over(times[mode]["linear"]) if "linear" in peers else None
+
+    def own(name: str, mode: str) -> Timing | None:
+        if name == "linear" or not {name, "linear"} <= peers.keys():
+            return None
+        return times[mode][name].minus(times[mode]["linear"])
+
+    def official_over(name: str, mode: str) -> float | None:
+        mine, theirs = own(name, mode), own("official", mode)
+        return theirs.median / mine.median if theirs and mine and mine.median > 0 else None
+
+    floors = {mode: seconds * 1e3 for mode, seconds in roofline.layer_seconds(case, run.card).items()}
+    gemm = roofline.base(case)["base forward"].seconds(run.card) * 1e3
+    for name, peer in peers.items():
+        live = replace(batch, x=batch.x.detach().requires_grad_())
+        with peer.scope():
+            kept = kept_for_backward(lambda: peer(live), [*peer.parameters(), batch.instruction])  # noqa: B023
+        floor = {
+            "smolora": floors,
+            "linear": {mode: gemm * (2 if mode == "both" else 1) for mode in MODES},
+            "lora": dict.fromkeys(MODES),
+        }[peer.formula]
+        run.rows.append(
+            row_head(run, case, name, peer, batch, "layer")
+            | {mode: times[mode][name].summary() for mode in MODES}
+            | {
+                "times_linear": {mode: over_linear(name, mode) for mode in MODES},
+                "own_ms": {mode: (share := own(name, mode)) and share.summary() for mode in MODES},
+                "official_own_over_own": {mode: official_over(name, mode) for mode in MODES},
+                "floor_ms": floor,
+                "of_floor": {mode: floor[mode] and floor[mode] / times[mode][name].median for mode in MODES},
+                "kept_bytes": kept,
+                "peak_bytes": peak(lambda: forward_backward(peer, batch), run.device),  # noqa: B023
+                "error": asdict(errors[name]),
+            }
+        )
+
+
+def measure_decode(run: Run, case: Case, layer: Layer, peers: dict[str, Peer], sequences: int) -> None:
+    """One new token of each sequence, without autograd; on a GPU the replay of a captured graph."""
+    batch = draw_batch(layer, sequences, 1)
+    expected: dict[str, torch.Tensor] = {}
+    jobs, errors = [], {}
+    with torch.no_grad():
+        for name, peer in peers.items():
+            run.say(f"{case.name}, decoding {sequences}: checking {name}")
+            peer.train(False)
+            if peer.formula not in expected:
+                with torch.enable_grad():
+                    expected[peer.formula] = expect(peer.formula, layer, batch).y
+
+            def step(peer: Peer = peer) -> torch.Tensor:
+                with peer.scope():
+                    return peer.step(batch)
+
+            if run.device.type == "cuda":
+                try:
+                    replay, y = capture(step)
+                except RuntimeError as error:
+                    run.skipped[f"{name} (decode)"] = f"cannot be captured: {str(error).splitlines()[0]}"
+                    torch.cuda.synchronize(run.device)
+                    continue
+                y.fill_(float("nan"))
+                replay()
+            else:
+                replay, y = step, step()
+            errors[name] = check_step(name, peer, y, expected[peer.formula])
+            jobs.append(Job(name, (lambda _, replay=replay: replay(),)))
+        timings = run.time(f"{case.name}: decoding {sequences}", jobs)
+        times = {name: total for name, (_, total) in timings.items()}
+    for name in times:
+        peers[name].train(True)
+        run.rows.append(
+            row_head(run, case, name, peers[name], batch, "decode")
+            | {
+                "step": times[name].summary(),
+                "graph": run.device.type == "cuda",
+                "times_linear": times[name].over(times["linear"]) if "linear" in times else None,
+                "error": asdict(errors[name]),
+            }
+        )
+
+
+def measure_sweep(run: Run, case: Case, layer: Layer, peers: dict[str, Peer], factors: tuple[float, ...]) -> None:
+    """Forward + backward over token counts; the case's own count was measured before."""
+    for seq in sorted({max(1, round(case.seq * factor)) for factor in factors}):
+        tokens = case.batch * seq
+        if seq == case.seq:
+            for row in [row for row in run.rows if row["kind"] == "layer" and row["case"] == case.name]:
+                keys = ("case", "peer", "tokens", "shape", "dtype", "weights_dtype", *run.environment, "both", "error")
+                run.rows.append({"kind": "sweep"} | {key: row[key] for key in keys})
+        elif not run.late(f"sweep, {tokens} tokens"):
+            batch = draw_batch(layer, case.batch, seq)
+            here = dict(peers)
+            errors = checked(run, case, here, batch)
+            timings = run.time(f"{case.name}: {tokens} tokens", layer_jobs(here, batch))
+            for name, peer in here.items():
+                head = row_head(run, case, name, peer, batch, "sweep")
+                run.rows.append(head | {"both": timings[name][-1].summary(), "error": asdict(errors[name])})
+
+
+def measure_case(run: Run, case: Case, decode: list[int], sweep: tuple[float, ...]) -> None:
+    """All there is to measure about one shape."""
+    if run.late(case.name):
+        return
+    torch.compiler.reset()
+    layer = draw_layer(case, run.device)
+    peers = {name: PEERS[name](layer) for name in run.names}
+    measure_layer(run, case, layer, peers)
+    for sequences in decode:
+        if not run.late(f"{case.name}, decoding {sequences}"):
+            measure_decode(run, case, layer, peers, sequences)
+    if sweep:
+        measure_sweep(run, case, layer, peers, sweep)
+    del layer, peers
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def choose_cases(args: argparse.Namespace, device: torch.device) -> tuple[list[Case], str | None]:
+    """The shapes that the flags ask for, and what a reader must know about them."""
+    changes = {
+        name: getattr(args, name)
+        for name in ("d", "k", "r", "vu", "if_", "batch", "seq", "dtype", "dropout")
+        if getattr(args, name) is not None
+    }
+    name = args.preset or "small"
+    cases = PRESETS[name]
+    if args.case:
+        cases = [case for case in cases if case.name in args.case]
+    if "d" in changes or "k" in changes:
+        cases = [replace(cases[0], name="custom", ffn=0)]
+    note = None
+    if device.type == "cpu":
+        note = "Measured on a CPU: these figures say nothing about a GPU."
+        load, cores = os.getloadavg()[0], os.cpu_count()
+        if load > cores / 2:
+            note += f" Other programs are busy on it (load {load:.1f} on {cores} cores): expect wide spreads."
+    if device.type == "cpu" and name != "small":
+        batch, seq = CPU_TOKENS
+        note += (
+            f" The preset {name} is cut to {batch}x{seq} tokens (from {cases[0].batch}x{cases[0].seq}) in float32"
+            f" (from {cases[0].dtype}), unless flags say otherwise."
+        )
+        cases = [replace(case, batch=batch, seq=seq, dtype="float32") for case in cases]
+    return [replace(case, **changes) for case in cases], note
+
+
+def choose_peers(args: argparse.Namespace, device: torch.device, dtype: str) -> tuple[list[str], dict[str, str]]:
+    """Names of the peers to measure, and why others are not."""
+    if args.peers:
+        wanted = [
+            name for asked in args.peers.split(",") for name in PEERS if asked == name or asked == name.split("_")[0]
+        ]
+        unknown = set(args.peers.split(",")) - set(PEERS) - {"compiled"}
+        if unknown:
+            sys.exit(f"--peers: {', '.join(sorted(unknown))} unknown; known: compiled, {', '.join(PEERS)}")
+    else:
+        wanted = list(PEERS)
+    skipped = {}
+    if args.quick and not args.peers:
+        for name in [name for name in wanted if name.startswith("compiled")]:
+            skipped[name] = "left out by --quick: compiling takes longer than all the rest"
+    for name in wanted:
+        if name not in skipped and (reason := unavailable(name, device, dtype)):
+            skipped[name] = reason
+    return [name for name in dict.fromkeys(wanted) if name not in skipped], skipped
+
+
+def print_results(run: Run, cases: list[Case]) -> None:
+    """Every table, shape by shape."""
+    for case in cases:
+        rows = [row for row in run.rows if row["case"] == case.name]
+        layers = [row for row in rows if row["kind"] == "layer"]
+        decoded = [row for row in rows if row["kind"] == "decode"]
+        if layers:
+            print(f"\n{case.describe()}\n{report.layer_table(layers)}")
+        if decoded:
+            how = "replay of a captured graph" if run.device.type == "cuda" else "no graph"
+            print(f"\n{case.name}, S = 1 ({how}; x: speed against linear)\n{report.decode_table(decoded)}")
+    blocks = [row for row in run.rows if row["kind"] == "layer" and row["shape"]["ffn"]]
+    if len({row["case"] for row in blocks}) > 1:
+        print(f"\n{report.sum_table('FFN block: gate + up + down', blocks)}")
+    for what, why in run.skipped.items():
+        print(f"not measured: {what}: {why}")
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, help="shapes to measure (default: small)")
+    parser.add_argument("--case", action="append", help="only this shape of the preset, e.g. 'gate/up'; repeatable")
+    parser.add_argument("--quick", action="store_true", help="the preset small, without torch.compile, in two minutes")
+    for flag, what in {
+        "d": "inputs",
+        "k": "outputs",
+        "r": "rank of an expert",
+        "vu": "VU experts",
+        "batch": "instances",
+        "seq": "tokens of an instance",
+    }.items():
+        parser.add_argument(f"--{flag}", type=positive, help=what)
+    parser.add_argument("--if", dest="if_", type=positive, help="IF experts")
+    parser.add_argument("--dtype", choices=ITEM_BYTES)
+    parser.add_argument("--dropout", type=float)
+    parser.add_argument("--peers", help="comma-separated; 'compiled' means both compiled peers")
+    parser.add_argument("--decode", help="comma-separated numbers of sequences for the decode shape, or 'none'")
+    parser.add_argument("--no-sweep", action="store_true", help="no sweep over token counts")
+    parser.add_argument("--rounds", type=positive, help="repeats, instead of as many as the time budget allows")
+    parser.add_argument("--time-budget", type=float, help="seconds for the run; what does not fit is named")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/<device>)")
+    args = parser.parse_args(argv)
+    if args.quick and args.preset not in (None, "small"):
+        parser.error(f"--quick measures the preset small, not {args.preset}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    began = time.perf_counter()
+    args = parse(argv)
+    on_gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no GPU on this machine")
+    device = torch.device("cuda" if on_gpu else "cpu")
+    cases, note = choose_cases(args, device)
+    if not cases:
+        sys.exit(f"--case: no such shape; known: {', '.join(case.name for case in PRESETS[args.preset or 'small'])}")
+    names, skipped = choose_peers(args, device, cases[0].dtype)
+    if args.decode == "none":
+        decode = []
+    else:
+        decode = [int(n) for n in args.decode.split(",")] if args.decode else [1, 8, 64] if on_gpu else [1]
+    sweep = () if args.no_sweep else SWEEP
+    budget = args.time_budget or (90.0 if args.quick else 330.0)
+    clock = clock_for(device)
+    environment = report.environment(device)
+    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    if note:
+        print(note)
+    torch.manual_seed(0)
+
+    groups = len(cases) * (LAYER_GROUPS + len(decode)) + max(len(sweep) - 1, 0)
+    group_seconds = budget / (3 * groups)  # the rest: references, checks, warm-up and compilation
+    progress = {
+        "total": groups,
+        "bar_format": "{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}]",
+        "miniters": 0,
+        "mininterval": 0.2 if sys.stderr.isatty() else 10,  # seconds: a log file gets a line now and then
+    }
+    try:
+        with tqdm(**progress) as bar:
+            bar.set_description(f"{'ceilings of this machine':<40}")
+            ceiling = ceilings(device, getattr(torch, cases[0].dtype), clock, group_seconds / 2)
+            card = roofline.Card("measured", ceiling.bandwidth, ceiling.rate)
+            run = Run(
+                device=device,
+                clock=clock,
+                names=names,
+                group_seconds=group_seconds,
+                deadline=began + budget,
+                rounds=args.rounds,
+                bar=bar,
+                environment=environment,
+                card=card,
+                skipped=skipped,
+            )
+            for case in cases:
+                measure_case(run, case, decode, sweep if case is cases[0] else ())
+    except WrongResult as error:
+        sys.exit(f"refused to time a wrong result. {error}")
+
+    print_results(run, cases)
+    print(
+        f"this machine: copy {card.bandwidth / 1e9:.1f} GB/s, {cases[0].dtype} product {card.rate / 1e12:.2f} TFLOP/s; "
+        "'of floor' is the time these two allow for the counted bytes and operations, over the time measured"
+    )
+    folder = args.output or Path(__file__).parent / "results" / report.folder_name(environment["device"])
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = args.preset or ("small" if cases[0].name == "small" else "custom")
+    content = {
+        "environment": environment,
+        "ceilings": asdict(ceiling),
+        "note": note,
+        "seconds": time.perf_counter() - began,
+        "not_measured": run.skipped,
+        "rows": run.rows,
+    }
+    report.write_json(folder / f"{stem}.json", content)
+    print(f"rows: {folder / f'{stem}.json'}")
+    swept = [row for row in run.rows if row["kind"] == "sweep"]
+    if swept:
+        title = f"{environment['device']}, {cases[0].describe()}"
+        report.plot(folder / f"{stem}.png", swept, title)
+        print(f"plot: {folder / f'{stem}.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Floors: the fewest bytes and operations of every pass, and the time that a card needs for them.
+
+    python bench/roofline.py [--preset llava-7b] [--r 16] ...
+
+A pass can be no faster than max(bytes / bandwidth, operations / rate). Bytes count every operand once, read or written;
+partial sums are an implementation's own and are not in the floor. Rates are dense bf16 on tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+
+from shapes import PRESETS, Case
+
+FLOAT = 4  # bytes of h, alpha, w, p, and of a float32 gradient
+
+
+@dataclass(frozen=True)
+class Card:
+    """Device memory bandwidth in byte/s and matrix rate in FLOP/s."""
+
+    name: str
+    bandwidth: float
+    rate: float
+
+
+CARDS = (
+    Card("A100", 2.0e12, 312e12),
+    Card("H100", 3.35e12, 989e12),
+    Card("H200", 4.8e12, 989e12),
+    Card("B200", 8.0e12, 2250e12),
+)
+# What an H200 was measured to give; the others, and its own line above, are the data sheets' figures.
+H200_MEASURED = Card("H200 measured", 4.3e12, 780e12)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes moved and floating-point operations done by one pass."""
+
+    bytes: float
+    flops: float
+
+    def seconds(self, card: Card) -> float:
+        return max(self.bytes / card.bandwidth, self.flops / card.rate)
+
+
+def _route_shrink(case: Case) -> Work:
+    """h and the router's sums from one read of x; beyond 128 columns a second read for the chosen expert is cheaper."""
+    T, d, r, item = case.tokens, case.d, case.r, case.item
+    one_read = case.vu * r <= 128
+    columns = case.vu * r + r if one_read else 2 * r  # of h; the router's own come on top
+    weights = (case.vu * r + case.vu + r) * d * item  # vu_A, R_vu, one if_A
+    reads = (1 if one_read else 2) * T * d * item
+    return Work(reads + weights + T * columns * FLOAT, 2 * T * d * (columns + case.vu))
+
+
+def adapter(case: Case) -> dict[str, Work]:
+    """The adapter's four passes over one batch; y and dx are written once and the base GEMM accumulates on them."""
+    T, d, k, r, item = case.tokens, case.d, case.k, case.r, case.item
+    chosen = min(case.batch, case.vu) + min(case.batch, case.if_)  # experts that some instance uses
+    A, B = chosen * r * d, chosen * r * k  # elements
+    rank = T * 2 * r * FLOAT  # h, or p
+    alpha = T * FLOAT
+    return {
+        "route_shrink": _route_shrink(case),
+        "fuse_expand": Work(rank + alpha + B * item + T * k * item, 2 * T * k * 2 * r),
+        "grad_output": Work(T * k * item + rank + alpha + B * item + rank + B * FLOAT, 2 * 2 * T * k * 2 * r),
+        "grad_input": Work(T * d * item + 2 * rank + A * item + T * d * item + A * FLOAT, 2 * 2 * T * d * 2 * r),
+    }
+
+
+def base(case: Case) -> dict[str, Work]:
+    """The frozen linear layer: y = W x and dx = W^T g."""
+    T, d, k = case.tokens, case.d, case.k
+    gemm = Work((T * d + d * k + T * k) * case.item, 2 * T * d * k)
+    return {"base forward": gemm, "base dx": gemm}
+
+
+FORWARD = ("route_shrink", "fuse_expand")
+BACKWARD = ("grad_output", "grad_input")
+
+
+def adapter_seconds(case: Case, card: Card) -> dict[str, float]:
+    """Floors of the adapter's own share in seconds: {"forward", "backward", "both"}."""
+    passes = {name: work.seconds(card) for name, work in adapter(case).items()}
+    forward, backward = sum(passes[name] for name in FORWARD), sum(passes[name] for name in BACKWARD)
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def layer_seconds(case: Case, card: Card) -> dict[str, float]:
+    """Floors of base and adapter together in seconds: {"forward", "backward", "both"}."""
+    own = adapter_seconds(case, card)
+    gemm = base(case)["base forward"].seconds(card)
+    return {mode: own[mode] + (2 if mode == "both" else 1) * gemm for mode in own}
+
+
+def table(case: Case, cards: tuple[Card, ...]) -> str:
+    """The floor table of one case, in microseconds."""
+    passes = adapter(case) | base(case)
+    lines = [
+        case.describe(),
+        f"{'pass':<14}{'MB':>9}{'GFLOP':>9}" + "".join(f"{card.name + ' us':>18}" for card in cards),
+    ]
+    for name, work in passes.items():
+        cells = "".join(f"{work.seconds(card) * 1e6:>18.1f}" for card in cards)
+        lines.append(f"{name:<14}{work.bytes / 1e6:>9.1f}{work.flops / 1e9:>9.1f}{cells}")
+    own = [adapter_seconds(case, card)["both"] for card in cards]
+    whole = [layer_seconds(case, card)["both"] for card in cards]
+    lines.append(f"{'adapter':<32}" + "".join(f"{seconds * 1e6:>18.1f}" for seconds in own))
+    shares = [f"{1 + seconds / (total - seconds):.3f}x" for seconds, total in zip(own, whole, strict=True)]
+    lines.append(f"{'layer / frozen linear':<32}" + "".join(f"{share:>18}" for share in shares))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="llava-7b")
+    for flag in ("d", "k", "r", "vu", "batch", "seq"):
+        parser.add_argument(f"--{flag}", type=int, help="replaces the preset's value in every shape")
+    parser.add_argument("--if", dest="if_", type=int, help="number of IF experts")
+    args = vars(parser.parse_args())
+    cases = PRESETS[args.pop("preset")]
+    changes = {name: value for name, value in args.items() if value is not None}
+    for case in cases:
+        print(table(replace(case, **changes), (*CARDS, H200_MEASURED)), end="\n\n")
+    print(
+        "Data-sheet bandwidth (TB/s) and dense bf16 rate (TFLOP/s): "
+        + ", ".join(f"{card.name} {card.bandwidth / 1e12:g} / {card.rate / 1e12:g}" for card in CARDS)
+        + f"; {H200_MEASURED.name}: {H200_MEASURED.bandwidth / 1e12:g} / {H200_MEASURED.rate / 1e12:g}."
+    )
+
+
+if __name__ == "__main__":
+    main()
