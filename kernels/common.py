@@ -68,7 +68,7 @@ def per_slot(p_slots, slot, K: tl.constexpr, DEFAULT: tl.constexpr):
 
 @triton.jit
 def top_k(b_z, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
-    """softmax(top_k(z)) of Eq. 5 and 6: the K largest of E logits [EP], ties to the lowest, and their gates; [KP] each."""
+    """softmax(top_k(z)) of Eq. 5 and 6: the K largest of E logits [EP], ties to the lowest, and gates; [KP] each."""
     o_e = tl.arange(0, EP)
     o_k = tl.arange(0, KP)
     b_z = tl.where(o_e < E, b_z, -float("inf"))

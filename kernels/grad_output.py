@@ -249,15 +249,15 @@ def mix_backward_kernel(
     if VU:
         branch_backward(
             vu_part_ptr, h_ptr, w_ptr, routes_ptr + o_g, gates_ptr + o_g, dh_ptr, c_part_ptr + wide(tile) * STRIDE,
-            dq_part_ptr + wide(tile) * STRIDE, rows, inside, tl.sigmoid(b_lead), b_delta, parts, T, scaling, R, RP, K, STRIDE, BT,
-            BC, BLOCKS, ADAPTIVE, GATES,
+            dq_part_ptr + wide(tile) * STRIDE, rows, inside, tl.sigmoid(b_lead), b_delta, parts, T, scaling, R, RP, K,
+            STRIDE, BT, BC, BLOCKS, ADAPTIVE, GATES,
         )  # fmt: skip
     if IF:
         o_b = VU * K * R
         branch_backward(
             if_part_ptr, h_ptr + o_b, w_ptr + M * R, routes_ptr + o_g + VU * K, gates_ptr + o_g + VU * K, dh_ptr + o_b,
-            c_part_ptr + wide(tile) * STRIDE + o_b, dq_part_ptr + wide(tile) * STRIDE + o_b, rows, inside, tl.sigmoid(-b_lead),
-            -b_delta, parts, T, scaling, R, RP, K, STRIDE, BT, BC, BLOCKS, ADAPTIVE, GATES,
+            c_part_ptr + wide(tile) * STRIDE + o_b, dq_part_ptr + wide(tile) * STRIDE + o_b, rows, inside,
+            tl.sigmoid(-b_lead), -b_delta, parts, T, scaling, R, RP, K, STRIDE, BT, BC, BLOCKS, ADAPTIVE, GATES,
         )  # fmt: skip
 
 
@@ -399,7 +399,7 @@ def grad_output(
     tile = tiles.choose_tile("grad_output", r, top_k, g.dtype, card.capability)
     RP, KP = tiles.rank_columns(r), tiles.next_power(top_k)
     blocks = tiles.cdiv(KP * RP, tile.BC)
-    one_read = 2 * KP * RP <= tiles.MAX_BLOCK_COLUMNS
+    one_read = 2 * KP * RP <= tiles.MAX_ONE_READ_COLUMNS
     cu = routes if cu_seqlens is None else cu_seqlens
     float32 = dict(dtype=torch.float32, device=g.device)
     int32 = dict(dtype=torch.int32, device=g.device)
@@ -440,8 +440,8 @@ def grad_output(
         dgates = torch.empty((n, both, top_k) if need_gates else 0, **float32)
         if number:
             mix_backward_kernel[(number,)](
-                vu_part, if_part, h, w, routes, gates, lead, cu, dh, c_part, dq_part, tile_owner, parts, T, n, S, scaling,
-                M=M, R=r, RP=RP, K=top_k, BT=mix_tile.BT, BC=mix_tile.BC, BLOCKS=tiles.cdiv(KP * RP, mix_tile.BC),
+                vu_part, if_part, h, w, routes, gates, lead, cu, dh, c_part, dq_part, tile_owner, parts, T, n, S,
+                scaling, M=M, R=r, RP=RP, K=top_k, BT=mix_tile.BT, BC=mix_tile.BC, BLOCKS=tiles.cdiv(KP * RP, mix_tile.BC),
                 VU=use_vu, IF=use_if, ADAPTIVE=adaptive, GATES=need_gates, VARLEN=packed, num_warps=mix_tile.warps,
             )  # fmt: skip
         programs = c.shape[0] + dgates.shape[0]
@@ -459,10 +459,11 @@ def grad_output(
             dB[branch] = torch.empty_like(B)
         if need_importance and need_c:
             dI[branch] = torch.empty_like(importance)
-        _collect_B[(tiles.cdiv(k, 64),)](
+        BK = tiles.collect_rows(r)
+        _collect_B[(tiles.cdiv(k, BK),)](
             B_part, chunk_owner, routes, c, B, importance, dB[branch], dI[branch], chunks, k, scaling,
             branch if both == 2 else 0, M if branch else 0,
-            E=B.shape[0], R=r, RP=RP, K=top_k, BRANCHES=both, BK=64, ADAPTIVE=need_c, WANT_B=want,
+            E=B.shape[0], R=r, RP=RP, K=top_k, BRANCHES=both, BK=BK, ADAPTIVE=need_c, WANT_B=want,
             WANT_I=need_importance, num_warps=4,
         )  # fmt: skip
     return dh if need_dh else torch.empty(0, **float32), *dB, *dI, dgates

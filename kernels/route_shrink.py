@@ -322,7 +322,7 @@ def _finish(
     IF: tl.constexpr,
     VARLEN: tl.constexpr,
 ):
-    """Grid (tiles + M + N): add the parts of the chosen experts' columns, times dropout's scale; then the parts of w."""
+    """Grid (tiles + M + N): add the parts of the chosen experts' columns, times dropout's scale; then those of w."""
     pid = tl.program_id(0)
     if pid < tiles:
         i_n, j, start, end = locate(pid, cu_ptr, n, S, BT, 1, VARLEN)
@@ -452,16 +452,17 @@ def route_shrink(
         logits = x.new_empty((n, 0), dtype=torch.float32)
     route_vu = routed_here and use_vu
     routed = torch.empty((n, 2), dtype=torch.int64, device=x.device)
-    W = tiles.cdiv(k, 512) if adaptive else 0
+    BK = tiles.prepare_rows(r)
+    W = tiles.cdiv(k, BK) if adaptive else 0
     w_part = x.new_empty((W, M + N, r), dtype=torch.float32)
     cu = routes if cu_seqlens is None else cu_seqlens
     programs = (n if routed_here else 0) + (M + N) * W
     if programs:
         _prepare[(programs,)](
-            x if instruction is None else instruction, if_router, x if route_mask is None else route_mask.view(torch.uint8),
-            cu, routed, routes, gates, logits, vu_B, if_B, vu_importance, if_importance, w_part,
+            x if instruction is None else instruction, if_router,
+            x if route_mask is None else route_mask.view(torch.uint8), cu, routed, routes, gates, logits, vu_B, if_B, vu_importance, if_importance, w_part,
             n if routed_here else 0, S, k, if_router.shape[1], scaling,
-            M=M, N=N, NP=NP, R=r, RP=RP, K=top_k, KP=KP, BE=128, BS=1024, BK=512, ROUTE_VU=route_vu,
+            M=M, N=N, NP=NP, R=r, RP=RP, K=top_k, KP=KP, BE=128, BS=1024, BK=BK, ROUTE_VU=route_vu,
             ROUTE_IF=routed_here and use_if, BRANCHES=use_vu + use_if, MASKED=route_mask is not None, VARLEN=packed,
             ROUND=DTYPES[x.dtype], num_warps=4,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_ONE_PASS_COLUMNS = 128  # of all VU experts: up to here one pass over x computes them all
-MAX_BLOCK_COLUMNS = 64  # chosen columns of a branch that a program holds
+MAX_ONE_READ_COLUMNS = 64  # chosen ones of both branches: up to here one read of g gives p and dB
 
 
 def cdiv(a: int, b: int) -> int:
@@ -39,6 +39,38 @@ class Tile:
     stages: int
 
 
+# (columns, BT, BD, BC, warps, stages): the first row whose columns a branch does not exceed; BC shrinks to fit them.
+# All were compiled for the architectures that take them: no spill, shared memory within the card's, and for the
+# training path at rank 16 at least two blocks a processor. What holds back: float32 dots keep whole rows of both
+# operands in registers; mma.sync takes float32 parameters into registers before it rounds them; pipelined loads of
+# several column blocks need shared memory for each.
+ANY = 1 << 30
+Rows = tuple[tuple[int, int, int, int, int, int], ...]
+
+FLOAT32: dict[str, Rows] = {
+    "shrink": ((32, 32, 32, 32, 4, 2), (ANY, 32, 32, 64, 8, 2)),
+    "expand": ((32, 32, 64, 32, 4, 2), (64, 32, 32, 64, 4, 2), (ANY, 32, 32, 64, 4, 1)),
+    "grad_output": ((16, 32, 64, 16, 8, 2), (32, 16, 64, 32, 8, 2), (ANY, 16, 64, 64, 8, 2)),
+    "grad_input": ((16, 32, 64, 16, 8, 2), (64, 16, 64, 64, 8, 2), (ANY, 16, 64, 64, 8, 1)),
+}
+# wgmma and tcgen05, which read shared memory, of which there are 227 KB: compute capabilities 9 and 10
+WARPGROUP: dict[str, Rows] = {
+    "shrink": ((32, 64, 64, 32, 4, 4), (64, 64, 64, 64, 8, 4), (ANY, 64, 32, 128, 8, 4)),
+    "expand": ((64, 128, 64, 64, 8, 2), (ANY, 64, 64, 64, 4, 1)),
+    "grad_output": ((32, 64, 256, 32, 8, 2), (ANY, 64, 128, 64, 8, 2)),
+    "grad_input": ((64, 32, 64, 64, 4, 3), (128, 32, 64, 64, 4, 2), (ANY, 32, 64, 64, 4, 1)),
+}
+# mma.sync, on every other card: within the 99 KB of the smaller ones
+WARP: dict[str, Rows] = {
+    "shrink": ((ANY, 64, 16, 64, 4, 4),),
+    "expand": ((64, 128, 64, 64, 8, 2), (ANY, 64, 64, 64, 4, 1)),
+    "grad_output": ((16, 32, 256, 16, 8, 3), (ANY, 64, 128, 64, 8, 2)),
+    "grad_input": ((16, 32, 64, 16, 8, 3), (32, 32, 64, 32, 8, 2), (64, 32, 32, 64, 4, 2), (ANY, 32, 32, 64, 4, 1)),
+}
+# rank space alone, in float32 on every card
+MIX: Rows = ((32, 32, 0, 32, 4, 1), (ANY, 16, 0, 64, 4, 1))
+
+
 @dataclass(frozen=True)
 class Card:
     """What the choice needs to know of a device."""
@@ -64,34 +96,32 @@ def choose_tile(kernel: str, r: int, slots: int, dtype: torch.dtype, capability:
         r: rank.
         slots: experts whose columns a branch has.
         dtype: compute dtype.
-        capability: compute capability; one that is not known gets the tiles of the nearest below.
+        capability: compute capability; any that is not named above gets the tiles that fit the smallest card.
     """
     padded = next_power(slots) * rank_columns(r)
-    exact = dtype == torch.float32
-    if kernel == "shrink":
-        columns = min(padded, MAX_ONE_PASS_COLUMNS)
-        if exact:
-            return Tile(32, 32, min(columns, 64), 4, 2)
-        if capability[0] >= 9:
-            return Tile(64, 64, columns, 4, 4)
-        return Tile(64, 64, columns, 4 if columns <= 64 else 8, 3)
-    columns = min(padded, MAX_BLOCK_COLUMNS)
     if kernel in ("finish", "mix_backward"):
-        return Tile(16 if columns > 32 else 32, 0, columns, 4, 1)
-    if exact:
-        return Tile(32, 64 if columns <= 32 else 32, columns, 4, 2)
-    if kernel == "expand":
-        return Tile(64, 128, columns, 4, 2)
-    if kernel == "grad_output":
-        return Tile(64, 128, columns, 4, 3)
-    if kernel == "grad_input":
-        return Tile(64, 64, columns, 4, 3)
-    raise KeyError(kernel)
+        rows = MIX
+    elif dtype == torch.float32:
+        rows = FLOAT32[kernel]
+    else:
+        rows = (WARPGROUP if capability[0] in (9, 10) else WARP)[kernel]
+    _, BT, BD, BC, warps, stages = next(row for row in rows if padded <= row[0])
+    return Tile(BT, BD, min(padded, BC), warps, stages)
+
+
+def prepare_rows(r: int) -> int:
+    """Rows of an expert's B of which a program of `_prepare` makes a part of w."""
+    return min(512, 16384 // rank_columns(r))
+
+
+def collect_rows(r: int) -> int:
+    """Rows of every B whose gradient a program of `_collect_B` adds up."""
+    return 1024 // rank_columns(r)
 
 
 def splits(tiles: int, length: int, block: int, processors: int) -> int:
-    """Programs that share one tile's long axis, so that tiles * splits programs occupy every processor about twice."""
-    return max(1, min(cdiv(length, block), cdiv(2 * processors, max(tiles, 1))))
+    """Programs that share one tile's long axis, so that all of them run at once, two on a processor."""
+    return max(1, min(cdiv(length, block), 2 * processors // max(tiles, 1)))
 
 
 def chunk_tokens(tokens: int, instances: int, blocks: int, block_tokens: int, processors: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 
 MAX_RANK = 128
@@ -156,3 +157,6 @@ class SMoLoRAConfig(PeftConfig):
     def routers_learn(self) -> bool:
         """Whether a gradient can reach the routers: with one expert chosen its gate is the constant 1."""
         return self.top_k > 1 or self.router_grad == "straight_through"
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[SMOLORA] = SMoLoRAConfig  # what `from_pretrained` looks a saved configuration up in

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -72,7 +73,7 @@ def check_values(
     """
     if cu_seqlens is not None:
         cu = cu_seqlens.tolist()
-        if cu[0] != 0 or cu[-1] != x.shape[0] or any(a > b for a, b in zip(cu, cu[1:], strict=False)):
+        if cu[0] != 0 or cu[-1] != x.shape[0] or any(a > b for a, b in pairwise(cu)):
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {x.shape[0]}, got {cu}")
     if instruction is not None and not bool(torch.isfinite(instruction).all()):
         bad = (~torch.isfinite(instruction).all(-1)).nonzero().flatten().tolist()

@@ -46,8 +46,10 @@ def active_streams(fusion: str) -> tuple[int, ...]:
 # ---------------------------------------------------------------------------------------------------------- dropout
 
 
-def keep_masks(seed: Tensor, rows: int, columns: int, threshold: int, streams: tuple[int, ...]) -> list[Tensor]:
-    """Dropout masks, bool (rows, columns) for each stream, True where an element is kept.
+def keep_masks(
+    seed: Tensor, rows: int, columns: int, threshold: int, streams: tuple[int, ...], dtype: torch.dtype
+) -> list[Tensor]:
+    """Dropout masks (rows, columns) of `dtype` for each stream, 1 where an element is kept and 0 where it is dropped.
 
     Philox4x32-10 with counter (column // 16, row low, row high, stream) and key `seed` (int64 (1,), on the device);
     byte `column % 16` of its output is compared with `threshold`.
@@ -55,7 +57,7 @@ def keep_masks(seed: Tensor, rows: int, columns: int, threshold: int, streams: t
     device, blocks = seed.device, -(-columns // 16)
     # a CPU goes through some rows at a time, so that the twenty multiplications of a counter find it in the cache
     step = rows if device.type != "cpu" else max(1, 16384 // max(1, len(streams) * blocks))
-    masks = torch.empty((len(streams), rows, 16 * blocks), dtype=torch.bool, device=device)
+    masks = torch.empty((len(streams), rows, 16 * blocks), dtype=dtype, device=device)
     column = torch.arange(blocks, device=device)
     stream = torch.tensor(streams, device=device)[:, None, None]
     for start in range(0, rows, max(1, step)):
@@ -177,7 +179,7 @@ def route_backward(
 
 
 def mix(h: Tensor, w: Tensor, gates: Tensor, fusion: str) -> Tensor:
-    """The lead (N, L), I . x_vu - I . x_if of Eq. 8, from h (N, L, b, c, r), the chosen w (N, b, c, r), gates (N, b, c)."""
+    """The lead (N, L), I . x_vu - I . x_if of Eq. 8, from h (N, L, b, c, r), the chosen w (N, b, c, r) and gates."""
     if fusion != "adaptive":
         return h.new_full(h.shape[:2], FIXED_LEAD[fusion])
     signed = (w * gates[..., None]) * h.new_tensor([1.0, -1.0])[:, None, None]
@@ -314,8 +316,8 @@ def route_shrink(
         routes, gates = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
     A = _chosen_A((vu_A, if_A), blocks.spread(routes), fusion, x.dtype)
     if threshold:
-        keep = keep_masks(seed, *x.shape, threshold, active_streams(fusion))
-        h = [torch.bmm(_kept(x_blocks, blocks.split(m)), A[:, slot].mT) for slot, m in enumerate(keep)]
+        keep = keep_masks(seed, *x.shape, threshold, active_streams(fusion), accurate)
+        h = [torch.bmm(x_blocks * blocks.split(m), A[:, slot].mT) for slot, m in enumerate(keep)]
         h = torch.stack(h, 2).mul_(256 / (256 - threshold))
     else:
         h = torch.bmm(x_blocks, A.flatten(1, 2).mT)
@@ -357,11 +359,6 @@ def fuse_expand(
     B = _chosen_B((vu_B, if_B), routes, fusion, dtype)
     base = None if weight is None else torch.nn.functional.linear(x, weight, bias)
     return _accumulate(base, u, B.mT, blocks, dtype), blocks.join(lead)
-
-
-def _kept(x: Tensor, keep: Tensor) -> Tensor:
-    """x where it is kept, 0 where it is dropped."""
-    return torch.where(keep, x, x.new_zeros(()))
 
 
 def _accumulate(base: Tensor | None, left: Tensor, right: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
@@ -461,7 +458,7 @@ def grad_input(
     scale = 256 / (256 - threshold)
     keep = None
     if threshold:
-        keep = [blocks.split(m) for m in keep_masks(seed, tokens, d, threshold, active_streams(fusion))]
+        keep = [blocks.split(m) for m in keep_masks(seed, tokens, d, threshold, active_streams(fusion), accurate)]
     dx = dh.new_empty(0, dtype=dtype)
     dA = [A.new_empty(0) for A in (vu_A, if_A)]
     if need_dx:
@@ -470,7 +467,7 @@ def grad_input(
         if keep is None:
             dx = _accumulate(base, dh.flatten(2), A.flatten(1, 2), blocks, dtype)
         else:
-            parts = [_kept(torch.bmm(dh[:, :, slot] * scale, A[:, slot]), m) for slot, m in enumerate(keep)]
+            parts = [torch.bmm(dh[:, :, slot] * scale, A[:, slot]).mul_(m) for slot, m in enumerate(keep)]
             dx = blocks.join(parts[0] if len(parts) == 1 else parts[0].add_(parts[1]))
             dx = (dx if base is None else dx.add_(base)).to(dtype)
         if dmean is not None:
@@ -482,7 +479,7 @@ def grad_input(
             if not (need_vu_A, need_if_A)[branch]:
                 continue
             A = (vu_A, if_A)[branch]
-            x_kept = x_blocks if keep is None else _kept(x_blocks, keep[slot])
+            x_kept = x_blocks if keep is None else x_blocks * keep[slot]
             partial = torch.bmm(dh[:, :, slot].mT, x_kept).view(*routes.shape[::2], *A.shape[1:])
             dA[branch] = by_expert(partial, A.shape[0], routes[:, slot]).mul_(scale).to(A.dtype)
     return dx, *dA

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import plain
-from oracle import PARAMETERS, build, error, run
 
 import smolora
+from cases import plain
+from oracle import PARAMETERS, build, error, run
 from smolora.reference import smolora_forward
 
 pytestmark = pytest.mark.gpu

@@ -727,6 +727,23 @@ def test_routes_depend_on_the_sample_alone(name: str, samples):
         assert error(theirs, mine) < 1e-5, branch
 
 
+@pytest.mark.parametrize("filler", [1e4, float("nan")])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreter)])
+def test_padding_changes_no_result(filler: float, backend: str):
+    """Whatever stands in the padding on either side, the tokens between come out as they do alone."""
+    layer, batch = build(plain, torch.float32)
+    layer.requires_grad_(False)
+    padded = nn.functional.pad(batch.x, (0, 0, 3, 2), value=filler)
+    mask = nn.functional.pad(torch.ones(batch.x.shape[:2], dtype=torch.bool), (3, 2))
+    with smolora.use_backend(backend):
+        expected = layer(batch.x, **batch.keywords)
+        routes = layer.last_routing().routes
+        got = layer(padded, **batch.keywords, route_mask=mask)
+    for mine, theirs in zip(routes, layer.last_routing().routes, strict=True):
+        assert torch.equal(mine, theirs)
+    assert error(got[:, 3:-2], expected) < 1e-6
+
+
 BROKEN = [(float("inf"), "torch"), (float("nan"), "torch"), pytest.param(float("nan"), "triton", marks=interpreter)]
 
 

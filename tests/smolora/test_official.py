@@ -291,8 +291,8 @@ REFUSED = {
         ["lora_fc_A", "differs"],
     ),
     "two adapters": (
-        lambda state: {**state, **{key.replace("default", "other"): value + 1 for key, value in state.items()}}, ValueError,
-        ["differs"],
+        lambda state: {**state, **{key.replace("default", "other"): value + 1 for key, value in state.items()}},
+        ValueError, ["differs"],
     ),
 }  # fmt: skip
 

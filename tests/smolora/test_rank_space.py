@@ -25,7 +25,8 @@ def cases(draw) -> Case:
     lengths = tuple(draw(st.lists(st.integers(0, 300), min_size=1, max_size=6))) if draw(st.booleans()) else None
     return Case(
         B=draw(st.integers(1, 6)), S=draw(st.integers(0, 40)), lengths=lengths, d=draw(st.integers(1, 100)),
-        k=draw(st.integers(1, 100)), r=draw(st.integers(1, 128)), M=experts[0], N=experts[1], e=draw(st.integers(1, 50)),
+        k=draw(st.integers(1, 100)), r=draw(st.integers(1, 128)), M=experts[0], N=experts[1],
+        e=draw(st.integers(1, 50)),
         top_k=draw(st.integers(1, min(experts))), fusion=draw(st.sampled_from(["adaptive"] * 3 + ["mean", "vu", "if"])),
         router_grad=draw(st.sampled_from(["none", "straight_through"])),
         dropout=draw(st.sampled_from([0.0, 0.05, 0.5, 0.9])), bias=draw(st.booleans()), mask=draw(st.booleans()),
@@ -42,9 +43,10 @@ def test_any_case(case: Case, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize(
-    "case", [plain.but(d=5, k=6, r=2, e=4, S=3, B=2, bias=False), plain.but(d=5, k=6, r=2, e=4, S=3, top_k=2, mask=True)],
+    "case",
+    [plain.but(d=5, k=6, r=2, e=4, S=3, B=2, bias=False), plain.but(d=5, k=6, r=2, e=4, S=3, top_k=2, mask=True)],
     ids=str,
-)  # fmt: skip
+)
 def test_gradcheck_of_the_reference(case: Case):
     """Finite differences know no algebra: the oracle itself is differentiated correctly."""
     layer, batch = build(case, torch.float64)
@@ -77,7 +79,7 @@ def test_philox_known_answer(seed: int, row: int, stream: int, words: str):
 @pytest.mark.parametrize("seed", [0, 7, 2**62 + 3, -1])
 def test_masks_are_those_of_the_reference(seed: int):
     """Two implementations of one random stream, over more columns than a counter block has."""
-    masks = rank_space.keep_masks(torch.tensor([seed]), 9, 41, 64, (0, 1))
+    masks = rank_space.keep_masks(torch.tensor([seed]), 9, 41, 64, (0, 1), torch.bool)
     for stream, mask in enumerate(masks):
         assert torch.equal(mask, torch.from_numpy(philox_bytes(seed % 2**64, 9, 41, stream) >= 64))
     assert not torch.equal(*masks)
@@ -86,7 +88,7 @@ def test_masks_are_those_of_the_reference(seed: int):
 def test_dropout_keeps_what_it_says():
     """The share that is kept is 1 - threshold / 256, to five standard deviations."""
     for threshold in (1, 13, 128, 255):
-        (mask,) = rank_space.keep_masks(torch.tensor([3]), 500, 1000, threshold, (0,))
+        (mask,) = rank_space.keep_masks(torch.tensor([3]), 500, 1000, threshold, (0,), torch.float32)
         p = threshold / 256
         assert abs((1 - mask.double().mean().item()) - p) < 5 * (p * (1 - p) / mask.numel()) ** 0.5
 
