@@ -441,8 +441,9 @@ def grad_output(
         if number:
             mix_backward_kernel[(number,)](
                 vu_part, if_part, h, w, routes, gates, lead, cu, dh, c_part, dq_part, tile_owner, parts, T, n, S,
-                scaling, M=M, R=r, RP=RP, K=top_k, BT=mix_tile.BT, BC=mix_tile.BC, BLOCKS=tiles.cdiv(KP * RP, mix_tile.BC),
-                VU=use_vu, IF=use_if, ADAPTIVE=adaptive, GATES=need_gates, VARLEN=packed, num_warps=mix_tile.warps,
+                scaling, M=M, R=r, RP=RP, K=top_k, BT=mix_tile.BT, BC=mix_tile.BC,
+                BLOCKS=tiles.cdiv(KP * RP, mix_tile.BC), VU=use_vu, IF=use_if, ADAPTIVE=adaptive, GATES=need_gates,
+                VARLEN=packed, num_warps=mix_tile.warps,
             )  # fmt: skip
         programs = c.shape[0] + dgates.shape[0]
         if programs:

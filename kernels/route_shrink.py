@@ -460,10 +460,10 @@ def route_shrink(
     if programs:
         _prepare[(programs,)](
             x if instruction is None else instruction, if_router,
-            x if route_mask is None else route_mask.view(torch.uint8), cu, routed, routes, gates, logits, vu_B, if_B, vu_importance, if_importance, w_part,
-            n if routed_here else 0, S, k, if_router.shape[1], scaling,
-            M=M, N=N, NP=NP, R=r, RP=RP, K=top_k, KP=KP, BE=128, BS=1024, BK=BK, ROUTE_VU=route_vu,
-            ROUTE_IF=routed_here and use_if, BRANCHES=use_vu + use_if, MASKED=route_mask is not None, VARLEN=packed,
+            x if route_mask is None else route_mask.view(torch.uint8), cu, routed, routes, gates, logits,
+            vu_B, if_B, vu_importance, if_importance, w_part, n if routed_here else 0, S, k,
+            if_router.shape[1], scaling, M=M, N=N, NP=NP, R=r, RP=RP, K=top_k, KP=KP, BE=128, BS=1024, BK=BK,
+            ROUTE_VU=route_vu, ROUTE_IF=routed_here and use_if, BRANCHES=use_vu + use_if, MASKED=route_mask is not None, VARLEN=packed,
             ROUND=DTYPES[x.dtype], num_warps=4,
         )  # fmt: skip
     one_pass = route_vu and M * RP <= tiles.MAX_ONE_PASS_COLUMNS
