@@ -1,24 +1,29 @@
 """Compile every Triton kernel with every tile for every architecture, on any machine, and report what came out.
 
-    python bench/kernel_report.py [--arch 90 ...] [--json FILE]
+    python bench/kernel_report.py [--arch 90 ...] [--groups tiles ...] [--json FILE]
 
 The launchers themselves are run on tensors without data while launches are recorded, so what is compiled is what a
-training step or a decode step would launch. Registers, stack and spills come from the cubin, shared memory from the
-compiler, instruction counts from the disassembly (SASS).
+training step or a decode step would launch. Registers, stack and shared memory come from the compiler, instruction
+counts from the disassembly (SASS). Exits with 1 if a kernel spills, takes more shared memory than a block may have, or
+is a half-precision matrix product without tensor cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,12 +41,22 @@ from smolora.kernels import passes, tiles
 
 ARCHITECTURES = (80, 90, 100, 120)
 # shared memory that one block may use, in bytes (CUDA programming guide, compute capabilities)
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
     torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 DOTS = ("shrink_kernel", "fuse_expand_kernel", "grad_output_kernel", "grad_input_kernel")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+BATCH = 8  # kernels that one worker compiles and then disassembles together: most of a disassembly is its start
+
+# what is counted in SASS: mma.sync is HMMA, wgmma is HGMMA, tcgen05.mma is UTCHMMA
+COUNTED = {
+    "spills": r"\b(?:LDL|STL)\b",
+    "tensor_core": r"\b(?:HMMA|HGMMA|UTCHMMA)\b",
+    "fma": r"\bFFMA2?\b",
+    "wide_loads": r"\b(?:LDG\.E[.\w]*\.128|LDGSTS\.E[.\w]*\.128|UBLKCP|UTMALDG)\b",
+}
 
 
 @dataclass(frozen=True)
@@ -50,52 +65,77 @@ class Setting:
 
     r: int = 16
     dtype: torch.dtype = torch.bfloat16
+    parameters: torch.dtype = torch.float32
+    experts: int = 4
     top_k: int = 1
     threshold: int = 13
+    fusion: str = "adaptive"
     masked: bool = False
     packed: bool = False
-    training: bool = True
+    learns: bool = False  # routers and gates
+    training: bool = True  # else decoding with given routes
     d: int = 4096
     k: int = 11008
     tokens: int = 8192
     instances: int = 8
 
+    def but(self, **changes: Any) -> Setting:
+        return replace(self, **changes)
+
     def __str__(self) -> str:
-        options = [f"r={self.r}", str(self.dtype)[6:], f"top_k={self.top_k}", f"dropout={self.threshold}/256"]
-        options += [name for name in ("masked", "packed") if getattr(self, name)]
-        return " ".join(options + ([] if self.training else ["decode"]))
+        default = Setting(r=0, dtype=self.dtype)
+        changed = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(default, name)]
+        return " ".join([str(self.dtype)[6:], *changed])
 
 
-def settings() -> list[Setting]:
-    """What is compiled: all tiles by rank and dtype, then the variants of one layer."""
-    tiles_of = [Setting(r=r, dtype=dtype) for r in (16, 32, 64, 128) for dtype in (torch.bfloat16, torch.float32)]
-    plain = Setting()
-    variants = [
-        replace(plain, threshold=0), replace(plain, masked=True), replace(plain, packed=True), replace(plain, top_k=2),
-        replace(plain, dtype=torch.float16), replace(plain, r=12), replace(plain, training=False, threshold=0, tokens=8),
-    ]  # fmt: skip
-    return tiles_of + variants
+PLAIN = Setting()
+DECODE = Setting(threshold=0, training=False, tokens=8)
+EXACT = Setting(dtype=torch.float32)
+GROUPS: dict[str, list[Setting]] = {
+    # every tile of half-precision inputs
+    "tiles": [
+        PLAIN, PLAIN.but(r=32), PLAIN.but(r=64), PLAIN.but(r=128), PLAIN.but(experts=2), PLAIN.but(experts=8), DECODE,
+    ],
+    # what one layer may ask for, each adding code to a kernel
+    "options": [
+        PLAIN.but(threshold=0), PLAIN.but(masked=True), PLAIN.but(packed=True), PLAIN.but(r=12),
+        PLAIN.but(top_k=2, masked=True, packed=True, learns=True), PLAIN.but(top_k=4, masked=True, learns=True),
+        PLAIN.but(r=64, masked=True, packed=True, learns=True), PLAIN.but(r=32, top_k=4), PLAIN.but(r=64, top_k=4),
+        PLAIN.but(parameters=torch.bfloat16), PLAIN.but(fusion="mean"), PLAIN.but(fusion="vu"), PLAIN.but(fusion="if"),
+        PLAIN.but(dtype=torch.float16),
+    ],
+    "float32": [
+        EXACT, EXACT.but(r=32), EXACT.but(r=64), EXACT.but(r=128), EXACT.but(experts=1), EXACT.but(experts=2),
+        EXACT.but(top_k=2, masked=True, packed=True, learns=True),
+    ],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Launch:
     """One kernel with the arguments that decide its code."""
 
+    module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constexprs: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]
-    warps: int
-    stages: int
+    options: tuple[tuple[str, int], ...]
+
+    def tile(self) -> str:
+        constants = dict(self.constexprs)
+        return " ".join(f"{n}={constants[n]}" for n in ("BT", "BD", "BK", "BC", "BV", "BI") if n in constants)
 
 
-def record(run: Callable[[], Any]) -> list[tuple[JITFunction, Launch]]:
+def record(run: Callable[[], Any]) -> list[Launch]:
     """The launches that `run` makes, in place of making them."""
-    launches: list[tuple[JITFunction, Launch]] = []
+    launches: list[Launch] = []
 
     def launcher(kernel: JITFunction, grid: Any) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any) -> None:
-            signature, fixed, divisible = [], dict(constexprs), []
+        def launch(*arguments: Any, **keywords: Any) -> None:
+            options = {"num_warps": 4, "num_stages": 3}
+            options |= {name: keywords.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in keywords}
+            signature, fixed, divisible = [], dict(keywords), []
             for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
                 if isinstance(value, torch.Tensor):
                     kind = TYPES[value.dtype]
@@ -109,11 +149,11 @@ def record(run: Callable[[], Any]) -> list[tuple[JITFunction, Launch]]:
                     elif not parameter.do_not_specialize and value % 16 == 0:
                         divisible.append(i)
                 signature.append((parameter.name, kind))
-            signature += [(name, "constexpr") for name in constexprs]
-            key = Launch(
-                kernel.__name__, tuple(signature), tuple(fixed.items()), tuple(divisible), num_warps, num_stages
-            )
-            launches.append((kernel, key))
+            signature += [(name, "constexpr") for name in keywords]
+            launches.append(
+                Launch(kernel.fn.__module__, kernel.__name__, tuple(signature), tuple(fixed.items()), tuple(divisible),
+                       tuple(options.items()))
+            )  # fmt: skip
 
         return launch
 
@@ -125,56 +165,42 @@ def record(run: Callable[[], Any]) -> list[tuple[JITFunction, Launch]]:
 def run_layer(s: Setting) -> None:
     """One forward, and backward if training, through the launchers, with tensors that have shapes and no memory."""
     with torch.device("meta"):
-        M = N = 4
-        x = torch.empty(s.tokens, s.d, dtype=s.dtype)
-        g = torch.empty(s.tokens, s.k, dtype=s.dtype)
+        M = N = s.experts
+        x, g = torch.empty(s.tokens, s.d, dtype=s.dtype), torch.empty(s.tokens, s.k, dtype=s.dtype)
         cu = torch.empty(s.instances + 1, dtype=torch.int32) if s.packed else None
         mask = torch.empty(s.tokens, dtype=torch.bool) if s.masked else None
         seed = torch.empty(1, dtype=torch.int64)
-        A, B = torch.empty(M, s.r, s.d), torch.empty(M, s.k, s.r)
-        router, router_if, importance = torch.empty(M, s.d), torch.empty(N, 384), torch.empty(s.k)
-        given = None if s.training else torch.empty(s.instances, 2, s.top_k, dtype=torch.int32)
-        gates = None if s.training else torch.empty(s.instances, 2, s.top_k)
-        learns = s.top_k > 1
+        parameter = lambda *shape: torch.empty(*shape, dtype=s.parameters)  # noqa: E731
+        A, B, importance = parameter(M, s.r, s.d), parameter(M, s.k, s.r), parameter(s.k)
+        both = 2 - (s.fusion in ("vu", "if"))
+        given = None if s.training else torch.empty(s.instances, both, s.top_k, dtype=torch.int32)
+        gates = None if s.training else torch.empty(s.instances, both, s.top_k)
         h, w, routes, gates, _, mean = passes.route_shrink(
-            x, s.instances, cu, mask, torch.empty(s.instances, 384), given, gates, A, A, B, B, router, router_if,
-            importance, importance, seed, s.threshold, s.top_k, 2.0, "adaptive", learns,
+            x, s.instances, cu, mask, torch.empty(s.instances, 384), given, gates, A, A, B, B, parameter(M, s.d),
+            parameter(N, 384), importance, importance, seed, s.threshold, s.top_k, 2.0, s.fusion, s.learns,
         )  # fmt: skip
+        bias = torch.empty(s.k, dtype=s.dtype)
         _, lead = passes.fuse_expand(
-            h,
-            w,
-            routes,
-            gates,
-            B,
-            B,
-            s.instances,
-            cu,
-            2.0,
-            "adaptive",
-            s.dtype,
-            None,
-            None,
-            torch.empty(s.k, dtype=s.dtype),
+            h, w, routes, gates, B, B, s.instances, cu, 2.0, s.fusion, s.dtype, None, None, bias
         )
         if s.training:
             dh, *_ = passes.grad_output(
-                g, h, w, routes, gates, lead, B, B, importance, importance, s.instances, cu, 2.0, "adaptive",
-                True, True, True, True, learns,
+                g, h, w, routes, gates, lead, B, B, importance, importance, s.instances, cu, 2.0, s.fusion, True, True,
+                True, True, s.learns,
             )  # fmt: skip
             passes.grad_input(
-                x, dh, routes, A, A, s.instances, cu, mask, mean if learns else None, seed, s.threshold, "adaptive",
+                x, dh, routes, A, A, s.instances, cu, mask, mean if s.learns else None, seed, s.threshold, s.fusion,
                 s.dtype, True, True, True, None, None,
             )  # fmt: skip
 
 
-def launches_for(arch: int) -> dict[Launch, tuple[str, str]]:
-    """Every distinct launch on an architecture, with the setting it first came from and its kernel's module."""
-    found: dict[Launch, tuple[str, str]] = {}
-    card = tiles.Card((arch // 10, arch % 10))
-    for s in settings():
-        with mock.patch.object(tiles, "card_of", lambda device: card):
-            for kernel, launch in record(lambda s=s: run_layer(s)):
-                found.setdefault(launch, (str(s), kernel.fn.__module__))
+def launches_for(arch: int, settings: Iterable[Setting]) -> dict[Launch, Setting]:
+    """Every distinct launch on an architecture, with the setting it first came from."""
+    found: dict[Launch, Setting] = {}
+    with mock.patch.object(tiles, "card_of", lambda device: tiles.Card((arch // 10, arch % 10))):
+        for s in settings:
+            for launch in record(lambda s=s: run_layer(s)):
+                found.setdefault(launch, s)
     return found
 
 
@@ -184,17 +210,17 @@ class Row:
 
     arch: int
     kernel: str
-    setting: str
     tile: str
     warps: int
-    stages: int
     registers: int
     stack: int
-    spills: int
     shared: int
+    spills: int
     tensor_core: int
     fma: int
     wide_loads: int
+    half: bool
+    setting: str
 
     def faults(self) -> list[str]:
         """What a kernel must not have."""
@@ -203,64 +229,100 @@ class Row:
             found.append(f"{self.spills} spill instructions, {self.stack} bytes of stack")
         if self.shared > SHARED_MEMORY[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, above the card's {SHARED_MEMORY[self.arch]}")
-        if self.kernel in DOTS and "float32" not in self.setting and not self.tensor_core:
+        if self.kernel in DOTS and self.half and not self.tensor_core:
             found.append("no tensor-core instruction")
         return found
 
 
-def compile_one(task: tuple[int, Launch, str, str]) -> Row:
-    """Compile a launch for an architecture and read the cubin back."""
-    arch, launch, setting, module = task
-    kernel = getattr(sys.modules.get(module) or __import__(module, fromlist=["_"]), launch.kernel)
-    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.divisible}
-    source = ASTSource(
-        fn=kernel, signature=dict(launch.signature), constexprs=dict(launch.constexprs), attrs=attributes
-    )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps, "num_stages": launch.stages}
-    )
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        dump = lambda flag: subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout  # noqa: E731
-        usage, sass = dump("--dump-resource-usage"), dump("-sass")
-    used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
-    constants = dict(launch.constexprs)
-    tile = " ".join(f"{n}={constants[n]}" for n in ("BT", "BD", "BK", "BC", "BV", "BI") if n in constants)
-    return Row(
-        arch, launch.kernel, setting, tile, launch.warps, launch.stages, used["REG"], used["STACK"],
-        count(r"\b(?:LDL|STL)\b"), compiled.metadata.shared, count(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA|QMMA|UTCMMA)\b"),
-        count(r"\bFFMA"), count(r"\b(?:LDG\.E[.\w]*\.128|LDGSTS\.E[.\w]*\.128|UBLKCP|UTMALDG)"),
-    )  # fmt: skip
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions in an ELF file of one kernel: its section .text.<name>."""
+    (sections,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + i * size) for i in range(count)]
+    names = headers[names][4]
+    (code,) = (h for h in headers if cubin[names + h[0] :].startswith(b".text."))
+    return cubin[code[4] : code[4] + code[5]]
 
 
-def report(architectures: Iterable[int], workers: int) -> list[Row]:
+def count_instructions(arch: int, codes: list[bytes]) -> list[dict[str, int]]:
+    """How often each kind of COUNTED is in each kernel's code; one disassembly of all, end to end."""
+    ends = list(accumulate(map(len, codes)))
+    counts = [dict.fromkeys(COUNTED, 0) for _ in codes]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [TOOLS / "nvdisasm", "--binary", f"SM{arch}{'a' if arch >= 90 else ''}", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for address, instruction in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass):
+        kernel = counts[bisect_right(ends, int(address, 16))]
+        for kind, pattern in COUNTED.items():
+            kernel[kind] += bool(re.search(pattern, instruction))
+    return counts
+
+
+def compile_batch(arch: int, batch: list[tuple[Launch, Setting]]) -> list[Row]:
+    """Compile launches for an architecture and read the cubins back."""
+    compiled = []
+    for launch, _ in batch:
+        source = ASTSource(
+            fn=getattr(importlib.import_module(launch.module), launch.kernel), signature=dict(launch.signature),
+            constexprs=dict(launch.constexprs), attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible},
+        )  # fmt: skip
+        compiled.append(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options)))
+    counts = count_instructions(arch, [machine_code(c.asm["cubin"]) for c in compiled])
+    rows = []
+    for (launch, setting), kernel, count in zip(batch, compiled, counts, strict=True):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+            out = subprocess.run(usage, capture_output=True, text=True, check=True).stdout
+        used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", out)}
+        rows.append(
+            Row(arch, launch.kernel, launch.tile(), dict(launch.options)["num_warps"], used["REG"], used["STACK"],
+                kernel.metadata.shared, **count, half=setting.dtype != torch.float32, setting=str(setting))
+        )  # fmt: skip
+    return rows
+
+
+def report(architectures: Iterable[int], groups: Iterable[str], workers: int) -> list[Row]:
     """All rows, compiled in `workers` processes."""
-    tasks = []
+    settings = [s for group in groups for s in GROUPS[group]]
+    batches = []
     for arch in architectures:
-        tasks += [(arch, launch, *origin) for launch, origin in launches_for(arch).items()]
-    with ProcessPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(compile_one, tasks), total=len(tasks), desc="compiling", unit="kernel"))
+        found = list(launches_for(arch, settings).items())
+        batches += [(arch, found[i : i + BATCH]) for i in range(0, len(found), BATCH)]
+    bar = tqdm(total=sum(len(b) for _, b in batches), desc="compiling", unit="kernel", disable=not sys.stderr.isatty())
+    with ProcessPoolExecutor(workers) as pool, bar:
+        futures = [pool.submit(compile_batch, *batch) for batch in batches]
+        for future in as_completed(futures):
+            bar.update(len(future.result()))
+    return [row for future in futures for row in future.result()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=ARCHITECTURES)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    rows = report(arguments.arch, arguments.workers)
-    columns = ("arch", "kernel", "tile", "warps", "stages", "registers", "stack", "spills", "shared", "tensor_core", "fma",
-               "wide_loads", "setting")  # fmt: skip
-    cells = [columns] + [tuple(str(getattr(row, c)) for c in columns) for row in rows]
+    rows = report(arguments.arch, arguments.groups, arguments.workers)
+    columns = [name for name in Row.__dataclass_fields__ if name != "half"]
+    cells = [columns] + [[str(getattr(row, name)) for name in columns] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if arguments.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         arguments.json.write_text(json.dumps({"versions": versions, "rows": [asdict(row) for row in rows]}, indent=1))
+    for arch in arguments.arch:
+        mine = [row for row in rows if row.arch == arch]
+        most, largest = max(mine, key=lambda row: row.registers), max(mine, key=lambda row: row.shared)
+        print(
+            f"sm_{arch}: {len(mine)} kernels; most registers {most.registers} ({most.kernel}, {most.setting}); "
+            f"most shared memory {largest.shared} of {SHARED_MEMORY[arch]} bytes ({largest.kernel}, {largest.setting})"
+        )
     bad = [(row, row.faults()) for row in rows if row.faults()]
     for row, faults in bad:
         print(f"FAULT sm_{row.arch} {row.kernel} [{row.tile}] {row.setting}: {'; '.join(faults)}")

@@ -444,12 +444,14 @@ def grad_output(
                 scaling, M=M, R=r, RP=RP, K=top_k, BT=mix_tile.BT, BC=mix_tile.BC,
                 BLOCKS=tiles.cdiv(KP * RP, mix_tile.BC), VU=use_vu, IF=use_if, ADAPTIVE=adaptive, GATES=need_gates,
                 VARLEN=packed, num_warps=mix_tile.warps,
+                maxnreg=tiles.REGISTERS,
             )  # fmt: skip
         programs = c.shape[0] + dgates.shape[0]
         if programs:
             _collect[(programs,)](
                 c_part, dq_part, tile_owner, routes, c, dgates, number,
                 M=M, N=N, R=r, RP=RP, K=top_k, BRANCHES=both, TILES=64, C=need_c, num_warps=4,
+                maxnreg=tiles.REGISTERS,
             )  # fmt: skip
     for branch, (B, importance, want) in enumerate(
         ((vu_B, vu_importance, need_vu_B), (if_B, if_importance, need_if_B))
@@ -465,6 +467,6 @@ def grad_output(
             B_part, chunk_owner, routes, c, B, importance, dB[branch], dI[branch], chunks, k, scaling,
             branch if both == 2 else 0, M if branch else 0,
             E=B.shape[0], R=r, RP=RP, K=top_k, BRANCHES=both, BK=BK, ADAPTIVE=need_c, WANT_B=want,
-            WANT_I=need_importance, num_warps=4,
+            WANT_I=need_importance, num_warps=4, maxnreg=tiles.REGISTERS,
         )  # fmt: skip
     return dh if need_dh else torch.empty(0, **float32), *dB, *dI, dgates

@@ -202,7 +202,10 @@ def shrink_kernel(
         b_x = tl.load(x_ptr + rows[:, None] * d + o_d[None, :], mask=inside[:, None] & m_d[None, :], other=0)
         o_a = o_d[:, None].to(tl.int64) * stride_d
         if SUM:
-            b_sum = tl.sum(tl.dot(b_m, b_x, input_precision=PRECISION), 0)  # one row is not zero
+            b_seen = b_x
+            if MASKED:  # a NaN in the padding is nobody's, but 0 times it is one
+                b_seen = tl.where(routed[:, None], b_x, 0.0).to(b_x.dtype)
+            b_sum = tl.sum(tl.dot(b_m, b_seen, input_precision=PRECISION), 0)  # one row is not zero
             if block == 0:
                 tl.store(sums_ptr + wide(tile) * d + o_d, b_sum, mask=m_d)
         if VU:
@@ -463,7 +466,8 @@ def route_shrink(
             x if route_mask is None else route_mask.view(torch.uint8), cu, routed, routes, gates, logits,
             vu_B, if_B, vu_importance, if_importance, w_part, n if routed_here else 0, S, k,
             if_router.shape[1], scaling, M=M, N=N, NP=NP, R=r, RP=RP, K=top_k, KP=KP, BE=128, BS=1024, BK=BK,
-            ROUTE_VU=route_vu, ROUTE_IF=routed_here and use_if, BRANCHES=use_vu + use_if, MASKED=route_mask is not None, VARLEN=packed,
+            ROUTE_VU=route_vu, ROUTE_IF=routed_here and use_if, BRANCHES=use_vu + use_if,
+            MASKED=route_mask is not None, VARLEN=packed,
             ROUND=DTYPES[x.dtype], num_warps=4,
         )  # fmt: skip
     one_pass = route_vu and M * RP <= tiles.MAX_ONE_PASS_COLUMNS

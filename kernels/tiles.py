@@ -13,6 +13,9 @@ import torch
 MAX_ONE_PASS_COLUMNS = 128  # of all VU experts: up to here one pass over x computes them all
 MAX_ONE_READ_COLUMNS = 64  # chosen ones of both branches: up to here one read of g gives p and dB
 
+# of a thread of the small kernels: told a limit, ptxas does not set one itself, for which it spills a few registers
+REGISTERS = 128
+
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)

@@ -180,8 +180,9 @@ class FusedSMoLoRA(nn.Module):
         )  # fmt: skip
         *last, lead = last
         self._last = (*last, torch.sigmoid(lead) if self.keep_alpha else None)
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if plain else y.add_(base(x))
+        if not plain:
+            y = y.add_(base(x).view_as(y))
+        return y.view(*x.shape[:-1], self.out_features)
 
     def last_routing(self) -> Routing:
         """What the last forward decided; `alpha` is in it if `keep_alpha` was set then.
@@ -277,6 +278,10 @@ class FusedSMoLoRA(nn.Module):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating point tensor, got {got}")
+        tensors = {"instruction": instruction, "route_mask": route_mask, "cu_seqlens": cu_seqlens}
+        for name, tensor in tensors.items():
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have {self.in_features} inputs in its last dimension, got shape {tuple(x.shape)}")
         if cu_seqlens is None:
@@ -294,7 +299,6 @@ class FusedSMoLoRA(nn.Module):
             if x.dim() != 2 and not (x.dim() == 3 and x.shape[0] == 1):
                 raise ValueError(f"x must be (T, d) or (1, T, d) when cu_seqlens packs it, got shape {tuple(x.shape)}")
             instances = cu_seqlens.shape[0] - 1
-        tensors = {"instruction": instruction, "route_mask": route_mask, "cu_seqlens": cu_seqlens}
         for name, tensor in (*tensors.items(), ("the layer's parameters", self.vu_A)):
             if tensor is not None and tensor.device != x.device:
                 raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
@@ -346,8 +350,12 @@ class FusedSMoLoRA(nn.Module):
                     )
                 if value.device != self.vu_A.device:
                     raise ValueError(f"{name}[{branch}] must be on {self.vu_A.device}, got {value.device}")
-                if name == "routes" and value.dtype not in (torch.int32, torch.int64):
-                    raise ValueError(f"routes[{branch}] must be int32 or int64, got {value.dtype}")
+                if name == "routes":
+                    if value.dtype not in (torch.int32, torch.int64):
+                        raise ValueError(f"routes[{branch}] must be int32 or int64, got {value.dtype}")
+                    value = value.clamp(-1, 2**31 - 1)  # so that int32 cannot wrap a wrong route into a right one
+                elif not value.is_floating_point():
+                    raise ValueError(f"gates[{branch}] must be floating point, got {value.dtype}")
                 picked[name].append(value.view(instances, top_k))
         chosen = torch.stack(picked["routes"], 1).int()
         if gates is None:

@@ -92,6 +92,7 @@ class Blocks(NamedTuple):
     number: int
     length: int
     instance: Tensor | None  # (N,) the instance of a block; None: block = instance
+    count: Tensor | None  # (n,) blocks of an instance, which lie together
     token: Tensor | None  # (N * L,) the token at a place, T for a place that is empty; None: the token itself
     place: Tensor | None  # (T,) the place of a token
 
@@ -110,35 +111,35 @@ class Blocks(NamedTuple):
         """(n, ...) -> (N, ...), each block's instance."""
         return per_instance if self.instance is None else per_instance.index_select(0, self.instance)
 
-    def gather(self, per_block: Tensor, instances: int) -> Tensor:
-        """(N, ...) -> (n, ...), summed over the blocks of an instance, in a fixed order."""
-        if self.instance is None:
+    def gather(self, per_block: Tensor) -> Tensor:
+        """(N, ...) -> (n, ...), summed over the blocks of an instance, in their order."""
+        if self.count is None:
             return per_block
-        member = torch.arange(instances, device=per_block.device)[:, None] == self.instance[None, :]
-        flat = per_block.flatten(1)
-        return (member.to(flat.dtype) @ flat).reshape(instances, *per_block.shape[1:])
+        flat = torch.segment_reduce(per_block.flatten(1), "sum", lengths=self.count, axis=0, unsafe=True, initial=0)
+        return flat.reshape(-1, *per_block.shape[1:])
 
 
 def cut(tokens: int, instances: int, cu_seqlens: Tensor | None) -> Blocks:
     """The blocks of a batch: `instances` of equal length, or packed ones with boundaries `cu_seqlens` (n + 1,)."""
     if cu_seqlens is None or not instances:
-        return Blocks(instances, tokens // max(instances, 1), None, None, None)
+        return Blocks(instances, tokens // max(instances, 1), None, None, None, None)
     cu = cu_seqlens.long()
     length = 16
     while length < 256 and length * instances < tokens:
         length *= 2
     lengths = cu[1:] - cu[:-1]
-    ends = ((lengths + length - 1) // length).cumsum(0)
+    count = (lengths + length - 1) // length
+    ends = count.cumsum(0)
     number = tokens // length + instances  # an upper bound that no value on the device is needed for
     block = torch.arange(number, device=cu.device)
     instance = torch.searchsorted(ends, block, right=True).clamp_(max=instances - 1)
-    start = cu[:-1].index_select(0, instance) + (block - (ends - (lengths + length - 1) // length)[instance]) * length
+    start = cu[:-1].index_select(0, instance) + (block - (ends - count)[instance]) * length
     token = start[:, None] + torch.arange(length, device=cu.device)
     inside = (token < cu[1:].index_select(0, instance)[:, None]) & (block < ends[-1])[:, None]
     token = torch.where(inside, token, tokens).view(-1)
     place = torch.empty(tokens + 1, dtype=torch.long, device=cu.device)
     place[token] = torch.arange(number * length, device=cu.device)
-    return Blocks(number, length, instance, token, place[:tokens])
+    return Blocks(number, length, instance, count, token, place[:tokens])
 
 
 def by_expert(blocks: Tensor, experts: int, chosen: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ def _routed(
     """Which places route, 1 or 0 (N, L), and how many do in each instance (n, 1), at least 1."""
     routed = like.new_ones(tokens) if route_mask is None else route_mask.to(like.dtype)
     routed = blocks.split(routed)
-    return routed, blocks.gather(routed.sum(1, keepdim=True), instances).clamp(min=1)
+    return routed, blocks.gather(routed.sum(1, keepdim=True)).clamp(min=1)
 
 
 def routed_tokens(
@@ -307,7 +308,10 @@ def route_shrink(
         use_vu, use_if = branches(fusion)
         if use_vu:
             routed, count = _routed(route_mask, x.shape[0], instances, blocks, x_blocks)
-            mean = blocks.gather(torch.bmm(routed[:, None], x_blocks)[:, 0], instances) / count
+            seen = x_blocks  # a NaN in the padding is nobody's, but 0 times it is one
+            if route_mask is not None:
+                seen = x_blocks.masked_fill(routed[..., None] == 0, 0)
+            mean = blocks.gather(torch.bmm(routed[:, None], seen)[:, 0]) / count
             z[0] = mean @ vu_router.to(accurate).mT
         if use_if:
             z[1] = instruction.to(accurate) @ if_router.to(accurate).mT
@@ -365,7 +369,9 @@ def _accumulate(base: Tensor | None, left: Tensor, right: Tensor, blocks: Blocks
     """base (T, columns) + left (N, L, j) @ right (N, j, columns), in place where base has the shape and precision."""
     if base is not None and blocks.token is None and base.dtype == left.dtype:
         return base.view(blocks.number, blocks.length, base.shape[1]).baddbmm_(left, right).view(base.shape)
-    out = blocks.join(torch.bmm(left, right))
+    out = left.new_empty(left.shape[0] * left.shape[1], right.shape[2])
+    torch.bmm(left, right, out=out.view(*left.shape[:2], right.shape[2]))
+    out = out if blocks.place is None else out.index_select(0, blocks.place)
     return (out if base is None else out.add_(base)).to(dtype)
 
 
@@ -407,7 +413,7 @@ def grad_output(
         p = torch.bmm(g_blocks, B).mul_(scaling).view_as(h)
         dh, c, dgates = mix_backward(p, h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, lead, fusion)
         dh = blocks.join(dh) if need_dh else g.new_empty(0, dtype=accurate)
-        dgates = blocks.gather(dgates, instances) if need_gates else g.new_empty(0, dtype=accurate)
+        dgates = blocks.gather(dgates) if need_gates else g.new_empty(0, dtype=accurate)
     if need_vu_B or need_if_B:
         partial = torch.bmm(g_blocks.mT, _fused(h, lead, gates, scaling, fusion))
         partial = partial.view(*partial.shape[:2], *h.shape[2:]).permute(2, 0, 3, 1, 4)  # (b, N, c, k, r)
