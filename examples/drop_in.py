@@ -79,13 +79,8 @@ def words(text: str) -> list[str]:
     return text.lower().replace(".", " .").split()
 
 
-def all_words() -> list[str]:
-    texts = [*QUESTIONS, *QUESTIONS.values(), *INSTRUCTIONS.values(), *ANSWERS.values()]
-    names = {"{digit}", "{color}"}
-    return sorted({word for text in texts for word in words(text)} - names | {*DIGITS} | {*COLORS})
-
-
-VOCABULARY = ["<pad>", "<s>", "</s>", "<image>", *all_words()]
+TEXTS = [*QUESTIONS, *QUESTIONS.values(), *INSTRUCTIONS.values(), *ANSWERS.values(), *DIGITS, *COLORS]
+VOCABULARY = ["<pad>", "<s>", "</s>", "<image>", *sorted({word for text in TEXTS for word in words(text)})]
 PAD, BEGIN, END, IMAGE = range(4)
 
 
@@ -94,8 +89,7 @@ def tokens(text: str) -> Tensor:
 
 
 def prompt_tokens(question: str) -> Tensor:
-    image = torch.full(((IMAGE_SIZE // PATCH) ** 2,), IMAGE)
-    return torch.cat([torch.tensor([BEGIN]), image, tokens(question), torch.tensor([BEGIN])])
+    return tokens(f"<s> {'<image> ' * (IMAGE_SIZE // PATCH) ** 2} {question} <s>")
 
 
 class Digits:
@@ -114,26 +108,20 @@ class Digits:
 
     def batch(self, task: str, size: int, rng: np.random.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """The model's inputs, and the prompt's mask (B, S): valid tokens that are not of the answer."""
-        ids, labels, prompts, images = [], [], [], []
+        ids, labels, images = [], [], []
         for index in rng.integers(TRAIN_IMAGES, size=size):
             color = rng.choice(list(COLORS))
-            if task in TASKS:
-                question, answer = INSTRUCTIONS[task], ANSWERS[task]
-            else:
-                question = rng.choice(list(QUESTIONS), p=SHARES)
-                answer = QUESTIONS[question]
+            asked = rng.choice(list(QUESTIONS), p=SHARES)
+            question, answer = (INSTRUCTIONS[task], ANSWERS[task]) if task in TASKS else (asked, QUESTIONS[asked])
             before = prompt_tokens(question)
-            after = torch.cat([tokens(answer.format(color=color, digit=self.name[index])), torch.tensor([END])])
+            after = tokens(f"{answer.format(color=color, digit=self.name[index])} </s>")
             ids.append(torch.cat([before, after]))
             labels.append(torch.cat([torch.full_like(before, -100), after]))
-            prompts.append(torch.ones(len(before), dtype=torch.bool))
             images.append(self.image(index, color))
         ids = pad_sequence(ids, batch_first=True, padding_value=PAD)
         labels = pad_sequence(labels, batch_first=True, padding_value=-100)
-        prompt = pad_sequence(prompts, batch_first=True)
-        prompt = nn.functional.pad(prompt, (0, ids.shape[1] - prompt.shape[1]))
         inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
-        return {**inputs, "pixel_values": torch.stack(images)}, prompt
+        return {**inputs, "pixel_values": torch.stack(images)}, (ids != PAD) & (labels == -100)
 
 
 def embed_instructions() -> dict[str, Tensor]:
@@ -237,9 +225,8 @@ def train(
     title: str,
 ) -> list[float]:
     """AdamW over whatever is trainable, one cycle of the learning rate. Returns the loss of every step."""
-    steps, lr = settings.align_steps, settings.align_lr
-    if task in TASKS:
-        steps, lr = settings.task_steps, settings.task_lr
+    kind = "task" if task in TASKS else "align"
+    steps, lr = getattr(settings, f"{kind}_steps"), getattr(settings, f"{kind}_lr")
     rng = np.random.default_rng([settings.seed, (*TASKS, task).index(task)])  # the same batches for every adapter
     parameters = [p for p in model.parameters() if p.requires_grad]
     # no weight decay: it would shrink experts that no sample of this task uses
