@@ -32,8 +32,7 @@ run: $(VENV)/.run
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pytest tests
-	$(VENV)/bin/pytest bench --benchmark-skip
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --numprocesses 2 --dist worksteal --benchmark-skip
 
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/pytest tests -m slow

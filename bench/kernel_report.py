@@ -58,6 +58,12 @@ COUNTED = {
     "wide_loads": r"\b(?:LDG\.E[.\w]*\.128|LDGSTS\.E[.\w]*\.128|UBLKCP|UTMALDG)\b",
 }
 
+# tensors that grow with the number of tokens, so that they may have more than 2^31 elements
+GROWING = (
+    "x_ptr", "g_ptr", "y_ptr", "dx_ptr", "h_ptr", "dh_ptr", "lead_ptr", "mask_ptr", "sums_ptr", "vu_part_ptr",
+    "if_part_ptr", "B_part_ptr", "A_part_ptr", "c_part_ptr", "dq_part_ptr",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -92,6 +98,8 @@ PLAIN = Setting()
 DECODE = Setting(threshold=0, training=False, tokens=8)
 EXACT = Setting(dtype=torch.float32)
 GROUPS: dict[str, list[Setting]] = {
+    # the paper's setting, for a short look at an architecture
+    "plain": [PLAIN, EXACT],
     # every tile of half-precision inputs
     "tiles": [
         PLAIN, PLAIN.but(r=32), PLAIN.but(r=64), PLAIN.but(r=128), PLAIN.but(experts=2), PLAIN.but(experts=8), DECODE,
@@ -219,6 +227,7 @@ class Row:
     tensor_core: int
     fma: int
     wide_loads: int
+    narrow: int
     half: bool
     setting: str
 
@@ -229,6 +238,8 @@ class Row:
             found.append(f"{self.spills} spill instructions, {self.stack} bytes of stack")
         if self.shared > SHARED_MEMORY[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, above the card's {SHARED_MEMORY[self.arch]}")
+        if self.narrow:
+            found.append(f"{self.narrow} accesses to tensors that grow with the tokens by 32-bit offsets alone")
         if self.kernel in DOTS and self.half and not self.tensor_core:
             found.append("no tensor-core instruction")
         return found
@@ -260,6 +271,20 @@ def count_instructions(arch: int, codes: list[bytes]) -> list[dict[str, int]]:
     return counts
 
 
+def count_narrow(ttir: str) -> int:
+    """Loads and stores of GROWING tensors whose address has no 64-bit offset in it, in Triton's own representation."""
+    pointers = {f"%{name}": False for name in GROWING}  # whether a 64-bit offset is in it
+    narrow = 0
+    for line in ttir.splitlines():
+        made = re.match(r"\s*(%[\w#]+) = tt\.(addptr|splat|broadcast|expand_dims|reshape) (%[\w#]+)(.*)", line)
+        if made and made[3] in pointers:
+            wide = made[2] == "addptr" and "i64" in made[4].split("loc(")[0]
+            pointers[made[1]] = pointers[made[3]] or wide
+        used = re.search(r"tt\.(?:load|store) (%[\w#]+)", line)
+        narrow += bool(used) and pointers.get(used[1]) is False
+    return narrow
+
+
 def compile_batch(arch: int, batch: list[tuple[Launch, Setting]]) -> list[Row]:
     """Compile launches for an architecture and read the cubins back."""
     compiled = []
@@ -280,7 +305,8 @@ def compile_batch(arch: int, batch: list[tuple[Launch, Setting]]) -> list[Row]:
         used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", out)}
         rows.append(
             Row(arch, launch.kernel, launch.tile(), dict(launch.options)["num_warps"], used["REG"], used["STACK"],
-                kernel.metadata.shared, **count, half=setting.dtype != torch.float32, setting=str(setting))
+                kernel.metadata.shared, **count, narrow=count_narrow(kernel.asm["ttir"]),
+                half=setting.dtype != torch.float32, setting=str(setting))
         )  # fmt: skip
     return rows
 

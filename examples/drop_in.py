@@ -1,6 +1,6 @@
 """SMoLoRA in a training loop of your own: two tasks in sequence, against plain LoRA, on real handwritten digits.
 
-A small Llava (CLIP-like tower, projector, Llama; about 2M parameters) is made in code and aligned on scikit-learn's
+A small Llava (CLIP-like tower, projector, Llama; 1.7M parameters) is made in code and aligned on scikit-learn's
 digits. It then learns two tasks one after the other, each with an instruction of its own, and after every stage both
 are tested: what is left of the first is what the adapter did not overwrite. No PEFT tuner is needed: `FusedSMoLoRA`
 takes the place of a linear layer, and the loop hands it the embedding of the instruction.
@@ -11,6 +11,9 @@ takes the place of a linear layer, and the loop hands it the embedding of the in
 "Equal rank" means the rank active per token. SMoLoRA puts a token through one visual-understanding and one
 instruction-following expert of rank r, so LoRA gets rank 2r, with the same scale lora_alpha / rank. SMoLoRA *stores*
 more: four experts of either kind. Learning rate, dropout, batches and number of steps are the same for both.
+
+Two tasks and one seed show the loop, not which adapter forgets less: runs that differed only in the number of threads
+or of alignment steps kept from 0 to 28% of the first task, now one adapter ahead and now the other.
 """
 
 import argparse
@@ -51,7 +54,7 @@ class Settings:
     alpha: float = 16
     dropout: float = 0.05
     batch: int = 32
-    align_steps: int = 450
+    align_steps: int = 400
     align_lr: float = 1.5e-3
     task_steps: int = 60
     task_lr: float = 2e-3
@@ -79,7 +82,8 @@ def words(text: str) -> list[str]:
     return text.lower().replace(".", " .").split()
 
 
-TEXTS = [*QUESTIONS, *QUESTIONS.values(), *INSTRUCTIONS.values(), *ANSWERS.values(), *DIGITS, *COLORS]
+SAID = [text.format(color="red", digit="one") for text in (*QUESTIONS.values(), *ANSWERS.values())]
+TEXTS = [*QUESTIONS, *INSTRUCTIONS.values(), *SAID, *DIGITS, *COLORS]
 VOCABULARY = ["<pad>", "<s>", "</s>", "<image>", *sorted({word for text in TEXTS for word in words(text)})]
 PAD, BEGIN, END, IMAGE = range(4)
 
@@ -251,7 +255,7 @@ def train(
 
 @torch.no_grad()
 def answer(model: nn.Module, images: Tensor, instruction: str, context: Context, embedding: Tensor) -> list[str]:
-    """Greedy answers of at most 14 tokens, running the growing sequence again for every token.
+    """Greedy answers of at most 12 tokens, running the growing sequence again for every token.
 
     The mask stays on the prompt while the sequence grows, so that the routes are those of training.
     """
@@ -259,7 +263,7 @@ def answer(model: nn.Module, images: Tensor, instruction: str, context: Context,
     prompt = prompt_tokens(instruction)
     ids = prompt.expand(len(images), -1)
     context.instruction = embedding.expand(len(images), -1)
-    for _ in range(14):
+    for _ in range(12):
         context.prompt = (torch.arange(ids.shape[1]) < len(prompt)).expand(ids.shape)
         logits = model(input_ids=ids, pixel_values=images, use_cache=False, logits_to_keep=1).logits[:, -1]
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
@@ -328,7 +332,7 @@ def run_sequence(
 def report(aligned: dict, runs: dict[str, dict], file: Path) -> None:
     """Print both tasks' scores after each stage, and plot them."""
     print(f"\n{'% of the test images':<36}" + "".join(f"{task + ': exact':>16}{'in format':>11}" for task in TASKS))
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, len(TASKS), sharey=True)
     for name, run in runs.items():
         stages = {"aligned": aligned, **{f"after {t}": stage for t, stage in zip(TASKS, run["stages"], strict=True)}}
@@ -381,6 +385,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    # one, or the rounding, and with it the figures, would depend on the number of cores
+    torch.set_num_threads(1)
     run(Settings(seed=options.seed), options.output, options.reference)
 
 

@@ -172,7 +172,7 @@ def fuse_expand(
             M=M, R=r, RP=RP, K=top_k, BT=tile.BT, BK=tile.BD, BC=tile.BC,
             BLOCKS=tiles.cdiv(tiles.next_power(top_k) * RP, tile.BC), SPLITS=splits, VU=fusion != "if",
             IF=fusion != "vu", ADAPTIVE=fusion == "adaptive", BIAS=bias is not None, VARLEN=cu_seqlens is not None,
-            IEEE=dtype == torch.float32, num_warps=tile.warps, num_stages=tile.stages,
+            IEEE=dtype == torch.float32, **tile.options(),
         )  # fmt: skip
     if weight is not None:
         y.addmm_(x, weight.t())

@@ -238,8 +238,7 @@ def grad_input(
             routes if seed is None else seed, dx, A_part, owner, n, T // max(n, 1), d, 256 / (256 - threshold),
             R=r, RP=RP, K=top_k, BT=tile.BT, BD=tile.BD, BC=tile.BC, BLOCKS=blocks, CHUNK=chunk, VU=use_vu, IF=use_if,
             DX=want_dx, VU_A=want_vu_A, IF_A=want_if_A, ROUTER=dmean is not None, MASKED=route_mask is not None,
-            VARLEN=packed, THRESHOLD=threshold, IEEE=dtype == torch.float32, num_warps=tile.warps,
-            num_stages=tile.stages,
+            VARLEN=packed, THRESHOLD=threshold, IEEE=dtype == torch.float32, **tile.options(),
         )  # fmt: skip
 
     if chunks and blocks == 1 and (need_dx or need_A):
@@ -255,7 +254,7 @@ def grad_input(
             dA[branch] = torch.empty_like(A)
             _collect_A[(A.shape[0], tiles.cdiv(r * d, 1024))](
                 A_part, owner, routes, dA[branch], chunks, r * d, branch if both == 2 else 0,
-                K=top_k, BRANCHES=both, BLOCK=1024, num_warps=4,
+                K=top_k, BRANCHES=both, BLOCK=1024, **tiles.SMALL,
             )  # fmt: skip
     if need_dx and weight is not None:
         dx.addmm_(g, weight)

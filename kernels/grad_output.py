@@ -427,7 +427,7 @@ def grad_output(
             g, h, routes, gates, lead, vu_B, if_B, cu, vu_part, if_part, B_part, chunk_owner, T, n, S, k, scaling,
             R=r, RP=RP, K=top_k, BT=tile.BT, BK=tile.BD, BC=tile.BC, CHUNK=chunk, VU=use_vu, IF=use_if,
             P=need_p and one_read, VU_B=need_vu_B, IF_B=need_if_B, VARLEN=packed, IEEE=g.dtype == torch.float32,
-            num_warps=tile.warps, num_stages=tile.stages,
+            **tile.options(),
         )  # fmt: skip
     c = torch.empty((M + N if need_c else 0, r), **float32)
     if need_p:
@@ -443,15 +443,13 @@ def grad_output(
                 vu_part, if_part, h, w, routes, gates, lead, cu, dh, c_part, dq_part, tile_owner, parts, T, n, S,
                 scaling, M=M, R=r, RP=RP, K=top_k, BT=mix_tile.BT, BC=mix_tile.BC,
                 BLOCKS=tiles.cdiv(KP * RP, mix_tile.BC), VU=use_vu, IF=use_if, ADAPTIVE=adaptive, GATES=need_gates,
-                VARLEN=packed, num_warps=mix_tile.warps,
-                maxnreg=tiles.REGISTERS,
+                VARLEN=packed, **mix_tile.options(),
             )  # fmt: skip
         programs = c.shape[0] + dgates.shape[0]
         if programs:
             _collect[(programs,)](
                 c_part, dq_part, tile_owner, routes, c, dgates, number,
-                M=M, N=N, R=r, RP=RP, K=top_k, BRANCHES=both, TILES=64, C=need_c, num_warps=4,
-                maxnreg=tiles.REGISTERS,
+                M=M, N=N, R=r, RP=RP, K=top_k, BRANCHES=both, TILES=64, C=need_c, **tiles.SMALL,
             )  # fmt: skip
     for branch, (B, importance, want) in enumerate(
         ((vu_B, vu_importance, need_vu_B), (if_B, if_importance, need_if_B))
@@ -467,6 +465,6 @@ def grad_output(
             B_part, chunk_owner, routes, c, B, importance, dB[branch], dI[branch], chunks, k, scaling,
             branch if both == 2 else 0, M if branch else 0,
             E=B.shape[0], R=r, RP=RP, K=top_k, BRANCHES=both, BK=BK, ADAPTIVE=need_c, WANT_B=want,
-            WANT_I=need_importance, num_warps=4, maxnreg=tiles.REGISTERS,
+            WANT_I=need_importance, **tiles.SMALL,
         )  # fmt: skip
     return dh if need_dh else torch.empty(0, **float32), *dB, *dI, dgates

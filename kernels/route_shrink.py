@@ -205,7 +205,10 @@ def shrink_kernel(
             b_seen = b_x
             if MASKED:  # a NaN in the padding is nobody's, but 0 times it is one
                 b_seen = tl.where(routed[:, None], b_x, 0.0).to(b_x.dtype)
-            b_sum = tl.sum(tl.dot(b_m, b_seen, input_precision=PRECISION), 0)  # one row is not zero
+            if IEEE:  # no tensor core adds float32 exactly
+                b_sum = tl.sum(b_seen, 0)
+            else:
+                b_sum = tl.sum(tl.dot(b_m, b_seen), 0)  # one row is not zero
             if block == 0:
                 tl.store(sums_ptr + wide(tile) * d + o_d, b_sum, mask=m_d)
         if VU:
@@ -406,7 +409,7 @@ def shrink(
         R=r, RP=RP, V=V, K=top_k, BT=tile.BT, BD=tile.BD, BV=tile.BC, BI=BI, KS=KS, ALL=experts is not None,
         VU=use_vu, IF=use_if, BRANCHES=routes.shape[1], SUM=sums is not None, MASKED=slack == 2,
         VARLEN=cu_seqlens is not None, THRESHOLD=threshold, SLACK=slack, IEEE=x.dtype == torch.float32,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **tile.options(),
     )  # fmt: skip
     return vu_part, if_part, KS
 
@@ -468,7 +471,7 @@ def route_shrink(
             if_router.shape[1], scaling, M=M, N=N, NP=NP, R=r, RP=RP, K=top_k, KP=KP, BE=128, BS=1024, BK=BK,
             ROUTE_VU=route_vu, ROUTE_IF=routed_here and use_if, BRANCHES=use_vu + use_if,
             MASKED=route_mask is not None, VARLEN=packed,
-            ROUND=DTYPES[x.dtype], num_warps=4,
+            ROUND=DTYPES[x.dtype], **tiles.SMALL,
         )  # fmt: skip
     one_pass = route_vu and M * RP <= tiles.MAX_ONE_PASS_COLUMNS
     arguments = (x, vu_A, if_A, routes, n, cu_seqlens, fusion)
@@ -487,7 +490,7 @@ def route_shrink(
         z = x.new_empty((n, slices, MP), dtype=torch.float32)
         if n:
             _route[(n, slices)](sums, routed, vu_router, cu, mean, z, S, d, M=M, MP=MP, BT=BT, BD=BD, SLACK=slack,
-                                VARLEN=packed, num_warps=4)  # fmt: skip
+                                VARLEN=packed, **tiles.SMALL)  # fmt: skip
             _choose[(n,)](z, routes, gates, logits, slices, M=M, MP=MP, N=N, K=top_k, KP=KP,
                           BRANCHES=use_vu + use_if, num_warps=1)  # fmt: skip
     if not one_pass:
@@ -501,6 +504,6 @@ def route_shrink(
             vu_part, if_part, routes, w_part, cu, h, w, number, T, n, S, W, 256 / (256 - threshold),
             E=M + N, R=r, RP=RP, V=M if one_pass else top_k, K=top_k, BT=tile.BT, BC=tile.BC,
             BLOCKS=tiles.cdiv(KP * RP, tile.BC), KS=KS, ALL=one_pass, VU=use_vu, IF=use_if, VARLEN=packed,
-            num_warps=tile.warps,
+            **tile.options(),
         )  # fmt: skip
     return h, w, routes, gates, logits, mean if need_mean else x.new_empty((0, 0), dtype=torch.float32)

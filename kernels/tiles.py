@@ -13,9 +13,6 @@ import torch
 MAX_ONE_PASS_COLUMNS = 128  # of all VU experts: up to here one pass over x computes them all
 MAX_ONE_READ_COLUMNS = 64  # chosen ones of both branches: up to here one read of g gives p and dB
 
-# of a thread of the small kernels: told a limit, ptxas does not set one itself, for which it spills a few registers
-REGISTERS = 128
-
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
@@ -40,38 +37,51 @@ class Tile:
     BC: int
     warps: int
     stages: int
+    registers: int | None  # limit of a thread's; None leaves it to ptxas
+
+    def options(self) -> dict[str, int]:
+        """The launch's options."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
-# (columns, BT, BD, BC, warps, stages): the first row whose columns a branch does not exceed; BC shrinks to fit them.
-# All were compiled for the architectures that take them: no spill, shared memory within the card's, and for the
-# training path at rank 16 at least two blocks a processor. What holds back: float32 dots keep whole rows of both
-# operands in registers; mma.sync takes float32 parameters into registers before it rounds them; pipelined loads of
-# several column blocks need shared memory for each.
+# (columns, BT, BD, BC, warps, stages, registers): the first row whose columns a branch does not exceed; BC shrinks to
+# fit them. Found with bench/kernel_report.py: of the tiles without spills, those that keep most bytes on their way.
+# What holds them back: float32 products keep whole rows of both operands in registers; mma.sync takes float32
+# parameters there before it rounds them; pipelined loads take shared memory for every column block. A limit on
+# registers stands where it buys a second block a processor, or keeps ptxas from a tighter one, for which it spills.
 ANY = 1 << 30
-Rows = tuple[tuple[int, int, int, int, int, int], ...]
+Rows = tuple[tuple[int, int, int, int, int, int, int | None], ...]
 
 FLOAT32: dict[str, Rows] = {
-    "shrink": ((32, 32, 32, 32, 4, 2), (ANY, 32, 32, 64, 8, 2)),
-    "expand": ((32, 32, 64, 32, 4, 2), (64, 32, 32, 64, 4, 2), (ANY, 32, 32, 64, 4, 1)),
-    "grad_output": ((16, 32, 64, 16, 8, 2), (32, 16, 64, 32, 8, 2), (ANY, 16, 64, 64, 8, 2)),
-    "grad_input": ((16, 32, 64, 16, 8, 2), (64, 16, 64, 64, 8, 2), (ANY, 16, 64, 64, 8, 1)),
+    "shrink": ((ANY, 64, 16, 64, 8, 2, None),),
+    "expand": ((32, 32, 64, 32, 4, 2, None), (64, 32, 32, 64, 4, 2, None), (ANY, 32, 32, 64, 4, 1, None)),
+    "grad_output": ((16, 32, 64, 16, 8, 2, None), (32, 16, 64, 32, 8, 2, None), (ANY, 16, 64, 64, 8, 2, None)),
+    "grad_input": ((16, 32, 64, 16, 8, 2, None), (64, 16, 64, 64, 8, 2, None), (ANY, 16, 64, 64, 8, 1, None)),
 }
-# wgmma and tcgen05, which read shared memory, of which there are 227 KB: compute capabilities 9 and 10
+# wgmma and tcgen05 read shared memory, of which there are 227 KB: compute capabilities 9 and 10
 WARPGROUP: dict[str, Rows] = {
-    "shrink": ((32, 64, 64, 32, 4, 4), (64, 64, 64, 64, 8, 4), (ANY, 64, 32, 128, 8, 4)),
-    "expand": ((64, 128, 64, 64, 8, 2), (ANY, 64, 64, 64, 4, 1)),
-    "grad_output": ((32, 64, 256, 32, 8, 2), (ANY, 64, 128, 64, 8, 2)),
-    "grad_input": ((64, 32, 64, 64, 4, 3), (128, 32, 64, 64, 4, 2), (ANY, 32, 64, 64, 4, 1)),
-}
+    "shrink": ((64, 64, 64, 64, 8, 4, 128), (ANY, 64, 32, 128, 8, 4, None)),
+    "expand": ((64, 128, 64, 64, 8, 2, 128), (ANY, 64, 64, 64, 4, 1, 255)),
+    "grad_output": ((32, 64, 256, 32, 8, 2, None), (ANY, 64, 128, 64, 8, 2, 128)),
+    "grad_input": (
+        (16, 32, 64, 16, 4, 3, 128), (64, 32, 64, 64, 4, 3, None), (128, 32, 64, 64, 4, 2, None),
+        (ANY, 32, 64, 64, 4, 1, None),
+    ),
+}  # fmt: skip
 # mma.sync, on every other card: within the 99 KB of the smaller ones
 WARP: dict[str, Rows] = {
-    "shrink": ((ANY, 64, 16, 64, 4, 4),),
-    "expand": ((64, 128, 64, 64, 8, 2), (ANY, 64, 64, 64, 4, 1)),
-    "grad_output": ((16, 32, 256, 16, 8, 3), (ANY, 64, 128, 64, 8, 2)),
-    "grad_input": ((16, 32, 64, 16, 8, 3), (32, 32, 64, 32, 8, 2), (64, 32, 32, 64, 4, 2), (ANY, 32, 32, 64, 4, 1)),
-}
+    "shrink": ((ANY, 64, 16, 64, 4, 4, None),),
+    "expand": ((64, 128, 64, 64, 8, 2, 128), (ANY, 64, 64, 64, 4, 1, None)),
+    "grad_output": ((16, 32, 256, 16, 8, 3, None), (ANY, 64, 128, 64, 8, 2, None)),
+    "grad_input": (
+        (16, 32, 64, 16, 8, 3, 128), (32, 32, 64, 32, 4, 2, 255), (64, 32, 32, 64, 8, 2, 255),
+        (ANY, 32, 32, 64, 4, 1, None),
+    ),
+}  # fmt: skip
 # rank space alone, in float32 on every card
-MIX: Rows = ((32, 32, 0, 32, 4, 1), (ANY, 16, 0, 64, 4, 1))
+MIX: Rows = ((32, 32, 0, 32, 4, 1, 168), (ANY, 16, 0, 64, 4, 1, 168))
+SMALL = {"num_warps": 4, "maxnreg": 168}  # launch options of the kernels that only add up
 
 
 @dataclass(frozen=True)
@@ -108,8 +118,8 @@ def choose_tile(kernel: str, r: int, slots: int, dtype: torch.dtype, capability:
         rows = FLOAT32[kernel]
     else:
         rows = (WARPGROUP if capability[0] in (9, 10) else WARP)[kernel]
-    _, BT, BD, BC, warps, stages = next(row for row in rows if padded <= row[0])
-    return Tile(BT, BD, min(padded, BC), warps, stages)
+    _, BT, BD, BC, warps, stages, registers = next(row for row in rows if padded <= row[0])
+    return Tile(BT, BD, min(padded, BC), warps, stages, registers)
 
 
 def prepare_rows(r: int) -> int:

@@ -279,7 +279,7 @@ def processes(tmp_path_factory) -> dict:
 
 
 def test_import_time(processes: dict):
-    """At most 0.3 s beyond peft, which every user imports anyway; in CPU time, since the machine is shared, and the best of three."""
+    """At most 0.3 s of CPU time beyond peft, which every user imports anyway; the best of three."""
     best = min(processes[f"import {turn}"] for turn in range(3))
     assert best <= 0.3, f"import smolora took {best:.2f} s after import peft"
 

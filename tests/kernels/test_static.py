@@ -1,0 +1,75 @@
+"""Every kernel compiles without spills for cards that are not here.
+
+These runs compile sm_90 with every half-precision tile, and the other architectures with the paper's setting in
+bfloat16 and float32. All tiles and options on all architectures, some 400 kernels, are for `make kernels`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0"}  # what is compiled is not what this process interprets
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT / "bench", env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("architectures", "group", "at_least"),
+    [
+        pytest.param(["90"], "tiles", 40, id="sm_90, all half-precision tiles"),
+        pytest.param(["80"], "plain", 15, id="sm_80"),
+        pytest.param(["100", "120"], "plain", 30, id="sm_100 and 120"),
+    ],
+)
+def test_no_faults(architectures: list[str], group: str, at_least: int, tmp_path: Path):
+    """No spill and no stack, shared memory that the card has, half-precision products on tensor cores, and 64-bit
+    addresses into everything that grows with the tokens."""
+    out = tmp_path / "rows.json"
+    done = python(
+        "kernel_report.py", "--arch", *architectures, "--groups", group, "--workers", "1", "--json", str(out)
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) >= at_least
+    for row in rows:
+        assert row["registers"] > 0 and row["spills"] == row["stack"] == row["narrow"] == 0
+    products = [row for row in rows if row["kernel"].endswith("_kernel") and row["half"]]
+    assert sum(row["tensor_core"] > 0 for row in products) >= 4 * len(architectures)
+    assert all(row["wide_loads"] > 0 for row in products if row["kernel"] == "grad_output_kernel")
+
+
+def test_the_report_finds_faults():
+    """A tile that is too large spills, and each kind of fault is named."""
+    done = python(
+        "-c",
+        """
+import kernel_report as report
+from smolora.kernels import tiles
+rows = report.Row(90, "shrink_kernel", "", 4, 255, 0, 0, 0, 0, 0, 0, 0, True, "")
+faults = lambda **changes: " ".join(report.replace(rows, **changes).faults())
+assert "tensor-core" in faults() and not faults(tensor_core=1)
+assert "spill" in faults(tensor_core=1, spills=2) and "stack" in faults(tensor_core=1, stack=8)
+assert "shared" in faults(tensor_core=1, shared=10**6) and "32-bit" in faults(tensor_core=1, narrow=1)
+assert report.count_narrow("%a = tt.addptr %x_ptr, %b : !tt.ptr<f32>, i32\\n tt.load %a") == 1
+assert report.count_narrow("%a = tt.addptr %x_ptr, %b : !tt.ptr<f32>, i64\\n tt.load %a") == 0
+right = tiles.choose_tile
+def oversized(kernel, *rest):
+    tile = right(kernel, *rest)
+    return report.replace(tile, BT=128, BD=128, warps=4, registers=255) if kernel == "grad_output" else tile
+tiles.choose_tile = oversized
+launches = report.launches_for(90, [report.EXACT])
+batch = [(launch, s) for launch, s in launches.items() if launch.kernel == "grad_output_kernel"]
+(row,) = report.compile_batch(90, batch[:1])
+assert row.spills and row.faults(), row
+""",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
