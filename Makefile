@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: run test test-slow test-triton36 kernels gpu gpu-tests gpu-sanitizer gpu-bench
+.PHONY: run test test-kernels test-rest test-slow test-triton36 kernels gpu gpu-tests gpu-sanitizer gpu-bench
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -32,7 +32,14 @@ run: $(VENV)/.run
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --numprocesses 2 --dist worksteal --benchmark-skip
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-kernels test-rest
+
+# two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
+test-kernels:
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/kernels
+
+test-rest:
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --ignore tests/kernels --benchmark-skip
 
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/pytest tests -m slow
