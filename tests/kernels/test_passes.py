@@ -59,6 +59,7 @@ def cases(draw) -> Case:
     )  # fmt: skip
 
 
+@pytest.mark.slow  # some minutes a part under the interpreter
 @interpreter
 @pytest.mark.parametrize("part", range(10))
 def test_any_case(part: int):
