@@ -1,0 +1,37 @@
+"""The command `smolora`: one subcommand a job, each in the module that does the job.
+
+A module of `COMMANDS` has `add_arguments(parser)` and `run(args)`, which returns the exit status. Only the module that
+was asked for is imported, so that `smolora --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS: dict[str, tuple[str, str]] = {}  # name: (module, what it does)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand: 0 if it did its work, 1 after an error that it names, 2 for arguments it cannot read."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="smolora", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, help_text) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        if argv[:1] == [name]:
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (OSError, ValueError) as error:
+        print(f"smolora {args.command}: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
