@@ -238,6 +238,24 @@ def _zip_fault(file: BinaryIO, record: zipfile.ZipInfo, start: int) -> tuple[str
     return None, end
 
 
+def _ends_well(file: BinaryIO, directory: int, size: int, records: int) -> bool:
+    """Whether an archive ends as its directory, of so many records at that offset, asks for."""
+    file.seek(size - 98)
+    tail = file.read(98)
+    expected = b""
+    if tail.startswith(b"PK\6\6"):  # with what files beyond 4 GiB need; the writer's version is its own affair
+        length = size - 98 - directory
+        expected += struct.pack("<4sQ", b"PK\6\6", 44) + tail[12:14]
+        expected += struct.pack("<H2L4Q", 45, 0, 0, records, records, length, directory)
+        expected += struct.pack("<4sLQL", b"PK\6\7", 0, directory + length, 1)
+    else:
+        length = size - 22 - directory
+        tail = tail[-22:]
+    counts = (min(records, 0xFFFF),) * 2
+    places = (min(length, 0xFFFFFFFF), min(directory, 0xFFFFFFFF))
+    return tail == expected + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *counts, *places, 0)
+
+
 def _verify_zip(path: Path) -> None:
     """Read a pickle's archive from end to end: every record lies where it should and has the CRC that was written."""
     try:
@@ -265,8 +283,9 @@ def _verify_zip(path: Path) -> None:
                 raise ValueError(
                     f"{path} is broken: {f'{name!r} ({record.filename})' if name else record.filename} {fault}"
                 )
-    if at != start_of_directory:
-        raise ValueError(f"{path} is broken: {start_of_directory - at} bytes lie between its last record and its end")
+        size = path.stat().st_size
+        if at != start_of_directory or not _ends_well(file, start_of_directory, size, len(records)):
+            raise ValueError(f"{path} is broken: its end is not one that torch.save writes")
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
