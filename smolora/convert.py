@@ -58,7 +58,8 @@ def _our_module(module: str) -> str:
 
 def _modules(layers: int, targets: Iterable[str]) -> list[str]:
     """The released names of the adapted modules, in the order in which the released code saves them."""
-    targets = [target for target in TARGETS if target in set(targets)]
+    adapted = set(targets)
+    targets = [target for target in TARGETS if target in adapted]
     in_layers = [target for target in targets if target not in PROJECTOR]
     return [f"layers.{i}.mlp.{target}" for i in range(layers) for target in in_layers] + [
         target for target in targets if target in PROJECTOR
