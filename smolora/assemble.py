@@ -91,7 +91,10 @@ def _configuration(language: Path, vision: Path) -> LlavaConfig:
         projector_hidden_act="gelu", vision_feature_layer=-2, vision_feature_select_strategy="default",
     )  # fmt: skip
     config.architectures = ["LlavaForConditionalGeneration"]
-    config.dtype = text.dtype
+    for part in (config, clip):  # one dtype for all when it is loaded: halves of two would not fit together
+        part.dtype = text.dtype
+    for part in (text, clip):
+        part._name_or_path = ""  # where the parts lay is nobody's affair
     return config
 
 
