@@ -281,7 +281,7 @@ def _verify_zip(path: Path) -> None:
     # what the directory says of a record and nobody reads is the same for all records of one writer
     common = {
         (r.create_system, r.create_version, r.reserved, r.volume, r.internal_attr, r.external_attr, r.date_time,
-         r.flag_bits, r.comment, r.compress_type)
+         r.comment, r.compress_type)
         for r in records
     }  # fmt: skip
     if comment or len(common) != 1 or records[0].compress_type != zipfile.ZIP_STORED:

@@ -97,7 +97,11 @@ def _complete(
     """
     if not modules:
         raise ValueError(f"{source} has no tensors")
-    layers = 1 + max((int(m[1]) for m in map(OFFICIAL_MODULE.fullmatch, modules) if m[1]), default=-1)
+    sizes = Counter()  # tensors a layer; one with less than half of what others have is a stray, not the last layer
+    for module, tensors in modules.items():
+        if module not in PROJECTOR:
+            sizes[int(module.split(".")[1])] += len(tensors)
+    layers = 1 + max((i for i, size in sizes.items() if 2 * size >= max(sizes.values())), default=-1)
     wanted = _modules(layers, targets if targets is not None else map(_target, modules))
     extra = [key(module, name) for module in modules for name in modules[module] if module not in wanted]
     missing = [key(module, name) for module in wanted for name in names - modules.get(module, {}).keys()]
@@ -220,12 +224,16 @@ def to_official_config(config: SMoLoRAConfig, embeddings: Tensor, targets: Itera
         if getattr(config, name) != value:
             got = getattr(config, name)
             raise ValueError(f"{name} must be {value!r} for the released code, which knows nothing else, got {got!r}")
-    if config.default_instruction is None:
-        raise ValueError("default_instruction must name a row of the embeddings for the released code, got None")
+    row = config.default_instruction
+    if row is None or row >= len(embeddings):
+        raise ValueError(
+            f"default_instruction must name a row of the embeddings, 0 to {len(embeddings) - 1}, as the released code "
+            f"needs one, got {row!r}"
+        )
     experts = config.num_vu_experts + config.num_if_experts
     return {
         **FIXED, "expert_num": experts, "inference_mode": config.inference_mode, "ins_emb": embeddings.tolist(),
-        "ins_type": config.default_instruction, "lora_alpha": config.lora_alpha * experts,
+        "ins_type": row, "lora_alpha": config.lora_alpha * experts,
         "lora_dropout": config.lora_dropout, "peft_type": SMOLORA.value, "r": config.r * experts,
         "revision": config.revision, "target_modules": list(targets), "task_type": OFFICIAL_TASK_TYPE,
     }  # fmt: skip

@@ -26,6 +26,7 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
         "layer.0.bias": torch.randn(5, generator=generator).half(),
         "layer.1.weight": torch.randn(2, 3, 4, generator=generator).bfloat16(),
         "steps": torch.tensor(12),
+        "nothing": torch.empty(0, 3),
         "layer.1.scale": torch.randn(3, generator=generator, dtype=torch.float64),
     }
 
@@ -263,7 +264,7 @@ def test_shards_refused(tmp_path: Path):
     second = tmp_path / "model-00002-of-00002.safetensors"
     content = second.read_bytes()
     second.unlink()
-    with pytest.raises(FileNotFoundError, match=r"00002-of-00002\.safetensors is missing, with 3 tensors \('layer"):
+    with pytest.raises(FileNotFoundError, match=r"00002-of-00002\.safetensors is missing, with 4 tensors \('layer"):
         read_model(tmp_path)
     second.write_bytes(content)
     index.write_text(json.dumps({"weight_map": {**places, "lost": second.name}}))
