@@ -144,12 +144,11 @@ def _tokenizer(language: Path, rows: int) -> PreTrainedTokenizerBase | None:
         return None
     from transformers import AddedToken, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(language)
+    tokenizer = AutoTokenizer.from_pretrained(language, padding_side="left")  # as generation in batches needs it
     if len(tokenizer) > rows:
         raise ValueError(f"language: {language} has a tokenizer of {len(tokenizer)} tokens, and embeddings of {rows}")
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    tokenizer.padding_side = "left"  # as generation in batches needs it
     return tokenizer
 
 
