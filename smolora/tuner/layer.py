@@ -70,8 +70,10 @@ class SMoLoRALayer(BaseTunerLayer):
         """To the base's device. Not to its dtype, which would round float32 weights that were just loaded."""
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        experts = self.smolora_experts[adapter_name] if adapter_name in self.smolora_experts else None
-        if experts is not None and device is not None and not experts.vu_A.is_meta:
+        if adapter_name not in self.smolora_experts or device is None:
+            return
+        experts = self.smolora_experts[adapter_name]
+        if not experts.vu_A.is_meta:
             experts.to(device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -35,10 +35,11 @@ def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForCon
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).to(dtype).eval()
-    with torch.no_grad():  # far enough from zero for greedy tokens to be clear choices
+    with torch.no_grad():  # as large as after training, so that inputs and layers show in greedy tokens
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4)
+                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
+        model.get_input_embeddings().weight.normal_()
     model.generation_config.pad_token_id = PAD
     return model
 
@@ -52,12 +53,12 @@ def tiny_config(**options) -> smolora.SMoLoRAConfig:
 
 
 def fill_adapters(model: torch.nn.Module, seed: int = 1) -> None:
-    """Give the B of every adapter values, so that it changes outputs, as after training."""
+    """Give the adapters' A and B values, so that they change outputs, as after training."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if ".smolora_experts." in name and name.endswith("_B"):
+        if ".smolora_experts." in name and name.endswith(("_A", "_B")):
             with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
 def adapted(config: smolora.SMoLoRAConfig | None = None, seed: int = 0):
@@ -73,10 +74,12 @@ def sample(text: int, images: int, generator: torch.Generator) -> list[int]:
     return [BOS] + [IMAGE] * (PATCHES * images) + words
 
 
-def batch(lengths=(5, 9), images=(1, 1), seed: int = 0, answer: int = 0) -> dict[str, Tensor]:
-    """A left-padded batch: `input_ids`, `attention_mask`, `pixel_values` if there are any images, and with `answer`
-    `labels`, which label the last `answer` tokens of each sample.
+def batch(lengths=(5, 9), images=None, seed: int = 0, answer: int = 0) -> dict[str, Tensor]:
+    """A left-padded batch of texts, with an image each unless `images` has their numbers: `input_ids`,
+    `attention_mask`, `pixel_values` if there are any images, and with `answer` `labels`, which label the last `answer`
+    tokens of each sample.
     """
+    images = images or (1,) * len(lengths)
     generator = torch.Generator().manual_seed(seed)
     rows = [sample(length, count, generator) for length, count in zip(lengths, images, strict=True)]
     width = max(map(len, rows))
