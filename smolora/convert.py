@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint import atomic_folder, named, read_json, read_tensors, write_tensors
-from .config import SMOLORA, SMoLoRAConfig
-from .instruction import EMBEDDINGS_FILE, read_instruction_embeddings, write_instruction_embeddings
+from .config import INSTRUCTION_FILE, SMOLORA, SMoLoRAConfig
+from .instruction import read_instruction_embeddings, write_instruction_embeddings
 
 OFFICIAL_TASK_TYPE = "CAUSAL_LM_SMoLoRA"
 PREFIX = "base_model.model.model."
@@ -306,7 +306,7 @@ def convert_official(adapter: str | Path, output: str | Path) -> None:
             converted[at + name] = tensors[released][0] if name.endswith("importance") else tensors[released]
     with atomic_folder(output) as folder:
         write_tensors(folder / "adapter_model.safetensors", converted)
-        write_instruction_embeddings(folder / EMBEDDINGS_FILE, embeddings, [None] * len(embeddings))
+        write_instruction_embeddings(folder / INSTRUCTION_FILE, embeddings, [None] * len(embeddings))
         config.save_pretrained(str(folder))
 
 
@@ -328,10 +328,10 @@ def convert_to_official(adapter: str | Path, output: str | Path) -> None:
         raise ValueError(f"{adapter / 'adapter_config.json'}: peft_type must be {SMOLORA.value!r}")
     config = SMoLoRAConfig.from_pretrained(str(adapter))
     state, _ = read_tensors(source)
-    embeddings, _ = read_instruction_embeddings(adapter / EMBEDDINGS_FILE)
+    embeddings, _ = read_instruction_embeddings(adapter / INSTRUCTION_FILE)
     if embeddings.shape[1] != config.instruction_dim:
         raise ValueError(
-            f"{adapter / EMBEDDINGS_FILE} must have rows of instruction_dim={config.instruction_dim}, "
+            f"{adapter / INSTRUCTION_FILE} must have rows of instruction_dim={config.instruction_dim}, "
             f"got {tuple(embeddings.shape)}"
         )
     theirs = {value: key for key, value in PROJECTOR.items()}
