@@ -28,7 +28,7 @@ from transformers import (
 
 from smolora import cli
 from smolora.assemble import assemble, load_processor
-from smolora.convert import convert_official
+from smolora.convert import convert_official, convert_to_official
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
 LANGUAGE, VISION, PROJECTOR = GOLDEN / "language", GOLDEN / "vision", GOLDEN / "mm_projector.bin"
@@ -102,6 +102,17 @@ def test_released_tokens(key: str, use_cache: bool, adapted: PeftModel, expected
             use_cache=use_cache,
         )  # fmt: skip
         assert generated[0, batch["input_ids"].shape[1] :].tolist() == tokens
+
+
+def test_saved_by_peft_and_back_again(adapted: PeftModel, tmp_path: Path):
+    """What stock PEFT saves of it goes back to the released code, bit for bit."""
+    adapted.save_pretrained(str(tmp_path / "peft"))
+    convert_to_official(tmp_path / "peft", tmp_path / "back")
+    folders = (tmp_path / "back", GOLDEN / "adapter")
+    back, source = (torch.load(folder / "adapter_model.bin", weights_only=True) for folder in folders)
+    assert list(back) == list(source) and all(torch.equal(back[name], source[name]) for name in source)
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
+    assert configs[0] == configs[1]
 
 
 # ----------------------------------------------------------------------------------------------------- what is written
