@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import struct
 import uuid
@@ -306,10 +307,10 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().partition("\n")[0]
+        asked = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} is refused: a checkpoint must hold tensors alone, and this pickle holds something else that "
-            f"could run code ({reason})"
+            f"{path} is refused: a checkpoint must hold tensors alone, and this pickle asks for "
+            f"{asked[1] if asked else 'something else'}, which could run code"
         ) from error
     except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is broken or no checkpoint: {error}") from error

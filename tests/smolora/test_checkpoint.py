@@ -182,7 +182,7 @@ class Bomb:
 def test_pickle_with_code(wrap, tmp_path: Path):
     """It is refused, and does not run."""
     torch.save(wrap(Bomb(tmp_path / "exploded")), tmp_path / "a.bin")
-    with pytest.raises(ValueError, match="could run code"):
+    with pytest.raises(ValueError, match=r"asks for \w+\.mkdir, which could run code"):
         read_tensors(tmp_path / "a.bin")
     assert not (tmp_path / "exploded").exists()
 
