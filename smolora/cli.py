@@ -11,7 +11,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS: dict[str, tuple[str, str]] = {}  # name: (module, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
+    "score": ("smolora.evaluate.score", "Score a file of answers: the dataset's metric and MIF."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
