@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 IMAGE_TOKEN = "<image>"
 
 
-@dataclass(frozen=True)
-class Question:
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # Python's own reads NaN and Infinity
+
+
+class Question(NamedTuple):
     """A record of a test file: `{"question_id", "image", "text": "question\\ninstruction", "answer"}`."""
 
     index: int  # its place in the file
@@ -25,8 +30,7 @@ class Question:
     answer: str | tuple[str, ...] | None = None  # several references, one, or none in the file
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """A record of a training file: one question about at most one image, and its answer."""
 
     index: int
@@ -35,8 +39,7 @@ class Conversation:
     image: str | None = None
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """A line of an answers file."""
 
     line: int
@@ -52,10 +55,8 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
     """
     try:
-        return json.loads(path.read_bytes(), parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from error
-    except ValueError as error:
+        return _DECODER.decode(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # a UnicodeDecodeError is one too
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
@@ -135,7 +136,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not content.strip():
                 continue
             try:
-                record = json.loads(content, parse_constant=_no_constant)
+                record = _DECODER.decode(content.decode())
             except ValueError as error:  # a UnicodeDecodeError is one too
                 raise ValueError(f"{path}: line {line}: not JSON: {error}") from error
             if not isinstance(record, dict):
@@ -186,7 +187,3 @@ def _references(record: dict[str, Any], where: str) -> str | tuple[str, ...] | N
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")

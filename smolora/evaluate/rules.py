@@ -192,7 +192,7 @@ def released_follows_word(item: Item, text: str) -> bool:
 def follows_word(item: Item, text: str) -> bool:
     """One or two words, or the answer itself."""
     answers = (item.answer,) if isinstance(item.answer, str) else item.answer
-    return 1 <= len(text.split()) <= 2 or _plain(text) in map(_plain, answers)
+    return 1 <= len(text.split()) <= 2 or (bool(_plain(text)) and _plain(text) in map(_plain, answers))
 
 
 def released_follows_sentence(item: Item, text: str) -> bool:
