@@ -6,7 +6,7 @@ Every error names the file and the record: its index in a JSON list (from 0), it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,14 @@ class Conversation(NamedTuple):
     image: str | None = None
 
 
+class Skipped(NamedTuple):
+    """A record of a test file that could not be asked."""
+
+    index: int
+    question_id: int | str | None  # None: it has none that could be read, or another record's
+    reason: str
+
+
 class Answer(NamedTuple):
     """A line of an answers file."""
 
@@ -60,25 +68,45 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path, *, skip: Collection[int] = (), broken: list[Skipped] | None = None) -> list[Question]:
     """The questions of a test file (`test.json` or `val.json`).
+
+    Args:
+        path: the file.
+        skip: indices of records to pass over.
+        broken: what is malformed is put here and passed over, instead of being an error.
 
     Raises:
         ValueError: a record is malformed or its question id occurred before; file and index are named.
     """
     questions, seen = [], {}
     for index, record in _records(path):
-        where = f"{path}: record {index}"
-        question_id = _question_id(record, where)
-        if str(question_id) in seen:
-            raise ValueError(f"{where}: question_id {question_id!r} is that of record {seen[str(question_id)]} too")
-        seen[str(question_id)] = index
-        questions.append(
-            Question(
-                index, question_id, _text(record, "text", where), _image(record, where), _references(record, where)
-            )
-        )
+        if index in skip:
+            continue
+        try:
+            question = _question(index, record, f"{path}: record {index}")
+            name = str(question.question_id)
+            if name in seen:
+                raise ValueError(f"{path}: record {index}: question_id {name} is that of record {seen[name]} too")
+        except ValueError as error:
+            if broken is None:
+                raise
+            broken.append(Skipped(index, None, str(error)))
+            continue
+        seen[name] = index
+        questions.append(question)
     return questions
+
+
+def _question(index: int, record: Any, where: str) -> Question:
+    record = _object(record, where)
+    return Question(
+        index,
+        _question_id(record, where),
+        _text(record, "text", where),
+        _image(record, where),
+        _references(record, where),
+    )
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -90,6 +118,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     samples = []
     for index, record in _records(path):
         where = f"{path}: record {index}"
+        record = _object(record, where)
         image = _image(record, where)
         turns = record.get("conversations")
         if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
@@ -139,19 +168,20 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 record = _DECODER.decode(content.decode())
             except ValueError as error:  # a UnicodeDecodeError is one too
                 raise ValueError(f"{path}: line {line}: not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}: line {line}: must be an object, got {_short(record)}")
-            yield line, record
+            yield line, _object(record, f"{path}: line {line}")
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
     content = read_json(path)
     if not isinstance(content, list):
         raise ValueError(f"{path}: must hold a list of records, got {_short(content)}")
-    for index, record in enumerate(content):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: record {index}: must be an object, got {_short(record)}")
-        yield index, record
+    yield from enumerate(content)
+
+
+def _object(record: Any, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: must be an object, got {_short(record)}")
+    return record
 
 
 def _question_id(record: dict[str, Any], where: str) -> int | str:

@@ -5,7 +5,7 @@ A new dataset is one entry of `DATASETS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,15 +20,21 @@ PROTOCOLS = ("smolora", "standard")
 class Files:
     """The annotation files of one dataset, looked for in folders and in their subfolders of the dataset's name.
 
+    Args:
+        folders: where to look.
+        dataset: its name.
+        skip: indices of records of the question file to pass over.
+
     Raises:
         ValueError: a folder does not exist.
     """
 
-    def __init__(self, folders: Sequence[Path], dataset: str) -> None:
+    def __init__(self, folders: Sequence[Path], dataset: str, skip: Collection[int] = ()) -> None:
         missing = [str(folder) for folder in folders if not folder.is_dir()]
         if missing or not folders:
             raise ValueError(f"annotations must be existing folders, got {', '.join(missing) or 'none'}")
         self.dataset = dataset
+        self.skip = skip
         self.folders = [place for folder in folders for place in (folder, folder / dataset)]
 
     def find(self, name: str) -> Path:
@@ -93,14 +99,14 @@ class Dataset:
 def one_answer(files: Files, questions: str) -> list[Item]:
     """Questions with one answer each."""
     path = files.find(questions)
-    return [Item(str(q.question_id), a, (a,)) for q in read_questions(path) for a in [_one(q, path)]]
+    return [Item(str(q.question_id), a, (a,)) for q in read_questions(path, skip=files.skip) for a in [_one(q, path)]]
 
 
 def several_answers(files: Files, questions: str) -> list[Item]:
     """Questions with a list of references each, or one."""
     path = files.find(questions)
     items = []
-    for question in read_questions(path):
+    for question in read_questions(path, skip=files.skip):
         answer = _given(question, path)
         items.append(Item(str(question.question_id), answer, (answer,) if isinstance(answer, str) else answer))
     return items
@@ -124,7 +130,10 @@ def ten_answers(
             return items
         keys = [item.question_id for item in items]
         if by == "image":
-            keys = [PurePath(question.image or "").name for question in read_questions(files.find(questions))]
+            keys = [
+                PurePath(question.image or "").name
+                for question in read_questions(files.find(questions), skip=files.skip)
+            ]
         references = _annotators(path, key, by)
         unknown = [name for name in keys if name not in references]
         if unknown:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.format import read_answers, read_lines
+from ..data.format import Skipped, read_answers, read_lines
 from .datasets import DATASETS, PROTOCOLS, Dataset, Files
 
 
@@ -66,15 +66,18 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
     """
     spec = find_dataset(dataset)
     scoring = spec.scoring(protocol)
-    items = spec.load(Files([Path(folder) for folder in annotations], dataset), spec.questions)
     answers = Path(answers)
+    left_out = read_skipped(answers)
+    files = Files([Path(folder) for folder in annotations], dataset, {record.index for record in left_out})
+    items = spec.load(files, spec.questions)
     texts = {str(answer.question_id): answer for answer in read_answers(answers)}
     known = {item.question_id for item in items}
     for question_id, answer in texts.items():
         if question_id not in known:
             raise ValueError(f"{answers}: line {answer.line}: {dataset} has no question {question_id}")
-    skipped = read_skipped(answers) & known
-    items = [item for item in items if item.question_id not in skipped]
+    # ScienceQA's questions come from another file, where they are known by their ids alone
+    ids = {str(record.question_id) for record in left_out} - texts.keys()
+    items = [item for item in items if item.question_id not in ids]
     missing = [item.question_id for item in items if item.question_id not in texts]
     if missing and not spec.missing_is_wrong:
         raise ValueError(
@@ -99,7 +102,7 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
             name: _percent([value for value in metric(items, given) if value is not None])
             for name, metric in scoring.parts.items()
         },
-        skipped=len(skipped),
+        skipped=len(left_out),
     )
 
 
@@ -108,10 +111,11 @@ def skipped_path(answers: Path) -> Path:
     return answers.with_suffix(".skipped.jsonl")
 
 
-def read_skipped(answers: Path) -> set[str]:
-    """Ids of the questions that were left out of an answers file; empty where none were."""
+def read_skipped(answers: Path) -> list[Skipped]:
+    """The questions that were left out of an answers file; none where it has no such list."""
     path = skipped_path(answers)
-    return {str(record["question_id"]) for _, record in read_lines(path)} if path.is_file() else set()
+    records = read_lines(path) if path.is_file() else ()
+    return [Skipped(record["index"], record["question_id"], record["reason"]) for _, record in records]
 
 
 def _percent(values: Sequence[float]) -> float | None:

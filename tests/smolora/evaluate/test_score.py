@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -220,6 +221,8 @@ def test_the_java_tokenizer_itself_where_it_is():
     if shutil.which("java") is None:
         pytest.skip("there is no java")
     pairs = json.loads((GOLDEN.parent / "ptb.json").read_text())
+    # after a lone letter with a full stop the next caption's first word decides, and here other captions follow
+    pairs = [pair for pair in pairs if not re.search(r"\b[A-Za-z]\.$", pair[0])]
     theirs = tokenizer.tokenize({i: [{"caption": caption}] for i, (caption, _) in enumerate(pairs)})
     assert [theirs[i][0].split() for i in range(len(pairs))] == [ptb.tokenize(caption) for caption, _ in pairs]
 
