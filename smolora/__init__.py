@@ -5,5 +5,6 @@ from .backends import backend_info, use_backend
 from .config import SMoLoRAConfig
 from .layer import FusedSMoLoRA
 from .routing import Routing
+from .tuner import SMoLoRAModel
 
-__all__ = ["FusedSMoLoRA", "Routing", "SMoLoRAConfig", "backend_info", "reference", "use_backend"]
+__all__ = ["FusedSMoLoRA", "Routing", "SMoLoRAConfig", "SMoLoRAModel", "backend_info", "reference", "use_backend"]

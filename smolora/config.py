@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from importlib.metadata import version
+from typing import Any, Literal
 
+from huggingface_hub import hf_hub_download
+from packaging.version import Version
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+if Version(version("peft")).release < (0, 21):
+    raise ImportError(f"smolora needs peft 0.21 or newer, found {version('peft')}: pip install -U 'peft>=0.21'")
 
 MAX_RANK = 128
+
+INSTRUCTION_FILE = "instruction_embeddings.safetensors"  # beside an adapter's files
+INSTRUCTION_KEY = "embeddings"  # its tensor, (rows, instruction_dim)
 
 CHOICES = {
     "route_over": ("prompt", "valid", "all"),
@@ -80,8 +91,9 @@ class SMoLoRAConfig(PeftConfig):
         num_if_experts: number of instruction-following experts (the paper's N - M).
         top_k: experts chosen in each branch (Eq. 5 and 6), at most `min(num_vu_experts, num_if_experts)`.
         instruction_dim: size of the instruction embedding.
-        route_over: tokens whose mean routes the VU branch of a whole model: "prompt" (valid tokens before the answer,
-            so that training and inference route alike), "valid" (all but padding) or "all".
+        route_over: tokens whose mean routes the VU branch of a whole model: "prompt" (valid tokens that are no answer,
+            so that training and inference route alike; a sample that is all answer has no prompt, and routes by its
+            valid tokens), "valid" (all but padding) or "all".
         decode_routing: "prompt" keeps the routes of a `generate()` call's first forward; "token" routes every new
             token by itself, as released.
         fusion: "adaptive" (Eq. 8 and 9), "mean", "vu" or "if" (the ablations of Table 4).
@@ -90,6 +102,13 @@ class SMoLoRAConfig(PeftConfig):
         target_modules: names of the linear layers to adapt, or a regular expression.
         exclude_modules: names to leave out, or a regular expression.
         modules_to_save: further modules to train and save.
+        default_instruction: row of `instruction_embeddings` that a whole model takes where a call gives no
+            `instruction_embeds`; with None such a call is an error.
+
+    Attributes:
+        instruction_embeddings: (rows, instruction_dim), or None. It travels beside the adapter, in
+            `instruction_embeddings.safetensors`: `save_pretrained` writes it, `from_pretrained` reads it where
+            `default_instruction` is set.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -117,6 +136,9 @@ class SMoLoRAConfig(PeftConfig):
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to adapt"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to leave out"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
+    default_instruction: int | None = field(
+        default=None, metadata={"help": "row of the saved instruction embeddings to use where a call gives none"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +161,10 @@ class SMoLoRAConfig(PeftConfig):
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
             raise ValueError(f"lora_alpha must be a positive finite number, got {alpha!r}")
         dropout_threshold(self.lora_dropout)
+        row = self.default_instruction
+        if row is not None and (not isinstance(row, int) or isinstance(row, bool) or row < 0):
+            raise ValueError(f"default_instruction must be a row number or None, got {row!r}")
+        self.instruction_embeddings: Tensor | None = None
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
@@ -147,6 +173,74 @@ class SMoLoRAConfig(PeftConfig):
     def official(cls, **overrides) -> SMoLoRAConfig:
         """The released code's behaviour: every position routes, and every decoded token is routed by itself."""
         return cls(**{"route_over": "all", "decode_routing": "token", **overrides})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and `instruction_embeddings.safetensors` if there are any."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.instruction_embeddings is not None:
+            embeddings = {INSTRUCTION_KEY: self.instruction_embeddings.contiguous()}
+            save_file(embeddings, os.path.join(save_directory, INSTRUCTION_FILE), metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SMoLoRAConfig:
+        """Read a saved configuration, from a folder or the Hub, with the instruction embeddings its default needs.
+
+        Raises:
+            FileNotFoundError: `default_instruction` is set and the embeddings are not there.
+            ValueError: as for the constructor, and as `load_instruction_embeddings`.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, SMoLoRAConfig) and config.default_instruction is not None:
+            folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+            path = os.path.join(folder, INSTRUCTION_FILE)
+            if not os.path.isdir(folder):
+                download = cls._split_kwargs(kwargs)[0]
+                path = hf_hub_download(pretrained_model_name_or_path, INSTRUCTION_FILE, subfolder=subfolder, **download)
+            config.load_instruction_embeddings(path)
+        return config
+
+    def load_instruction_embeddings(self, path: str | os.PathLike) -> None:
+        """Set `instruction_embeddings` from an `instruction_embeddings.safetensors`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it does not have the one tensor, of floating point rows of `instruction_dim`.
+        """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no {path}, the instruction embeddings of default_instruction")
+        tensors = load_file(path)
+        embeddings = tensors.get(INSTRUCTION_KEY)
+        if embeddings is None or embeddings.dim() != 2 or not embeddings.is_floating_point():
+            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise ValueError(f"{path} must have a tensor {INSTRUCTION_KEY!r} of floating point rows, got {found}")
+        if embeddings.shape[1] != self.instruction_dim:
+            raise ValueError(
+                f"{path} has embeddings of size {embeddings.shape[1]}, instruction_dim is {self.instruction_dim}"
+            )
+        self.instruction_embeddings = embeddings
+
+    def default_embedding(self) -> Tensor | None:
+        """The embedding (instruction_dim,) that `default_instruction` names, or None if it names none.
+
+        Raises:
+            ValueError: there are no `instruction_embeddings`, or they have no such row.
+        """
+        if self.default_instruction is None:
+            return None
+        if self.instruction_embeddings is None:
+            raise ValueError(
+                f"default_instruction={self.default_instruction} is a row of the instruction embeddings, which are not "
+                "loaded: call load_instruction_embeddings(path) of this configuration, or give instruction_embeds"
+            )
+        rows = self.instruction_embeddings.shape[0]
+        if self.default_instruction >= rows:
+            raise ValueError(
+                f"default_instruction must be a row below {rows}, the number of instruction embeddings, "
+                f"got {self.default_instruction}"
+            )
+        return self.instruction_embeddings[self.default_instruction]
 
     @property
     def scaling(self) -> float:
@@ -157,6 +251,3 @@ class SMoLoRAConfig(PeftConfig):
     def routers_learn(self) -> bool:
         """Whether a gradient can reach the routers: with one expert chosen its gate is the constant 1."""
         return self.top_k > 1 or self.router_grad == "straight_through"
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING[SMOLORA] = SMoLoRAConfig  # what `from_pretrained` looks a saved configuration up in

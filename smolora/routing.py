@@ -16,4 +16,12 @@ class Routing(NamedTuple):
     routes: tuple[Tensor | None, Tensor | None]  # chosen experts, int32, (n,) or (n, top_k)
     logits: tuple[Tensor | None, Tensor | None]  # (n, M) and (n, N); None when the routes were given
     gates: tuple[Tensor | None, Tensor | None]  # weights of the chosen experts (n, top_k)
-    alpha: Tensor | None  # (T,), the VU branch's share of each token, 1 - alpha the IF branch's; when it was kept
+    alpha: Tensor | None = None  # (T,), the VU branch's share of each token, when it was kept
+    beta: Tensor | None = None  # (T,), the IF branch's
+
+
+class Chosen(NamedTuple):
+    """Experts and gates of n instances as the passes take them: b branches in use, c chosen experts."""
+
+    routes: Tensor  # int32 (n, b, c)
+    gates: Tensor  # (n, b, c), in the dtype of the reductions

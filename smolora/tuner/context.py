@@ -1,0 +1,542 @@
+"""What the adapters of a whole model route by, and how it reaches them.
+
+A model's forward takes `instruction_embeds`, which no layer between it and the adapters knows. One plain object, the
+`RoutingContext`, is shared by a model and its adapter layers: a hook before the model's forward fills it with a `Call`,
+and the layers read that. It is neither a context variable nor a thread local, since a backward, and with it the
+recomputation of checkpointed layers, runs on other threads. A call stays after its forward for that recomputation, and
+the backward of its outputs brings it back, whatever other forwards came between; outside of both, a layer refuses to
+route. `generate()` is entered through `GenerateEntry`, since it encodes images before its first forward.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers.utils import TransformersKwargs
+
+from ..config import SMoLoRAConfig
+from ..ops import CHECK_ENVIRONMENT
+from ..routing import Chosen
+
+if TYPE_CHECKING:
+    from .layer import SMoLoRALayer
+
+CONTEXT = "_smolora_context"  # attribute of a model with adapters
+OWN_KEYWORDS = ("instruction_embeds", "image_to_sample")
+IGNORED_LABEL = -100
+
+
+def _values_are_free(tensor: Tensor) -> bool:
+    """Whether reading a tensor's values waits for no device, or is asked for."""
+    return tensor.device.type == "cpu" or os.environ.get(CHECK_ENVIRONMENT) == "1"
+
+
+class Call:
+    """What one forward of a model routes by: B samples of S tokens.
+
+    Attributes:
+        instruction: (B, e), or (e,) for all; None if it is missing, which the first layer that needs it says.
+        valid: bool (B, S), the tokens that are no padding; None for all.
+        prompt: bool (B, S), the tokens that `route_over="prompt"` averages; None for all.
+        image_tokens: (B,), placeholders of images in each sample; None if unknown.
+        image_to_sample: (images,), the sample of each image, where it is given.
+        kept: the routes of the forward that this one continues, by layer and adapter; None if it continues none.
+        active: whether its forward is running.
+    """
+
+    def __init__(
+        self,
+        instruction: Tensor | None,
+        *,
+        valid: Tensor | None = None,
+        prompt: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        image_to_sample: Tensor | None = None,
+        kept: dict[tuple[str, str], Chosen] | None = None,
+    ) -> None:
+        self.instruction = instruction
+        self.valid = valid
+        if prompt is not None and valid is not None:
+            prompt = prompt & valid
+        if prompt is not None:  # a sample without a prompt of its own routes by all its tokens
+            everything = torch.ones_like(prompt) if valid is None else valid
+            prompt = torch.where(prompt.any(1, keepdim=True), prompt, everything)
+        self.prompt = valid if prompt is None else prompt
+        self.image_tokens = image_tokens
+        self.image_to_sample = image_to_sample
+        self.kept = kept
+        self.active = True
+
+    def arguments(self, x: Tensor, config: SMoLoRAConfig, key: tuple[str, str], images: bool) -> dict[str, Any]:
+        """What an adapter's forward takes besides its input x (B, S, d), or (images, patches, d) if `images`."""
+        if self.kept is not None and config.decode_routing == "prompt" and not images:
+            if key not in self.kept:
+                raise RuntimeError(
+                    f"the cache was started without the adapter {key[1]!r} of {key[0]}, so it has no routes to keep: "
+                    "start a new cache after changing adapters"
+                )
+            return {"routes": self.kept[key]}
+        instruction = None
+        if config.fusion != "vu":
+            instruction = self._instruction(x.shape[0], images)
+            if instruction.device != x.device:
+                instruction = instruction.to(x.device)
+        if images or config.route_over == "all":
+            return {"instruction": instruction}
+        mask = self.valid if config.route_over == "valid" else self.prompt
+        if mask is not None and mask.device != x.device:
+            mask = mask.to(x.device)
+        return {"instruction": instruction, "route_mask": mask}
+
+    def _instruction(self, rows: int, images: bool) -> Tensor:
+        """The embedding of each row (rows, e), or (e,) for all of them."""
+        if self.instruction is None:
+            raise ValueError(MISSING)
+        if not images or self.instruction.dim() == 1 or self.instruction.shape[0] == 1:
+            return self.instruction[0] if images and self.instruction.dim() == 2 else self.instruction
+        return self.instruction.index_select(0, self._samples(rows))
+
+    def _samples(self, images: int) -> Tensor:
+        """The sample (images,) of each image.
+
+        Raises:
+            ValueError: nothing tells it, or the placeholders in the text do not fit the images.
+        """
+        if self.image_to_sample is not None:
+            if self.image_to_sample.shape[0] != images:
+                raise ValueError(
+                    f"image_to_sample must name the sample of each of the {images} images, "
+                    f"got {self.image_to_sample.shape[0]} entries"
+                )
+            return self.image_to_sample
+        counts = self.image_tokens
+        if counts is None:
+            raise ValueError(
+                f"image_to_sample must be given, the sample of each of the {images} images: without input_ids nothing "
+                "tells which instruction an image belongs to"
+            )
+        if images and _values_are_free(counts):
+            each, rest = divmod(int(counts.sum()), images)
+            if rest or not each or bool((counts % max(each, 1)).any()):
+                raise ValueError(
+                    f"{images} images do not fit the image tokens in input_ids, {counts.tolist()} in each sample: "
+                    "give image_to_sample, the sample of each image"
+                )
+        each = counts.sum() // max(images, 1)
+        first = torch.arange(images, device=counts.device) * each  # an image's first placeholder
+        return torch.searchsorted(counts.cumsum(0), first, right=True).clamp_(max=counts.shape[0] - 1)
+
+
+MISSING = (
+    "instruction_embeds must be given to the model's forward or generate(): embeddings of the instructions, one row a "
+    "sample, or a vector for all; the adapters route by it, and no default_instruction is configured"
+)
+
+
+class _Generation:
+    """State of one `generate()` call: what its forwards share."""
+
+    def __init__(self, instruction: Tensor | None, image_to_sample: Tensor | None) -> None:
+        self.instruction = instruction
+        self.image_to_sample = image_to_sample
+        self.mask: Tensor | None = None  # (B, length), of the prompt; None if nothing is padded
+        self.length = 0  # of the prompt
+        self.position = 0  # tokens in the cache
+        self.kept: dict[tuple[str, str], Chosen] | None = None
+
+    def expand(self, copies: int, mask: Tensor | None, length: int) -> None:
+        """Take the prompt's mask, and repeat each sample for its beams, as `generate()` does with its inputs."""
+        self.mask, self.length = mask, length
+        if copies == 1:
+            return
+        if mask is not None:
+            self.mask = mask.repeat_interleave(copies, 0)
+        if self.instruction is not None and self.instruction.dim() == 2:
+            self.instruction = self.instruction.repeat_interleave(copies, 0)
+        if self.image_to_sample is not None:
+            self.image_to_sample = self.image_to_sample.repeat_interleave(copies, 0) * copies
+
+    def step(self, inputs: dict[str, Any], image_tokens: Tensor | None) -> Call:
+        """The call of the next forward."""
+        tokens = _token_input(inputs)
+        rows, count = tokens.shape[:2]
+        cache = inputs.get("past_key_values")
+        start = 0
+        if cache is not None:
+            start = self.position if self.kept is not None else int(cache.get_seq_length())
+            self.position = start + count
+        if self.kept is None and start:  # goes on from a cache the caller has: what is new is this call's prompt
+            self.length = max(self.length, start + count)
+        position = torch.arange(start, start + count, device=tokens.device)
+        prompt = (position < self.length).expand(rows, count)
+        valid = None
+        if self.mask is not None:
+            valid = nn.functional.pad(self.mask.bool(), (0, max(0, start + count - self.mask.shape[1])), value=True)
+            valid = valid[:, start : start + count].to(tokens.device)
+        return Call(
+            self.instruction, valid=valid, prompt=prompt, image_tokens=image_tokens,
+            image_to_sample=self.image_to_sample, kept=self.kept,
+        )  # fmt: skip
+
+
+class _Started:
+    """What a cache was started with: the instruction and the routes."""
+
+    def __init__(self, instruction: Tensor | None, kept: dict[tuple[str, str], Chosen]) -> None:
+        self.instruction = instruction
+        self.kept = kept
+
+
+def _token_input(inputs: dict[str, Any]) -> Tensor | None:
+    """The (B, S) or (B, S, hidden) input of a forward."""
+    embeds = inputs.get("inputs_embeds")
+    return embeds if embeds is not None else inputs.get("input_ids")
+
+
+class RoutingContext:
+    """Shared by a model and its adapter layers; see the module.
+
+    Attributes:
+        layers: the adapter layers of the model.
+        call: of the forward that runs or ran last, or whose backward runs.
+        generation: of the `generate()` that runs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        self.layers: list[SMoLoRALayer] = []
+        self.call: Call | None = None
+        self.generation: _Generation | None = None
+        self._forward_names = list(parameters)
+        self._image_token = getattr(getattr(model, "config", None), "image_token_id", None)
+        self._started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
+        self._handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled model starts without a call."""
+        return {**self.__dict__, "call": None, "generation": None, "_started": weakref.WeakKeyDictionary()}
+
+    # ------------------------------------------------------------------------------------------- installing, removing
+
+    def install(self, model: nn.Module) -> None:
+        """Hook the context into a model."""
+        setattr(model, CONTEXT, self)
+        self._handles = [
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+        ]
+        if hasattr(model, "generate"):
+            model.generate = GenerateEntry(model)
+
+    def install_anchor(self, decoder: nn.Module) -> None:
+        """Have the text decoder tie in the image adapters where a batch has no image; see `_anchor_images`."""
+        if CONTEXT in decoder.__dict__:
+            return
+        setattr(decoder, CONTEXT, self)
+        self._handles.append(decoder.register_forward_pre_hook(_anchor_images, with_kwargs=True))
+
+    def remove(self, model: nn.Module) -> None:
+        """Undo `install` and `install_anchor`."""
+        for handle in self._handles:
+            handle.remove()
+        model.__dict__.pop("generate", None)
+        for module in model.modules():
+            module.__dict__.pop(CONTEXT, None)
+
+    # --------------------------------------------------------------------------------------------------------- layers
+
+    def current(self) -> Call:
+        """The call that a layer routes by.
+
+        Raises:
+            RuntimeError: no forward of the model is running, and no backward that recomputes one.
+        """
+        call = self.call
+        if call is None or not (torch.compiler.is_compiling() or call.active or _in_backward()):
+            raise RuntimeError(
+                "an adapted layer was called outside of its model's forward and generate(), so there is no instruction "
+                "to route by (get_image_features() and inner modules cannot be called by themselves): call the model "
+                "with instruction_embeds, or do it inside `with model.disable_adapter():`"
+            )
+        return call
+
+    def configs(self) -> list[SMoLoRAConfig]:
+        """The configurations of the adapters in use."""
+        found = {}
+        for layer in self.layers:
+            if not layer.disable_adapters:
+                found.update((name, layer.smolora_experts[name].config) for name in layer.active_in_layer())
+        return list(found.values())
+
+    # -------------------------------------------------------------------------------------------------------- forward
+
+    def begin(self, inputs: dict[str, Any], own: dict[str, Any]) -> None:
+        """Set the call of a forward, from its arguments by name."""
+        if self.generation is not None and self.generation.kept is not None:
+            self.call = self.generation.step(inputs, self._count_image_tokens(inputs))
+            return
+        configs = self.configs()
+        if not configs:
+            self.call = None
+            return
+        if self.generation is not None:
+            self.call = self.generation.step(inputs, self._count_image_tokens(inputs))
+            return
+        tokens = _token_input(inputs)
+        batch = None if tokens is None else tokens.shape[0]
+        started = self._started_by(inputs.get("past_key_values"), configs)
+        instruction = own["instruction_embeds"]
+        if instruction is None and started is not None:
+            instruction = started.instruction
+        instruction = self.instruction(instruction, configs, batch)
+        if instruction is None and any(c.fusion != "vu" for c in configs):
+            raise ValueError(MISSING)
+        image_to_sample = _checked_map(own["image_to_sample"], batch)
+        masks = {}
+        if tokens is not None and any(c.route_over != "all" for c in configs):
+            masks = self._masks(inputs, *tokens.shape[:2], labelled=any(c.route_over == "prompt" for c in configs))
+        if started is None:
+            self.forget()
+        self.call = Call(
+            instruction, image_tokens=self._count_image_tokens(inputs), image_to_sample=image_to_sample,
+            kept=None if started is None else started.kept, **masks,
+        )  # fmt: skip
+
+    def end(self, output: Any) -> None:
+        """Close the call of a forward: keep its routes for what continues it, and come back in its backward."""
+        call = self.call
+        if call is None:
+            return
+        call.active = False
+        if output is None:  # the forward failed
+            return
+        generation = self.generation
+        if call.kept is None:
+            cache = getattr(output, "past_key_values", None)
+            if generation is not None or cache is not None:
+                kept = {
+                    (layer.smolora_key, name): layer.smolora_experts[name].last_chosen()
+                    for layer in self.layers
+                    if not layer.takes_images
+                    for name in layer.active_in_layer()
+                }
+                if generation is not None:
+                    generation.kept = kept
+                else:
+                    self._started[cache] = _Started(call.instruction, kept)
+        if torch.is_grad_enabled():
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(_Restore(self, call))
+
+    def forget(self) -> None:
+        """Drop what layers have of an earlier call."""
+        for layer in self.layers:
+            for experts in layer.smolora_experts.values():
+                experts._last = None
+
+    def instruction(self, given: Any, configs: list[SMoLoRAConfig], batch: int | None) -> Tensor | None:
+        """The instruction of a call, checked; the configured default, or None, if none is given.
+
+        Raises:
+            TypeError, ValueError: it is no embedding of these adapters, or not one for each of `batch` samples.
+        """
+        configs = [c for c in configs if c.fusion != "vu"]
+        if given is None and len(configs) == 1:
+            return configs[0].default_embedding()
+        if given is None or not configs:
+            return None
+        if not isinstance(given, Tensor) or not given.is_floating_point():
+            got = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"instruction_embeds must be a floating point tensor, got {got}")
+        for config in configs:
+            e = config.instruction_dim
+            rows = "B" if batch is None else batch
+            fits = given.dim() == 1 or (given.dim() == 2 and batch in (None, given.shape[0]))
+            if not fits or given.shape[-1] != e:
+                raise ValueError(
+                    f"instruction_embeds must have shape ({rows}, {e}), one row for each sample, or ({e},) for all, "
+                    f"got {tuple(given.shape)}"
+                )
+        return given
+
+    def _started_by(self, cache: Any, configs: list[SMoLoRAConfig]) -> _Started | None:
+        """What the cache of a forward was started with; None if it is new or empty."""
+        if cache is None or not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) == 0:
+            return None
+        started = self._started.get(cache)
+        if started is None and any(c.decode_routing == "prompt" for c in configs):
+            raise RuntimeError(
+                "past_key_values holds tokens, and no forward of this model with these adapters started it, so there "
+                "are no routes to keep (a copied cache, or one filled with the adapters disabled): go on with the "
+                "cache itself, or configure decode_routing='token'"
+            )
+        return started or _Started(None, {})
+
+    def _masks(self, inputs: dict[str, Any], batch: int, count: int, labelled: bool) -> dict[str, Tensor | None]:
+        """The masks of a forward over (batch, count) tokens: which are valid, and which no answer."""
+        valid, labels = inputs.get("attention_mask"), inputs.get("labels")
+        if valid is not None:
+            if not isinstance(valid, Tensor) or valid.dim() != 2 or valid.shape[0] != batch or valid.shape[1] < count:
+                got = tuple(valid.shape) if isinstance(valid, Tensor) else type(valid).__name__
+                raise ValueError(
+                    f"attention_mask must be ({batch}, {count}), which tokens are no padding: the adapters route over "
+                    f"those (only route_over='all' needs no mask), got {got}"
+                )
+            valid = valid[:, valid.shape[1] - count :].bool()
+        prompt = None
+        if labels is not None and labelled:
+            if tuple(labels.shape) != (batch, count):
+                raise ValueError(
+                    f"labels must be ({batch}, {count}), {IGNORED_LABEL} where a token is no answer: the adapters "
+                    f"route over those (route_over='prompt'), got {tuple(labels.shape)}"
+                )
+            prompt = labels == IGNORED_LABEL
+        return {"valid": valid, "prompt": prompt}
+
+    def _count_image_tokens(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The placeholders of images in each sample (B,)."""
+        ids = inputs.get("input_ids")
+        if ids is None or self._image_token is None:
+            return None
+        return (ids == self._image_token).sum(1)
+
+    # ------------------------------------------------------------------------------------------------------- generate
+
+    @contextmanager
+    def generating(self, model: nn.Module, inputs: dict[str, Any], own: dict[str, Any]) -> Iterator[None]:
+        """Run a `generate()`: no route, mask or embedding of it outlives it, and none of an earlier call gets in."""
+        configs = self.configs()
+        if not configs:
+            yield
+            return
+        tokens = _token_input(inputs)
+        batch = None if tokens is None else tokens.shape[0]
+        instruction = self.instruction(own["instruction_embeds"], configs, batch)
+        image_to_sample = _checked_map(own["image_to_sample"], batch)
+        self.forget()
+        self.generation = generation = _Generation(instruction, image_to_sample)
+        # images may be encoded before the first forward, and before the samples are repeated for beams
+        self.call = Call(
+            instruction, image_tokens=self._count_image_tokens(inputs), image_to_sample=image_to_sample
+        )  # fmt: skip
+        expand = model._expand_inputs_for_generation
+
+        def expand_inputs(expand_size: int = 1, **kwargs: Any) -> Any:
+            tokens = _token_input(kwargs) if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+            mask = kwargs.get("attention_mask")
+            generation.expand(expand_size, mask, tokens.shape[1] if mask is None else mask.shape[1])
+            return expand(expand_size=expand_size, **kwargs)
+
+        model.__dict__["_expand_inputs_for_generation"] = expand_inputs
+        try:
+            yield
+        finally:
+            del model.__dict__["_expand_inputs_for_generation"]
+            self.generation = None
+            self.call.active = False
+
+
+class _Restore:
+    """Hook on an output of a forward: its backward, and what is recomputed in it, routes by that forward's call."""
+
+    def __init__(self, context: RoutingContext, call: Call) -> None:
+        self.context, self.call = context, call
+
+    def __call__(self, grad: Tensor) -> None:
+        self.context.call = self.call
+
+
+class GenerateEntry:
+    """`generate` of a model with adapters. It refers to the model by attribute, so that a copied model gets its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate(..., instruction_embeds=(B, e) or (e,), image_to_sample=(images,))`; else as the model's own."""
+        model = self.model
+        own = {name: kwargs.pop(name, None) for name in OWN_KEYWORDS}
+        inputs = dict(kwargs)
+        if inputs.get("input_ids") is None:
+            inputs["input_ids"] = args[0] if args else kwargs.get("inputs")
+        with getattr(model, CONTEXT).generating(model, inputs, own):
+            return type(model).generate(model, *args, **kwargs)
+
+
+def _checked_map(image_to_sample: Any, batch: int | None) -> Tensor | None:
+    """The explicit map of images to samples, checked."""
+    if image_to_sample is None:
+        return None
+    integers = (torch.int32, torch.int64)
+    if not isinstance(image_to_sample, Tensor) or image_to_sample.dim() != 1 or image_to_sample.dtype not in integers:
+        got = image_to_sample
+        if isinstance(got, Tensor):
+            got = f"{got.dtype} of shape {tuple(got.shape)}"
+        raise ValueError(f"image_to_sample must be an integer tensor (images,), the sample of each image, got {got}")
+    if batch is not None and _values_are_free(image_to_sample) and image_to_sample.numel():
+        low, high = int(image_to_sample.min()), int(image_to_sample.max())
+        if low < 0 or high >= batch:
+            raise ValueError(f"image_to_sample must lie in 0 to {batch - 1}, got {low} to {high}")
+    return image_to_sample.long()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch.compiler.disable
+def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Take the keywords that are ours, before the model's own forward sees them.
+
+    Raises:
+        TypeError: a keyword that the model does not know is close to one of ours.
+    """
+    context: RoutingContext = getattr(module, CONTEXT)
+    own = {name: kwargs.get(name) for name in OWN_KEYWORDS}
+    kwargs = {name: value for name, value in kwargs.items() if name not in OWN_KEYWORDS}
+    for name in kwargs:
+        if name not in context._forward_names and name not in TransformersKwargs.__optional_keys__:
+            close = difflib.get_close_matches(name, OWN_KEYWORDS, 1, 0.7)
+            if close:
+                raise TypeError(f"forward got an unexpected keyword {name!r}: did you mean {close[0]!r}?")
+    context.begin({**dict(zip(context._forward_names, args, strict=False)), **kwargs}, own)
+    return args, kwargs
+
+
+@torch.compiler.disable
+def _after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    getattr(module, CONTEXT).end(output)
+
+
+@torch.compiler.disable
+def _anchor_images(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Give the image adapters a gradient of zero where a batch has no image, by running them on none.
+
+    Under DDP every rank has to give every parameter a gradient, and ranks differ in which batches have images; and one
+    process should update parameters as several do.
+    """
+    context: RoutingContext = getattr(decoder, CONTEXT)
+    embeds = kwargs.get("inputs_embeds")
+    if context.call is None or embeds is None or not torch.is_grad_enabled():
+        return None
+    zero = None
+    for layer in context.layers:
+        if not layer.takes_images or layer.disable_adapters:
+            continue
+        for name in layer.active_in_layer():
+            experts = layer.smolora_experts[name]
+            if experts._last is None and any(p.requires_grad for p in experts.parameters()):
+                nothing = embeds.new_zeros((0, 1, layer.in_features), device=experts.vu_A.device)
+                term = layer.adapter_output(nothing, name).sum().to(embeds)
+                zero = term if zero is None else zero + term
+    return None if zero is None else (args, {**kwargs, "inputs_embeds": embeds + zero})

@@ -1,0 +1,136 @@
+"""The tuner: SMoLoRA as a PEFT method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method, resolve_quantization_backend
+from torch import Tensor, nn
+
+from ..config import SMOLORA, SMoLoRAConfig
+from .context import CONTEXT, RoutingContext
+from .layer import NO_MERGE, SMoLoRALayer, SMoLoRALinear
+
+FFN = ("gate_proj", "up_proj", "down_proj")
+DEFAULT_TARGETS = {
+    **{name: list(FFN) for name in ("llama", "mistral", "qwen2", "qwen3")},
+    # not the vision tower
+    "llava": rf"(.*\.)?language_model\..*\.({'|'.join(FFN)})|(.*\.)?multi_modal_projector\.linear_[12]",
+}
+
+
+class SMoLoRAModel(BaseTuner):
+    """A model with SMoLoRA adapters; `peft.get_peft_model` makes it.
+
+    The model's forward and `generate` take two keywords more:
+        instruction_embeds: (B, e), or (e,) for all samples.
+        image_to_sample: (images,), the sample of each image, needed where `inputs_embeds` stand for `input_ids`.
+
+    Args:
+        model: the model to adapt.
+        config: a `SMoLoRAConfig`, or such by adapter name.
+        adapter_name: of the adapter.
+    """
+
+    prefix = "smolora_"
+    tuner_layer_cls = SMoLoRALayer
+    target_module_mapping = DEFAULT_TARGETS
+
+    def _pre_injection_hook(self, model: nn.Module, config: SMoLoRAConfig, adapter_name: str) -> None:
+        if CONTEXT not in model.__dict__:
+            RoutingContext(model).install(model)
+
+    def _create_and_replace(
+        self,
+        peft_config: SMoLoRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, SMoLoRALayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        backend = resolve_quantization_backend(base)
+        if not isinstance(base, nn.Linear) and (backend is None or backend.layer_type != "linear"):
+            raise TypeError(
+                f"target_modules must name linear layers (torch.nn.Linear, possibly quantised), but {current_key} is "
+                f"{type(base).__name__}"
+            )
+        context = getattr(self.model, CONTEXT)
+        takes_images = _takes_images(self.model, base)
+        if takes_images:
+            context.install_anchor(_text_decoder(self.model))
+        layer = SMoLoRALinear(
+            target, adapter_name, peft_config, context=context, key=current_key, takes_images=takes_images
+        )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+        context.layers.append(layer)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are float32, or of the base's dtype if `autocast_adapter_dtype` is False."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in getattr(self.model, CONTEXT).layers:
+            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            if adapter_name in layer.smolora_experts and dtype is not None and dtype.is_floating_point:
+                layer.smolora_experts[adapter_name].to(dtype)
+
+    def unload(self) -> nn.Module:
+        """The base model, without adapters and as it was."""
+        getattr(self.model, CONTEXT).remove(self.model)
+        return super().unload()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SMoLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The checkpoint's tensors under the model's names.
+
+        Raises:
+            KeyError: tensors of the adapter are missing, or there are some that the model has no place for. PEFT by
+                itself warns of the former and ignores the latter.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        prefix = "base_model.model."
+        places = {name.removeprefix(prefix) for name in model.state_dict()}
+        wanted = {
+            name for name in places if f".smolora_experts.{adapter_name}." in f".{name}"
+        }  # fmt: skip
+        found = {name.removeprefix(prefix) for name in remapped}
+        missing, unknown = sorted(wanted - found), sorted(found - places)
+        if missing or unknown:
+            raise KeyError(f"adapter checkpoint: missing {missing}, unknown {unknown}")
+        return remapped
+
+
+def _text_decoder(model: nn.Module) -> nn.Module | None:
+    """The language model within a model that takes images; None if it takes none."""
+    if getattr(getattr(model, "config", None), "vision_config", None) is None:
+        return None
+    decoder = model.get_decoder()
+    return None if decoder is model else decoder
+
+
+def _takes_images(model: nn.Module, base: nn.Module) -> bool:
+    """Whether a layer's rows are images: it belongs to a model that takes them, and not to its text part."""
+    decoder = _text_decoder(model)
+    if decoder is None or base is model.get_output_embeddings():
+        return False
+    return not any(module is base for module in decoder.modules())
+
+
+if SMOLORA not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(name="smolora", config_cls=SMoLoRAConfig, model_cls=SMoLoRAModel)

@@ -1,0 +1,97 @@
+"""A tiny Llava made in code, and batches for it: seconds on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import smolora
+
+PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
+PATCHES = 4  # tokens of an image
+VOCABULARY = 64
+INSTRUCTION_DIM = 12
+FFN = ("gate_proj", "up_proj", "down_proj")
+ADAPTED = [f"model.language_model.layers.{i}.mlp.{name}" for i in range(2) for name in FFN] + [
+    f"model.multi_modal_projector.linear_{i}" for i in (1, 2)
+]
+
+
+def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+    """A Llava with 2 text layers of width 32 and 2x2 patches an image, random, in eval mode."""
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        projection_dim=16,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", image_seq_length=PATCHES,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config).to(dtype).eval()
+    with torch.no_grad():  # far enough from zero for greedy tokens to be clear choices
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.generation_config.pad_token_id = PAD
+    return model
+
+
+def tiny_config(**options) -> smolora.SMoLoRAConfig:
+    """A small adapter without dropout."""
+    defaults = dict(r=4, lora_alpha=8, lora_dropout=0.0, num_vu_experts=3, num_if_experts=3)
+    return smolora.SMoLoRAConfig(
+        **{**defaults, "instruction_dim": INSTRUCTION_DIM, "task_type": "CAUSAL_LM", **options}
+    )
+
+
+def fill_adapters(model: torch.nn.Module, seed: int = 1) -> None:
+    """Give the B of every adapter values, so that it changes outputs, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".smolora_experts." in name and name.endswith("_B"):
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def adapted(config: smolora.SMoLoRAConfig | None = None, seed: int = 0):
+    """A tiny Llava with a filled adapter, in eval mode."""
+    model = get_peft_model(tiny_llava(seed), config or tiny_config())
+    fill_adapters(model)
+    return model.eval()
+
+
+def sample(text: int, images: int, generator: torch.Generator) -> list[int]:
+    """Token ids: BOS, the images' placeholders, then `text` words."""
+    words = torch.randint(4, VOCABULARY, (text,), generator=generator).tolist()
+    return [BOS] + [IMAGE] * (PATCHES * images) + words
+
+
+def batch(lengths=(5, 9), images=(1, 1), seed: int = 0, answer: int = 0) -> dict[str, Tensor]:
+    """A left-padded batch: `input_ids`, `attention_mask`, `pixel_values` if there are any images, and with `answer`
+    `labels`, which label the last `answer` tokens of each sample.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = [sample(length, count, generator) for length, count in zip(lengths, images, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    out = {"input_ids": ids, "attention_mask": mask}
+    if sum(images):
+        out["pixel_values"] = torch.randn(sum(images), 3, 28, 28, generator=generator)
+    if answer:
+        labels = torch.full_like(ids, -100)
+        labels[:, -answer:] = ids[:, -answer:]
+        out["labels"] = labels
+    return out
+
+
+def embeddings(rows: int, seed: int = 0) -> Tensor:
+    """Instruction embeddings (rows, INSTRUCTION_DIM)."""
+    return torch.randn(rows, INSTRUCTION_DIM, generator=torch.Generator().manual_seed(seed))
