@@ -78,6 +78,8 @@ class Dataset:
         smolora: scoring that can be compared with the paper's tables.
         standard: scoring as the field means the metric.
         missing_is_wrong: a question without an answer counts as wrong; else it is an error.
+        max_new_tokens: of an answer, as released.
+        released_square: whether the released evaluation pads images to a square, as training does for all.
     """
 
     questions: str
@@ -85,6 +87,8 @@ class Dataset:
     smolora: Scoring
     standard: Scoring
     missing_is_wrong: bool = False
+    max_new_tokens: int = 128
+    released_square: bool = True
 
     def scoring(self, protocol: str) -> Scoring:
         """The scoring under a protocol, "smolora" or "standard"."""
@@ -228,6 +232,8 @@ def _by_group(scoring: Scoring) -> Scoring:
     return Scoring(scoring.metric, scoring.score, scoring.follows, parts)
 
 
+CENTRE_CROP: dict[str, Any] = {"max_new_tokens": 1024, "released_square": False}  # one of the released two scripts
+
 DATASETS: dict[str, Dataset] = {
     "ScienceQA": Dataset(
         "test.json",
@@ -235,6 +241,7 @@ DATASETS: dict[str, Dataset] = {
         Scoring("accuracy", each(rules.released_letter), rules.follows_letter),
         Scoring("accuracy", each(rules.letter), rules.follows_letter),
         missing_is_wrong=True,
+        **CENTRE_CROP,
     ),
     "TextVQA": Dataset(
         "val.json",
@@ -248,13 +255,14 @@ DATASETS: dict[str, Dataset] = {
         Scoring("cider", rules.released_cider_swapped, rules.released_follows_sentence),
         CAPTION,
     ),
-    "ImageNet": Dataset("test.json", one_answer, _released(rules.released_either_contains), ACCURACY),
+    "ImageNet": Dataset("test.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP),
     "GQA": Dataset("test.json", gqa, _by_group(_released(rules.released_full_stop)), _by_group(ACCURACY)),
     "VQAv2": Dataset(
         "val.json",
         ten_answers("v2_mscoco_val2014_annotations.json", "annotations"),
         _released(rules.released_exact),
         VQA,
+        **CENTRE_CROP,
     ),
     "VizWiz": Dataset(
         "val.json",
@@ -264,5 +272,5 @@ DATASETS: dict[str, Dataset] = {
     ),
     "TextCaps": Dataset("val.json", several_answers, RELEASED_CAPTION, CAPTION),
     "OCRVQA": Dataset("test.json", one_answer, _released(rules.released_exact_answerable), ACCURACY),
-    "Places365": Dataset("val.json", one_answer, _released(rules.released_either_contains), ACCURACY),
+    "Places365": Dataset("val.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP),
 }

@@ -122,7 +122,8 @@ def generate_answers(
             belongs to a run with another model, file or settings.
     """
     settings = settings or GenerationSettings()
-    state = PartialState(timeout=timedelta(days=7))  # how long the first process waits for the last
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # how long the first process waits for the last
     job.output.parent.mkdir(parents=True, exist_ok=True)
     skipped: list[Skipped] = []
     questions = read_questions(job.questions, broken=skipped if settings.skip_broken else None)
