@@ -5,6 +5,15 @@ from .backends import backend_info, use_backend
 from .config import SMoLoRAConfig
 from .layer import FusedSMoLoRA
 from .routing import Routing
-from .tuner import SMoLoRAModel
+from .tuner import SMoLoRAModel, routing_report
 
-__all__ = ["FusedSMoLoRA", "Routing", "SMoLoRAConfig", "SMoLoRAModel", "backend_info", "reference", "use_backend"]
+__all__ = [
+    "FusedSMoLoRA",
+    "Routing",
+    "SMoLoRAConfig",
+    "SMoLoRAModel",
+    "backend_info",
+    "reference",
+    "routing_report",
+    "use_backend",
+]

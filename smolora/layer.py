@@ -181,6 +181,15 @@ class SMoLoRAExperts(nn.Module):
             y = y.add_(base(x).view_as(y))
         return y.view(*x.shape[:-1], self.out_features)
 
+    @property
+    def has_routed(self) -> bool:
+        """Whether there was a forward since the start, or since `forget_routing()`."""
+        return self._last is not None
+
+    def forget_routing(self) -> None:
+        """Drop what the last forward decided."""
+        self._last = None
+
     def last_routing(self) -> Routing:
         """What the last forward decided; `alpha` is in it if `keep_alpha` was set then.
 

@@ -2,5 +2,6 @@
 
 from .layer import SMoLoRALayer, SMoLoRALinear
 from .model import SMoLoRAModel
+from .report import LayerRouting, routing_report
 
-__all__ = ["SMoLoRALayer", "SMoLoRALinear", "SMoLoRAModel"]
+__all__ = ["LayerRouting", "SMoLoRALayer", "SMoLoRALinear", "SMoLoRAModel", "routing_report"]

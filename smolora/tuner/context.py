@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,168 +23,16 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import TransformersKwargs
 
 from ..config import SMoLoRAConfig
-from ..ops import CHECK_ENVIRONMENT
 from ..routing import Chosen
+from .call import MISSING, Call, Generation, checked_map, token_input
 
 if TYPE_CHECKING:
     from .layer import SMoLoRALayer
 
 CONTEXT = "_smolora_context"  # attribute of a model with adapters
+FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")  # which take any image of `image_size`
 OWN_KEYWORDS = ("instruction_embeds", "image_to_sample")
 IGNORED_LABEL = -100
-
-
-def _values_are_free(tensor: Tensor) -> bool:
-    """Whether reading a tensor's values waits for no device, or is asked for."""
-    return tensor.device.type == "cpu" or os.environ.get(CHECK_ENVIRONMENT) == "1"
-
-
-class Call:
-    """What one forward of a model routes by: B samples of S tokens.
-
-    Attributes:
-        instruction: (B, e), or (e,) for all; None if it is missing, which the first layer that needs it says.
-        valid: bool (B, S), the tokens that are no padding; None for all.
-        prompt: bool (B, S), the tokens that `route_over="prompt"` averages; None for all.
-        image_tokens: (B,), placeholders of images in each sample; None if unknown.
-        image_to_sample: (images,), the sample of each image, where it is given.
-        kept: the routes of the forward that this one continues, by layer and adapter; None if it continues none.
-        active: whether its forward is running.
-    """
-
-    def __init__(
-        self,
-        instruction: Tensor | None,
-        *,
-        valid: Tensor | None = None,
-        prompt: Tensor | None = None,
-        image_tokens: Tensor | None = None,
-        image_to_sample: Tensor | None = None,
-        kept: dict[tuple[str, str], Chosen] | None = None,
-    ) -> None:
-        self.instruction = instruction
-        self.valid = valid
-        if prompt is not None and valid is not None:
-            prompt = prompt & valid
-        if prompt is not None:  # a sample without a prompt of its own routes by all its tokens
-            everything = torch.ones_like(prompt) if valid is None else valid
-            prompt = torch.where(prompt.any(1, keepdim=True), prompt, everything)
-        self.prompt = valid if prompt is None else prompt
-        self.image_tokens = image_tokens
-        self.image_to_sample = image_to_sample
-        self.kept = kept
-        self.active = True
-
-    def arguments(self, x: Tensor, config: SMoLoRAConfig, key: tuple[str, str], images: bool) -> dict[str, Any]:
-        """What an adapter's forward takes besides its input x (B, S, d), or (images, patches, d) if `images`."""
-        if self.kept is not None and config.decode_routing == "prompt" and not images:
-            if key not in self.kept:
-                raise RuntimeError(
-                    f"the cache was started without the adapter {key[1]!r} of {key[0]}, so it has no routes to keep: "
-                    "start a new cache after changing adapters"
-                )
-            return {"routes": self.kept[key]}
-        instruction = None
-        if config.fusion != "vu":
-            instruction = self._instruction(x.shape[0], images)
-            if instruction.device != x.device:
-                instruction = instruction.to(x.device)
-        if images or config.route_over == "all":
-            return {"instruction": instruction}
-        mask = self.valid if config.route_over == "valid" else self.prompt
-        if mask is not None and mask.device != x.device:
-            mask = mask.to(x.device)
-        return {"instruction": instruction, "route_mask": mask}
-
-    def _instruction(self, rows: int, images: bool) -> Tensor:
-        """The embedding of each row (rows, e), or (e,) for all of them."""
-        if self.instruction is None:
-            raise ValueError(MISSING)
-        if not images or self.instruction.dim() == 1 or self.instruction.shape[0] == 1:
-            return self.instruction[0] if images and self.instruction.dim() == 2 else self.instruction
-        return self.instruction.index_select(0, self._samples(rows))
-
-    def _samples(self, images: int) -> Tensor:
-        """The sample (images,) of each image.
-
-        Raises:
-            ValueError: nothing tells it, or the placeholders in the text do not fit the images.
-        """
-        if self.image_to_sample is not None:
-            if self.image_to_sample.shape[0] != images:
-                raise ValueError(
-                    f"image_to_sample must name the sample of each of the {images} images, "
-                    f"got {self.image_to_sample.shape[0]} entries"
-                )
-            return self.image_to_sample
-        counts = self.image_tokens
-        if counts is None:
-            raise ValueError(
-                f"image_to_sample must be given, the sample of each of the {images} images: without input_ids nothing "
-                "tells which instruction an image belongs to"
-            )
-        if images and _values_are_free(counts):
-            each, rest = divmod(int(counts.sum()), images)
-            if rest or not each or bool((counts % max(each, 1)).any()):
-                raise ValueError(
-                    f"{images} images do not fit the image tokens in input_ids, {counts.tolist()} in each sample: "
-                    "give image_to_sample, the sample of each image"
-                )
-        each = counts.sum() // max(images, 1)
-        first = torch.arange(images, device=counts.device) * each  # an image's first placeholder
-        return torch.searchsorted(counts.cumsum(0), first, right=True).clamp_(max=counts.shape[0] - 1)
-
-
-MISSING = (
-    "instruction_embeds must be given to the model's forward or generate(): embeddings of the instructions, one row a "
-    "sample, or a vector for all; the adapters route by it, and no default_instruction is configured"
-)
-
-
-class _Generation:
-    """State of one `generate()` call: what its forwards share."""
-
-    def __init__(self, instruction: Tensor | None, image_to_sample: Tensor | None) -> None:
-        self.instruction = instruction
-        self.image_to_sample = image_to_sample
-        self.mask: Tensor | None = None  # (B, length), of the prompt; None if nothing is padded
-        self.length = 0  # of the prompt
-        self.position = 0  # tokens in the cache
-        self.kept: dict[tuple[str, str], Chosen] | None = None
-
-    def expand(self, copies: int, mask: Tensor | None, length: int) -> None:
-        """Take the prompt's mask, and repeat each sample for its beams, as `generate()` does with its inputs."""
-        self.mask, self.length = mask, length
-        if copies == 1:
-            return
-        if mask is not None:
-            self.mask = mask.repeat_interleave(copies, 0)
-        if self.instruction is not None and self.instruction.dim() == 2:
-            self.instruction = self.instruction.repeat_interleave(copies, 0)
-        if self.image_to_sample is not None:
-            self.image_to_sample = self.image_to_sample.repeat_interleave(copies, 0) * copies
-
-    def step(self, inputs: dict[str, Any], image_tokens: Tensor | None) -> Call:
-        """The call of the next forward."""
-        tokens = _token_input(inputs)
-        rows, count = tokens.shape[:2]
-        cache = inputs.get("past_key_values")
-        start = 0
-        if cache is not None:
-            start = self.position if self.kept is not None else int(cache.get_seq_length())
-            self.position = start + count
-        if self.kept is None and start:  # goes on from a cache the caller has: what is new is this call's prompt
-            self.length = max(self.length, start + count)
-        position = torch.arange(start, start + count, device=tokens.device)
-        prompt = (position < self.length).expand(rows, count)
-        valid = None
-        if self.mask is not None:
-            valid = nn.functional.pad(self.mask.bool(), (0, max(0, start + count - self.mask.shape[1])), value=True)
-            valid = valid[:, start : start + count].to(tokens.device)
-        return Call(
-            self.instruction, valid=valid, prompt=prompt, image_tokens=image_tokens,
-            image_to_sample=self.image_to_sample, kept=self.kept,
-        )  # fmt: skip
 
 
 class _Started:
@@ -196,16 +43,11 @@ class _Started:
         self.kept = kept
 
 
-def _token_input(inputs: dict[str, Any]) -> Tensor | None:
-    """The (B, S) or (B, S, hidden) input of a forward."""
-    embeds = inputs.get("inputs_embeds")
-    return embeds if embeds is not None else inputs.get("input_ids")
-
-
 class RoutingContext:
     """Shared by a model and its adapter layers; see the module.
 
     Attributes:
+        model: the model.
         layers: the adapter layers of the model.
         call: of the forward that runs or ran last, or whose backward runs.
         generation: of the `generate()` that runs.
@@ -213,9 +55,10 @@ class RoutingContext:
 
     def __init__(self, model: nn.Module) -> None:
         parameters = inspect.signature(model.forward).parameters
+        self.model = model
         self.layers: list[SMoLoRALayer] = []
         self.call: Call | None = None
-        self.generation: _Generation | None = None
+        self.generation: Generation | None = None
         self._forward_names = list(parameters)
         self._image_token = getattr(getattr(model, "config", None), "image_token_id", None)
         self._started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
@@ -223,12 +66,17 @@ class RoutingContext:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled model starts without a call."""
-        return {**self.__dict__, "call": None, "generation": None, "_started": weakref.WeakKeyDictionary()}
+        return {**self.__dict__, "call": None, "generation": None, "_started": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._started = weakref.WeakKeyDictionary()
 
     # ------------------------------------------------------------------------------------------- installing, removing
 
-    def install(self, model: nn.Module) -> None:
-        """Hook the context into a model."""
+    def install(self) -> None:
+        """Hook the context into the model."""
+        model = self.model
         setattr(model, CONTEXT, self)
         self._handles = [
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
@@ -239,13 +87,14 @@ class RoutingContext:
 
     def install_anchor(self, decoder: nn.Module) -> None:
         """Have the text decoder tie in the image adapters where a batch has no image; see `_anchor_images`."""
-        if CONTEXT in decoder.__dict__:
+        if CONTEXT in decoder.__dict__ or self.model.config.vision_config.model_type not in FIXED_SIZE_TOWERS:
             return
         setattr(decoder, CONTEXT, self)
         self._handles.append(decoder.register_forward_pre_hook(_anchor_images, with_kwargs=True))
 
-    def remove(self, model: nn.Module) -> None:
+    def remove(self) -> None:
         """Undo `install` and `install_anchor`."""
+        model = self.model
         for handle in self._handles:
             handle.remove()
         model.__dict__.pop("generate", None)
@@ -287,20 +136,21 @@ class RoutingContext:
         configs = self.configs()
         if not configs:
             self.call = None
+            self.forget()
             return
         if self.generation is not None:
+            self._need(self.generation.instruction, configs)
             self.call = self.generation.step(inputs, self._count_image_tokens(inputs))
             return
-        tokens = _token_input(inputs)
+        tokens = token_input(inputs)
         batch = None if tokens is None else tokens.shape[0]
         started = self._started_by(inputs.get("past_key_values"), configs)
         instruction = own["instruction_embeds"]
         if instruction is None and started is not None:
             instruction = started.instruction
         instruction = self.instruction(instruction, configs, batch)
-        if instruction is None and any(c.fusion != "vu" for c in configs):
-            raise ValueError(MISSING)
-        image_to_sample = _checked_map(own["image_to_sample"], batch)
+        self._need(instruction, configs)
+        image_to_sample = checked_map(own["image_to_sample"], batch)
         masks = {}
         if tokens is not None and any(c.route_over != "all" for c in configs):
             masks = self._masks(inputs, *tokens.shape[:2], labelled=any(c.route_over == "prompt" for c in configs))
@@ -341,8 +191,16 @@ class RoutingContext:
     def forget(self) -> None:
         """Drop what layers have of an earlier call."""
         for layer in self.layers:
-            for experts in layer.smolora_experts.values():
-                experts._last = None
+            layer.forget_routing()
+
+    def misses_images(self) -> bool:
+        """Whether an image adapter trains that this forward did not run."""
+        return any(
+            not experts.has_routed and any(p.requires_grad for p in experts.parameters())
+            for layer in self.layers
+            if layer.takes_images and not layer.disable_adapters
+            for experts in (layer.smolora_experts[name] for name in layer.active_in_layer())
+        )
 
     def instruction(self, given: Any, configs: list[SMoLoRAConfig], batch: int | None) -> Tensor | None:
         """The instruction of a call, checked; the configured default, or None, if none is given.
@@ -368,6 +226,11 @@ class RoutingContext:
                     f"got {tuple(given.shape)}"
                 )
         return given
+
+    @staticmethod
+    def _need(instruction: Tensor | None, configs: list[SMoLoRAConfig]) -> None:
+        if instruction is None and any(c.fusion != "vu" for c in configs):
+            raise ValueError(MISSING)
 
     def _started_by(self, cache: Any, configs: list[SMoLoRAConfig]) -> _Started | None:
         """What the cache of a forward was started with; None if it is new or empty."""
@@ -413,35 +276,35 @@ class RoutingContext:
     # ------------------------------------------------------------------------------------------------------- generate
 
     @contextmanager
-    def generating(self, model: nn.Module, inputs: dict[str, Any], own: dict[str, Any]) -> Iterator[None]:
+    def generating(self, inputs: dict[str, Any], own: dict[str, Any]) -> Iterator[None]:
         """Run a `generate()`: no route, mask or embedding of it outlives it, and none of an earlier call gets in."""
         configs = self.configs()
         if not configs:
             yield
             return
-        tokens = _token_input(inputs)
+        tokens = token_input(inputs)
         batch = None if tokens is None else tokens.shape[0]
         instruction = self.instruction(own["instruction_embeds"], configs, batch)
-        image_to_sample = _checked_map(own["image_to_sample"], batch)
+        image_to_sample = checked_map(own["image_to_sample"], batch)
         self.forget()
-        self.generation = generation = _Generation(instruction, image_to_sample)
+        self.generation = generation = Generation(instruction, image_to_sample)
         # images may be encoded before the first forward, and before the samples are repeated for beams
         self.call = Call(
             instruction, image_tokens=self._count_image_tokens(inputs), image_to_sample=image_to_sample
         )  # fmt: skip
-        expand = model._expand_inputs_for_generation
+        expand = self.model._expand_inputs_for_generation
 
         def expand_inputs(expand_size: int = 1, **kwargs: Any) -> Any:
-            tokens = _token_input(kwargs) if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+            tokens = token_input(kwargs) if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
             mask = kwargs.get("attention_mask")
             generation.expand(expand_size, mask, tokens.shape[1] if mask is None else mask.shape[1])
             return expand(expand_size=expand_size, **kwargs)
 
-        model.__dict__["_expand_inputs_for_generation"] = expand_inputs
+        self.model.__dict__["_expand_inputs_for_generation"] = expand_inputs
         try:
             yield
         finally:
-            del model.__dict__["_expand_inputs_for_generation"]
+            del self.model.__dict__["_expand_inputs_for_generation"]
             self.generation = None
             self.call.active = False
 
@@ -469,25 +332,8 @@ class GenerateEntry:
         inputs = dict(kwargs)
         if inputs.get("input_ids") is None:
             inputs["input_ids"] = args[0] if args else kwargs.get("inputs")
-        with getattr(model, CONTEXT).generating(model, inputs, own):
+        with getattr(model, CONTEXT).generating(inputs, own):
             return type(model).generate(model, *args, **kwargs)
-
-
-def _checked_map(image_to_sample: Any, batch: int | None) -> Tensor | None:
-    """The explicit map of images to samples, checked."""
-    if image_to_sample is None:
-        return None
-    integers = (torch.int32, torch.int64)
-    if not isinstance(image_to_sample, Tensor) or image_to_sample.dim() != 1 or image_to_sample.dtype not in integers:
-        got = image_to_sample
-        if isinstance(got, Tensor):
-            got = f"{got.dtype} of shape {tuple(got.shape)}"
-        raise ValueError(f"image_to_sample must be an integer tensor (images,), the sample of each image, got {got}")
-    if batch is not None and _values_are_free(image_to_sample) and image_to_sample.numel():
-        low, high = int(image_to_sample.min()), int(image_to_sample.max())
-        if low < 0 or high >= batch:
-            raise ValueError(f"image_to_sample must lie in 0 to {batch - 1}, got {low} to {high}")
-    return image_to_sample.long()
 
 
 def _in_backward() -> bool:
@@ -520,23 +366,22 @@ def _after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], outpu
 
 @torch.compiler.disable
 def _anchor_images(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Give the image adapters a gradient of zero where a batch has no image, by running them on none.
+    """Give the image adapters a gradient of zero where a batch has no image, by encoding a blank one for nothing.
 
-    Under DDP every rank has to give every parameter a gradient, and ranks differ in which batches have images; and one
-    process should update parameters as several do.
+    Processes that train together all have to run the same modules and to give every parameter a gradient, and they
+    differ in which batches have images; and one process should update parameters as several do.
     """
     context: RoutingContext = getattr(decoder, CONTEXT)
     embeds = kwargs.get("inputs_embeds")
-    if context.call is None or embeds is None or not torch.is_grad_enabled():
+    if context.call is None or embeds is None or not torch.is_grad_enabled() or not context.misses_images():
         return None
-    zero = None
+    context.call.image_to_sample = torch.zeros(1, dtype=torch.long, device=embeds.device)
+    vision = context.model.config.vision_config
+    blank = embeds.new_zeros((1, vision.num_channels, vision.image_size, vision.image_size))
+    features = context.model.get_image_features(pixel_values=blank)
+    features = getattr(features, "pooler_output", features)
+    nothing = sum(feature[:0].sum() for feature in features)
     for layer in context.layers:
-        if not layer.takes_images or layer.disable_adapters:
-            continue
-        for name in layer.active_in_layer():
-            experts = layer.smolora_experts[name]
-            if experts._last is None and any(p.requires_grad for p in experts.parameters()):
-                nothing = embeds.new_zeros((0, 1, layer.in_features), device=experts.vu_A.device)
-                term = layer.adapter_output(nothing, name).sum().to(embeds)
-                zero = term if zero is None else zero + term
-    return None if zero is None else (args, {**kwargs, "inputs_embeds": embeds + zero})
+        if layer.takes_images:
+            layer.forget_routing()
+    return args, {**kwargs, "inputs_embeds": embeds + nothing.to(embeds)}

@@ -50,6 +50,11 @@ class SMoLoRALayer(BaseTunerLayer):
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.smolora_experts]
 
+    def forget_routing(self) -> None:
+        """Drop what the last forward decided."""
+        for experts in self.smolora_experts.values():
+            experts.forget_routing()
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         if not inference_mode:
@@ -70,8 +75,10 @@ class SMoLoRALayer(BaseTunerLayer):
         """To the base's device. Not to its dtype, which would round float32 weights that were just loaded."""
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        experts = self.smolora_experts[adapter_name] if adapter_name in self.smolora_experts else None
-        if experts is not None and device is not None and not experts.vu_A.is_meta:
+        if adapter_name not in self.smolora_experts or device is None:
+            return
+        experts = self.smolora_experts[adapter_name]
+        if not experts.vu_A.is_meta:
             experts.to(device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -1,0 +1,75 @@
+"""What a whole model's adapters decided for the last batch."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from torch import Tensor, nn
+
+from .layer import SMoLoRALayer
+
+
+class LayerRouting(TypedDict):
+    """Routing of one layer over n rows of S tokens; a branch that the fusion leaves out has None."""
+
+    adapter: str
+    rows: str  # "samples", or "images" in an image branch: n images of S patches
+    vu_experts: Tensor | None  # chosen experts, int32 (n,), or (n, top_k) with top_k above 1
+    if_experts: Tensor | None
+    vu_gates: Tensor | None  # their weights (n, top_k)
+    if_gates: Tensor | None
+    vu_logits: Tensor | None  # router outputs (n, M); None where an earlier forward's routes were kept
+    if_logits: Tensor | None  # (n, N)
+    alpha: Tensor  # the VU branch's share (n, S)
+    beta: Tensor  # the IF branch's share (n, S), 1 - alpha
+    valid: Tensor | None  # bool (n, S), the tokens that are no padding; None if all are
+
+
+def routing_report(model: nn.Module, adapter: str | None = None) -> dict[str, LayerRouting]:
+    """Which experts each layer chose for the last batch, and how it fused the branches.
+
+    Args:
+        model: with SMoLoRA adapters, from `get_peft_model` or injected.
+        adapter: which one; may be left out where one is active.
+
+    Returns:
+        By the layer's name in the base model, in the model's order. Layers that the last forward did not run are left
+        out, such as the projector's where a batch had no image. After `generate()`, text layers report its last step.
+
+    Raises:
+        ValueError: the model has no such adapter, or several are active and none is named.
+        RuntimeError: there was no forward with it yet.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SMoLoRALayer)]
+    active = {name for layer in layers for name in layer.active_in_layer()}
+    if not layers or (adapter is None and not active):
+        raise ValueError(f"model must have an active SMoLoRA adapter, {type(model).__name__} has none")
+    if adapter is None:
+        if len(active) > 1:
+            raise ValueError(f"adapter must be named, several are active: {sorted(active)}")
+        (adapter,) = active
+    elif not any(adapter in layer.smolora_experts for layer in layers):
+        raise ValueError(f"adapter must be one of the model's, got {adapter!r}")
+    report: dict[str, LayerRouting] = {}
+    for layer in layers:
+        if adapter not in layer.smolora_experts or not layer.smolora_experts[adapter].has_routed:
+            continue
+        last = layer.smolora_experts[adapter].last_routing()
+        rows = (last.gates[0] if last.gates[0] is not None else last.gates[1]).shape[0]
+        call = layer.smolora_context.call
+        report[layer.smolora_key] = LayerRouting(
+            adapter=adapter,
+            rows="images" if layer.takes_images else "samples",
+            vu_experts=last.routes[0],
+            if_experts=last.routes[1],
+            vu_gates=last.gates[0],
+            if_gates=last.gates[1],
+            vu_logits=last.logits[0],
+            if_logits=last.logits[1],
+            alpha=last.alpha.view(rows, -1),
+            beta=last.beta.view(rows, -1),
+            valid=None if layer.takes_images else call.valid,
+        )
+    if not report:
+        raise RuntimeError("routing_report() needs a forward of the model first")
+    return report
