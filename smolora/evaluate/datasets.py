@@ -80,6 +80,7 @@ class Dataset:
         missing_is_wrong: a question without an answer counts as wrong; else it is an error.
         max_new_tokens: of an answer, as released.
         released_square: whether the released evaluation pads images to a square, as training does for all.
+        instruction_row: its row among the embeddings saved with a released adapter; None if it has none.
     """
 
     questions: str
@@ -89,6 +90,7 @@ class Dataset:
     missing_is_wrong: bool = False
     max_new_tokens: int = 128
     released_square: bool = True
+    instruction_row: int | None = None
 
     def scoring(self, protocol: str) -> Scoring:
         """The scoring under a protocol, "smolora" or "standard"."""
@@ -242,35 +244,46 @@ DATASETS: dict[str, Dataset] = {
         Scoring("accuracy", each(rules.letter), rules.follows_letter),
         missing_is_wrong=True,
         **CENTRE_CROP,
+        instruction_row=0,
     ),
     "TextVQA": Dataset(
         "val.json",
         ten_answers("TextVQA_0.5.1_val.json", "data", required=True),
         _released(rules.released_soft),
         Scoring("vqa_accuracy", each(rules.soft_textvqa), rules.follows_word),
+        instruction_row=1,
     ),
     "Flickr30k": Dataset(
         "val.json",
         several_answers,
         Scoring("cider", rules.released_cider_swapped, rules.released_follows_sentence),
         CAPTION,
+        instruction_row=2,
     ),
-    "ImageNet": Dataset("test.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP),
-    "GQA": Dataset("test.json", gqa, _by_group(_released(rules.released_full_stop)), _by_group(ACCURACY)),
+    "ImageNet": Dataset(
+        "test.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP, instruction_row=3
+    ),
+    "GQA": Dataset(
+        "test.json", gqa, _by_group(_released(rules.released_full_stop)), _by_group(ACCURACY), instruction_row=4
+    ),
     "VQAv2": Dataset(
         "val.json",
         ten_answers("v2_mscoco_val2014_annotations.json", "annotations"),
         _released(rules.released_exact),
         VQA,
         **CENTRE_CROP,
+        instruction_row=5,
     ),
     "VizWiz": Dataset(
         "val.json",
         ten_answers("Annotations/val.json", None, by="image"),
         _released(rules.released_exact),
         VQA,
+        instruction_row=1,
     ),
-    "TextCaps": Dataset("val.json", several_answers, RELEASED_CAPTION, CAPTION),
-    "OCRVQA": Dataset("test.json", one_answer, _released(rules.released_exact_answerable), ACCURACY),
-    "Places365": Dataset("val.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP),
+    "TextCaps": Dataset("val.json", several_answers, RELEASED_CAPTION, CAPTION, instruction_row=2),
+    "OCRVQA": Dataset("test.json", one_answer, _released(rules.released_exact_answerable), ACCURACY, instruction_row=1),
+    "Places365": Dataset(
+        "val.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP, instruction_row=6
+    ),
 }

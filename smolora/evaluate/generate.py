@@ -95,6 +95,12 @@ def answer_id(question_id: int | str, model_id: str) -> str:
     return hashlib.sha256(json.dumps([question_id, model_id]).encode()).hexdigest()[:22]
 
 
+def process_state(*, on_cpu: bool) -> PartialState:
+    """Which process this is of how many, as the launcher says (torchrun, accelerate); made once, before the model."""
+    # processes wait for each other at the end of a task, and one may have hours more to do
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=7))
+
+
 def generate_answers(
     model: nn.Module,
     encoder: PromptEncoder,
@@ -122,18 +128,17 @@ def generate_answers(
             belongs to a run with another model, file or settings.
     """
     settings = settings or GenerationSettings()
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # how long the first process waits for the last
+    state = process_state(on_cpu=all(parameter.device.type == "cpu" for parameter in model.parameters()))
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    skipped: list[Skipped] = []
-    questions = read_questions(job.questions, broken=skipped if settings.skip_broken else None)
-    questions = [q for q in questions if _has_its_image(q, job, skipped if settings.skip_broken else None)]
     run = _identity(job, settings, transform, embed is not None)
     parts = Parts(job.output, run)
     if job.output.exists():
         info = read_json(_info_path(job.output))
         _same_run(info["run"], run, job.output)
         return info
+    skipped: list[Skipped] = []
+    questions = read_questions(job.questions, broken=skipped if settings.skip_broken else None)
+    questions = [q for q in questions if _has_its_image(q, job, skipped if settings.skip_broken else None)]
     prompts = [encoder.prompt(q.text, q.image is not None) for q in questions]
     plan = plan_batches([encoder.length(prompt) for prompt in prompts], settings.token_budget)
     done = parts.read()
@@ -368,7 +373,7 @@ def _merge(
         "skipped": len(skipped),
         "routing": summary(line["tally"] for line in lines),
     }
-    _write_whole(_info_path(job.output), json.dumps(info, indent=1) + "\n")
+    write_whole(_info_path(job.output), json.dumps(info, indent=1) + "\n")
     _write_lines(job.output, (_answer(questions[p], texts[p], job) for p in sorted(texts)))
 
 
@@ -386,10 +391,10 @@ def _answer(question: Question, text: str, job: Job) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    _write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def _write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
     """Whole or not at all."""
     part = path.with_name(path.name + ".part")
     with part.open("w") as file:
