@@ -1,0 +1,142 @@
+"""The command `smolora evaluate`: from folders of a model and of the benchmark to answers and scores."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import small_llava
+from smolora import cli
+from smolora.data.images import ImageTransform
+from smolora.evaluate import tasks
+from smolora.evaluate.generate import GenerationSettings
+from smolora.evaluate.score import score
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    """The adapter of the fixture `model`, with seven instruction embeddings."""
+    model = small_llava.small_adapter(small_llava.small_llava())
+    config = model.peft_config["default"]
+    config.instruction_embeddings = torch.randn(7, 384, generator=torch.Generator().manual_seed(3))
+    folder = tmp_path_factory.mktemp("adapter") / "trained"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """VQAv2 and ImageNet in the released tree, six questions each, three of them without an image."""
+    root = tmp_path_factory.mktemp("benchmark")
+    for task, name in (("VQAv2", "val.json"), ("ImageNet", "test.json")):
+        path = small_llava.write_questions(root / task, 6, name=name, without_image=3, seed=len(task))
+        records = json.loads(path.read_text())
+        for record in records:
+            if "image" in record:
+                record["image"] = f"{task}/{record['image']}"
+        path.write_text(json.dumps(records))
+    return root
+
+
+def arguments(base_folder, released, output, *more):
+    return [
+        "evaluate", "--model", str(base_folder), "--task", "VQAv2", "--task", "ImageNet", "--annotations",
+        str(released), "--images", str(released), "--output", str(output), "--device", "cpu", "--dtype", "float32",
+        "--max-new-tokens", "4", "--image-workers", "0", *more,
+    ]  # fmt: skip
+
+
+def test_command(base_folder, adapter_folder, released, tmp_path, capsys, model):
+    command = arguments(base_folder, released, tmp_path / "out", "--adapter", str(adapter_folder), "--routes")
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    for task in ("VQAv2", "ImageNet"):
+        answers = tmp_path / "out" / "answers" / f"{task}.jsonl"
+        found = score(task, [released], answers)
+        assert scores[task] == found.as_dict() and str(found) in printed
+        assert json.loads(answers.read_text().splitlines()[0])["model_id"] == "trained"
+        info = json.loads(answers.with_suffix(".info.json").read_text())
+        rows = [layer["if"] for layer in info["routing"]]
+        assert all(sum(count > 0 for count in row) == 1 for row in rows)  # one row for the task: one expert a layer
+        assert answers.with_suffix(".routes.jsonl").is_file()
+    first = [json.loads((tmp_path / "out" / "answers" / f"{t}.info.json").read_text()) for t in ("VQAv2", "ImageNet")]
+    assert [layer["if"] for layer in first[0]["routing"]] != [layer["if"] for layer in first[1]["routing"]]
+
+
+def test_command_without_an_adapter(base_folder, released, tmp_path):
+    assert cli.main(arguments(base_folder, released, tmp_path / "out", "--model-id", "base")) == 0
+    info = json.loads((tmp_path / "out" / "answers" / "VQAv2.info.json").read_text())
+    assert info["routing"] == [] and info["run"]["model_id"] == "base" and not info["run"]["instruction_embeds"]
+
+
+def test_released_padding(base_folder, released, model, encoder, transform, tmp_path):
+    """Without padding four tasks' images are cut; the others' are not touched."""
+    squares = {}
+
+    def answer(model, encoder, transform, job, **options):
+        squares[job.dataset] = transform.square
+        shutil.copy(GOLDEN / job.dataset / "answers.jsonl", job.output)
+
+    names = ["ScienceQA", "TextVQA", "Flickr30k", "ImageNet", "GQA", "VQAv2", "Places365"]
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "ScienceQA").mkdir()
+    (tmp_path / "ScienceQA" / "test.json").write_text("[]")
+    for padding, cut in (("released", {"ScienceQA", "ImageNet", "VQAv2", "Places365"}), ("all", set())):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tasks, "generate_answers", answer)
+            scores = tasks.evaluate_tasks(
+                model, encoder, transform, names, annotations=[GOLDEN, tmp_path], images=tmp_path, output=tmp_path,
+                model_id="m", padding=padding,
+            )  # fmt: skip
+        assert {task for task, square in squares.items() if not square} == cut
+        assert list(scores) == names
+
+
+def test_all_is_checked_before_the_first_answer(released, model, encoder, transform, tmp_path):
+    """TextVQA comes second and lacks its own file: nothing of VQAv2 is answered."""
+    (tmp_path / "TextVQA").mkdir()
+    shutil.copy(GOLDEN / "TextVQA" / "val.json", tmp_path / "TextVQA")
+    with pytest.raises(ValueError, match=r"TextVQA needs TextVQA_0\.5\.1_val\.json"):
+        tasks.evaluate_tasks(
+            model, encoder, transform, ["VQAv2", "TextVQA"], annotations=[released, tmp_path], images=released,
+            output=tmp_path / "out", model_id="m", settings=GenerationSettings(image_workers=0),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (["--task", "vqa"], "dataset must be one of .*got 'vqa'; did you mean VQAv2"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--token-budget", "0"], "token_budget must be an integer of at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(base_folder, released, tmp_path, capsys, change, match):
+    assert cli.main(arguments(base_folder, released, tmp_path, *change)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("smolora evaluate: error: ") and re.search(match, error)
+
+
+def test_adapter_without_embeddings_is_refused(base_folder, adapter_folder, released, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(adapter_folder, bare)
+    (bare / "instruction_embeddings.safetensors").unlink()
+    assert cli.main(arguments(base_folder, released, tmp_path / "out", "--adapter", str(bare))) == 1
+    assert "instruction_embeddings.safetensors" in capsys.readouterr().err
+
+
+def test_unknown_padding(model, encoder, tmp_path, base_folder):
+    with pytest.raises(ValueError, match="padding must be one of 'all', 'released', got 'none'"):
+        tasks.evaluate_tasks(
+            model, encoder, ImageTransform.from_pretrained(base_folder), [], annotations=[tmp_path], images=tmp_path,
+            output=tmp_path, model_id="m", padding="none",
+        )  # fmt: skip
