@@ -69,15 +69,16 @@ def choose_architectures(nvcc: Path) -> list[str]:
         for name in re.split(r"[;,\s]+", asked.strip()):
             match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", name)
             if match is None or match[1] + match[2] not in known:
-                raise BuildError(f"TORCH_CUDA_ARCH_LIST must name architectures of {nvcc}, as 9.0 or 9.0+PTX, got {name!r}")
+                raise BuildError(
+                    f"TORCH_CUDA_ARCH_LIST must name architectures that {nvcc} knows, as 9.0 or 9.0+PTX, got {name!r}"
+                )
             chosen.append(f"{match[1]}{match[2]}{match[3]}{match[4] or ''}")
         return chosen
     wanted = ARCHITECTURES if os.environ.get("FORCE_CUDA") == "1" else present_architectures()
     chosen = [name for name in wanted if str(number(name)) in known]
     if not chosen:
         return []
-    newest = max((name for name in {*chosen, *ARCHITECTURES} if str(number(name)) in known), key=number)
-    return [name for name in chosen if name != newest] + [f"{newest}+PTX"]  # PTX: for cards to come
+    return [*chosen[:-1], f"{chosen[-1]}+PTX"]  # of the newest, for cards to come
 
 
 def code_options(architectures: list[str]) -> list[str]:
@@ -126,27 +127,28 @@ class NinjaBuild(build_ext):
         import pybind11
 
         nvcc, architectures = ext.plan
-        host = os.environ.get("CXX", "g++")
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", f"-I{toolkit(nvcc)}/include"]
         names = " ".join(architectures)
-        defines = ["-DSMOLORA_MODULE=_C", f'-DSMOLORA_ARCHITECTURES="\\"{names}\\""']
         folder = Path(self.build_temp).absolute() / "csrc"
         folder.mkdir(parents=True, exist_ok=True)
+        built_for = folder / "architectures.h"  # nvcc and quotes in a -D do not go together
+        definition = f'#define SMOLORA_ARCHITECTURES "{names}"\n'
+        if not built_for.exists() or built_for.read_text() != definition:
+            built_for.write_text(definition)
+        includes = [f"-I{path}" for path in (folder, pybind11.get_include(), sysconfig.get_path("include"))]
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
+        common = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -MD -MF $out.d"
         lines = [
             "rule cuda",
-            f"  command = {nvcc} -std=c++17 -O3 {' '.join(code_options(architectures))} "
-            "-Xcompiler -fPIC,-fvisibility=hidden -MD -MF $out.d -c $in -o $out",
+            f"  command = {nvcc} {common} {' '.join(code_options(architectures))} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule host",
-            f"  command = {host} -std=c++17 -O2 -fPIC -fvisibility=hidden {' '.join([*includes, *defines])} "
-            "-MD -MF $out.d -c $in -o $out",
+            f"  command = {nvcc} {common} -DSMOLORA_MODULE=_C {' '.join(includes)} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {host} -shared $in -o $out -L{toolkit(nvcc)}/lib64 -lcudart_static -ldl -lrt -lpthread",
+            f"  command = {nvcc} -shared -cudart static $in -o $out",
         ]
         objects = []
         for source in ext.sources:
@@ -160,10 +162,6 @@ class NinjaBuild(build_ext):
         print(f"smolora: CUDA C++ kernels for {names}, with {nvcc}")
         if subprocess.run(command, check=False).returncode:
             raise BuildError("the CUDA C++ kernels did not compile; FORCE_CUDA=0 installs smolora without them")
-
-
-def toolkit(nvcc: Path) -> Path:
-    return nvcc.resolve().parents[1]
 
 
 def ninja() -> str:

@@ -8,6 +8,8 @@
 
 #ifndef SMOLORA_EMULATE
 #include <cuda_runtime.h>
+
+#include "architectures.h"  // written by setup.py
 #endif
 
 namespace py = pybind11;

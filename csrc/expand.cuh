@@ -153,9 +153,4 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expand p) {
   }
 }
 
-template <class T, bool DROPS>
-void expand(const char* name, const Expand& p) {
-  launch(name, expand_kernel<T, DROPS>,
-         dim3(static_cast<unsigned>(tile_count(p, limits::kTile, 1)), static_cast<unsigned>(p.splits)),
-         kExpandThreads, kExpandShared<T>, p.stream, false, p);
-}
+void expand(const char* name, const Expand& p);

@@ -42,7 +42,21 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(Mix p) {
   }
 }
 
+template <class T, bool DROPS>
+void launch_expand(const char* name, const Expand& p) {
+  const auto tiles = static_cast<unsigned>(tile_count(p, limits::kTile, 1));
+  launch(name, expand_kernel<T, DROPS>, dim3(tiles, static_cast<unsigned>(p.splits)), kExpandThreads,
+         kExpandShared<T>, p.stream, false, p);
+}
+
 }  // namespace
+
+void expand(const char* name, const Expand& p) {
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    p.threshold > 0 ? launch_expand<T, true>(name, p) : launch_expand<T, false>(name, p);
+  });
+}
 
 void mix(const Mix& p) {
   with_dtype(p.dtype, [&](auto zero) {
@@ -67,6 +81,6 @@ void fuse_expand(const FuseExpand& p) {
     using T = decltype(zero);
     pack<T>(p, p.vu_B, p.vu_packed, p.M, p.k, p.r, false, p.k, RP);
     pack<T>(p, p.if_B, p.if_packed, p.N, p.k, p.r, false, p.k, RP);
-    expand<T, false>("fuse_expand", e);
   });
+  expand("fuse_expand", e);
 }

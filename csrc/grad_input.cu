@@ -58,24 +58,16 @@ void grad_input(const GradInput& p) {
       e.u = p.u, e.routes = p.routes, e.L = p.d, e.splits = p.splits, e.dmean = p.dmean, e.mask = p.mask;
       e.out = p.dx;
       e.weights = {p.vu_packed, p.if_packed, p.d * RP, RP};
-      if (p.threshold > 0) {
-        expand<T, true>("grad_input dx", e);
-      } else {
-        expand<T, false>("grad_input dx", e);
-      }
-    }
-    if (p.need_vu_A || p.need_if_A) {
-      Outer o;
-      static_cast<Layout&>(o) = p;
-      o.s = p.x, o.u = p.u, o.L = p.d, o.chunk = p.chunk, o.chunks = p.chunks, o.by_column = 1, o.part = p.A_part;
-      o.owner = p.chunk_owner;
-      if (Units(p, p.K).total <= 2) {
-        outer<T, 2, false>("grad_input dA", o);
-      } else {
-        outer<T, 4, false>("grad_input dA", o);
-      }
+      expand("grad_input dx", e);
     }
   });
+  if (p.need_vu_A || p.need_if_A) {
+    Outer o;
+    static_cast<Layout&>(o) = p;
+    o.s = p.x, o.u = p.u, o.L = p.d, o.chunk = p.chunk, o.chunks = p.chunks, o.by_column = 1, o.part = p.A_part;
+    o.owner = p.chunk_owner;
+    outer("grad_input dA", o);
+  }
   Collect c;
   static_cast<Layout&>(c) = p;
   c.part = p.A_part, c.owner = p.chunk_owner, c.routes = p.routes, c.L = p.d, c.chunks = p.chunks, c.by_column = 1;

@@ -129,7 +129,28 @@ __global__ void __launch_bounds__(kThreads) importance_kernel(GradOutput p, int6
   if (lane == 0) set_weight(branch ? p.dif_importance : p.dvu_importance, l, sum);
 }
 
+template <class T, int UNITS, bool P>
+void launch_outer(const char* name, const Outer& p) {
+  const dim3 grid(static_cast<unsigned>(p.chunks), static_cast<unsigned>(cdiv(p.L, kOuterInputs<T>)),
+                  static_cast<unsigned>(cdiv(Units(p, p.K).total, UNITS)));
+  launch(name, outer_kernel<T, UNITS, P>, grid, kOuterThreads, kOuterShared<T, UNITS, P>, p.stream, false, p);
+}
+
 }  // namespace
+
+void outer(const char* name, const Outer& p) {
+  const bool two = Units(p, p.K).total <= 2;
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (p.p_part == nullptr) {
+      two ? launch_outer<T, 2, false>(name, p) : launch_outer<T, 4, false>(name, p);
+    } else if constexpr (sizeof(T) == 2) {
+      two ? launch_outer<T, 2, true>(name, p) : launch_outer<T, 4, true>(name, p);
+    } else {
+      launch_outer<T, 2, true>(name, p);  // four have no room in shared memory
+    }
+  });
+}
 
 void grad_output(const GradOutput& p) {
   use_device(static_cast<int>(p.device));
@@ -144,34 +165,22 @@ void grad_output(const GradOutput& p) {
   Outer o;
   static_cast<Layout&>(o) = p;
   o.s = p.g, o.u = p.u, o.L = p.k, o.chunk = p.chunk, o.chunks = p.chunks, o.adds_up = need_B, o.part = p.B_part;
-  o.owner = p.chunk_owner, o.routes = p.routes, o.p_part = p.p_part;
-  const int64_t width = p.vu_packed != nullptr ? cdiv(p.k, 8) * 8 : p.k;
-  const void *vu = p.vu_packed != nullptr ? p.vu_packed : p.vu_B.data;
-  const void *other = p.if_packed != nullptr ? p.if_packed : p.if_B.data;
+  o.owner = p.chunk_owner, o.routes = p.routes;
+  const int64_t width = cdiv(p.k, 8) * 8;
+  const void* vu = p.vu_packed != nullptr ? p.vu_packed : p.vu_B.data;
+  const void* other = p.if_packed != nullptr ? p.if_packed : p.if_B.data;
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const bool two = Units(p, p.K).total <= 2;
-    if (p.need_p && p.one_read) {
-      pack<T>(p, p.vu_B, p.vu_packed, p.M, p.k, p.r, false, p.k, RP);
-      pack<T>(p, p.if_B, p.if_packed, p.N, p.k, p.r, false, p.k, RP);
-      o.weights = {vu, other, p.k * RP, RP};
-      if (two) {
-        outer<T, 2, true>("grad_output", o);
-      } else if constexpr (sizeof(T) == 2) {
-        outer<T, 4, true>("grad_output", o);
-      }
-    } else if (need_B) {
-      if (two) {
-        outer<T, 2, false>("grad_output dB", o);
-      } else {
-        outer<T, 4, false>("grad_output dB", o);
-      }
-    }
-    if (p.need_p && !p.one_read) {
-      pack<T>(p, p.vu_B, p.vu_packed, p.M, p.k, p.r, true, RP, width);
-      pack<T>(p, p.if_B, p.if_packed, p.N, p.k, p.r, true, RP, width);
+    if (p.need_p) {
+      pack<T>(p, p.vu_B, p.vu_packed, p.M, p.k, p.r, !p.one_read, p.one_read ? p.k : RP, p.one_read ? RP : width);
+      pack<T>(p, p.if_B, p.if_packed, p.N, p.k, p.r, !p.one_read, p.one_read ? p.k : RP, p.one_read ? RP : width);
     }
   });
+  if (need_B || (p.need_p && p.one_read)) {
+    o.weights = {vu, other, p.k * RP, RP};
+    o.p_part = p.need_p && p.one_read ? p.p_part : nullptr;
+    outer("grad_output", o);
+  }
   if (p.need_p && !p.one_read) {
     Shrink s;
     static_cast<Layout&>(s) = p;

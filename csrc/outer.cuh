@@ -33,7 +33,7 @@ constexpr size_t kOuterShared =
 
 // Grid (chunks, blocks of L, blocks of units).
 template <class T, int UNITS, bool P>
-__global__ void __launch_bounds__(kOuterThreads) outer_kernel(Outer p) {
+__global__ void __launch_bounds__(kOuterThreads, 1) outer_kernel(Outer p) {
   constexpr int BT = limits::kChunk, COLUMNS = kColumns<T>, TILES = limits::kOuterTiles, BL = kOuterInputs<T>;
   constexpr int BLOCKS = BL / 16, MINE = BLOCKS / kOuterWarps, SIDE = kUnitTiles<T, UNITS>;
   Arena arena;
@@ -200,13 +200,8 @@ __global__ void __launch_bounds__(kOuterThreads) outer_kernel(Outer p) {
   }
 }
 
-template <class T, int UNITS, bool P>
-void outer(const char* name, const Outer& p) {
-  launch(name, outer_kernel<T, UNITS, P>,
-         dim3(static_cast<unsigned>(p.chunks), static_cast<unsigned>(cdiv(p.L, kOuterInputs<T>)),
-              static_cast<unsigned>(cdiv(Units(p, p.K).total, UNITS))),
-         kOuterThreads, kOuterShared<T, UNITS, P>, p.stream, false, p);
-}
+// Launches it, with P where `p_part` is given.
+void outer(const char* name, const Outer& p);
 
 // What the chunks' parts add up to, for each expert, times `scale`, plus addend[row] factor[expert][rank].
 struct Collect : Layout {

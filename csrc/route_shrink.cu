@@ -221,7 +221,7 @@ void shrink(const Shrink& p, int64_t columns) {
 void route_shrink(const RouteShrink& p) {
   use_device(static_cast<int>(p.device));
   const bool route_vu = p.route && p.use_vu;
-  const int64_t RP = rank_columns(p.r), width = p.vu_packed != nullptr ? cdiv(p.d, 8) * 8 : p.d;
+  const int64_t RP = rank_columns(p.r), width = cdiv(p.d, 8) * 8;
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t items = (p.route ? p.n : 0) + (p.adaptive ? (p.M + p.N) * cdiv(p.k, limits::kPrepareOutputs) : 0);

@@ -35,7 +35,6 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 
 COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have
 MAX_DECODE_INSTANCES = 64
 MAX_DECODE_NUMBERS = 8192  # of rank space that a block of decode holds in shared memory
-MAX_RANK = 128
 MAX_MIX_NUMBERS = 2048  # of a token in rank space, b K r, that a warp holds in mix's gradient
 
 
@@ -155,14 +154,12 @@ def one_read(columns: int, dtype: torch.dtype) -> bool:
     return columns <= (32 if dtype == torch.float32 else 64)
 
 
-def _refuse_large(r: int, numbers: int) -> None:
-    """Refuse what the kernels have no room for.
+def _refuse_large(numbers: int) -> None:
+    """Refuse more numbers of a token in rank space, b K r, than the kernels have room for.
 
     Raises:
-        ValueError: the rank, or the numbers of a token in rank space, are more than that.
+        ValueError: there are more.
     """
-    if r > MAX_RANK:
-        raise ValueError(f"backend 'cuda' takes ranks up to {MAX_RANK}, got r={r}; 'triton' takes any")
     if numbers > MAX_MIX_NUMBERS:
         raise ValueError(
             f"backend 'cuda' takes up to {MAX_MIX_NUMBERS} numbers of a token in rank space (branches * top_k * r), "
@@ -211,7 +208,7 @@ def route_shrink(
     (M, r, _), N, k = vu_A.shape, if_A.shape[0], vu_B.shape[1]
     use_vu, use_if = branches(fusion)
     b, RP, adaptive, route = use_vu + use_if, rank_columns(r), fusion == "adaptive", given_routes is None
-    _refuse_large(r, b * top_k * r)
+    _refuse_large(b * top_k * r)
     float32 = dict(dtype=torch.float32, device=x.device)
     h = torch.empty((T, b, top_k, r), **float32)
     w = torch.empty((M + N if adaptive else 0, r), **float32)
@@ -419,7 +416,7 @@ def decodes(tokens: int, instances: int, packed: bool, threshold: int, numbers: 
         experts: M + N.
     """
     one_token = tokens == instances and 0 < instances <= MAX_DECODE_INSTANCES and not packed and not threshold
-    fits = r <= MAX_RANK and numbers <= MAX_DECODE_NUMBERS and experts * r <= MAX_DECODE_NUMBERS
+    fits = numbers <= MAX_DECODE_NUMBERS and experts * r <= MAX_DECODE_NUMBERS
     return one_token and fits and not torch.is_grad_enabled()
 
 
