@@ -88,7 +88,7 @@ def code_options(architectures: list[str]) -> list[str]:
         plain = name.removesuffix("+PTX")
         options.append(f"-gencode=arch=compute_{plain},code=sm_{plain}")
         if name.endswith("+PTX"):
-            options.append(f"-gencode=arch=compute_{plain},code=compute_{plain}")
+            options.append(f"-gencode=arch=compute_{number(plain)},code=compute_{number(plain)}")
     return options
 
 

@@ -106,6 +106,7 @@ PYBIND11_MODULE(SMOLORA_MODULE, m) {
   const auto limit = [&m](const char* name, int value) { m.attr(name) = value; };
   limit("DECODE_INPUTS", limits::kDecodeInputs);
   limit("DECODE_OUTPUTS", limits::kDecodeOutputs);
+  limit("DECODE_NUMBERS", limits::kDecodeNumbers);
   limit("TILE", limits::kTile);
   limit("MIX_TILE", limits::kMixTile);
   limit("ROUTE_INPUTS", limits::kRouteInputs);

@@ -5,6 +5,7 @@
 // instances, chooses, mixes, and expands to a range of outputs of its own. All sums run in a fixed order.
 
 #include "common.cuh"
+#include "grid.cuh"
 
 namespace {
 
@@ -13,7 +14,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kSlice = limits::kDecodeInputs;  // 32 lanes of kVectors vectors of 4
 constexpr int kVectors = kSlice / 128;
 constexpr int kOutputs = limits::kDecodeOutputs;
-constexpr int kMixed = 8192;     // numbers of what B is multiplied with that a block holds
+constexpr int kMixed = limits::kDecodeNumbers;  // what B is multiplied with, and experts, that a block holds
 
 struct Items {  // what the blocks share out before the barrier
   int64_t rows, slices, dots, parts, logits;
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
   auto z = arena.take<float>(kWarps * E);
   auto routes = arena.take<int>(kWarps * slots);
   auto gates = arena.take<float>(kWarps * slots);
-  const int group = max(1, min(static_cast<int>(p.n), kMixed / columns));  // instances mixed at a time
+  const int group = max(1, min(static_cast<int>(p.n), kMixed / (columns + slots)));  // instances mixed at a time
   auto experts = arena.take<int>(group * slots);
   auto u = arena.take<float>(group * columns);
 
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
 
 size_t shared_bytes(const Decode& p) {
   const int64_t slots = (p.use_vu + p.use_if) * p.K, columns = slots * p.r;
-  const int64_t group = std::max<int64_t>(1, std::min(p.n, kMixed / columns)), E = p.M + p.N;
+  const int64_t group = std::max<int64_t>(1, std::min(p.n, kMixed / (columns + slots))), E = p.M + p.N;
   const int64_t sizes[] = {kThreads * 4, E * p.r, kWarps * E, kWarps * slots, kWarps * slots, group * slots,
                            group * columns};
   size_t bytes = 0;

@@ -24,7 +24,7 @@ constexpr size_t kExpandShared = kStages * (limits::kTile + kExpandOutputs) * li
 
 // Grid (tiles, splits of L). DROPS: the branches' products are masked before they are added, so each has its own sum.
 template <class T, bool DROPS>
-__global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expand p) {
+__global__ void __launch_bounds__(kExpandThreads, 1) expand_kernel(Expand p) {
   constexpr int BT = limits::kTile, BL = kExpandOutputs, COLUMNS = kColumns<T>, BLOCKS = BL / 16;
   Arena arena;
   auto u_tiles = arena.take<T>(kStages * BT * COLUMNS);

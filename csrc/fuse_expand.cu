@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(Mix p) {
 
 template <class T, bool DROPS>
 void launch_expand(const char* name, const Expand& p) {
+  static_assert(kExpandShared<T> <= limits::kSharedMemory);
   const auto tiles = static_cast<unsigned>(tile_count(p, limits::kTile, 1));
   launch(name, expand_kernel<T, DROPS>, dim3(tiles, static_cast<unsigned>(p.splits)), kExpandThreads,
          kExpandShared<T>, p.stream, false, p);

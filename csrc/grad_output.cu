@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(kThreads) importance_kernel(GradOutput p, int6
 
 template <class T, int UNITS, bool P>
 void launch_outer(const char* name, const Outer& p) {
+  static_assert(kOuterShared<T, UNITS, P> <= limits::kSharedMemory);
   const dim3 grid(static_cast<unsigned>(p.chunks), static_cast<unsigned>(cdiv(p.L, kOuterInputs<T>)),
                   static_cast<unsigned>(cdiv(Units(p, p.K).total, UNITS)));
   launch(name, outer_kernel<T, UNITS, P>, grid, kOuterThreads, kOuterShared<T, UNITS, P>, p.stream, false, p);

@@ -1,5 +1,5 @@
 // The outer product of tokens with rank space, summed over a chunk of an instance's tokens: the gradients of A and B.
-// With P, the product of the same tokens with rows of weights into rank space comes from the same read.
+// With P, the product of the same tokens with rows of weights into rank space comes from the same read; no dropout then.
 #pragma once
 
 #include "tile.cuh"
@@ -25,11 +25,15 @@ constexpr int kOuterInputs = limits::kOuterTiles * kColumns<T>;  // of the long 
 template <class T, int UNITS>
 constexpr int kUnitTiles = (UNITS * 16 + kColumns<T> - 1) / kColumns<T>;  // side by side
 
+// Numbers that warps hand to the one that adds them up, where several share a product.
+template <int UNITS>
+constexpr int kShared = UNITS <= 2 ? (kOuterWarps - 2) * 256 : 0;
+
 template <class T, int UNITS, bool P>
 constexpr size_t kOuterShared =
     kStages * limits::kChunk * limits::kRow * (limits::kOuterTiles + kUnitTiles<T, UNITS>) +
-    4 * limits::kChunk * (kOuterInputs<T> / 16) * 2 +
-    (P ? kUnitTiles<T, UNITS> * kOuterInputs<T> * limits::kRow + kOuterWarps * 256 * 4 : 0);
+    (P ? kUnitTiles<T, UNITS> * kOuterInputs<T> * limits::kRow + kShared<UNITS> * 4
+       : 4 * limits::kChunk * (kOuterInputs<T> / 16) * 2);
 
 // Grid (chunks, blocks of L, blocks of units).
 template <class T, int UNITS, bool P>
@@ -39,9 +43,9 @@ __global__ void __launch_bounds__(kOuterThreads, 1) outer_kernel(Outer p) {
   Arena arena;
   auto s_tiles = arena.take<T>(kStages * TILES * BT * COLUMNS);
   auto u_tiles = arena.take<T>(kStages * SIDE * BT * COLUMNS);
-  auto keep = arena.take<uint16_t>(4 * BT * BLOCKS);  // [step % 2][stream][row][block]
+  auto keep = arena.take<uint16_t>(P ? 0 : 4 * BT * BLOCKS);  // [step % 2][stream][row][block]
   auto w_tiles = arena.take<T>(P ? SIDE * BL * COLUMNS : 0);
-  auto halves = arena.take<float>(P ? kOuterWarps * 256 : 0);
+  auto shared = arena.take<float>(P ? kShared<UNITS> : 0);
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const Span span = locate(blockIdx.x, global<const int>(p.cu), p.cu != nullptr, p.n, p.T / p.n,
@@ -56,7 +60,7 @@ __global__ void __launch_bounds__(kOuterThreads, 1) outer_kernel(Outer p) {
   const int vu_count = max(0, min(count, units.vu - first)), width = units.total * 16;
   const int64_t l0 = static_cast<int64_t>(blockIdx.y) * BL;
   const int steps = static_cast<int>(cdiv(end - start, BT));
-  const bool aligned = p.L % kChunk<T> == 0 && is_aligned(p.s, 16), drops = p.threshold > 0;
+  const bool aligned = p.L % kChunk<T> == 0 && is_aligned(p.s, 16), drops = !P && p.threshold > 0;
   const int64_t seed = drops ? global<const int64_t>(p.seed)[0] : 0;
   const auto s = global<const T>(p.s);
   const auto u = global<const T>(p.u);
@@ -152,16 +156,16 @@ __global__ void __launch_bounds__(kOuterThreads, 1) outer_kernel(Outer p) {
                          block * 16);
         }
       }
-      if (shares > 1) {
+      if (shares > 1) {  // of the first `count` pairs of warps
         if (share > 0 && share < shares) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) halves[warp * 256 + i * 32 + lane] = sum[i / 4][i % 4];
+          for (int i = 0; i < 8; ++i) shared[(warp - 2 * count) * 256 + i * 32 + lane] = sum[i / 4][i % 4];
         }
         __syncthreads();
         for (int other = 1; other < shares && share == 0; ++other) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            sum[i / 4][i % 4] += halves[((other * count + unit) * 2 + warp % 2) * 256 + i * 32 + lane];
+            sum[i / 4][i % 4] += shared[(((other - 1) * count + unit) * 2 + warp % 2) * 256 + i * 32 + lane];
           }
         }
       }

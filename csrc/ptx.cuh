@@ -10,7 +10,6 @@
 #include "emulate/emulate.h"
 #else
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -123,10 +122,6 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 __device__ __forceinline__ float shuffle_xor(float v, int lanes) { return __shfl_xor_sync(0xFFFFFFFFu, v, lanes); }
-
-// All blocks of a cooperative launch. The driver gives each launch a barrier of its own, which resets itself: launches
-// on several streams, and replays of a graph, share no counter.
-__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // Per byte: 0xFF where a >= b, else 0.
 __device__ __forceinline__ uint32_t bytes_at_least(uint32_t a, uint32_t b) { return __vcmpgeu4(a, b); }

@@ -198,6 +198,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(RouteShrink p) {
 
 template <class T, int UNITS>
 void launch_shrink(const Shrink& p) {
+  static_assert(kShrinkShared<T, UNITS> <= limits::kSharedMemory);
   const int64_t tiles = tile_count(p, limits::kTile, p.sums != nullptr && p.mask != nullptr ? 2 : 1);
   const int64_t blocks = p.multiplies ? cdiv(Units(p, p.vu_slots).total, UNITS) : 1;
   launch("shrink", shrink_kernel<T, UNITS>,

@@ -27,7 +27,7 @@ constexpr size_t kShrinkShared = kStages * (limits::kTile + UNITS * 16) * limits
 // Grid (tiles, splits, blocks of units). The tiles of a pass that sums a mask are laid from the first routed token, so
 // that left padding moves no sum.
 template <class T, int UNITS>
-__global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(Shrink p) {
+__global__ void __launch_bounds__(kShrinkThreads, 1) shrink_kernel(Shrink p) {
   constexpr int BT = limits::kTile, COLUMNS = kColumns<T>, BLOCKS = COLUMNS / 16;
   Arena arena;
   auto s_tiles = arena.take<T>(kStages * BT * COLUMNS);

@@ -15,6 +15,7 @@ namespace limits {
 
 constexpr int kDecodeInputs = 512;    // inputs that a warp multiplies with a row of A in decode
 constexpr int kDecodeOutputs = 512;   // outputs in a part of w in decode
+constexpr int kDecodeNumbers = 8192;  // float32 numbers of each of two kinds that a block of decode holds
 constexpr int kTile = 64;             // tokens of a tile in the shrink and the expand
 constexpr int kMixTile = 16;          // tokens of a tile in mix's gradient
 constexpr int kRouteInputs = 512;     // inputs in a part of the VU router's logits
@@ -22,6 +23,7 @@ constexpr int kPrepareOutputs = 256;  // outputs in a part of w
 constexpr int kChunk = 32;            // tokens of a tile in the outer product; a chunk is a multiple of it
 constexpr int kRow = 128;             // bytes of a row of a tile in shared memory
 constexpr int kOuterTiles = 4;        // such rows that a block of the outer product has side by side
+constexpr int kSharedMemory = 99 * 1024;  // bytes that a block may take on every card
 
 }  // namespace limits
 

@@ -1,8 +1,8 @@
 """The passes in CUDA C++ (`csrc/`), with the names, arguments and results of `rank_space`, and `decode`.
 
-Tensors are contiguous CUDA tensors; x, g and the base in float32, float16 or bfloat16, parameters in any floating dtype.
-The compiled module takes addresses and sizes alone. In tests `extension` is the emulation of the same sources on the
-CPU, and the tensors are CPU tensors.
+Tensors are contiguous CUDA tensors; x, g and the base in float32, float16 or bfloat16, parameters in any floating
+dtype. The compiled module takes addresses and sizes alone. In tests `extension` is the emulation of the same sources on
+the CPU, and the tensors are CPU tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import tiles
 from .rank_space import FIXED_LEAD, branches
 
 try:
@@ -34,11 +33,11 @@ except ImportError as error:  # built for another Python, or not at all well
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have
 MAX_DECODE_INSTANCES = 64
-MAX_DECODE_NUMBERS = 8192  # of rank space that a block of decode holds in shared memory
+MAX_DECODE_EXPERTS, MAX_DECODE_SLOTS = 256, 64
 MAX_MIX_NUMBERS = 2048  # of a token in rank space, b K r, that a warp holds in mix's gradient
 
 
-# --------------------------------------------------------------------------------------------------------- what it needs
+# ------------------------------------------------------------------------------------------------------- what it needs
 
 
 def driver_needed(runtime: int) -> str:
@@ -71,15 +70,17 @@ def obstacle() -> str | None:
     if version == 0:
         return f"there is no NVIDIA driver; these kernels need {needed} or newer"
     if version // 1000 < extension.runtime_version // 1000:
-        return f"the NVIDIA driver is for CUDA {version // 1000}.{version % 1000 // 10}; these kernels need {needed} or newer"
+        supports = f"{version // 1000}.{version % 1000 // 10}"
+        return f"the NVIDIA driver is for CUDA {supports}; these kernels need {needed} or newer"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     for card in sorted(cards):
         if not runs_on(card, extension.architectures):
+            name = f"{card[0]}.{card[1]}"
             return (
-                f"the kernels were built for {extension.architectures}, not for compute capability {card[0]}.{card[1]}; "
-                f"TORCH_CUDA_ARCH_LIST={card[0]}.{card[1]} pip install -e . builds them for it"
+                f"the kernels were built for {extension.architectures}, not for compute capability {name}; "
+                f"TORCH_CUDA_ARCH_LIST={name} pip install -e . builds them for it"
             )
     return None
 
@@ -95,13 +96,13 @@ def info() -> dict[str, Any]:
     return facts
 
 
-# ------------------------------------------------------------------------------------------------------------- launching
+# ----------------------------------------------------------------------------------------------------------- launching
 
 
 def _run(name: str, like: Tensor, **fields: Any) -> None:
     """Run a pass of the extension on the current stream of a tensor's device.
 
-    A tensor becomes its address, a tuple of one (a parameter) its address and dtype; None leaves a field at its default.
+    A tensor becomes its address, a tuple of one (a parameter) its address and dtype; None leaves a field as it is.
     """
     values: dict[str, Any] = {"device": like.device.index or 0}
     if like.device.type == "cuda":
@@ -177,7 +178,7 @@ def _up_to_8(size: int) -> int:
     return -(-size // 8) * 8
 
 
-# ------------------------------------------------------------------------------------------------------------ the passes
+# ---------------------------------------------------------------------------------------------------------- the passes
 
 
 def route_shrink(
@@ -204,6 +205,8 @@ def route_shrink(
     need_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(h, w, routes, gates, logits, mean); arguments and results as in `smolora.rank_space.route_shrink`."""
+    from .kernels import tiles
+
     (T, d), n = x.shape, instances
     (M, r, _), N, k = vu_A.shape, if_A.shape[0], vu_B.shape[1]
     use_vu, use_if = branches(fusion)
@@ -269,6 +272,8 @@ def fuse_expand(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, lead); arguments and results as in `smolora.rank_space.fuse_expand`."""
+    from .kernels import tiles
+
     T, n = h.shape[0], instances
     (M, k, r), N, top_k = vu_B.shape, if_B.shape[0], routes.shape[2]
     use_vu, use_if = branches(fusion)
@@ -310,6 +315,8 @@ def grad_output(
     need_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dh, dvu_B, dif_B, dvu_importance, dif_importance, dgates), as in `smolora.rank_space.grad_output`."""
+    from .kernels import tiles
+
     (T, k), n = g.shape, instances
     (M, _, r), N, top_k = vu_B.shape, if_B.shape[0], routes.shape[2]
     use_vu, use_if = branches(fusion)
@@ -376,6 +383,8 @@ def grad_input(
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dvu_A, dif_A); arguments and results as in `smolora.rank_space.grad_input`."""
+    from .kernels import tiles
+
     T, n, top_k = dh.shape[0], instances, routes.shape[2]
     (M, r, d), N = vu_A.shape, if_A.shape[0]
     use_vu, use_if = branches(fusion)
@@ -405,19 +414,20 @@ def grad_input(
     return dx, *dA
 
 
-# ---------------------------------------------------------------------------------------------------------- one token
+# -------------------------------------------------------------------------------------------------------- one token
 
 
-def decodes(tokens: int, instances: int, packed: bool, threshold: int, numbers: int, experts: int, r: int) -> bool:
+def decodes(tokens: int, instances: int, packed: bool, threshold: int, slots: int, experts: int, r: int) -> bool:
     """Whether `decode` takes a forward: one token an instance, no dropout, and no gradient asked for.
 
     Args:
-        numbers: of a token in rank space, b K r.
+        slots: chosen experts of an instance, of both branches.
         experts: M + N.
     """
     one_token = tokens == instances and 0 < instances <= MAX_DECODE_INSTANCES and not packed and not threshold
-    fits = numbers <= MAX_DECODE_NUMBERS and experts * r <= MAX_DECODE_NUMBERS
-    return one_token and fits and not torch.is_grad_enabled()
+    if not one_token or torch.is_grad_enabled() or slots > MAX_DECODE_SLOTS or experts > MAX_DECODE_EXPERTS:
+        return False
+    return max(experts * r, slots * (r + 1)) <= extension.DECODE_NUMBERS
 
 
 def decode(

@@ -324,7 +324,7 @@ def smolora_linear(
         the adapter's output alone.
     """
     if backend == "cuda" and cuda.decodes(
-        x.shape[0], instances, cu_seqlens is not None, threshold, len(active_streams(fusion)) * top_k * vu_A.shape[1],
+        x.shape[0], instances, cu_seqlens is not None, threshold, len(active_streams(fusion)) * top_k,
         vu_A.shape[0] + if_A.shape[0], vu_A.shape[1],
     ):  # fmt: skip
         return decode(

@@ -490,6 +490,9 @@ template <class... P>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, int threads, size_t shared, void*, bool cooperative,
             P... arguments) {
   if (threads % emulate::kWarp != 0) throw std::runtime_error(std::string(name) + ": threads must fill warps");
+  if (shared > 99 * 1024) {
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(shared) + " bytes of shared memory");
+  }
   gridDim = grid;
   blockDim = dim3(threads);
   emulate::body = [=] { kernel(arguments...); };

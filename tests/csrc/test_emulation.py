@@ -31,7 +31,7 @@ def test_goes_on_after_a_fault(emulated):
 
 def test_unknown_field(emulated):
     """A field that the params struct does not have is an error, and not one that is left out."""
-    with pytest.raises(TypeError, match="unknown field among .*typo"):
+    with pytest.raises(TypeError, match=r"unknown field among .*typo"):
         emulated.decode(typo=1)
 
 
