@@ -28,27 +28,29 @@ struct Items {  // what the blocks share out before the barrier
   __host__ __device__ int64_t total() const { return dots + parts + logits; }
 };
 
-// Which instances use an expert, as bits: all may where it is routed here.
-__device__ uint64_t users_of(const Decode& p, int branch, int expert) {
+// Which instances use expert e of M + N, as bits: all may where they are routed here.
+__device__ uint64_t users_of(const Decode& p, int e) {
   if (p.route) return ~0ull;
-  const int b = static_cast<int>(p.use_vu + p.use_if), slot = b == 2 ? branch : 0;
-  auto routes = global<const int>(p.routes);
+  const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), n = static_cast<int>(p.n);
+  const bool vu = e < p.M;
+  if (!(vu ? p.use_vu : p.use_if)) return 0;
+  const int slot = vu ? 0 : b - 1, expert = vu ? e : e - static_cast<int>(p.M);
+  const auto routes = global<const int>(p.routes);
   uint64_t users = 0;
-  for (int64_t i = 0; i < p.n; ++i) {
-    for (int64_t j = 0; j < p.K; ++j) users |= static_cast<uint64_t>(routes[(i * b + slot) * p.K + j] == expert) << i;
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < K; ++j) users |= static_cast<uint64_t>(routes[(i * b + slot) * K + j] == expert) << i;
   }
   return users;
 }
 
 // A warp's product of one row of A, or of the router, with a slice of every token.
 template <class T>
-__device__ void dot_item(const Decode& p, int64_t row, int64_t slice, int lane) {
+__device__ void dot_item(const Decode& p, int64_t row, int64_t slice, int lane, Ptr<const uint64_t> users_of) {
   const int64_t vu = p.use_vu ? p.M * p.r : 0, experts = vu + (p.use_if ? p.N * p.r : 0);
   const bool router = row >= experts;
   Weight weight = router ? p.vu_router : row < vu ? p.vu_A : p.if_A;
   const int64_t source = router ? row - experts : row < vu ? row : row - vu;
-  const uint64_t users =
-      router ? ~0ull : users_of(p, row < vu ? 0 : 1, static_cast<int>(source / p.r));
+  const uint64_t users = router ? ~0ull : users_of[(row < vu ? 0 : p.M) + source / p.r];
   if (users == 0) return;
   const bool aligned = p.d % 4 == 0 && is_aligned(weight.data, 16);
   float a[kVectors][4];
@@ -87,8 +89,6 @@ __device__ void w_item(const Decode& p, int64_t expert, int64_t part, Ptr<float>
   const int quads = static_cast<int>(cdiv(p.r, 4)), rows = kThreads / quads;  // a thread has 4 ranks of some rows
   const int quad = threadIdx.x % quads, first = threadIdx.x / quads;
   const bool aligned = p.r % 4 == 0 && is_aligned(B.data, 16);
-  const bool used = users_of(p, vu ? 0 : 1, static_cast<int>(vu ? expert : expert - p.M)) != 0;  // of the whole block
-  if (!used) return;
   float sum[4] = {0, 0, 0, 0};
   if (first < rows) {
     const int64_t end = min(p.k, (part + 1) * kOutputs);
@@ -129,6 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), r = static_cast<int>(p.r);
   const int E = static_cast<int>(p.M + p.N), slots = b * K, columns = slots * r;
+  auto users = arena.take<uint64_t>(E);
   auto scratch = arena.take<float>(kThreads * 4);
   auto w = arena.take<float>(E * r);
   auto z = arena.take<float>(kWarps * E);
@@ -138,13 +139,16 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
   auto experts = arena.take<int>(group * slots);
   auto u = arena.take<float>(group * columns);
 
+  for (int e = threadIdx.x; e < E; e += kThreads) users[e] = users_of(p, e);
+  __syncthreads();
   const Items items(p);
   for (int64_t item = blockIdx.x; item < items.total(); item += gridDim.x) {
     if (item < items.dots) {
       const int64_t row = item / items.slices * kWarps + warp;
-      if (row < items.rows) dot_item<T>(p, row, item % items.slices, lane);
+      if (row < items.rows) dot_item<T>(p, row, item % items.slices, lane, users);
     } else if (item < items.dots + items.parts) {
-      w_item<T>(p, (item - items.dots) % E, (item - items.dots) / E, scratch);
+      const int64_t expert = (item - items.dots) % E;
+      if (users[expert] != 0) w_item<T>(p, expert, (item - items.dots) / E, scratch);
     } else {
       const int64_t pair = (item - items.dots - items.parts) * kWarps + warp;
       if (pair < p.n * p.N) logit_item(p, pair, lane);
@@ -155,9 +159,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
   if (p.adaptive) {
     const int64_t parts = cdiv(p.k, kOutputs);
     for (int c = threadIdx.x; c < E * r; c += kThreads) {
-      const int expert = c / r;
       float sum = 0;
-      if (users_of(p, expert < p.M ? 0 : 1, static_cast<int>(expert < p.M ? expert : expert - p.M)) != 0) {
+      if (users[c / r] != 0) {
         for (int64_t i = 0; i < parts; ++i) sum += global<const float>(p.w_part)[i * E * r + c];
       }
       w[c] = sum;
@@ -166,7 +169,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
   __syncthreads();
 
   const int64_t span = cdiv(cdiv(p.k, static_cast<int64_t>(gridDim.x)), 8) * 8;
-  const int64_t first_output = min(p.k, blockIdx.x * span), outputs = min(p.k, first_output + span) - first_output;
+  const int64_t first_output = min(p.k, blockIdx.x * span);
+  const int outputs = static_cast<int>(min(p.k, first_output + span) - first_output);
   const int64_t rows = (p.use_vu ? p.M * p.r : 0) + (p.use_if ? p.N * p.r : 0);
   const bool aligned = r % 4 == 0 && is_aligned(p.vu_B.data, 16) && is_aligned(p.if_B.data, 16);
   for (int64_t begin = 0; begin < p.n; begin += group) {
@@ -229,8 +233,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
     }
     __syncthreads();
     auto y = global<T>(p.y);
-    for (int64_t item = threadIdx.x; item < count * outputs; item += kThreads) {
-      const int g = static_cast<int>(item / outputs);
+    for (int item = threadIdx.x; item < count * outputs; item += kThreads) {
+      const int g = item / outputs;
       const int64_t output = first_output + item % outputs;
       const int64_t at = (begin + g) * p.k + output;
       float sum = p.add ? to_float(y[at]) : 0.0f;
@@ -256,7 +260,7 @@ size_t shared_bytes(const Decode& p) {
   const int64_t slots = (p.use_vu + p.use_if) * p.K, columns = slots * p.r;
   const int64_t group = std::max<int64_t>(1, std::min(p.n, kMixed / (columns + slots))), E = p.M + p.N;
   const int64_t sizes[] = {kThreads * 4, E * p.r, kWarps * E, kWarps * slots, kWarps * slots, group * slots,
-                           group * columns};
+                           group * columns, 2 * E};
   size_t bytes = 0;
   for (int64_t size : sizes) bytes += cdiv(size * 4, 16) * 16;
   return bytes;

@@ -58,17 +58,16 @@ __global__ void __launch_bounds__(kExpandThreads, 1) expand_kernel(Expand p) {
                       row < rows ? width - column0 - column : 0, true);
       }
     }
+    const int column = thread % 8 * kChunk<T>, unit = (column0 + column) / 16;  // the same in all of a thread's rows
+    if (unit >= units.total) return;                                            // nor is it multiplied with
     auto tile = w_tiles + step % kStages * BL * COLUMNS;
-    for (int i = thread; i < BL * 8; i += kExpandThreads) {
-      const int row = i / 8, column = i % 8 * kChunk<T>, unit = (column0 + column) / 16;
-      if (unit >= units.total) continue;  // nor is it multiplied with
-      int64_t expert;
-      int rank;
-      locate_unit(p, units, routes, span.instance, unit, false, expert, rank);
-      const auto w = global<const T>(unit < units.vu ? p.weights.vu : p.weights.other);
-      load_chunk<T>(tile + place<T>(row, column),
-                    w + (expert * p.weights.expert + (l + row) * p.weights.row + rank + column % 16),
-                    l + row < p.L ? kChunk<T> : 0, true);
+    int64_t expert;
+    int rank;
+    locate_unit(p, units, routes, span.instance, unit, false, expert, rank);
+    const auto w = global<const T>(unit < units.vu ? p.weights.vu : p.weights.other) +
+                   (expert * p.weights.expert + l * p.weights.row + rank + column % 16);
+    for (int row = thread / 8; row < BL; row += kExpandThreads / 8) {
+      load_chunk<T>(tile + place<T>(row, column), w + row * p.weights.row, l + row < p.L ? kChunk<T> : 0, true);
     }
   };
 

@@ -13,7 +13,8 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(Mix p) {
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (token >= p.T) return;
-  const int64_t b = p.use_vu + p.use_if, K = p.K, r = p.r, columns = b * K * r;
+  const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), r = static_cast<int>(p.r);
+  const int columns = b * K * r, M = static_cast<int>(p.M);
   const int64_t i = instance_of(token, global<const int>(p.cu), p.cu != nullptr, p.n, p.T / p.n);
   const auto h = global<const float>(p.h) + token * columns;
   const auto routes = global<const int>(p.routes) + i * b * K;
@@ -23,10 +24,10 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(Mix p) {
     lead = global<const float>(p.lead)[token];
   } else if (p.adaptive) {
     float score = 0;  // I . x_vu - I . x_if
-    for (int64_t c = lane; c < columns; c += 32) {
-      const int64_t slot = c / r, rank = c % r;
+    for (int c = lane; c < columns; c += 32) {
+      const int slot = c / r, rank = c % r;
       const bool vu = slot < K;
-      const int64_t expert = routes[slot] + (vu ? 0 : p.M);
+      const int expert = routes[slot] + (vu ? 0 : M);
       const float term = gates[slot] * global<const float>(p.w)[expert * r + rank] * h[c];
       score += vu ? term : -term;
     }
@@ -34,8 +35,8 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(Mix p) {
   }
   if (!p.given && lane == 0) global<float>(p.lead)[token] = lead;
   const int RP = rank_columns(r);
-  for (int64_t c = lane; c < b * K * RP; c += 32) {
-    const int64_t slot = c / RP, rank = c % RP;
+  for (int c = lane; c < b * K * RP; c += 32) {
+    const int slot = c / RP, rank = c % RP;
     const float share = sigmoid(p.use_vu && slot < K ? lead : -lead);
     const float v = rank < r ? h[slot * r + rank] * (static_cast<float>(p.scaling) * share) * gates[slot] : 0.0f;
     global<T>(p.u)[token * b * K * RP + c] = from_float<T>(v);

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
+constexpr int kRouteThreads = 512;
 
 // Grid (n + (M + N) parts): an instance, then a part of an expert's w.
 template <class T>
@@ -100,47 +101,53 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(RouteShrink p) {
 }
 
 // Grid (n, slices of d): the mean of an instance's routed tokens over a slice, and its part of the logits; the last
-// slice to be ready adds the parts in their order and chooses.
-__global__ void __launch_bounds__(kThreads) route_kernel(RouteShrink p) {
-  constexpr int COLUMNS = limits::kRouteInputs / kThreads;
+// slice to be ready adds the parts in their order and chooses. Four groups of threads share the tiles, which they count
+// from the first routed token.
+__global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteShrink p) {
+  constexpr int GROUPS = 4, LANES = kRouteThreads / GROUPS, COLUMNS = kRouteThreads / LANES;
+  static_assert(limits::kRouteInputs == kRouteThreads);
   Arena arena;
-  auto scratch = arena.take<float>(kWarps);
+  auto group_sums = arena.take<float>(GROUPS * kRouteThreads);
+  auto scratch = arena.take<float>(kRouteThreads / 32);
   auto z = arena.take<float>(static_cast<int>(p.M));
   auto last = arena.take<int>(1);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int64_t i = blockIdx.x, slice = blockIdx.y, slices = gridDim.y;
-  const int slack = p.mask != nullptr ? 2 : 1;
+  const int64_t i = blockIdx.x, slice = blockIdx.y, slices = gridDim.y, c0 = slice * limits::kRouteInputs;
   const auto cu = global<const int>(p.cu);
   const bool packed = p.cu != nullptr;
   const int64_t S = p.T / p.n, length = packed ? cu[i + 1] - cu[i] : S;
   const auto routed = global<const int64_t>(p.routed);
-  const int64_t first = tile_base(i, cu, packed, S, limits::kTile, slack);
+  const int64_t base = tile_base(i, cu, packed, S, limits::kTile, p.mask != nullptr ? 2 : 1);
   const int64_t offset = (limits::kTile - routed[i * 2] % limits::kTile) % limits::kTile;
-  const int64_t tiles = cdiv(length + offset, limits::kTile);
-  const float count = static_cast<float>(max(routed[i * 2 + 1], static_cast<int64_t>(1)));
-  float mean[COLUMNS];
-#pragma unroll
-  for (int j = 0; j < COLUMNS; ++j) {
-    const int64_t c = slice * limits::kRouteInputs + j * kThreads + thread;
-    float sum = 0;
-    for (int64_t t = first; c < p.d && t < first + tiles; ++t) sum += global<const float>(p.sums)[t * p.d + c];
-    mean[j] = sum / count;
-    if (c < p.d) global<float>(p.mean)[i * p.d + c] = mean[j];
-  }
-  auto z_part = global<float>(p.z_part);
-  for (int64_t expert = 0; expert < p.M; ++expert) {
-    float sum = 0;
+  const int64_t end = base + cdiv(length + offset, limits::kTile);
+  float sum[COLUMNS] = {};
+#pragma unroll 4
+  for (int64_t t = base + (routed[i * 2] + offset) / limits::kTile + thread / LANES; t < end; t += GROUPS) {
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j) {
-      const int64_t c = slice * limits::kRouteInputs + j * kThreads + thread;
-      if (c < p.d) sum += mean[j] * weight_at(p.vu_router, expert * p.d + c);
+      const int64_t c = c0 + j * LANES + thread % LANES;
+      if (c < p.d) sum[j] += global<const float>(p.sums)[t * p.d + c];
     }
-    sum = warp_sum(sum);
-    if (lane == 0) scratch[warp] = sum;
+  }
+#pragma unroll
+  for (int j = 0; j < COLUMNS; ++j) {
+    group_sums[thread / LANES * kRouteThreads + j * LANES + thread % LANES] = sum[j];
+  }
+  __syncthreads();
+  const int64_t c = c0 + thread;
+  float mean = 0;
+#pragma unroll
+  for (int group = 0; group < GROUPS; ++group) mean += group_sums[group * kRouteThreads + thread];
+  mean /= static_cast<float>(max(routed[i * 2 + 1], static_cast<int64_t>(1)));
+  if (c < p.d) global<float>(p.mean)[i * p.d + c] = mean;
+  auto z_part = global<float>(p.z_part);
+  for (int64_t expert = 0; expert < p.M; ++expert) {
+    const float term = warp_sum(c < p.d ? mean * weight_at(p.vu_router, expert * p.d + c) : 0.0f);
+    if (lane == 0) scratch[warp] = term;
     __syncthreads();
     if (thread == 0) {
       float total = 0;
-      for (int w = 0; w < kWarps; ++w) total += scratch[w];
+      for (int w = 0; w < kRouteThreads / 32; ++w) total += scratch[w];
       z_part[(i * slices + slice) * p.M + expert] = total;
     }
     __syncthreads();
@@ -152,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(RouteShrink p) {
   }
   __syncthreads();
   if (!last[0]) return;
-  for (int64_t expert = thread; expert < p.M; expert += kThreads) {
+  for (int64_t expert = thread; expert < p.M; expert += kRouteThreads) {
     float sum = 0;
     for (int64_t s = 0; s < slices; ++s) sum += z_part[(i * slices + s) * p.M + expert];
     z[expert] = sum;
@@ -167,12 +174,15 @@ __global__ void __launch_bounds__(kThreads) route_kernel(RouteShrink p) {
 
 // A thread has an element of h, or one of w.
 __global__ void __launch_bounds__(kThreads) finish_kernel(RouteShrink p) {
-  const int64_t b = p.use_vu + p.use_if, K = p.K, r = p.r, size = p.T * b * K * r;
+  const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), r = static_cast<int>(p.r);
+  const int64_t columns = b * K * r, size = p.T * columns;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < size) {
     const int RP = rank_columns(r);
     const Units units(p, p.one_pass ? p.M : K);
-    const int64_t token = i / (b * K * r), branch = i / (K * r) % b, slot = i / r % K, rank = i % r;
+    const int64_t token = i / columns;
+    const int column = static_cast<int>(i - token * columns), branch = column / (K * r), slot = column / r % K;
+    const int rank = column % r;
     int64_t source = slot * RP + rank;
     if (branch == b - 1 && p.use_if) {
       source += units.vu * 16;
@@ -247,10 +257,10 @@ void route_shrink(const RouteShrink& p) {
     sum.mask = p.mask;
     sum.routed = p.routed;
     shrink(sum, p.one_pass ? p.columns : 32);
-    const size_t shared = 16 + cdiv(p.M * 4, 16) * 16 + 16;
+    const size_t shared = 4 * (4 * kRouteThreads + kRouteThreads / 32) + cdiv(p.M * 4, 16) * 16 + 16;
     launch("route", route_kernel,
-           dim3(static_cast<unsigned>(p.n), static_cast<unsigned>(cdiv(p.d, limits::kRouteInputs))), kThreads, shared,
-           p.stream, false, p);
+           dim3(static_cast<unsigned>(p.n), static_cast<unsigned>(cdiv(p.d, limits::kRouteInputs))), kRouteThreads,
+           shared, p.stream, false, p);
   }
   if (!p.one_pass) {
     s.vu_slots = p.K;

@@ -18,7 +18,7 @@ constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes
 
 // Where an element of a tile lies.
 template <class T>
-__device__ __forceinline__ int place(int row, int column) {
+__device__ __forceinline__ unsigned place(unsigned row, unsigned column) {
   return row * kColumns<T> + ((column / kChunk<T> ^ row % 8) * kChunk<T>) + column % kChunk<T>;
 }
 
@@ -197,29 +197,45 @@ struct Rows {
 struct Packing {
   Weight from;
   void* to;
-  int64_t experts, rows, columns;                     // of `from`
-  int64_t row_stride, column_stride, expert_stride;   // of `from`
+  int64_t experts, rows, columns;  // of `from`
   int64_t to_rows, to_columns;
 };
 
+// A row of `to` has `lanes` threads of a block, and a block 256 / lanes rows.
 template <class T>
-__global__ void __launch_bounds__(256) pack_kernel(Packing p) {
-  auto to = global<T>(p.to);
-  const int64_t size = p.to_rows * p.to_columns, all = p.experts * size;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += step) {
-    const int64_t expert = i / size, row = i % size / p.to_columns, column = i % p.to_columns;
-    const bool inside = row < p.rows && column < p.columns;
-    const int64_t at = expert * p.expert_stride + row * p.row_stride + column * p.column_stride;
-    to[i] = from_float<T>(inside ? weight_at(p.from, at) : 0.0f);
+__global__ void __launch_bounds__(256) pack_kernel(Packing p, int lanes) {
+  const int thread = threadIdx.x, rows = 256 / lanes;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * rows + thread / lanes;
+  if (thread / lanes >= rows || row >= p.experts * p.to_rows) return;
+  const int64_t expert = row / p.to_rows, from_row = row % p.to_rows;
+  const auto to = global<T>(p.to) + row * p.to_columns;
+  for (int64_t column = thread % lanes; column < p.to_columns; column += lanes) {
+    const bool inside = from_row < p.rows && column < p.columns;
+    const int64_t at = (expert * p.rows + from_row) * p.columns + column;
+    to[column] = from_float<T>(inside ? weight_at(p.from, at) : 0.0f);
   }
 }
 
+// With rows and columns exchanged, 32 by 32 at a time through shared memory. Grid (columns, rows of `from`, experts).
 template <class T>
-void pack(const Layout& p, const Packing& packing) {
-  const int64_t all = packing.experts * packing.to_rows * packing.to_columns;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(cdiv(all, 256), 4096));
-  launch("pack", pack_kernel<T>, dim3(blocks), 256, 0, p.stream, false, packing);
+__global__ void __launch_bounds__(256) pack_exchanged_kernel(Packing p) {
+  Arena arena;
+  auto tile = arena.take<float>(32 * 33);
+  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * 32, column0 = static_cast<int64_t>(blockIdx.x) * 32;
+  const int64_t expert = blockIdx.z;
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < 32; i += 8) {
+    const int64_t row = row0 + i, column = column0 + lane;
+    const bool inside = row < p.rows && column < p.columns;
+    tile[i * 33 + lane] = inside ? weight_at(p.from, (expert * p.rows + row) * p.columns + column) : 0.0f;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x / 32; i < 32; i += 8) {
+    const int64_t row = column0 + i, column = row0 + lane;  // of `to`
+    if (row < p.to_rows && column < p.to_columns) {
+      global<T>(p.to)[(expert * p.to_rows + row) * p.to_columns + column] = from_float<T>(tile[lane * 33 + i]);
+    }
+  }
 }
 
 // (E, rows, columns) as it lies, or with its rows and columns exchanged, as (E, to_rows, to_columns).
@@ -227,6 +243,14 @@ template <class T>
 void pack(const Layout& p, Weight from, void* to, int64_t experts, int64_t rows, int64_t columns, bool exchange,
           int64_t to_rows, int64_t to_columns) {
   if (to == nullptr) return;
-  pack<T>(p, exchange ? Packing{from, to, experts, columns, rows, 1, columns, rows * columns, to_rows, to_columns}
-                      : Packing{from, to, experts, rows, columns, columns, 1, rows * columns, to_rows, to_columns});
+  const Packing packing{from, to, experts, rows, columns, to_rows, to_columns};
+  if (exchange) {
+    const dim3 grid(static_cast<unsigned>(cdiv(to_rows, 32)), static_cast<unsigned>(cdiv(to_columns, 32)),
+                    static_cast<unsigned>(experts));
+    launch("pack", pack_exchanged_kernel<T>, grid, 256, 32 * 33 * 4, p.stream, false, packing);
+  } else {
+    const int lanes = static_cast<int>(std::min<int64_t>(to_columns, 256));
+    const auto blocks = static_cast<unsigned>(cdiv(experts * to_rows, 256 / lanes));
+    launch("pack", pack_kernel<T>, dim3(blocks), 256, 0, p.stream, false, packing, lanes);
+  }
 }

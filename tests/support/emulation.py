@@ -16,7 +16,7 @@ from types import ModuleType
 ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted(ROOT.glob("csrc/*.cu")), ROOT / "csrc/emulate/emulate.cpp", ROOT / "csrc/bindings.cpp"]
 HEADERS = [path for pattern in ("csrc/*.h", "csrc/*.cuh", "csrc/emulate/*.h") for path in sorted(ROOT.glob(pattern))]
-OPTIONS = ["-O1", "-std=c++17", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DSMOLORA_EMULATE"]
+OPTIONS = ["-O1", "-std=c++17", "-fPIC", "-DSMOLORA_EMULATE"]
 
 
 def compile_all(folder: Path) -> Path:
