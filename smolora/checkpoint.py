@@ -55,7 +55,7 @@ def _sync_file(path: Path) -> None:
 def _beside(path: Path) -> Path:
     """A name that nobody uses, in the same folder, so that renaming it to `path` is one step of the file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    return path.parent / f".{uuid.uuid4().hex}.{path.name}"
 
 
 @contextmanager
@@ -103,6 +103,23 @@ def atomic_folder(path: str | os.PathLike, argument: str = "output") -> Iterator
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def save_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Save tensors where nothing good can be lost: as safetensors if the name says so, else with `torch.save`.
+
+    Raises:
+        OSError: the file cannot be written, a full disk for one.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            save_file(tensors, path, metadata)
+        else:
+            torch.save(tensors, path)
+    except (SafetensorError, RuntimeError) as error:  # what the libraries make of the system's errors
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     value = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
@@ -129,7 +146,7 @@ def write_tensors(
     metadata = {"format": "pt", **WRITER, **(metadata or {})}
     checksums = {name: digest(tensor) for name, tensor in tensors.items()} | {OTHER_ENTRIES: _metadata_digest(metadata)}
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, {**metadata, CHECKSUMS: json.dumps(checksums, sort_keys=True)})
+        save_tensors(temporary, tensors, {**metadata, CHECKSUMS: json.dumps(checksums, sort_keys=True)})
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from smolora import checkpoint
@@ -306,7 +307,7 @@ def test_last_good_file_is_kept(moment: str, tmp_path: Path, monkeypatch: pytest
 
     def half(values, file, metadata):
         Path(file).write_bytes(b"half")
-        raise OSError("no space left")
+        raise SafetensorError("I/O error: no space left")
 
     def never(*args):
         raise OSError("no space left")
