@@ -34,6 +34,7 @@ from torch import Tensor
 CHECKSUMS, OTHER_ENTRIES, WRITER = "sha256", "__metadata__", {"writer": "smolora"}
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MIB = 1 << 20
+ZIP32_LIMIT = 0xFFFFFFFF  # sizes and offsets from here on are stored apart, in 8 bytes each
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -236,18 +237,20 @@ def _zip_fault(file: BinaryIO, record: zipfile.ZipInfo, start: int) -> tuple[str
     values = start + 30 + name + extra
     year, month, day, hour, minute, second = record.date_time
     stamps = ((year - 1980) << 9 | month << 5 | day, hour << 11 | minute << 5 | second // 2)
-    expected = (b"PK\3\4", record.extract_version, record.flag_bits, 0, record.compress_type)
     later = bool(flags & 8)  # sizes and CRC follow the values
     sizes = (0, 0, 0) if later else (record.CRC, record.compress_size, record.file_size)
-    large = max(record.compress_size, record.file_size) >= 0xFFFFFFFF
-    if (signature, version, flags, method, record.compress_type) != expected or (date, time) != stamps:
+    found = (signature, version, flags, method, date, time, crc, packed, size, stored)
+    if found != (
+        b"PK\3\4", record.extract_version, record.flag_bits, zipfile.ZIP_STORED, *stamps, *sizes,
+        record.orig_filename.encode(),
+    ):  # fmt: skip
         return "has a broken header", values
-    if stored != record.orig_filename.encode() or (not large and (crc, packed, size) != sizes):
-        return "has a broken header", values
-    # PyTorch aligns values with an extra field of Zs, which nothing else looks at
-    if padding and not large and (padding[:2] != b"FB" or len(padding) != 4 + padding[2] + 256 * padding[3]):
-        return "has broken padding", values
-    if not large and padding.strip(b"FB")[2:].strip(b"Z"):
+    # numbers beyond 4 GiB, then a field of Zs that aligns the values
+    wide = [record.file_size, 0 if later else record.compress_size] if record.file_size >= ZIP32_LIMIT else []
+    wide += [start] if start >= ZIP32_LIMIT else []
+    numbers = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    letters = len(padding) - len(numbers) - 4
+    if letters < 0 or padding != numbers + b"FB" + struct.pack("<H", letters) + b"Z" * letters:
         return "has broken padding", values
     left, found = record.file_size, 0
     while left:
@@ -260,7 +263,7 @@ def _zip_fault(file: BinaryIO, record: zipfile.ZipInfo, start: int) -> tuple[str
     if found != record.CRC:
         return f"has CRC {found:08x} where {record.CRC:08x} was written", end
     if later:
-        width = "Q" if large else "L"
+        width = "Q" if wide else "L"
         summary = struct.pack(f"<4sL2{width}", b"PK\7\10", record.CRC, record.compress_size, record.file_size)
         end += len(summary)
         if file.read(len(summary)) != summary:
@@ -282,7 +285,7 @@ def _ends_well(file: BinaryIO, directory: int, size: int, records: int) -> bool:
         length = size - 22 - directory
         tail = tail[-22:]
     counts = (min(records, 0xFFFF),) * 2
-    places = (min(length, 0xFFFFFFFF), min(directory, 0xFFFFFFFF))
+    places = (min(length, ZIP32_LIMIT), min(directory, ZIP32_LIMIT))
     return tail == expected + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *counts, *places, 0)
 
 
