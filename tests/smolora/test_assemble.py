@@ -434,6 +434,27 @@ def test_broken_projectors(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("language", dict(num_attention_heads=5), "number of attention heads"),
+        ("language", dict(hidden_act="nope"), "nope"),
+        ("language", dict(model_type="t5"), "LLaVA"),
+        ("language", dict(model_type="none"), "none"),
+        ("vision", dict(patch_size=0), "ZeroDivisionError"),
+    ],
+)
+def test_wrong_configurations(part: str, changes: dict, words: str, tmp_path: Path):
+    """Whatever transformers makes of them, the command ends with one error."""
+    sources = {"language": LANGUAGE, "vision": VISION}
+    shutil.copytree(sources[part], tmp_path / "part")
+    config = json.loads((tmp_path / "part" / "config.json").read_text())
+    (tmp_path / "part" / "config.json").write_text(json.dumps({**config, **changes}))
+    sources[part] = tmp_path / "part"
+    with pytest.raises(ValueError, match=words):
+        assemble(sources["language"], sources["vision"], PROJECTOR, tmp_path / "out")
+
+
 def test_wrong_folders(tmp_path: Path, capsys: pytest.CaptureFixture):
     """Parts mixed up, missing, or an output that is there."""
     with pytest.raises(ValueError, match="vision must be a CLIP model or its vision half, got model_type 'llama'"):
