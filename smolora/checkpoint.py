@@ -369,6 +369,13 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, metadata
 
 
+def add_checksums(path: str | os.PathLike) -> None:
+    """Write a safetensors file again with checksums, in one step, if it has none."""
+    tensors, metadata = read_tensors(path)
+    if CHECKSUMS not in metadata:
+        write_tensors(path, tensors, metadata)
+
+
 def read_json(path: str | os.PathLike) -> dict:
     """Read a JSON file that holds an object.
 

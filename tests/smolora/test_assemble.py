@@ -26,9 +26,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from smolora import cli
+from smolora import SMoLoRAConfig, cli
 from smolora.assemble import assemble, load_processor
 from smolora.convert import convert_official, convert_to_official
+from smolora.instruction import read_instruction_embeddings, write_instruction_embeddings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
 LANGUAGE, VISION, PROJECTOR = GOLDEN / "language", GOLDEN / "vision", GOLDEN / "mm_projector.bin"
@@ -113,6 +114,30 @@ def test_saved_by_peft_and_back_again(adapted: PeftModel, tmp_path: Path):
     assert list(back) == list(source) and all(torch.equal(back[name], source[name]) for name in source)
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "instruction_embeddings.safetensors"])
+@pytest.mark.parametrize("writer", ["convert-official", "peft"])
+def test_flipped_bits_are_not_loaded(writer: str, file: str, llava: Path, adapted: PeftModel, tmp_path: Path):
+    """Stock PEFT alone would load them: both writers leave checksums, and the configuration compares them."""
+    if writer == "peft":
+        adapted.save_pretrained(str(tmp_path / "adapter"))
+    else:
+        convert_official(GOLDEN / "adapter", tmp_path / "adapter")
+    raw = bytearray((tmp_path / "adapter" / file).read_bytes())
+    raw[-1000] ^= 4
+    (tmp_path / "adapter" / file).write_bytes(raw)
+    base = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"is broken: the values of '.+' are not those that were written"):
+        PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+
+
+def test_texts_stay_with_their_embeddings(tmp_path: Path):
+    """Through a configuration that is read and saved."""
+    write_instruction_embeddings(tmp_path, torch.randn(2, 12), ["a", ["b", "c"]])
+    SMoLoRAConfig(instruction_dim=12, default_instruction=1).save_pretrained(str(tmp_path))
+    SMoLoRAConfig.from_pretrained(str(tmp_path)).save_pretrained(str(tmp_path / "again"))
+    assert read_instruction_embeddings(tmp_path / "again")[1] == ["a", ["b", "c"]]
 
 
 # ----------------------------------------------------------------------------------------------------- what is written
