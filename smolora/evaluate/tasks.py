@@ -77,10 +77,13 @@ def evaluate_tasks(
     for task in tasks:
         spec = find_dataset(task)
         spec.scoring(protocol)
-        files = Files(annotations, task)
-        jobs.append(Job(task, files.find(spec.questions), images, output / "answers" / f"{task}.jsonl", model_id))
-        if not settings.skip_broken:  # what scoring needs is there, and whole
-            spec.load(files, spec.questions)
+        questions = Files(annotations, task).find(spec.questions)
+        broken: list[Skipped] = []
+        if settings.skip_broken:
+            read_questions(questions, broken=broken)
+        # what scoring needs is there, and whole
+        spec.load(Files(annotations, task, {record.index for record in broken}), spec.questions)
+        jobs.append(Job(task, questions, images, output / "answers" / f"{task}.jsonl", model_id))
     scores = {}
     for job in jobs:
         spec = DATASETS[job.dataset]

@@ -107,16 +107,33 @@ def test_released_padding(base_folder, released, model, encoder, transform, tmp_
         assert list(scores) == names
 
 
-def test_all_is_checked_before_the_first_answer(released, model, encoder, transform, tmp_path):
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_all_is_checked_before_the_first_answer(released, model, encoder, transform, tmp_path, skip_broken):
     """TextVQA comes second and lacks its own file: nothing of VQAv2 is answered."""
     (tmp_path / "TextVQA").mkdir()
     shutil.copy(GOLDEN / "TextVQA" / "val.json", tmp_path / "TextVQA")
     with pytest.raises(ValueError, match=r"TextVQA needs TextVQA_0\.5\.1_val\.json"):
         tasks.evaluate_tasks(
             model, encoder, transform, ["VQAv2", "TextVQA"], annotations=[released, tmp_path], images=released,
-            output=tmp_path / "out", model_id="m", settings=GenerationSettings(image_workers=0),
+            output=tmp_path / "out", model_id="m",
+            settings=GenerationSettings(image_workers=0, skip_broken=skip_broken),
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_command_skips_what_is_broken(base_folder, released, tmp_path, capsys):
+    tree = tmp_path / "tree"
+    shutil.copytree(released, tree)
+    records = json.loads((tree / "VQAv2" / "val.json").read_text())
+    del records[0]["text"]
+    (tree / records[1]["image"]).unlink()
+    (tree / "VQAv2" / "val.json").write_text(json.dumps(records))
+    assert cli.main(arguments(base_folder, tree, tmp_path / "out")) == 1
+    assert "val.json: record 0: text must be a string" in capsys.readouterr().err
+    assert cli.main(arguments(base_folder, tree, tmp_path / "out", "--skip-broken")) == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["VQAv2"]["count"], scores["VQAv2"]["skipped"]) == (4, 2) and "skipped" not in scores["ImageNet"]
+    assert "4 answers, 2 skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
