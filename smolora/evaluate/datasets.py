@@ -5,6 +5,7 @@ A new dataset is one entry of `DATASETS`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -287,3 +288,16 @@ DATASETS: dict[str, Dataset] = {
         "val.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP, instruction_row=6
     ),
 }
+
+
+def find_dataset(name: str) -> Dataset:
+    """The benchmark's dataset of that name.
+
+    Raises:
+        ValueError: there is none; the message has the nearest name and all of them.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name.lower(), {known.lower(): known for known in DATASETS}, n=1, cutoff=0.5)
+        hint = "".join(f"; did you mean {known}?" for known in DATASETS if known.lower() in near)
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
+    return DATASETS[name]

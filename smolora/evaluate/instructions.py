@@ -2,36 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from peft import PeftConfig
 from torch import Tensor
 
 from ..config import INSTRUCTION_FILE, SMoLoRAConfig
-from .datasets import DATASETS
+from ..data.format import Question
+from ..data.instructions import MULTI_TYPE, SINGLE_TYPE
+from ..instruction import InstructionEncoder, instruction_of, read_instruction_embeddings
+from .datasets import find_dataset
 from .generate import Embed
 
+SOURCES = ("sample", "task_mean", "saved")
 
-def instruction_embeds(config: PeftConfig, adapter: str | Path, tasks: Sequence[str]) -> dict[str, Embed] | None:
+
+def known_instructions(task: str) -> tuple[str, ...]:
+    """The benchmark's instructions of a task, single-type and multi-type."""
+    return SINGLE_TYPE.get(task, ()) + MULTI_TYPE.get(task, ())
+
+
+def instruction_embeds(
+    source: str,
+    config: PeftConfig,
+    adapter: str | Path,
+    questions: Mapping[str, Sequence[Question]],
+    encoder: str | Path | None = None,
+) -> dict[str, Embed] | None:
     """For each task what makes the instruction embeddings of its questions; None for adapters that take none.
 
     Args:
+        source: "sample", the instruction at each question's end; "task_mean", the mean over the different ones among a
+            task's questions (the released multi-type); "saved", the rows saved with the adapter, one a task.
         config: the adapter's.
-        adapter: its folder, with `instruction_embeddings.safetensors`.
-        tasks: names of `DATASETS`.
+        adapter: its folder, with `instruction_embeddings.safetensors` for "saved".
+        questions: of each task.
+        encoder: folder of a sentence encoder; None for the packaged all-MiniLM-L6-v2.
 
     Raises:
-        ValueError: the folder has no embeddings, or a task has no row in them.
+        FileNotFoundError: there is no sentence encoder, or the adapter's folder has no embeddings.
+        ValueError: `source` is unknown, the embeddings are not of the adapter's size, or a task has no row.
     """
+    if source not in SOURCES:
+        raise ValueError(f"instruction must be one of {', '.join(map(repr, SOURCES))}, got {source!r}")
     if not isinstance(config, SMoLoRAConfig):
         return None
-    config.load_instruction_embeddings(Path(adapter) / INSTRUCTION_FILE)
-    return {task: _row(config.instruction_embeddings, task, adapter) for task in tasks}
+    if source == "saved":
+        path = Path(adapter) / INSTRUCTION_FILE
+        embeddings, _ = read_instruction_embeddings(path)
+        _check_size(embeddings.shape[1], config, str(path))
+        return {task: _constant(_row(embeddings, task, path)) for task in questions}
+    encoder = InstructionEncoder(encoder)
+    _check_size(encoder.dim, config, "the sentence encoder")
+    embeds = {}
+    for task, asked in questions.items():
+        embeds[task] = partial(_of_each, encoder, known_instructions(task))
+        if source == "task_mean":
+            different = {instruction_of(question.text, known_instructions(task)) for question in asked}
+            embeds[task] = _constant(encoder.encode(sorted(different)).mean(0))
+    return embeds
 
 
-def _row(embeddings: Tensor, task: str, adapter: str | Path) -> Embed:
-    row = DATASETS[task].instruction_row
+def _of_each(encoder: InstructionEncoder, templates: Sequence[str], texts: Sequence[str]) -> Tensor:
+    return encoder.encode([instruction_of(text, templates) for text in texts])
+
+
+def _check_size(size: int, config: SMoLoRAConfig, source: str) -> None:
+    if size != config.instruction_dim:
+        raise ValueError(
+            f"{source} has embeddings of size {size}, the adapter's instruction_dim is {config.instruction_dim}"
+        )
+
+
+def _row(embeddings: Tensor, task: str, path: Path) -> Tensor:
+    row = find_dataset(task).instruction_row
     if row is None or row >= len(embeddings):
-        raise ValueError(f"{task} needs row {row} of the {len(embeddings)} instruction embeddings saved with {adapter}")
-    return lambda texts: embeddings[row].expand(len(texts), -1)
+        raise ValueError(f"{task} needs row {row} of {path}, which has {len(embeddings)}")
+    return embeddings[row]
+
+
+def _constant(embedding: Tensor) -> Embed:
+    return lambda texts: embedding.expand(len(texts), -1)

