@@ -169,10 +169,7 @@ def test_low_cpu_mem_usage(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path, low_cpu_mem_usage=True)
     assert not any(p.is_meta for p in loaded.parameters())
-    want = {n: p for n, p in model.state_dict().items() if "smolora" in n}
-    assert all(torch.equal(loaded.state_dict()[n], p) for n, p in want.items())
-    # not to the last bit: tensors mapped from a file start where the file has them, which decides how products round
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_low_cpu_mem_usage_does_not_round(tmp_path):
