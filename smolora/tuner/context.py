@@ -178,6 +178,7 @@ class RoutingContext:
                     for layer in self.layers
                     if not layer.takes_images
                     for name in layer.active_in_layer()
+                    if layer.smolora_experts[name].has_routed
                 }
                 if generation is not None:
                     generation.kept = kept

@@ -245,6 +245,7 @@ def test_compiled_decoder_layers(checkpointing):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_whole_model():
     """Graphs break at the model's entry, and the numbers are the same."""
     torch._dynamo.reset()
