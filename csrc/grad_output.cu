@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kThreads) importance_kernel(GradOutput p, int6
   float sum = 0;
   for (int64_t i = lane; i < experts * p.r; i += 32) {
     const int64_t expert = i / p.r, rank = i % p.r;
-    sum += weight_at(B, (expert * p.k + l) * p.r + rank) * global<const float>(p.c)[(branch * p.M + expert) * p.r + rank];
+    const float c = global<const float>(p.c)[(branch * p.M + expert) * p.r + rank];
+    sum += weight_at(B, (expert * p.k + l) * p.r + rank) * c;
   }
   sum = warp_sum(sum);
   if (lane == 0) set_weight(branch ? p.dif_importance : p.dvu_importance, l, sum);

@@ -1,5 +1,6 @@
 // The outer product of tokens with rank space, summed over a chunk of an instance's tokens: the gradients of A and B.
-// With P, the product of the same tokens with rows of weights into rank space comes from the same read; no dropout then.
+// With P, the product of the same tokens with rows of weights into rank space comes from the same read, and there is no
+// dropout.
 #pragma once
 
 #include "tile.cuh"

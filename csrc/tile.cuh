@@ -4,7 +4,7 @@
 // A tile has rows of 128 bytes, whose chunks of 16 bytes are permuted by the row's number: the eight rows that a
 // ldmatrix reads, and the eight rows at one column that float32 lanes read, lie in different banks.
 //
-// Accumulators of a 16x16 product, float[2][4]: [j][i] is row lane / 4 + i / 2 * 8, column j * 8 + lane % 4 * 2 + i % 2.
+// Accumulators of 16x16 products, float[2][4]: [j][i] is row lane / 4 + i / 2 * 8, column j * 8 + lane % 4 * 2 + i % 2.
 #pragma once
 
 #include "common.cuh"
