@@ -81,8 +81,7 @@ void fuse_expand(const FuseExpand& p) {
                p.k * RP, RP};
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    pack<T>(p, p.vu_B, p.vu_packed, p.M, p.k, p.r, false, p.k, RP);
-    pack<T>(p, p.if_B, p.if_packed, p.N, p.k, p.r, false, p.k, RP);
+    pack<T>(p, {{p.vu_B, p.if_B}, {p.vu_packed, p.if_packed}, {p.M, p.N}, p.k, p.r, p.k, RP}, false);
   });
   expand("fuse_expand", e);
 }

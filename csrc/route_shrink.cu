@@ -238,8 +238,7 @@ void route_shrink(const RouteShrink& p) {
     const int64_t items = (p.route ? p.n : 0) + (p.adaptive ? (p.M + p.N) * cdiv(p.k, limits::kPrepareOutputs) : 0);
     const size_t shared = std::max<size_t>(4 * kThreads, p.N) * 4 + 16 + 16 * kThreads;
     launch("prepare", prepare_kernel<T>, dim3(static_cast<unsigned>(items)), kThreads, shared, p.stream, false, p);
-    pack<T>(p, p.vu_A, p.vu_packed, p.M, p.r, p.d, false, RP, width);
-    pack<T>(p, p.if_A, p.if_packed, p.N, p.r, p.d, false, RP, width);
+    pack<T>(p, {{p.vu_A, p.if_A}, {p.vu_packed, p.if_packed}, {p.M, p.N}, p.r, p.d, RP, width}, false);
   });
   Shrink s;
   static_cast<Layout&>(s) = p;

@@ -8,6 +8,7 @@ the CPU, and the tensors are CPU tensors.
 from __future__ import annotations
 
 import math
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +25,8 @@ try:
 except ModuleNotFoundError:
     extension = None
     _missing = (
-        "this installation has no CUDA C++ kernels; with nvcc 12.8 or newer, FORCE_CUDA=1 pip install -e . builds them"
+        "this installation has no CUDA C++ kernels: pip install -e . builds them where there are nvcc and a card, with "
+        "FORCE_CUDA=1 where there is nvcc"
     )
 except ImportError as error:  # built for another Python, or not at all well
     extension = None
@@ -61,27 +63,31 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
 
 def obstacle() -> str | None:
     """Why the kernels cannot run on this machine at all; None if they can."""
-    if extension is None:
-        return _missing
-    if extension.emulated:
+    return _missing if extension is None else _obstacle(extension)
+
+
+@cache
+def _obstacle(built: Any) -> str | None:
+    if built.emulated:
         return None
-    needed = driver_needed(extension.runtime_version)
-    version = extension.driver_version()
+    needed = driver_needed(built.runtime_version)
+    version = built.driver_version()
     if version == 0:
         return f"there is no NVIDIA driver; these kernels need {needed} or newer"
-    if version // 1000 < extension.runtime_version // 1000:
+    if version // 1000 < built.runtime_version // 1000:
         supports = f"{version // 1000}.{version % 1000 // 10}"
         return f"the NVIDIA driver is for CUDA {supports}; these kernels need {needed} or newer"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    for card in sorted(cards):
-        if not runs_on(card, extension.architectures):
-            name = f"{card[0]}.{card[1]}"
-            return (
-                f"the kernels were built for {extension.architectures}, not for compute capability {name}; "
-                f"TORCH_CUDA_ARCH_LIST={name} pip install -e . builds them for it"
-            )
+    if not any(runs_on(card, built.architectures) for card in cards):
+        names = ", ".join(f"{major}.{minor}" for major, minor in sorted(cards))
+        if max(cards) < (8, 0):
+            return f"the kernels need compute capability 8.0 or newer, and the cards have {names}"
+        return (
+            f"the kernels were built for {built.architectures}, not for compute capability {names}; "
+            f"TORCH_CUDA_ARCH_LIST='{names}' pip install -e . builds them for it"
+        )
     return None
 
 
