@@ -11,7 +11,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS: dict[str, tuple[str, str]] = {}  # name: (module, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
+    "assemble": ("smolora.assemble", "Make one LLaVA of a language model, a CLIP vision tower and a projector."),
+    "convert-official": ("smolora.convert", "Convert an adapter of the released code to a PEFT adapter, or back."),
+    "embed": ("smolora.instruction", "Embed instructions, or show the embeddings of a file."),
+    "doctor": ("smolora.doctor", "Print what this machine can run, and what is wrong with it, for a bug report."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
