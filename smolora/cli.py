@@ -16,6 +16,10 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "convert-official": ("smolora.convert", "Convert an adapter of the released code to a PEFT adapter, or back."),
     "embed": ("smolora.instruction", "Embed instructions, or show the embeddings of a file."),
     "doctor": ("smolora.doctor", "Print what this machine can run, and what is wrong with it, for a bug report."),
+    "score": ("smolora.evaluate.score", "Score a file of answers: the dataset's metric and MIF."),
+    "metrics": ("smolora.evaluate.matrix", "Compute AP, MAP, BWT and MIF from an accuracy matrix."),
+    "report": ("smolora.report", "Write a report on one run or several: tables, figures, cases."),
+    "evaluate": ("smolora.evaluate.cli", "Answer the benchmark's questions with a model."),
 }
 
 
