@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
+    "train": ("smolora.train.cli", "Train on a stream of tasks by a recipe, and evaluate after each."),
     "assemble": ("smolora.assemble", "Make one LLaVA of a language model, a CLIP vision tower and a projector."),
     "convert-official": ("smolora.convert", "Convert an adapter of the released code to a PEFT adapter, or back."),
     "embed": ("smolora.instruction", "Embed instructions, or show the embeddings of a file."),
