@@ -24,7 +24,7 @@ from .recipe import Recipe
 PROJECTOR = "multi_modal_projector"
 MARKER = "complete.json"  # written into a checkpoint when all else of it is on the disk
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
-CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # its name, and that before transformers 5.22
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # its name, and the former one
 OWN_ARGUMENTS = {  # field of TrainingArguments: what sets it
     "output_dir": "output",
     "num_train_epochs": "training.epochs",

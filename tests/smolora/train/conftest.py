@@ -1,0 +1,30 @@
+"""A small world of data and a base model, shared by the tests of the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from smolora.train.recipe import Recipe, load_recipe
+from train_world import make_world
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """The recipe of a folder with data and a base model."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def short(world, tmp_path):
+    """A recipe that runs in seconds: one step on one task, unless something else is asked for."""
+
+    def load(*overrides: str) -> Recipe:
+        quick = [
+            f"output={tmp_path / 'run'}", "training.epochs=1", "training.batch_size=24", "downstream={}",
+            "evaluation.max_new_tokens=2",
+        ]  # fmt: skip
+        return load_recipe(world, [*quick, *overrides])
+
+    return load
