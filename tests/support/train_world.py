@@ -46,7 +46,7 @@ def write_task(root: Path, name: str, test: str, question: str, instruction: str
         (root / name / file).write_text(json.dumps(content))
 
 
-def make_world(root: Path, *, train: int = 24, ask: int = 6, dtype: str = "float32") -> Path:
+def make_world(root: Path, *, train: int = 12, ask: int = 4, dtype: str = "float32") -> Path:
     """Data, a base model and `recipe.yaml` in a folder; two upstream tasks, one few-shot, one zero-shot.
 
     Returns:
@@ -91,10 +91,10 @@ def make_world(root: Path, *, train: int = 24, ask: int = 6, dtype: str = "float
             ],
         },
         "training": {
-            "batch_size": 8, "per_device_batch_size": 4, "learning_rate": 0.03, "warmup_ratio": 0.1, "save_steps": 2,
+            "batch_size": 4, "per_device_batch_size": 2, "learning_rate": 0.03, "warmup_ratio": 0.1, "save_steps": 2,
             "logging_steps": 1, "workers": 0, "epochs": 2,
         },
-        "evaluation": {"max_new_tokens": 6, "workers": 0, "token_budget": 400},
+        "evaluation": {"max_new_tokens": 6, "workers": 0, "token_budget": 300},
     }  # fmt: skip
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ def world(tmp_path_factory) -> Path:
 def short(world, tmp_path):
     """A recipe that runs in seconds: one step on one task, unless something else is asked for."""
 
-    def load(*overrides: str) -> Recipe:
+    def load(*overrides: str, one_task: bool = False) -> Recipe:
         quick = [
-            f"output={tmp_path / 'run'}", "training.epochs=1", "training.batch_size=24", "downstream={}",
-            "evaluation.max_new_tokens=2",
+            f"output={tmp_path / 'run'}", "downstream={}", "training.epochs=1", "training.batch_size=12",
+            "training.per_device_batch_size=12", "evaluation.max_new_tokens=2",
         ]  # fmt: skip
-        return load_recipe(world, [*quick, *overrides])
+        recipe = load_recipe(world, [*quick, *overrides])
+        return dataclasses.replace(recipe, tasks=recipe.tasks[:1]) if one_task else recipe
 
     return load

@@ -95,9 +95,11 @@ def test_room_for_other_methods(short, tmp_path, monkeypatch):
 
     monkeypatch.setitem(METHODS, "both", Both)
     assert issubclass(Both, Method)
-    results = Run(short("method=both", "training.batch_size=8", "training.logging_steps=1"))()
+    results = Run(
+        short("method=both", "training.batch_size=4", "training.per_device_batch_size=4", "training.logging_steps=1")
+    )()
     first, second = results["training"].values()
-    assert (first["samples"], second["samples"], second["steps"]) == (24, 26, 4)
+    assert (first["samples"], second["samples"], second["steps"]) == (12, 14, 4)
     assert Both.seen == [("stage-1-ImageNet", []), ("stage-2-Flickr30k", ["stage-1-ImageNet"])]
     log = [
         line["loss"] for line in json.loads((tmp_path / "run/stage-1-ImageNet/log.json").read_text()) if "loss" in line

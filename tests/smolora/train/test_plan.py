@@ -22,11 +22,11 @@ def test_plan(world, capsys):
     plan = dry_run(capsys, str(world))
     stages = [{key: stage[key] for key in ("name", "train", "test", "asked", "steps")} for stage in plan["stages"]]
     assert stages == [
-        {"name": "ImageNet", "train": 24, "test": 6, "asked": 6, "steps": 6},
-        {"name": "Flickr30k", "train": 24, "test": 6, "asked": 12, "steps": 6},
+        {"name": "ImageNet", "train": 12, "test": 4, "asked": 4, "steps": 6},
+        {"name": "Flickr30k", "train": 12, "test": 4, "asked": 8, "steps": 6},
     ]
     downstream = [(stage["name"], stage["train"], stage["test"], stage["steps"]) for stage in plan["downstream"]]
-    assert downstream == [("OCRVQA", 0, 6, 0), ("Places365, 2-shot", 4, 6, 2)]
+    assert downstream == [("OCRVQA", 0, 4, 0), ("Places365, 2-shot", 4, 4, 2)]
     assert plan["accumulation"] == 2 and plan["makes"] == []
     # 7 layers of the small model are adapted: r (d + k) numbers an expert, 4 experts, and two vectors of k
     adapted = [(32, 96)] * 4 + [(96, 32)] * 2 + [(32, 32)] * 2
@@ -37,15 +37,15 @@ def test_plan(world, capsys):
 def test_plan_for_a_reader(world, capsys):
     assert main(["train", str(world), "--dry-run", "--method", "multitask"]) == 0
     out = capsys.readouterr().out
-    assert "multitask" in out and "48" in out and "memory, estimated" in out
+    assert "multitask" in out and "24" in out and "memory, estimated" in out
 
 
 @pytest.mark.parametrize(
     ("method", "stages"),
     [
-        ("multitask", [("multitask", 48, 12, 12, 12)]),
-        ("zeroshot", [("zeroshot", 0, 12, 12, 0)]),
-        ("dirlora", [("ImageNet", 24, 6, 6, 6), ("Flickr30k", 24, 6, 6, 6)]),
+        ("multitask", [("multitask", 24, 8, 8, 12)]),
+        ("zeroshot", [("zeroshot", 0, 8, 8, 0)]),
+        ("dirlora", [("ImageNet", 12, 4, 4, 6), ("Flickr30k", 12, 4, 4, 6)]),
     ],
 )
 def test_stages_of_methods(world, capsys, method, stages):
@@ -96,5 +96,5 @@ def test_what_a_recipe_makes_is_listed_and_not_required(world, tmp_path, monkeyp
         "tasks=[{name: ImageNet, train: ImageNet/train.json, test: ImageNet/test.json}]",
     ]  # fmt: skip
     plan = make_plan(load_recipe(world, overrides))
-    assert (plan["stages"][0]["train"], plan["stages"][0]["test"], plan["stages"][0]["steps"]) == (10, 3, 4)
+    assert (plan["stages"][0]["train"], plan["stages"][0]["test"], plan["stages"][0]["steps"]) == (10, 3, 6)
     assert set(plan["makes"]) == {str(path) for path in made} and plan["memory"] is None
