@@ -68,7 +68,8 @@ class Run:
         self.recipe = recipe
         self.folder = recipe.folder
         self.method = METHODS[recipe.method](recipe)
-        self.state = PartialState(timeout=timedelta(days=7))  # while one process scores, the others wait
+        # no accelerator is said and not left to be found out, for gloo; while one process scores, the others wait
+        self.state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
         self.check_folder()
 
     def check_folder(self) -> None:
@@ -173,7 +174,7 @@ class Run:
         self.method.prepare(model, stage, kept)
         folder = place / "checkpoints"
         steps = steps_of(len(samples), self.recipe)
-        arguments = training_arguments(self.recipe, folder, steps, seed, self.state.device.type == "cuda")
+        arguments = training_arguments(self.recipe, folder, steps, seed, self.state.device.type != "cpu")
         whole = whole_checkpoints(folder)
         resume = whole[-1] if whole else None
         self.state.wait_for_everyone()  # all have looked before anything is removed or written

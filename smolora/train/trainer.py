@@ -74,7 +74,7 @@ def training_arguments(recipe: Recipe, folder: Path, steps: int, seed: int, on_g
         folder: for checkpoints.
         steps: of the stage.
         seed: of the stage.
-        on_gpu: whether there is a GPU to train on.
+        on_gpu: whether there is an accelerator to train on.
 
     Raises:
         ValueError: the global batch is no multiple of what all devices take at a time.
