@@ -22,6 +22,7 @@ import os
 import platform
 import shutil
 import time
+import zlib
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -47,10 +48,10 @@ from .prepare import prepare
 from .recipe import Recipe, TaskRecipe
 from .trainer import ContinualTrainer, steps_of, training_arguments, whole_checkpoints
 
-# a change of these changes how a run is computed and not what it computes, so a run may go on with another value
-HOW = (
+# a change of these changes how a run is computed, or what is asked at its end, and nothing that is there already
+CHANGEABLE = (
     "output", "training.per_device_batch_size", "training.activation_checkpointing", "training.save_steps",
-    "training.logging_steps", "training.workers", "training.arguments.report_to", "evaluation.workers",
+    "training.logging_steps", "training.workers", "training.arguments.report_to", "evaluation.workers", "downstream",
 )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ class Run:
         different = [
             f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
             for key in {**old, **new}
-            if old.get(key) != new.get(key) and key not in HOW
+            if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in CHANGEABLE)
         ]
         if different:
             raise ValueError(
@@ -115,7 +116,7 @@ class Run:
                 if main:
                     print(f"== {self.recipe.name}: {stage.name} ({number + 1} of {len(stages)})", flush=True)
                 if stage.train and not self.adapter(stage).is_dir():
-                    self.train(stage, number, stages[:number])
+                    self.train(stage, stages[:number])
                 self.ask(stage)
                 if main:
                     write_json(self.folder / "results.json", self.results())
@@ -161,11 +162,12 @@ class Run:
 
     # ---- training
 
-    def train(self, stage: Stage, number: int, earlier: list[Stage]) -> None:
+    def train(self, stage: Stage, earlier: list[Stage]) -> None:
         """Train a stage, or go on with it, up to its adapter."""
         place = self.place(stage)
         kept = [self.place(other) / "kept" for other in earlier if other.train]
-        seed = self.recipe.seed + number
+        # by the stage's name, so that no other stage that is run or left out changes what this one draws
+        seed = (self.recipe.seed + zlib.crc32(stage.name.encode())) % 2**32
         set_seed(seed)
         previous = None if stage.starts_from is None else self.adapter_to_ask(stage.starts_from)
         model = self.method.start(self.base(), previous)
@@ -192,7 +194,7 @@ class Run:
             args=arguments,
             data_collator=Collator(self.transform, self.encoder.pad_token_id, self.dtype),
         )
-        set_seed(seed + 1_000_003 * self.state.process_index)  # of dropout: masks of its own for each process
+        set_seed((seed + self.state.process_index) % 2**32)  # of dropout: masks of its own for each process
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         part = place / "adapter.part"
         if self.state.is_main_process:
@@ -332,8 +334,8 @@ class Run:
         }
 
     def downstream_results(self) -> dict[str, Any]:
-        """The finished downstream tables."""
-        tables = {}
+        """The finished downstream tables, also those that another recipe of this run asked for."""
+        tables = _read_if_there(self.folder / "results.json").get("downstream", {})
         for name, tasks in self.recipe.downstream.items():
             scores = _read_if_there(self.folder / f"downstream-{name}" / "scores.json")
             if tasks and all(task.name in scores for task in tasks):

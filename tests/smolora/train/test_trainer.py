@@ -57,7 +57,7 @@ def test_activation_checkpointing_changes_nothing(short, tmp_path):
         changes = [f"output={tmp_path / name}", f"training.activation_checkpointing={name}", "training.epochs=2"]
         run = Run(short(*changes, "training.logging_steps=1", "training.warmup_ratio=0"))
         run.load_parts()
-        run.train(run.method.stages()[0], 0, [])
+        run.train(run.method.stages()[0], [])
         log = json.loads((tmp_path / name / "stage-1-ImageNet/log.json").read_text())
         losses.append([line["loss"] for line in log if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][0] > losses[0][1] + 0.05
