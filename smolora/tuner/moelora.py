@@ -103,7 +103,7 @@ class MoELoRAExperts(nn.Module):
             h, z = linear(self.dropout(x), A.flatten(0, 1)), linear(x, router)
         else:
             h, z = linear(x, torch.cat([A.flatten(0, 1), router])).split([A.shape[0] * A.shape[1], A.shape[0]], -1)
-        gates = torch.softmax(z, -1, dtype=torch.float32).to(h.dtype) * self.scaling
+        gates = torch.softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32)).to(h.dtype) * self.scaling
         mixed = h.unflatten(-1, A.shape[:2]) * gates[..., None]
         return linear(mixed.flatten(-2), B.transpose(0, 1).flatten(1))
 
