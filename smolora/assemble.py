@@ -91,7 +91,10 @@ def _configuration(language: Path, vision: Path) -> LlavaConfig:
         projector_hidden_act="gelu", vision_feature_layer=-2, vision_feature_select_strategy="default",
     )  # fmt: skip
     config.architectures = ["LlavaForConditionalGeneration"]
-    config.dtype = text.dtype
+    for part in (config, clip):  # one dtype for all when it is loaded: halves of two would not fit together
+        part.dtype = text.dtype
+    for part in (text, clip):
+        part._name_or_path = ""  # where the parts lay is nobody's affair
     return config
 
 
@@ -141,12 +144,11 @@ def _tokenizer(language: Path, rows: int) -> PreTrainedTokenizerBase | None:
         return None
     from transformers import AddedToken, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(language)
+    tokenizer = AutoTokenizer.from_pretrained(language, padding_side="left")  # as generation in batches needs it
     if len(tokenizer) > rows:
         raise ValueError(f"language: {language} has a tokenizer of {len(tokenizer)} tokens, and embeddings of {rows}")
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    tokenizer.padding_side = "left"  # as generation in batches needs it
     return tokenizer
 
 

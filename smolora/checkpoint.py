@@ -28,7 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-CHECKSUMS = "sha256"  # the entry of a safetensors file's metadata: {tensor: digest} as JSON
+# entries of a safetensors file's metadata: {tensor: digest} as JSON, with one digest for all other entries, and who
+# wrote them, so that no single flipped bit makes a file with checksums pass for one without
+CHECKSUMS, OTHER_ENTRIES, WRITER = "sha256", "__metadata__", {"writer": "smolora"}
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MIB = 1 << 20
 
@@ -107,6 +109,11 @@ def digest(tensor: Tensor) -> str:
     return value.hexdigest()
 
 
+def _metadata_digest(metadata: Mapping[str, str]) -> str:
+    entries = sorted((name, value) for name, value in metadata.items() if name != CHECKSUMS)
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -118,9 +125,10 @@ def write_tensors(
         metadata: further entries, text each.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    checksums = json.dumps({name: digest(tensor) for name, tensor in sorted(tensors.items())})
+    metadata = {"format": "pt", **WRITER, **(metadata or {})}
+    checksums = {name: digest(tensor) for name, tensor in tensors.items()} | {OTHER_ENTRIES: _metadata_digest(metadata)}
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", CHECKSUMS: checksums, **(metadata or {})})
+        save_file(tensors, temporary, {**metadata, CHECKSUMS: json.dumps(checksums, sort_keys=True)})
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -162,11 +170,15 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _verify_checksums(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     if CHECKSUMS not in metadata:
+        if metadata.items() >= WRITER.items():
+            raise ValueError(f"{path} is broken: smolora wrote it, and its checksums are gone")
         return
     try:
-        checksums = json.loads(metadata[CHECKSUMS])
-    except ValueError as error:
+        checksums = dict(json.loads(metadata[CHECKSUMS]))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is broken: its checksums cannot be read ({error})") from error
+    if checksums.pop(OTHER_ENTRIES, None) != _metadata_digest(metadata):
+        raise ValueError(f"{path} is broken: its metadata are not those that were written")
     odd = sorted(checksums.keys() ^ tensors.keys())
     if odd:
         raise ValueError(f"{path} is broken: tensors and checksums do not match, see {odd[0]!r}")
@@ -269,7 +281,7 @@ def _verify_zip(path: Path) -> None:
     # what the directory says of a record and nobody reads is the same for all records of one writer
     common = {
         (r.create_system, r.create_version, r.reserved, r.volume, r.internal_attr, r.external_attr, r.date_time,
-         r.flag_bits, r.comment, r.compress_type)
+         r.comment, r.compress_type)
         for r in records
     }  # fmt: skip
     if comment or len(common) != 1 or records[0].compress_type != zipfile.ZIP_STORED:

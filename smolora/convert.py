@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from .checkpoint import atomic_folder, named, read_json, read_tensors, write_tensors
-from .config import SMOLORA, SMoLoRAConfig
-from .instruction import EMBEDDINGS_FILE, read_instruction_embeddings, write_instruction_embeddings
+from .config import INSTRUCTION_FILE, SMOLORA, SMoLoRAConfig
+from .instruction import read_instruction_embeddings, write_instruction_embeddings
 
 OFFICIAL_TASK_TYPE = "CAUSAL_LM_SMoLoRA"
 PREFIX = "base_model.model.model."
 PARAMETERS = "smolora_experts"  # the submodule of an adapted layer that PEFT saves
 PROJECTOR = {"mm_projector.0": "multi_modal_projector.linear_1", "mm_projector.2": "multi_modal_projector.linear_2"}
 TARGETS = ("gate_proj", "up_proj", "down_proj", *PROJECTOR)  # what the released code adapts, in its own order
-OFFICIAL_MODULE = re.compile(r"layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)|(mm_projector\.[02])")
+OFFICIAL_MODULE = r"layers\.\d+\.mlp\.(?:gate|up|down)_proj|mm_projector\.[02]"
+PEFT_MODULE = r"language_model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj|multi_modal_projector\.linear_[12]"
 SINGLE = {  # released name: ours
     "lora_vu_gate.weight": "vu_router", "lora_ins_gate.weight": "if_router",
     "lora_fc_A.weight": "vu_importance", "lora_fc_B.weight": "if_importance",
@@ -97,11 +98,18 @@ def _complete(
     """
     if not modules:
         raise ValueError(f"{source} has no tensors")
-    layers = 1 + max((int(m[1]) for m in map(OFFICIAL_MODULE.fullmatch, modules) if m[1]), default=-1)
+    sizes = Counter()  # tensors a layer; one with less than half of what others have is a stray, not the last layer
+    for module, tensors in modules.items():
+        if module not in PROJECTOR:
+            sizes[int(module.split(".")[1])] += len(tensors)
+    layers = 1 + max((i for i, size in sizes.items() if 2 * size >= max(sizes.values())), default=-1)
     wanted = _modules(layers, targets if targets is not None else map(_target, modules))
-    extra = [key(module, name) for module in modules for name in modules[module] if module not in wanted]
     missing = [key(module, name) for module in wanted for name in names - modules.get(module, {}).keys()]
-    extra += [key(module, name) for module in modules for name in modules[module].keys() - names]
+    extra = [
+        key(module, name)
+        for module, tensors in modules.items()
+        for name in tensors.keys() - (names if module in wanted else set())
+    ]
     if missing or extra:
         parts = [f"lacks {named(missing)}"] * bool(missing) + [f"has more than it should: {named(extra)}"] * bool(extra)
         raise ValueError(f"{source} {' and '.join(parts)}")
@@ -119,7 +127,8 @@ def _sound(modules: dict[str, dict[str, Tensor]], shape: Callable, key: Callable
     out is the broken one.
 
     Args:
-        shape: (name, d, k) -> the shape of a tensor of a module with d inputs and k outputs; None for an unknown size.
+        shape: (name, d, k) -> the shape of a tensor of a module with d inputs and k outputs.
+        key: (module, name) -> the tensor's name in the file.
     """
     for target in {_target(module) for module in modules}:
         group = {(m, n): t for m, tensors in modules.items() if _target(m) == target for n, t in tensors.items()}
@@ -133,15 +142,19 @@ def _sound(modules: dict[str, dict[str, Tensor]], shape: Callable, key: Callable
             sizes.append(_most(votes) if votes else 0)
         if 0 in sizes:
             raise ValueError(f"{source}: the tensors of {target} must not be empty")
-        dtypes = {name: _most(t.dtype for (_, n), t in group.items() if n == name) for _, name in group}
+        dtypes: dict[str, list[torch.dtype]] = {}  # experts share one, as they will share a tensor
+        for (_, name), tensor in group.items():
+            dtypes.setdefault(name.partition(".")[0], []).append(tensor.dtype)
+        usual = {kind: _most(found) for kind, found in dtypes.items()}
         for (module, name), tensor in group.items():
             expected = shape(name, *sizes)
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{source}: {key(module, name)!r} must be {expected}, got {tuple(tensor.shape)}")
-            if not tensor.dtype.is_floating_point or tensor.dtype != dtypes[name]:
+            dtype = usual[name.partition(".")[0]]
+            if not tensor.dtype.is_floating_point or tensor.dtype != dtype:
                 raise ValueError(
-                    f"{source}: {key(module, name)!r} must be floating point and alike in all layers, "
-                    f"got {tensor.dtype} (others: {dtypes[name]})"
+                    f"{source}: {key(module, name)!r} must be floating point, and as its like in all layers {dtype}, "
+                    f"got {tensor.dtype}"
                 )
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{source}: {key(module, name)!r} must be finite, got a NaN or an infinity")
@@ -150,8 +163,12 @@ def _sound(modules: dict[str, dict[str, Tensor]], shape: Callable, key: Callable
 # ------------------------------------------------------------------------------------------------------- configurations
 
 
-def from_official_config(released: Mapping[str, Any], source: str | Path = "adapter_config.json"):
+def from_official_config(
+    released: Mapping[str, Any], source: str | Path = "adapter_config.json"
+) -> tuple[SMoLoRAConfig, Tensor]:
     """A released `adapter_config.json` as ours.
+
+    The name of its base is left out: there it is the language model, here the adapter sits on an assembled LLaVA.
 
     Args:
         released: what the file holds.
@@ -220,12 +237,16 @@ def to_official_config(config: SMoLoRAConfig, embeddings: Tensor, targets: Itera
         if getattr(config, name) != value:
             got = getattr(config, name)
             raise ValueError(f"{name} must be {value!r} for the released code, which knows nothing else, got {got!r}")
-    if config.default_instruction is None:
-        raise ValueError("default_instruction must name a row of the embeddings for the released code, got None")
+    row = config.default_instruction
+    if row is None or row >= len(embeddings):
+        raise ValueError(
+            f"default_instruction must name a row of the embeddings, 0 to {len(embeddings) - 1}, as the released code "
+            f"needs one, got {row!r}"
+        )
     experts = config.num_vu_experts + config.num_if_experts
     return {
         **FIXED, "expert_num": experts, "inference_mode": config.inference_mode, "ins_emb": embeddings.tolist(),
-        "ins_type": config.default_instruction, "lora_alpha": config.lora_alpha * experts,
+        "ins_type": row, "lora_alpha": config.lora_alpha * experts,
         "lora_dropout": config.lora_dropout, "peft_type": SMOLORA.value, "r": config.r * experts,
         "revision": config.revision, "target_modules": list(targets), "task_type": OFFICIAL_TASK_TYPE,
     }  # fmt: skip
@@ -236,12 +257,12 @@ def to_official_config(config: SMoLoRAConfig, embeddings: Tensor, targets: Itera
 
 def _official_shape(config: SMoLoRAConfig) -> Callable:
     M, N, r, e = config.num_vu_experts, config.num_if_experts, config.r, config.instruction_dim
-    single = {"lora_vu_gate.weight": lambda d, k: (M, d), "lora_ins_gate.weight": lambda d, k: (N, e)}
 
     def shape(name: str, d: Any, k: Any) -> tuple:
-        if name in single:
-            return single[name](d, k)
-        return {"lora_A": (r, d), "lora_B": (k, r)}.get(name[:6], (1, k))
+        return {
+            "lora_A": (r, d), "lora_B": (k, r), "lora_vu_gate": (M, d), "lora_ins_gate": (N, e), "lora_fc_A": (1, k),
+            "lora_fc_B": (1, k),
+        }[name.partition(".")[0]]  # fmt: skip
 
     return shape
 
@@ -279,13 +300,16 @@ def convert_official(adapter: str | Path, output: str | Path) -> None:
     beside = adapter / "non_lora_trainables.bin"
     if beside.exists() and (others := read_tensors(beside)[0]):
         raise ValueError(f"{beside} must be empty, as it is for the released adapters, got {named(others)}")
-    pattern = re.compile(re.escape(PREFIX) + rf"(?P<module>{OFFICIAL_MODULE.pattern})\.(?P<name>.+)")
-    modules = _split(state, pattern, source)
+    pattern = rf"{re.escape(PREFIX)}(?P<module>{OFFICIAL_MODULE})\.(?P<name>.+)"
+    modules = _split(state, re.compile(pattern), source)
     ours = {value: key for key, value in PROJECTOR.items()}
     targets = [ours.get(target, target) for target in config.target_modules]
     experts = {name: experts_of(name, config) for name in ("vu_A", "vu_B", "if_A", "if_B")}
     names = {*itertools.chain.from_iterable(experts.values()), *SINGLE}
-    key = lambda module, name: f"{PREFIX}{module}.{name}"  # noqa: E731
+
+    def key(module: str, name: str) -> str:
+        return f"{PREFIX}{module}.{name}"
+
     _complete(modules, targets, names, key, source)
     _sound(modules, _official_shape(config), key, source)
     converted = {}
@@ -298,7 +322,7 @@ def convert_official(adapter: str | Path, output: str | Path) -> None:
             converted[at + name] = tensors[released][0] if name.endswith("importance") else tensors[released]
     with atomic_folder(output) as folder:
         write_tensors(folder / "adapter_model.safetensors", converted)
-        write_instruction_embeddings(folder / EMBEDDINGS_FILE, embeddings, [None] * len(embeddings))
+        write_instruction_embeddings(folder / INSTRUCTION_FILE, embeddings, [None] * len(embeddings))
         config.save_pretrained(str(folder))
 
 
@@ -320,20 +344,22 @@ def convert_to_official(adapter: str | Path, output: str | Path) -> None:
         raise ValueError(f"{adapter / 'adapter_config.json'}: peft_type must be {SMOLORA.value!r}")
     config = SMoLoRAConfig.from_pretrained(str(adapter))
     state, _ = read_tensors(source)
-    embeddings, _ = read_instruction_embeddings(adapter / EMBEDDINGS_FILE)
+    embeddings, _ = read_instruction_embeddings(adapter / INSTRUCTION_FILE)
     if embeddings.shape[1] != config.instruction_dim:
         raise ValueError(
-            f"{adapter / EMBEDDINGS_FILE} must have rows of instruction_dim={config.instruction_dim}, "
+            f"{adapter / INSTRUCTION_FILE} must have rows of instruction_dim={config.instruction_dim}, "
             f"got {tuple(embeddings.shape)}"
         )
     theirs = {value: key for key, value in PROJECTOR.items()}
-    forms = r"language_model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj|multi_modal_projector\.linear_[12]"
-    pattern = re.compile(re.escape(PREFIX) + rf"(?P<module>{forms})\.{PARAMETERS}\.(?P<name>\w+)")
+    pattern = rf"{re.escape(PREFIX)}(?P<module>{PEFT_MODULE})\.{PARAMETERS}\.(?P<name>\w+)"
     modules = {
         theirs.get(module) or module.removeprefix("language_model."): tensors
-        for module, tensors in _split(state, pattern, source).items()
+        for module, tensors in _split(state, re.compile(pattern), source).items()
     }
-    key = lambda module, name: f"{PREFIX}{_our_module(module)}.{PARAMETERS}.{name}"  # noqa: E731
+
+    def key(module: str, name: str) -> str:
+        return f"{PREFIX}{_our_module(module)}.{PARAMETERS}.{name}"
+
     order = _complete(modules, None, set(NAMES), key, source)
     _sound(modules, _peft_shape(config), key, source)
     released_config = to_official_config(config, embeddings, dict.fromkeys(map(_target, order)))

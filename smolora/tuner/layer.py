@@ -50,6 +50,11 @@ class SMoLoRALayer(BaseTunerLayer):
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.smolora_experts]
 
+    def forget_routing(self) -> None:
+        """Drop what the last forward decided."""
+        for experts in self.smolora_experts.values():
+            experts.forget_routing()
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         if not inference_mode:

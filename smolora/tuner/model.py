@@ -40,7 +40,7 @@ class SMoLoRAModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: SMoLoRAConfig, adapter_name: str) -> None:
         if CONTEXT not in model.__dict__:
-            RoutingContext(model).install(model)
+            RoutingContext(model).install()
 
     def _create_and_replace(
         self,
@@ -89,7 +89,7 @@ class SMoLoRAModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model, without adapters and as it was."""
-        getattr(self.model, CONTEXT).remove(self.model)
+        getattr(self.model, CONTEXT).remove()
         return super().unload()
 
     @classmethod

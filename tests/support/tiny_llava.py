@@ -28,8 +28,8 @@ ADAPTED = [f"model.language_model.layers.{i}.mlp.{name}" for i in range(2) for n
 
 def _text_config() -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
     )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def _filled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
             if parameter.dim() > 1:
                 parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
         model.get_input_embeddings().weight.normal_()
+        model.get_output_embeddings().weight[IMAGE] = 0  # never the best token
     model.generation_config.pad_token_id = PAD
     return model.to(dtype).eval()
 
@@ -51,7 +52,7 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCau
 
 
 def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
-    """A Llava with 2 text layers of width 32 and 2x2 patches an image, random, in eval mode."""
+    """A Llava with 2 text layers of width 64 and 2x2 patches an image, random, in eval mode."""
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
         projection_dim=16,
