@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: run test test-kernels test-rest test-slow test-triton36 kernels gpu gpu-tests gpu-sanitizer gpu-bench
+.PHONY: run test test-kernels test-csrc test-rest test-slow test-triton36 kernels gpu gpu-tests gpu-sanitizer gpu-bench
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -32,20 +32,24 @@ run: $(VENV)/.run
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-kernels test-rest
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-kernels test-csrc test-rest
 
 # two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
 test-kernels:
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/kernels
 
+test-csrc:
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/csrc
+
 test-rest:
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --ignore tests/kernels --benchmark-skip
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --ignore tests/kernels --ignore tests/csrc --benchmark-skip
 
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/pytest tests -m slow
 
 kernels: $(VENV)/.run
 	$(PY) bench/kernel_report.py
+	$(PY) bench/cuda_report.py
 
 # ---- .venv: a stamp for each of the two set-ups, redone when what they install has changed
 
@@ -96,7 +100,7 @@ $(TRITON36)/.ready: $(VENV)/.dev
 
 GPU := .venv-gpu/bin/python
 SEES_GPU := -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
-SANITIZERS := memcheck synccheck
+SANITIZERS := memcheck synccheck racecheck
 
 gpu:
 	@python=$(PYTHON); \
@@ -115,14 +119,16 @@ gpu:
 gpu-tests:
 	PYTHONSAFEPATH=1 $(GPU) -m pytest tests -m gpu 2>&1 | tee $(OUT)/gpu-tests.log
 
-# Without torch's caching allocator every tensor has bounds of its own, which memcheck can see.
+# Without torch's caching allocator every tensor has bounds of its own, which memcheck can see. racecheck is for kernels
+# whose barriers are ours.
 gpu-sanitizer:
 	@command -v compute-sanitizer > /dev/null || { echo "gpu-sanitizer: skipped, compute-sanitizer is not on PATH"; exit 0; }; \
 	failed=0; \
 	for tool in $(SANITIZERS); do \
 		echo "== compute-sanitizer --tool $$tool"; \
 		PYTHONSAFEPATH=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-			--target-processes all $(GPU) -m pytest tests -m sanitizer 2>&1 | tee $(OUT)/gpu-$$tool.log || failed=1; \
+			--target-processes all $(GPU) -m pytest $$(test $$tool = racecheck && echo tests/csrc || echo tests) \
+			-m 'sanitizer and gpu' 2>&1 | tee $(OUT)/gpu-$$tool.log || failed=1; \
 	done; \
 	exit $$failed
 

@@ -43,24 +43,39 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_llava(
-    *, hidden: int = 32, layers: int = 2, image_size: int = 28, patch_size: int = 14, seed: int = 0
+    *,
+    hidden: int = 32,
+    intermediate: int = 96,
+    layers: int = 2,
+    heads: int = 4,
+    vision_hidden: int = 32,
+    vision_layers: int = 2,
+    image_size: int = 28,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> LlavaForConditionalGeneration:
-    """A random LLaVA in float32 and eval mode whose greedy tokens are clear choices."""
+    """A random LLaVA in eval mode whose greedy tokens are clear choices; patches of 14 x 14 pixels."""
     vision = CLIPVisionConfig(
-        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=2,
-        image_size=image_size, patch_size=patch_size, projection_dim=hidden,
+        hidden_size=vision_hidden, intermediate_size=4 * vision_hidden, num_hidden_layers=vision_layers,
+        num_attention_heads=max(1, vision_hidden // 32), image_size=image_size, patch_size=14,
+        projection_dim=vision_hidden,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=400, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
+        vocab_size=400, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=3, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", image_seq_length=(image_size // patch_size) ** 2,
+        vision_feature_select_strategy="default", image_seq_length=(image_size // 14) ** 2,
     )  # fmt: skip
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = LlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -76,7 +91,7 @@ def small_adapter(model: LlavaForConditionalGeneration, *, seed: int = 1, **opti
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".smolora_experts." in name and name.endswith("_B"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.3)
     return model
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import atomic_folder, named, read_model, read_tensors
+from .checkpoint import atomic_folder, named, read_model, read_tensors, save_tensors
 
 if TYPE_CHECKING:  # transformers' models take seconds to import
     from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaProcessor, PreTrainedTokenizerBase
@@ -104,7 +103,7 @@ def _expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
 
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("model.vision_tower."):
             name = f"vision_tower.vision_model.{name.removeprefix('model.vision_tower.').removeprefix('vision_model.')}"
@@ -197,7 +196,7 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], rows: int, shard_by
         shard = {
             name: _enlarged(tensors[name], rows) if name in EMBEDDINGS else tensors[name].contiguous() for name in group
         }
-        save_file(shard, folder / file, {"format": "pt"})
+        save_tensors(folder / file, shard, {"format": "pt"})
         places.update(dict.fromkeys(group, file))
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
@@ -259,8 +258,16 @@ def assemble(
     from transformers import GenerationConfig, LlavaProcessor
 
     language, vision, projector = Path(language), Path(vision), Path(projector)
-    config = _configuration(language, vision)
-    shapes = _expected_shapes(config)
+    try:
+        config = _configuration(language, vision)
+        shapes = _expected_shapes(config)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a configuration of nonsense raises anything
+        raise ValueError(
+            f"language and vision have configurations of which transformers cannot make a LLaVA: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if config.tie_word_embeddings:
         shapes.pop(EMBEDDINGS[1], None)
     tensors = _renamed(read_model(language, "language"), _language_name)

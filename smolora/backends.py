@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from . import cuda
+
 BACKENDS = ("auto", "torch", "triton", "cuda")
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _warned: set[str] = set()
@@ -40,7 +42,7 @@ def _obstacle(backend: str) -> str | None:
         if not torch.cuda.is_available() and not _interpreted():
             return "torch sees no CUDA device; with TRITON_INTERPRET=1 Triton's interpreter runs the kernels on the CPU"
     if backend == "cuda":
-        return "this version of smolora has no CUDA C++ kernels; use 'triton' on a GPU"
+        return cuda.obstacle()
     return None
 
 
@@ -51,8 +53,12 @@ def _misfit(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     obstacle = _obstacle(backend)
     if obstacle is not None:
         return obstacle
-    if dtype not in TRITON_DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {dtype}"
+    if backend == "cuda":
+        if device_type != ("cpu" if cuda.extension.emulated else "cuda"):
+            return f"its kernels run on CUDA devices, not on {device_type!r}"
+        return None
     if device_type == "cpu" and not _interpreted():
         return "x is on the CPU; with TRITON_INTERPRET=1 Triton's interpreter takes CPU tensors"
     if device_type == "cpu" and dtype == torch.bfloat16:
@@ -65,7 +71,8 @@ def _misfit(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
 def resolve_backend(device_type: str, dtype: torch.dtype) -> str:
     """The backend for tensors of a device type and compute dtype.
 
-    "auto" takes Triton on a CUDA device and torch on a CPU; where it has to fall back on a GPU, it warns once.
+    "auto" takes Triton on a CUDA device and torch on a CPU; where it has to fall back on a GPU, it warns once. It never
+    takes CUDA C++, whose kernels no measurement has shown to be faster yet.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot run these tensors; the message says why.
@@ -113,7 +120,8 @@ def backend_info() -> dict[str, Any]:
     Returns:
         "requested": by `use_backend` or SMOLORA_BACKEND. "active": the backend for float32 tensors of each device type
         (None where the requested one cannot run). "backends": for each, whether it is "available", the "reason" if
-        not, and the "version" of what it needs.
+        not, and the "version" of what it needs; of the CUDA kernels also the "driver" and "architectures", and when
+        "auto" takes them.
     """
     backends = {}
     for name in BACKENDS[1:]:
@@ -122,6 +130,7 @@ def backend_info() -> dict[str, Any]:
     backends["torch"]["version"] = torch.__version__
     backends["triton"]["version"] = metadata.version("triton") if _HAS_TRITON else None
     backends["triton"]["interpreted"] = _interpreted()
+    backends["cuda"] |= cuda.info()
     active = {}
     for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         chosen = _requested

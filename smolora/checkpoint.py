@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import struct
 import uuid
@@ -33,6 +34,7 @@ from torch import Tensor
 CHECKSUMS, OTHER_ENTRIES, WRITER = "sha256", "__metadata__", {"writer": "smolora"}
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MIB = 1 << 20
+ZIP32_LIMIT = 0xFFFFFFFF  # sizes and offsets from here on are stored apart, in 8 bytes each
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -54,7 +56,7 @@ def _sync_file(path: Path) -> None:
 def _beside(path: Path) -> Path:
     """A name that nobody uses, in the same folder, so that renaming it to `path` is one step of the file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    return path.parent / f".{uuid.uuid4().hex}.{path.name}"
 
 
 @contextmanager
@@ -102,6 +104,23 @@ def atomic_folder(path: str | os.PathLike, argument: str = "output") -> Iterator
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def save_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Save tensors where nothing good can be lost: as safetensors if the name says so, else with `torch.save`.
+
+    Raises:
+        OSError: the file cannot be written, a full disk for one.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            save_file(tensors, path, metadata)
+        else:
+            torch.save(tensors, path)
+    except (SafetensorError, RuntimeError) as error:  # what the libraries make of the system's errors
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     value = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
@@ -128,7 +147,7 @@ def write_tensors(
     metadata = {"format": "pt", **WRITER, **(metadata or {})}
     checksums = {name: digest(tensor) for name, tensor in tensors.items()} | {OTHER_ENTRIES: _metadata_digest(metadata)}
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, {**metadata, CHECKSUMS: json.dumps(checksums, sort_keys=True)})
+        save_tensors(temporary, tensors, {**metadata, CHECKSUMS: json.dumps(checksums, sort_keys=True)})
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -218,18 +237,20 @@ def _zip_fault(file: BinaryIO, record: zipfile.ZipInfo, start: int) -> tuple[str
     values = start + 30 + name + extra
     year, month, day, hour, minute, second = record.date_time
     stamps = ((year - 1980) << 9 | month << 5 | day, hour << 11 | minute << 5 | second // 2)
-    expected = (b"PK\3\4", record.extract_version, record.flag_bits, 0, record.compress_type)
     later = bool(flags & 8)  # sizes and CRC follow the values
     sizes = (0, 0, 0) if later else (record.CRC, record.compress_size, record.file_size)
-    large = max(record.compress_size, record.file_size) >= 0xFFFFFFFF
-    if (signature, version, flags, method, record.compress_type) != expected or (date, time) != stamps:
+    found = (signature, version, flags, method, date, time, crc, packed, size, stored)
+    if found != (
+        b"PK\3\4", record.extract_version, record.flag_bits, zipfile.ZIP_STORED, *stamps, *sizes,
+        record.orig_filename.encode(),
+    ):  # fmt: skip
         return "has a broken header", values
-    if stored != record.orig_filename.encode() or (not large and (crc, packed, size) != sizes):
-        return "has a broken header", values
-    # PyTorch aligns values with an extra field of Zs, which nothing else looks at
-    if padding and not large and (padding[:2] != b"FB" or len(padding) != 4 + padding[2] + 256 * padding[3]):
-        return "has broken padding", values
-    if not large and padding.strip(b"FB")[2:].strip(b"Z"):
+    # numbers beyond 4 GiB, then a field of Zs that aligns the values
+    wide = [record.file_size, 0 if later else record.compress_size] if record.file_size >= ZIP32_LIMIT else []
+    wide += [start] if start >= ZIP32_LIMIT else []
+    numbers = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    letters = len(padding) - len(numbers) - 4
+    if letters < 0 or padding != numbers + b"FB" + struct.pack("<H", letters) + b"Z" * letters:
         return "has broken padding", values
     left, found = record.file_size, 0
     while left:
@@ -242,7 +263,7 @@ def _zip_fault(file: BinaryIO, record: zipfile.ZipInfo, start: int) -> tuple[str
     if found != record.CRC:
         return f"has CRC {found:08x} where {record.CRC:08x} was written", end
     if later:
-        width = "Q" if large else "L"
+        width = "Q" if wide else "L"
         summary = struct.pack(f"<4sL2{width}", b"PK\7\10", record.CRC, record.compress_size, record.file_size)
         end += len(summary)
         if file.read(len(summary)) != summary:
@@ -264,7 +285,7 @@ def _ends_well(file: BinaryIO, directory: int, size: int, records: int) -> bool:
         length = size - 22 - directory
         tail = tail[-22:]
     counts = (min(records, 0xFFFF),) * 2
-    places = (min(length, 0xFFFFFFFF), min(directory, 0xFFFFFFFF))
+    places = (min(length, ZIP32_LIMIT), min(directory, ZIP32_LIMIT))
     return tail == expected + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *counts, *places, 0)
 
 
@@ -306,10 +327,10 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().partition("\n")[0]
+        asked = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} is refused: a checkpoint must hold tensors alone, and this pickle holds something else that "
-            f"could run code ({reason})"
+            f"{path} is refused: a checkpoint must hold tensors alone, and this pickle asks for "
+            f"{asked[1] if asked else 'something else'}, which could run code"
         ) from error
     except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is broken or no checkpoint: {error}") from error
@@ -346,6 +367,13 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     tensors, metadata = _open_safetensors(path)
     _verify_checksums(path, tensors, metadata)
     return tensors, metadata
+
+
+def add_checksums(path: str | os.PathLike) -> None:
+    """Write a safetensors file again with checksums, in one step, if it has none."""
+    tensors, metadata = read_tensors(path)
+    if CHECKSUMS not in metadata:
+        write_tensors(path, tensors, metadata)
 
 
 def read_json(path: str | os.PathLike) -> dict:

@@ -12,8 +12,9 @@ from huggingface_hub import hf_hub_download
 from packaging.version import Version
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .checkpoint import add_checksums, read_tensors
 
 if Version(version("peft")).release < (0, 21):
     raise ImportError(f"smolora needs peft 0.21 or newer, found {version('peft')}: pip install -U 'peft>=0.21'")
@@ -22,6 +23,7 @@ MAX_RANK = 128
 
 INSTRUCTION_FILE = "instruction_embeddings.safetensors"  # beside an adapter's files
 INSTRUCTION_KEY = "embeddings"  # its tensor, (rows, instruction_dim)
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT names them
 
 CHOICES = {
     "route_over": ("prompt", "valid", "all"),
@@ -165,6 +167,7 @@ class SMoLoRAConfig(PeftConfig):
         if row is not None and (not isinstance(row, int) or isinstance(row, bool) or row < 0):
             raise ValueError(f"default_instruction must be a row number or None, got {row!r}")
         self.instruction_embeddings: Tensor | None = None
+        self.instruction_texts: list[str | list[str] | None] | None = None
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
@@ -175,11 +178,19 @@ class SMoLoRAConfig(PeftConfig):
         return cls(**{"route_over": "all", "decode_routing": "token", **overrides})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and `instruction_embeddings.safetensors` if there are any."""
+        """Write `adapter_config.json`, and `instruction_embeddings.safetensors` if there are any.
+
+        PEFT has written the adapter's tensors just before: they get the checksums that `from_pretrained` looks at.
+        """
         super().save_pretrained(save_directory, **kwargs)
         if self.instruction_embeddings is not None:
-            embeddings = {INSTRUCTION_KEY: self.instruction_embeddings.contiguous()}
-            save_file(embeddings, os.path.join(save_directory, INSTRUCTION_FILE), metadata={"format": "pt"})
+            from .instruction import write_instruction_embeddings
+
+            texts = self.instruction_texts or [None] * len(self.instruction_embeddings)
+            write_instruction_embeddings(save_directory, self.instruction_embeddings, texts)
+        weights = os.path.join(save_directory, WEIGHT_FILES[0])
+        if os.path.isfile(weights):
+            add_checksums(weights)
 
     @classmethod
     def from_pretrained(
@@ -189,11 +200,15 @@ class SMoLoRAConfig(PeftConfig):
 
         Raises:
             FileNotFoundError: `default_instruction` is set and the embeddings are not there.
-            ValueError: as for the constructor, and as `load_instruction_embeddings`.
+            ValueError: as for the constructor, and as `load_instruction_embeddings`; or the adapter's tensors in the
+                same folder are broken, which is looked at here since PEFT does not.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        for name in WEIGHT_FILES:
+            if os.path.isfile(os.path.join(folder, name)):
+                read_tensors(os.path.join(folder, name))
         if isinstance(config, SMoLoRAConfig) and config.default_instruction is not None:
-            folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
             path = os.path.join(folder, INSTRUCTION_FILE)
             if not os.path.isdir(folder):
                 download = cls._split_kwargs(kwargs)[0]
@@ -206,20 +221,18 @@ class SMoLoRAConfig(PeftConfig):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it does not have the one tensor, of floating point rows of `instruction_dim`.
+            ValueError: it is broken, or does not have the one tensor, of floating point rows of `instruction_dim`.
         """
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no {path}, the instruction embeddings of default_instruction")
-        tensors = load_file(path)
-        embeddings = tensors.get(INSTRUCTION_KEY)
-        if embeddings is None or embeddings.dim() != 2 or not embeddings.is_floating_point():
-            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            raise ValueError(f"{path} must have a tensor {INSTRUCTION_KEY!r} of floating point rows, got {found}")
+        from .instruction import read_instruction_embeddings
+
+        embeddings, texts = read_instruction_embeddings(path)
         if embeddings.shape[1] != self.instruction_dim:
             raise ValueError(
                 f"{path} has embeddings of size {embeddings.shape[1]}, instruction_dim is {self.instruction_dim}"
             )
-        self.instruction_embeddings = embeddings
+        self.instruction_embeddings, self.instruction_texts = embeddings, texts
 
     def default_embedding(self) -> Tensor | None:
         """The embedding (instruction_dim,) that `default_instruction` names, or None if it names none.

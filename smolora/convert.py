@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic_folder, named, read_json, read_tensors, write_tensors
+from .checkpoint import atomic_folder, named, read_json, read_tensors, save_tensors, write_tensors
 from .config import INSTRUCTION_FILE, SMOLORA, SMoLoRAConfig
 from .instruction import read_instruction_embeddings, write_instruction_embeddings
 
@@ -374,7 +374,7 @@ def convert_to_official(adapter: str | Path, output: str | Path) -> None:
             tensor = tensors[name].clone()
             released[f"{PREFIX}{module}.{official}"] = tensor[None] if name.endswith("importance") else tensor
     with atomic_folder(output) as folder:
-        torch.save(released, folder / "adapter_model.bin")
+        save_tensors(folder / "adapter_model.bin", released)
         text = json.dumps(released_config, indent=1, sort_keys=True)
         (folder / "adapter_config.json").write_text(text, "utf-8")
 

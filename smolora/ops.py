@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import rank_space
+from . import cuda, rank_space
 from .rank_space import accurate_dtype, active_streams
 
 CHECK_ENVIRONMENT = "SMOLORA_CHECK"
@@ -29,6 +29,8 @@ def _passes(backend: str) -> ModuleType:
     """The module with a backend's four passes."""
     if backend == "torch":
         return rank_space
+    if backend == "cuda":
+        return cuda
     from .kernels import passes  # not at the top: importing Triton takes time, and it may be missing
 
     return passes
@@ -173,6 +175,30 @@ grad_input = _define(
 )
 
 
+def _fake_decode(
+    x, instances, cu_seqlens, route_mask, instruction, routes, gates, vu_A, if_A, vu_B, if_B, vu_router, if_router,
+    vu_importance, if_importance, weight, bias, top_k, scaling, fusion, backend,
+):  # fmt: skip
+    shape, dtype = (instances, len(active_streams(fusion)), top_k), accurate_dtype(x.dtype)
+    return (
+        x.new_empty((instances, vu_B.shape[1])),
+        x.new_empty(shape, dtype=torch.int32),
+        x.new_empty(shape, dtype=dtype),
+        x.new_empty((instances, vu_A.shape[0] + if_A.shape[0] if routes is None else 0), dtype=dtype),
+        x.new_empty(instances, dtype=dtype),
+    )
+
+
+decode = _define(
+    "decode(Tensor x, SymInt instances, Tensor? cu_seqlens, Tensor? route_mask, Tensor? instruction, Tensor? routes, "
+    "Tensor? gates, Tensor vu_A, Tensor if_A, Tensor vu_B, Tensor if_B, Tensor vu_router, Tensor if_router, "
+    "Tensor vu_importance, Tensor if_importance, Tensor? weight, Tensor? bias, int top_k, float scaling, str fusion, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_decode,
+    lambda *arguments: check_values(*arguments, False),  # where route_shrink has need_mean
+)
+
+
 class _SMoLoRA(torch.autograd.Function):
     """Forward and backward over the four passes; the routes, gates, logits and lead it returns are not differentiable.
 
@@ -290,13 +316,21 @@ def smolora_linear(
         instances: n.
         threshold: of dropout in 1/256, 0 for none; `seed` int64 (1,) when positive.
         top_k, scaling, fusion, router_grad: as in `SMoLoRAConfig`.
-        backend: "torch" or "triton".
+        backend: "torch", "triton" or "cuda".
         route_mask: bool (T,), contiguous. cu_seqlens: int32 (n + 1,). routes: int32 (n, b, c), gates (n, b, c).
 
     Returns:
         y (T, k), routes (n, b, c), gates (n, b, c), logits (n, M + N) or (n, 0), lead (T,). Without `weight`, y is
         the adapter's output alone.
     """
+    if backend == "cuda" and cuda.decodes(
+        x.shape[0], instances, cu_seqlens is not None, threshold, len(active_streams(fusion)) * top_k,
+        vu_A.shape[0] + if_A.shape[0], vu_A.shape[1],
+    ):  # fmt: skip
+        return decode(
+            x, instances, cu_seqlens, route_mask, instruction, routes, gates, vu_A, if_A, vu_B, if_B, vu_router,
+            if_router, vu_importance, if_importance, weight, bias, top_k, scaling, fusion, backend,
+        )  # fmt: skip
     learns = (top_k > 1 or router_grad == "straight_through") and routes is None
     keep_x = torch.is_grad_enabled() and (vu_A.requires_grad or if_A.requires_grad)
     return _SMoLoRA.apply(

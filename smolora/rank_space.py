@@ -48,39 +48,48 @@ def active_streams(fusion: str) -> tuple[int, ...]:
 
 def keep_masks(
     seed: Tensor, rows: int, columns: int, threshold: int, streams: tuple[int, ...], dtype: torch.dtype
-) -> list[Tensor]:
-    """Dropout masks (rows, columns) of `dtype` for each stream, 1 where an element is kept and 0 where it is dropped.
+) -> Tensor:
+    """Dropout masks (streams, rows, columns) of `dtype`: 1 where an element is kept and 0 where it is dropped.
 
     Philox4x32-10 with counter (column // 16, row low, row high, stream) and key `seed` (int64 (1,), on the device);
     byte `column % 16` of its output is compared with `threshold`.
     """
     device, blocks = seed.device, -(-columns // 16)
-    # a CPU goes through some rows at a time, so that the twenty multiplications of a counter find it in the cache
-    step = rows if device.type != "cpu" else max(1, 16384 // max(1, len(streams) * blocks))
+    # a CPU goes through some rows at a time, so that ten rounds of a counter find it in the cache
+    step = max(1, rows)
+    if device.type == "cpu":
+        step = max(1, 32768 * torch.get_num_threads() // max(1, len(streams) * blocks))
     masks = torch.empty((len(streams), rows, 16 * blocks), dtype=dtype, device=device)
     column = torch.arange(blocks, device=device)
     stream = torch.tensor(streams, device=device)[:, None, None]
-    for start in range(0, rows, max(1, step)):
+    for start in range(0, rows, step):
         row = torch.arange(start, min(rows, start + step), device=device)[:, None]
-        words = torch.stack(_philox(column, row & LOW, row >> 32, stream, seed), -1).to(torch.int32)  # wraps
+        words = torch.empty((len(streams), row.shape[0], blocks, 4), dtype=torch.int32, device=device)
+        for i, word in enumerate(_philox(column, row & LOW, row >> 32, stream, seed)):
+            words[..., i] = word  # wraps to the lower half
         torch.ge(words.view(torch.uint8).flatten(2), threshold, out=masks[:, start : start + step])
-    return list(masks[..., :columns].unbind(0))
+    return masks[..., :columns]
 
 
 def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of counters that broadcast together: four 32-bit words, in int64.
+    """Philox4x32-10 of counters that broadcast together: four 32-bit words, each the lower half of an int64.
 
-    A product of two 32-bit words wraps in int64, but has the right 64 bits.
+    A product of two 32-bit words wraps in int64, but has the right 64 bits. The counters are broadcast by the rounds
+    themselves: in the first three, most words depend on the row, the column or the stream alone.
     """
-    c0, c1, c2, c3 = (c.contiguous() for c in torch.broadcast_tensors(c0, c1, c2, c3))
     k0, k1 = seed & LOW, (seed >> 32) & LOW
     for _ in range(10):
-        a, b = c0.mul_(0xD2511F53), c2.mul_(0xCD9E8D57)
-        c1 = (b >> 32).bitwise_and_(LOW).bitwise_xor_(c1).bitwise_xor_(k0)
-        c3 = (a >> 32).bitwise_and_(LOW).bitwise_xor_(c3).bitwise_xor_(k1)
-        c0, c1, c2, c3 = c1, b.bitwise_and_(LOW), c3, a.bitwise_and_(LOW)
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0 = _xor((b >> 32).bitwise_xor_(k0), c1).bitwise_and_(LOW)
+        c2 = _xor((a >> 32).bitwise_xor_(k1), c3).bitwise_and_(LOW)
+        c1, c3 = b, a
         k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
     return c0, c1, c2, c3
+
+
+def _xor(own: Tensor, other: Tensor) -> Tensor:
+    """own ^ other, in place where it has room for the result."""
+    return own.bitwise_xor_(other) if own.shape == other.shape else own ^ other
 
 
 # ------------------------------------------------------------------------------------------------ instances and blocks
@@ -256,6 +265,14 @@ def _chosen_w(w: Tensor, routes: Tensor, num_vu: int, fusion: str) -> Tensor | N
     return w.index_select(0, rows.flatten()).view(*routes.shape, w.shape[1])
 
 
+def _keep(seed: Tensor, tokens: int, d: int, threshold: int, fusion: str, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """The dropout masks of the branches in use, in blocks: (b, N, L, d)."""
+    masks = keep_masks(seed, tokens, d, threshold, active_streams(fusion), dtype)
+    if blocks.token is None:
+        return masks.view(len(masks), blocks.number, blocks.length, d)
+    return torch.stack([blocks.split(mask) for mask in masks])
+
+
 def _fused(h: Tensor, lead: Tensor, gates: Tensor, scaling: float, fusion: str) -> Tensor:
     """What B is multiplied with, s (alpha q h_vu | beta q h_if): (N, L, b c r)."""
     return (h * (scaling * shares(lead, fusion)[..., None] * gates[:, None])[..., None]).flatten(2)
@@ -320,9 +337,9 @@ def route_shrink(
         routes, gates = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
     A = _chosen_A((vu_A, if_A), blocks.spread(routes), fusion, x.dtype)
     if threshold:
-        keep = keep_masks(seed, *x.shape, threshold, active_streams(fusion), accurate)
-        h = [torch.bmm(x_blocks * blocks.split(m), A[:, slot].mT) for slot, m in enumerate(keep)]
-        h = torch.stack(h, 2).mul_(256 / (256 - threshold))
+        kept = _keep(seed, *x.shape, threshold, fusion, blocks, accurate).mul_(x_blocks)
+        h = torch.bmm(kept.flatten(0, 1), A.transpose(0, 1).flatten(0, 1).mT)
+        h = h.view(*kept.shape[:3], A.shape[2]).permute(1, 2, 0, 3).contiguous().mul_(256 / (256 - threshold))
     else:
         h = torch.bmm(x_blocks, A.flatten(1, 2).mT)
     h = blocks.join(h).reshape(x.shape[0], *routes.shape[1:], vu_A.shape[1])
@@ -332,7 +349,7 @@ def route_shrink(
             (B.to(x.dtype).to(accurate), I.to(x.dtype).to(accurate))
             for B, I in ((vu_B, vu_importance), (if_B, if_importance))
         ]
-        w = scaling * torch.cat([torch.einsum("ekr,k->er", B, I) for B, I in rounded])
+        w = scaling * torch.cat([I @ B for B, I in rounded])
     return h, w, routes, gates, logits, mean if need_mean else x.new_empty((0, 0), dtype=accurate)
 
 
@@ -426,7 +443,7 @@ def grad_output(
                 grad += scaling * importance.to(accurate)[:, None] * c_e[:, None, :]
             dB[branch] = grad.to(B.dtype)
         if need_importance and need_c:
-            dI[branch] = (scaling * torch.einsum("ekr,er->k", B.to(accurate), c_e)).to(importance.dtype)
+            dI[branch] = (scaling * (B.to(accurate) @ c_e[..., None]).sum((0, 2))).to(importance.dtype)
     return dh, *dB, *dI, dgates
 
 
@@ -462,9 +479,7 @@ def grad_input(
     tokens, d = dh.shape[0], vu_A.shape[2]
     dh, routes = blocks.split(dh).flatten(3), blocks.spread(routes)  # (N, L, b, c r)
     scale = 256 / (256 - threshold)
-    keep = None
-    if threshold:
-        keep = [blocks.split(m) for m in keep_masks(seed, tokens, d, threshold, active_streams(fusion), accurate)]
+    keep = _keep(seed, tokens, d, threshold, fusion, blocks, accurate) if threshold else None
     dx = dh.new_empty(0, dtype=dtype)
     dA = [A.new_empty(0) for A in (vu_A, if_A)]
     if need_dx:
@@ -473,8 +488,9 @@ def grad_input(
         if keep is None:
             dx = _accumulate(base, dh.flatten(2), A.flatten(1, 2), blocks, dtype)
         else:
-            parts = [torch.bmm(dh[:, :, slot] * scale, A[:, slot]).mul_(m) for slot, m in enumerate(keep)]
-            dx = blocks.join(parts[0] if len(parts) == 1 else parts[0].add_(parts[1]))
+            parts = [torch.bmm(dh[:, :, slot] * scale, A[:, slot]) for slot in range(len(keep))]
+            dx = parts[0].mul_(keep[0])
+            dx = blocks.join(dx if len(parts) == 1 else dx.addcmul_(parts[1], keep[1]))
             dx = (dx if base is None else dx.add_(base)).to(dtype)
         if dmean is not None:
             routed, _ = _routed(route_mask, tokens, instances, blocks, dh)
@@ -485,7 +501,7 @@ def grad_input(
             if not (need_vu_A, need_if_A)[branch]:
                 continue
             A = (vu_A, if_A)[branch]
-            x_kept = x_blocks if keep is None else x_blocks * keep[slot]
+            x_kept = x_blocks if keep is None else keep[slot].mul_(x_blocks)
             partial = torch.bmm(dh[:, :, slot].mT, x_kept).view(*routes.shape[::2], *A.shape[1:])
             dA[branch] = by_expert(partial, A.shape[0], routes[:, slot]).mul_(scale).to(A.dtype)
     return dx, *dA

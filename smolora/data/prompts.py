@@ -54,6 +54,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image_features = image_features
+        self._opening = self._tokens(f"{SYSTEM} USER: ")
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
@@ -100,15 +101,16 @@ class PromptEncoder:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def _encode(self, prompt: str) -> list[int]:
-        ids = [self.tokenizer.bos_token_id]
-        # only the image's own place is one: "<image>" in a question is text, which comes after the first
-        has_image = prompt.startswith(f"{SYSTEM} USER: {IMAGE_TOKEN}\n")
-        pieces = prompt.split(IMAGE_TOKEN, 1) if has_image else [prompt]
-        for index, piece in enumerate(pieces):
-            if index:
-                ids.append(self.image_token_id)
-            ids += self.tokenizer(piece, add_special_tokens=False).input_ids
-        return ids
+        opening = f"{SYSTEM} USER: {IMAGE_TOKEN}"
+        # only the image's own place is one: "<image>" further on is the question's text
+        if prompt.startswith(f"{opening}\n"):
+            ids = [*self._opening, self.image_token_id, *self._tokens(prompt.removeprefix(opening))]
+        else:
+            ids = self._tokens(prompt)
+        return [self.tokenizer.bos_token_id, *ids]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool) -> tuple[Tensor, Tensor]:

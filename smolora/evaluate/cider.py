@@ -10,8 +10,16 @@ from typing import NamedTuple
 N = 4  # n-grams of 1 to 4 tokens
 SIGMA = 6.0  # width of CIDEr-D's penalty on a difference in length, in bigrams
 
+Tokens = Sequence[str]
 NGrams = Counter[tuple[str, ...]]
 DocumentFrequencies = Mapping[tuple[str, ...], int]
+
+
+class Agreement(NamedTuple):
+    """Of a caption with references, 0 to 10."""
+
+    cider_d: float  # a repeated n-gram counts no more often than a reference has it; another length is penalised
+    cider: float  # the plain cosine
 
 
 class _Vector(NamedTuple):
@@ -20,7 +28,7 @@ class _Vector(NamedTuple):
     bigrams: int
 
 
-def ngrams(tokens: Sequence[str]) -> NGrams:
+def ngrams(tokens: Tokens) -> NGrams:
     """How often each n-gram of 1 to 4 tokens occurs."""
     counts: NGrams = Counter()
     for n in range(1, N + 1):
@@ -41,79 +49,58 @@ def agreement(
     references: Sequence[Sequence[NGrams]],
     frequencies: DocumentFrequencies,
     documents: int,
-    *,
-    clipped: bool,
-) -> list[float]:
-    """The consensus of each caption with its image's references, 0 to 10.
+) -> list[Agreement]:
+    """The consensus of each caption with its image's references.
 
     Args:
         captions: n-grams of one caption an image.
         references: n-grams of the references of each image, at least one.
         frequencies: document frequencies of the corpus.
         documents: its number of documents.
-        clipped: CIDEr-D, where a repeated n-gram counts no more often than the reference has it and a difference in
-            length is penalised; else CIDEr, the plain cosine.
     """
-    # tf-idf weights of the same counts are asked for again and again where references are shared
-    idf = _Idf(frequencies, documents)
+    # the inverse document frequency by how many documents have an n-gram; one that none has counts as if one had it
+    idf = [math.log(documents / max(1, frequency)) for frequency in range(documents + 1)]
     scores = []
     for caption, of_image in zip(captions, references, strict=True):
-        hypothesis = _vector(caption, idf)
-        total = sum(_similarity(hypothesis, _vector(reference, idf), clipped) for reference in of_image)
-        scores.append(10 * total / len(of_image))
+        hypothesis = _vector(caption, frequencies, idf)
+        pairs = [_similarity(hypothesis, _vector(reference, frequencies, idf)) for reference in of_image]
+        scores.append(Agreement(*(10 * sum(values) / len(values) for values in zip(*pairs, strict=True))))
     return scores
 
 
-def cider_d(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
-    """CIDEr-D of tokenised captions, 0 to 10 each: what the COCO caption evaluation prints as CIDEr is their mean."""
-    return _consensus(captions, references, clipped=True)
+def consensus(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[Agreement]:
+    """The consensus of tokenised captions with their images' references, which are the corpus too.
 
-
-def cider(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
-    """CIDEr of tokenised captions, 0 to 10 each, without stemming: the cosine, neither clipped nor penalised."""
-    return _consensus(captions, references, clipped=False)
-
-
-def _consensus(
-    captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]], *, clipped: bool
-) -> list[float]:
+    The mean of `cider_d` is what the COCO caption evaluation prints as CIDEr; `cider` is without stemming.
+    """
     counted = [[ngrams(reference) for reference in of_image] for of_image in references]
-    frequencies = document_frequencies(counted)
-    return agreement([ngrams(caption) for caption in captions], counted, frequencies, len(counted), clipped=clipped)
+    return agreement([ngrams(caption) for caption in captions], counted, document_frequencies(counted), len(counted))
 
 
-class _Idf(dict):
-    """Inverse document frequencies, each computed once: log(documents / max(1, frequency))."""
-
-    def __init__(self, frequencies: DocumentFrequencies, documents: int) -> None:
-        self.frequencies = frequencies
-        self.log_documents = math.log(documents)
-
-    def __missing__(self, gram: tuple[str, ...]) -> float:
-        self[gram] = value = self.log_documents - math.log(max(1, self.frequencies.get(gram, 0)))
-        return value
-
-
-def _vector(counts: NGrams, idf: _Idf) -> _Vector:
+def _vector(counts: NGrams, frequencies: DocumentFrequencies, idf: Sequence[float]) -> _Vector:
     weights, squares, bigrams = {}, [0.0] * N, 0
     for gram, count in counts.items():
-        weights[gram] = weight = count * idf[gram]
-        squares[len(gram) - 1] += weight * weight
-        if len(gram) == 2:
+        weights[gram] = weight = count * idf[frequencies.get(gram, 0)]
+        length = len(gram)
+        squares[length - 1] += weight * weight
+        if length == 2:
             bigrams += count
     return _Vector(weights, [math.sqrt(square) for square in squares], bigrams)
 
 
-def _similarity(hypothesis: _Vector, reference: _Vector, clipped: bool) -> float:
-    """The cosine of two captions, averaged over the lengths of n-grams."""
-    products = [0.0] * N
+def _similarity(hypothesis: _Vector, reference: _Vector) -> Agreement:
+    """The cosine of two captions, averaged over the lengths of n-grams, clipped with a penalty and plain; 0 to 1."""
+    clipped, plain = [0.0] * N, [0.0] * N
     for gram, weight in hypothesis.weights.items():
         other = reference.weights.get(gram)
         if other is not None:
-            products[len(gram) - 1] += (min(weight, other) if clipped else weight) * other
-    total = 0.0
-    for product, ours, theirs in zip(products, hypothesis.norms, reference.norms, strict=True):
-        total += product / (ours * theirs) if ours and theirs else product
-    if clipped:
-        total *= math.exp(-((hypothesis.bigrams - reference.bigrams) ** 2) / (2 * SIGMA**2))
-    return total / N
+            clipped[len(gram) - 1] += min(weight, other) * other
+            plain[len(gram) - 1] += weight * other
+    norms = [ours * theirs for ours, theirs in zip(hypothesis.norms, reference.norms, strict=True)]
+    scale = [1 / norm if norm else 0 for norm in norms]
+    penalty = math.exp(-((hypothesis.bigrams - reference.bigrams) ** 2) / (2 * SIGMA**2))
+    return Agreement(penalty * _dot(clipped, scale) / N, _dot(plain, scale) / N)
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))

@@ -5,6 +5,7 @@ A new dataset is one entry of `DATASETS`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -78,6 +79,9 @@ class Dataset:
         smolora: scoring that can be compared with the paper's tables.
         standard: scoring as the field means the metric.
         missing_is_wrong: a question without an answer counts as wrong; else it is an error.
+        max_new_tokens: of an answer, as released.
+        released_square: whether the released evaluation pads images to a square, as training does for all.
+        instruction_row: its row among the embeddings saved with a released adapter; None if it has none.
     """
 
     questions: str
@@ -85,6 +89,9 @@ class Dataset:
     smolora: Scoring
     standard: Scoring
     missing_is_wrong: bool = False
+    max_new_tokens: int = 128
+    released_square: bool = True
+    instruction_row: int | None = None
 
     def scoring(self, protocol: str) -> Scoring:
         """The scoring under a protocol, "smolora" or "standard"."""
@@ -228,6 +235,8 @@ def _by_group(scoring: Scoring) -> Scoring:
     return Scoring(scoring.metric, scoring.score, scoring.follows, parts)
 
 
+CENTRE_CROP: dict[str, Any] = {"max_new_tokens": 1024, "released_square": False}  # one of the released two scripts
+
 DATASETS: dict[str, Dataset] = {
     "ScienceQA": Dataset(
         "test.json",
@@ -235,34 +244,60 @@ DATASETS: dict[str, Dataset] = {
         Scoring("accuracy", each(rules.released_letter), rules.follows_letter),
         Scoring("accuracy", each(rules.letter), rules.follows_letter),
         missing_is_wrong=True,
+        **CENTRE_CROP,
+        instruction_row=0,
     ),
     "TextVQA": Dataset(
         "val.json",
         ten_answers("TextVQA_0.5.1_val.json", "data", required=True),
         _released(rules.released_soft),
         Scoring("vqa_accuracy", each(rules.soft_textvqa), rules.follows_word),
+        instruction_row=1,
     ),
     "Flickr30k": Dataset(
         "val.json",
         several_answers,
         Scoring("cider", rules.released_cider_swapped, rules.released_follows_sentence),
         CAPTION,
+        instruction_row=2,
     ),
-    "ImageNet": Dataset("test.json", one_answer, _released(rules.released_either_contains), ACCURACY),
-    "GQA": Dataset("test.json", gqa, _by_group(_released(rules.released_full_stop)), _by_group(ACCURACY)),
+    "ImageNet": Dataset(
+        "test.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP, instruction_row=3
+    ),
+    "GQA": Dataset(
+        "test.json", gqa, _by_group(_released(rules.released_full_stop)), _by_group(ACCURACY), instruction_row=4
+    ),
     "VQAv2": Dataset(
         "val.json",
         ten_answers("v2_mscoco_val2014_annotations.json", "annotations"),
         _released(rules.released_exact),
         VQA,
+        **CENTRE_CROP,
+        instruction_row=5,
     ),
     "VizWiz": Dataset(
         "val.json",
         ten_answers("Annotations/val.json", None, by="image"),
         _released(rules.released_exact),
         VQA,
+        instruction_row=1,
     ),
-    "TextCaps": Dataset("val.json", several_answers, RELEASED_CAPTION, CAPTION),
-    "OCRVQA": Dataset("test.json", one_answer, _released(rules.released_exact_answerable), ACCURACY),
-    "Places365": Dataset("val.json", one_answer, _released(rules.released_either_contains), ACCURACY),
+    "TextCaps": Dataset("val.json", several_answers, RELEASED_CAPTION, CAPTION, instruction_row=2),
+    "OCRVQA": Dataset("test.json", one_answer, _released(rules.released_exact_answerable), ACCURACY, instruction_row=1),
+    "Places365": Dataset(
+        "val.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP, instruction_row=6
+    ),
 }
+
+
+def find_dataset(name: str) -> Dataset:
+    """The benchmark's dataset of that name.
+
+    Raises:
+        ValueError: there is none; the message has the nearest name and all of them.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name.lower(), {known.lower(): known for known in DATASETS}, n=1, cutoff=0.5)
+        hint = "".join(f"; did you mean {known}?" for known in DATASETS if known.lower() in near)
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
+    return DATASETS[name]

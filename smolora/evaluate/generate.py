@@ -95,6 +95,12 @@ def answer_id(question_id: int | str, model_id: str) -> str:
     return hashlib.sha256(json.dumps([question_id, model_id]).encode()).hexdigest()[:22]
 
 
+def process_state(*, on_cpu: bool) -> PartialState:
+    """Which process this is of how many, as the launcher says (torchrun, accelerate); made once, before the model."""
+    # processes wait for each other at the end of a task, and one may have hours more to do
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=7))
+
+
 def generate_answers(
     model: nn.Module,
     encoder: PromptEncoder,
@@ -122,30 +128,33 @@ def generate_answers(
             belongs to a run with another model, file or settings.
     """
     settings = settings or GenerationSettings()
-    state = PartialState(timeout=timedelta(days=7))  # how long the first process waits for the last
+    state = process_state(on_cpu=all(parameter.device.type == "cpu" for parameter in model.parameters()))
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    skipped: list[Skipped] = []
-    questions = read_questions(job.questions, broken=skipped if settings.skip_broken else None)
-    questions = [q for q in questions if _has_its_image(q, job, skipped if settings.skip_broken else None)]
-    run = _identity(job, settings, transform, embed is not None)
-    parts = Parts(job.output, run)
+    run = _identity(job, settings, transform, model, embed is not None)
     if job.output.exists():
         info = read_json(_info_path(job.output))
         _same_run(info["run"], run, job.output)
         return info
+    skipped: list[Skipped] = []
+    questions = read_questions(job.questions, broken=skipped if settings.skip_broken else None)
+    questions = [q for q in questions if _has_its_image(q, job, skipped if settings.skip_broken else None)]
     prompts = [encoder.prompt(q.text, q.image is not None) for q in questions]
     plan = plan_batches([encoder.length(prompt) for prompt in prompts], settings.token_budget)
+    # batches of another plan would not be these; an image that is there now was missing then, or another tokenizer
+    parts = Parts(job.output, {**run, "plan": hashlib.sha256(json.dumps([prompts, plan]).encode()).hexdigest()})
     done = parts.read()
     state.wait_for_everyone()  # all have read what there is before anyone adds to it
     mine = [batch for batch in range(len(plan)) if batch not in done][state.process_index :: state.num_processes]
-    answerer = _Answerer(model, encoder, embed, settings)
+    share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
     with (
+        RoutingRecorder(model) as recorder,
         parts.writer(state.process_index) as write,
         tqdm(
-            total=sum(len(plan[batch]) for batch in mine), unit="sample", desc=job.dataset, smoothing=0.05,
+            total=sum(len(plan[batch]) for batch in mine), unit="sample", desc=job.dataset + share, smoothing=0.05,
             disable=not state.is_main_process,
         ) as progress,
     ):  # fmt: skip
+        answerer = _Answerer(model, encoder, embed, settings, recorder)
         for batch, pixels in _load_images(mine, plan, questions, job.images, transform, settings):
             chosen, broken = [], []
             for position, image in zip(plan[batch], pixels, strict=True):
@@ -165,7 +174,7 @@ def generate_answers(
                     "batch": batch,
                     "answers": [[p, text] for (p, _), text in zip(chosen, answers, strict=True)],
                     "skipped": broken,
-                    "tally": tally(layers, answerer.recorder.experts),
+                    "tally": tally(layers, recorder.experts),
                     "routes": layers if settings.routes_per_sample else [],
                 }
             )
@@ -182,10 +191,14 @@ class _Answerer:
     """Greedy answers to one batch."""
 
     def __init__(
-        self, model: nn.Module, encoder: PromptEncoder, embed: Embed | None, settings: GenerationSettings
+        self,
+        model: nn.Module,
+        encoder: PromptEncoder,
+        embed: Embed | None,
+        settings: GenerationSettings,
+        recorder: RoutingRecorder,
     ) -> None:
-        self.model, self.encoder, self.embed = model, encoder, embed
-        self.recorder = RoutingRecorder(model)
+        self.model, self.encoder, self.embed, self.recorder = model, encoder, embed, recorder
         self.config = GenerationConfig(
             max_new_tokens=settings.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
             bos_token_id=encoder.tokenizer.bos_token_id, eos_token_id=encoder.tokenizer.eos_token_id,
@@ -222,7 +235,7 @@ class _Answerer:
 
 
 class _BatchImages(Dataset):
-    """The images of each batch, decoded; an error in an image's place."""
+    """The images of each batch, decoded."""
 
     def __init__(self, batches: list[list[Path | None]], transform: ImageTransform) -> None:
         self.batches, self.transform = batches, transform
@@ -230,14 +243,22 @@ class _BatchImages(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> list[Tensor | BrokenImageError | None]:
-        return [path and self._read(path) for path in self.batches[index]]
+    def __getitem__(self, index: int) -> tuple[Tensor | None, list[BrokenImageError | bool]]:
+        """The batch's images as one tensor, since each costs a file descriptor on its way between processes.
 
-    def _read(self, path: Path) -> Tensor | BrokenImageError:
-        try:
-            return self.transform(path)
-        except BrokenImageError as error:
-            return error
+        Returns:
+            (n, 3, height, width), or None for no image; and for each place of the batch whether it has one of them, or
+            why it has none.
+        """
+        pixels, found = [], []
+        for path in self.batches[index]:
+            try:
+                if path is not None:
+                    pixels.append(self.transform(path))
+                found.append(path is not None)
+            except BrokenImageError as error:
+                found.append(error)
+        return torch.stack(pixels) if pixels else None, found
 
 
 def _load_images(
@@ -252,7 +273,9 @@ def _load_images(
     paths = [[_image_path(questions[p], folder) for p in plan[batch]] for batch in batches]
     workers = min(settings.image_workers, len(batches)) if any(map(any, paths)) else 0
     loader = DataLoader(_BatchImages(paths, transform), batch_size=None, num_workers=workers)
-    yield from zip(batches, loader, strict=True)
+    for batch, (pixels, found) in zip(batches, loader, strict=True):
+        images = iter(() if pixels is None else pixels)
+        yield batch, [next(images) if place is True else place or None for place in found]
 
 
 def _image_path(question: Question, folder: Path) -> Path | None:
@@ -294,12 +317,15 @@ class Parts:
         """The batches that are there, by number.
 
         Raises:
-            ValueError: they belong to a run with other settings.
+            ValueError: they belong to a run with other settings, or a file is broken elsewhere than at its end.
         """
         done = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             for line in _whole_lines(path):
-                content = json.loads(line)
+                try:
+                    content = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path} is broken ({error}): remove it") from error
                 if "run" in content:
                     _same_run(content["run"], self.run, self.folder)
                 else:
@@ -367,7 +393,7 @@ def _merge(
         "skipped": len(skipped),
         "routing": summary(line["tally"] for line in lines),
     }
-    _write_whole(_info_path(job.output), json.dumps(info, indent=1) + "\n")
+    write_whole(_info_path(job.output), json.dumps(info, indent=1) + "\n")
     _write_lines(job.output, (_answer(questions[p], texts[p], job) for p in sorted(texts)))
 
 
@@ -385,10 +411,10 @@ def _answer(question: Question, text: str, job: Job) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    _write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def _write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
     """Whole or not at all."""
     part = path.with_name(path.name + ".part")
     with part.open("w") as file:
@@ -402,16 +428,30 @@ def _info_path(output: Path) -> Path:
     return output.with_suffix(".info.json")
 
 
-def _identity(job: Job, settings: GenerationSettings, transform: ImageTransform, embedded: bool) -> dict[str, Any]:
-    """What answers depend on, as far as it can be told from outside the model."""
+def _identity(
+    job: Job, settings: GenerationSettings, transform: ImageTransform, model: nn.Module, embedded: bool
+) -> dict[str, Any]:
+    """What the answers depend on."""
     return {
         "dataset": job.dataset,
         "questions": hashlib.sha256(job.questions.read_bytes()).hexdigest(),
         "model_id": job.model_id,
+        "weights": _digest(model),
         "square_images": transform.square,
         "instruction_embeds": embedded,
         **{name: value for name, value in asdict(settings).items() if name != "image_workers"},
     }
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of up to 256 numbers of every parameter: another training's weights have another."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        values = values[:: max(1, len(values) // 256)][:256]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _same_run(found: dict[str, Any], run: dict[str, Any], where: Path) -> None:

@@ -16,17 +16,25 @@ class RoutingRecorder:
     Only that forward counts: its routes are kept while decoding (`decode_routing="prompt"`), and neither the batch nor
     the other answers' lengths change what it decides.
 
+    It records inside a `with` block.
+
     Args:
         model: with SMoLoRA adapters or without; without, nothing is recorded.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = {name: module for name, module in model.named_modules() if hasattr(module, "smolora_experts")}
-        config = next((c for m in self.layers.values() for c in [next(iter(m.smolora_experts.values())).config]), None)
-        self.experts = (config.num_vu_experts, config.num_if_experts) if config else (0, 0)
-        self._found: dict[str, tuple[Any, bool]] = {}
-        for name, layer in self.layers.items():
-            layer.register_forward_hook(self._hook(name))
+        configs = [experts.config for layer in self.layers.values() for experts in layer.smolora_experts.values()]
+        self.experts = (configs[0].num_vu_experts, configs[0].num_if_experts) if configs else (0, 0)
+        self._found: dict[str, Any] = {}
+
+    def __enter__(self) -> RoutingRecorder:
+        self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def start(self) -> None:
         """Forget what was recorded: a `generate()` call follows."""

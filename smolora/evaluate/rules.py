@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from . import cider, ptb, vqa
@@ -140,7 +141,8 @@ def _soft(item: Item, text: str, **options: int) -> float:
 
 def released_cider(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
     """TextCaps: CIDEr-D over tokens that whitespace separates, case and punctuation kept."""
-    return cider.cider_d([text.split() for text in texts], [[r.split() for r in item.references] for item in items])
+    references = [[reference.split() for reference in item.references] for item in items]
+    return [score.cider_d for score in cider.consensus([text.split() for text in texts], references)]
 
 
 def released_cider_swapped(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
@@ -155,25 +157,27 @@ def released_cider_swapped(items: Sequence[Item], texts: Sequence[str]) -> list[
         references = [cider.ngrams(reference.split()) for reference in item.references]
         alone = [[reference] for reference in references]
         frequencies = cider.document_frequencies(alone)
-        scores = cider.agreement([answer] * len(alone), alone, frequencies, len(alone), clipped=True)
-        best.append(references[scores.index(max(scores))])
+        scores = cider.agreement([answer] * len(alone), alone, frequencies, len(alone))
+        best.append(max(zip(scores, references, strict=True), key=lambda pair: pair[0].cider_d)[1])
     alone = [[answer] for answer in answers]
-    return cider.agreement(best, alone, cider.document_frequencies(alone), len(alone), clipped=True)
+    swapped = cider.agreement(best, alone, cider.document_frequencies(alone), len(alone))
+    return [score.cider_d for score in swapped]
 
 
 def cider_d(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
     """CIDEr-D over Penn Treebank tokens: what the COCO caption evaluation calls CIDEr."""
-    return cider.cider_d(*_tokenized(items, texts))
+    return [score.cider_d for score in _of_ptb_tokens(tuple(items), tuple(texts))]
 
 
 def plain_cider(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
     """CIDEr over Penn Treebank tokens, neither clipped nor penalised."""
-    return cider.cider(*_tokenized(items, texts))
+    return [score.cider for score in _of_ptb_tokens(tuple(items), tuple(texts))]
 
 
-def _tokenized(items: Sequence[Item], texts: Sequence[str]) -> tuple[list[list[str]], list[list[list[str]]]]:
+@lru_cache(maxsize=1)  # the two are asked for one after the other
+def _of_ptb_tokens(items: tuple[Item, ...], texts: tuple[str, ...]) -> list[cider.Agreement]:
     references = [[ptb.tokenize(reference) for reference in item.references] for item in items]
-    return [ptb.tokenize(text) for text in texts], references
+    return cider.consensus([ptb.tokenize(text) for text in texts], references)
 
 
 # ---- does it follow the instruction?

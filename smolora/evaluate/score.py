@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.format import Skipped, read_answers, read_lines
-from .datasets import DATASETS, PROTOCOLS, Dataset, Files
+from .datasets import DATASETS, PROTOCOLS, Files, find_dataset
 
 
 @dataclass(frozen=True)
@@ -35,19 +34,6 @@ class Score:
         figures = [f"{self.metric} {self.score:.2f}", *(f"{n} {_two(v)}" for n, v in self.parts.items())]
         figures += [f"MIF {self.mif:.2f}", f"{self.count} answers"] + [f"{self.skipped} skipped"] * bool(self.skipped)
         return f"{self.dataset} (protocol {self.protocol}): " + ", ".join(figures)
-
-
-def find_dataset(name: str) -> Dataset:
-    """The benchmark's dataset of that name.
-
-    Raises:
-        ValueError: there is none; the message has the nearest name and all of them.
-    """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name.lower(), {known.lower(): known for known in DATASETS}, n=1, cutoff=0.5)
-        hint = "".join(f"; did you mean {known}?" for known in DATASETS if known.lower() in near)
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
-    return DATASETS[name]
 
 
 def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, protocol: str = "smolora") -> Score:

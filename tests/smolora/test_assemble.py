@@ -26,9 +26,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from smolora import cli
+from smolora import SMoLoRAConfig, cli
 from smolora.assemble import assemble, load_processor
 from smolora.convert import convert_official, convert_to_official
+from smolora.instruction import read_instruction_embeddings, write_instruction_embeddings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
 LANGUAGE, VISION, PROJECTOR = GOLDEN / "language", GOLDEN / "vision", GOLDEN / "mm_projector.bin"
@@ -113,6 +114,30 @@ def test_saved_by_peft_and_back_again(adapted: PeftModel, tmp_path: Path):
     assert list(back) == list(source) and all(torch.equal(back[name], source[name]) for name in source)
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "instruction_embeddings.safetensors"])
+@pytest.mark.parametrize("writer", ["convert-official", "peft"])
+def test_flipped_bits_are_not_loaded(writer: str, file: str, llava: Path, adapted: PeftModel, tmp_path: Path):
+    """Stock PEFT alone would load them: both writers leave checksums, and the configuration compares them."""
+    if writer == "peft":
+        adapted.save_pretrained(str(tmp_path / "adapter"))
+    else:
+        convert_official(GOLDEN / "adapter", tmp_path / "adapter")
+    raw = bytearray((tmp_path / "adapter" / file).read_bytes())
+    raw[-1000] ^= 4
+    (tmp_path / "adapter" / file).write_bytes(raw)
+    base = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"is broken: the values of '.+' are not those that were written"):
+        PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+
+
+def test_texts_stay_with_their_embeddings(tmp_path: Path):
+    """Through a configuration that is read and saved."""
+    write_instruction_embeddings(tmp_path, torch.randn(2, 12), ["a", ["b", "c"]])
+    SMoLoRAConfig(instruction_dim=12, default_instruction=1).save_pretrained(str(tmp_path))
+    SMoLoRAConfig.from_pretrained(str(tmp_path)).save_pretrained(str(tmp_path / "again"))
+    assert read_instruction_embeddings(tmp_path / "again")[1] == ["a", ["b", "c"]]
 
 
 # ----------------------------------------------------------------------------------------------------- what is written
@@ -432,6 +457,27 @@ def test_broken_projectors(tmp_path: Path):
     with pytest.raises(ValueError, match=r"'model\.mm_projector\.2\.weight'"):
         assemble(LANGUAGE, VISION, tmp_path / "p.bin", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("language", dict(num_attention_heads=5), "number of attention heads"),
+        ("language", dict(hidden_act="nope"), "nope"),
+        ("language", dict(model_type="t5"), "LLaVA"),
+        ("language", dict(model_type="none"), "none"),
+        ("vision", dict(patch_size=0), "ZeroDivisionError"),
+    ],
+)
+def test_wrong_configurations(part: str, changes: dict, words: str, tmp_path: Path):
+    """Whatever transformers makes of them, the command ends with one error."""
+    sources = {"language": LANGUAGE, "vision": VISION}
+    shutil.copytree(sources[part], tmp_path / "part")
+    config = json.loads((tmp_path / "part" / "config.json").read_text())
+    (tmp_path / "part" / "config.json").write_text(json.dumps({**config, **changes}))
+    sources[part] = tmp_path / "part"
+    with pytest.raises(ValueError, match=words):
+        assemble(sources["language"], sources["vision"], PROJECTOR, tmp_path / "out")
 
 
 def test_wrong_folders(tmp_path: Path, capsys: pytest.CaptureFixture):

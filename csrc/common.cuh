@@ -1,0 +1,184 @@
+// What the passes share: weights of any dtype, dropout's masks, top-k, where a tile of tokens lies.
+#pragma once
+
+#include "ptx.cuh"
+#include "smolora.h"
+
+__host__ __device__ constexpr int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int rank_columns(int64_t r) { return static_cast<int>(cdiv(r, 16) * 16); }
+
+__device__ __forceinline__ float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) v += shuffle_xor(v, lanes);
+  return v;
+}
+
+// Element i of a weight in float32.
+__device__ __forceinline__ float weight_at(Weight w, int64_t i) {
+  switch (w.dtype) {
+    case kFloat32: return global<const float>(w.data)[i];
+    case kFloat16: return to_float(global<const fp16>(w.data)[i]);
+    case kBfloat16: return to_float(global<const bf16>(w.data)[i]);
+    default: return static_cast<float>(global<const double>(w.data)[i]);
+  }
+}
+
+// Elements i to i + 3 in float32, zeros from the `count`-th on; `aligned`: they start where one load can take them.
+template <class T>
+__device__ __forceinline__ void four_at(float (&v)[4], Ptr<const T> p, int64_t i, int64_t count, bool aligned) {
+  if (!aligned || count < 4) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = j < count ? to_float(p[i + j]) : 0.0f;
+  } else if constexpr (sizeof(T) == 4) {
+    const float4 four = *view<const float4>(p + i);
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+  } else {
+    const uint2 four = *view<const uint2>(p + i);
+    const T* element = reinterpret_cast<const T*>(&four);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = to_float(element[j]);
+  }
+}
+__device__ __forceinline__ void four_at(float (&v)[4], Weight w, int64_t i, int64_t count, bool aligned) {
+  switch (w.dtype) {
+    case kFloat32: return four_at(v, global<const float>(w.data), i, count, aligned);
+    case kFloat16: return four_at(v, global<const fp16>(w.data), i, count, aligned);
+    case kBfloat16: return four_at(v, global<const bf16>(w.data), i, count, aligned);
+    default:
+      for (int j = 0; j < 4; ++j) v[j] = j < count ? weight_at(w, i + j) : 0.0f;
+  }
+}
+
+__device__ __forceinline__ bool is_aligned(const void* p, int bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+__device__ __forceinline__ void set_weight(Weight w, int64_t i, float v) {
+  switch (w.dtype) {
+    case kFloat32: global<float>(w.data)[i] = v; break;
+    case kFloat16: global<fp16>(w.data)[i] = from_float<fp16>(v); break;
+    case kBfloat16: global<bf16>(w.data)[i] = from_float<bf16>(v); break;
+    default: global<double>(w.data)[i] = static_cast<double>(v);
+  }
+}
+
+// v as the compute dtype has it.
+template <class T>
+__device__ __forceinline__ float rounded(float v) {
+  return to_float(from_float<T>(v));
+}
+
+// Dropout's mask of 16 columns of a row, bit j for column 16 block + j, 1 where an element stays: Philox4x32-10 with
+// counter (block, row low, row high, stream) and key = seed; byte j of its output is compared with the threshold.
+__device__ __forceinline__ uint32_t keep_bits(int64_t seed, int64_t row, uint32_t block, uint32_t stream,
+                                              uint32_t threshold) {
+  uint32_t c0 = block, c1 = static_cast<uint32_t>(row), c2 = static_cast<uint32_t>(row >> 32), c3 = stream;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint32_t high_a = __umulhi(0xD2511F53u, c0), low_a = 0xD2511F53u * c0;
+    const uint32_t high_b = __umulhi(0xCD9E8D57u, c2), low_b = 0xCD9E8D57u * c2;
+    c0 = high_b ^ c1 ^ k0, c1 = low_b, c2 = high_a ^ c3 ^ k1, c3 = low_a;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  const uint32_t least = threshold * 0x01010101u;
+  const uint32_t words[4] = {c0, c1, c2, c3};
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // a bit of each byte, brought together by the product's top byte
+    const uint32_t kept = bytes_at_least(words[i], least) & 0x08040201u;
+    bits |= (kept * 0x01010101u >> 24) << 4 * i;
+  }
+  return bits;
+}
+
+// softmax(top_k(z)) of Eq. 5 and 6 over z (E,), ties to the lowest; by one thread. Each chosen expert follows the one
+// before in the order of falling logits and rising numbers.
+__device__ __forceinline__ void choose(Ptr<const float> z, int E, int K, Ptr<int> routes, Ptr<float> gates) {
+  float last = INFINITY, first = 0, total = 0;
+  int last_expert = -1;
+  for (int j = 0; j < K; ++j) {
+    float best = -INFINITY;
+    int expert = -1;
+    for (int i = 0; i < E; ++i) {
+      const bool follows = z[i] < last || (z[i] == last && i > last_expert);
+      if (follows && (expert < 0 || z[i] > best)) best = z[i], expert = i;
+    }
+    if (expert < 0) expert = min(last_expert + 1, E - 1);  // a NaN follows nothing: stay inside
+    if (j == 0) first = best;
+    routes[j] = expert;
+    gates[j] = expf(best - first);
+    total += gates[j];
+    last = best, last_expert = expert;
+  }
+  for (int j = 0; j < K; ++j) gates[j] = gates[j] / total;
+}
+
+// Where the tiles of BT tokens lie. An instance of L tokens has room for (L + slack BT - 1) / BT tiles; those past its
+// last token are empty.
+struct Span {
+  int instance;
+  int64_t tile;        // its number in the instance
+  int64_t start, end;  // of the instance
+};
+
+__device__ __forceinline__ int64_t tile_base(int64_t i, Ptr<const int> cu, bool packed, int64_t S, int BT, int slack) {
+  return packed ? cu[i] / BT + i * slack : i * ((S + slack * BT - 1) / BT);
+}
+
+__device__ __forceinline__ Span locate(int64_t tile, Ptr<const int> cu, bool packed, int64_t n, int64_t S, int BT,
+                                       int slack) {
+  Span span;
+  if (packed) {
+    int64_t low = 0, high = n;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      if (tile_base(middle, cu, packed, S, BT, slack) <= tile) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    span.instance = static_cast<int>(low);
+    span.start = cu[low], span.end = cu[low + 1];
+  } else {
+    const int64_t i = tile / ((S + slack * BT - 1) / BT);
+    span.instance = static_cast<int>(i);
+    span.start = i * S, span.end = span.start + S;
+  }
+  span.tile = tile - tile_base(span.instance, cu, packed, S, BT, slack);
+  return span;
+}
+
+// The instance of a token.
+__device__ __forceinline__ int instance_of(int64_t token, Ptr<const int> cu, bool packed, int64_t n, int64_t S) {
+  if (!packed) return static_cast<int>(token / S);
+  int64_t low = 0, high = n;  // the last boundary that is not past the token
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (cu[middle] <= token) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return static_cast<int>(low);
+}
+
+// Tiles that cover all tokens, as the host counts them.
+inline int64_t tile_count(const Layout& p, int64_t BT, int64_t slack) {
+  if (p.n == 0) return 0;
+  return p.cu != nullptr ? p.T / BT + slack * p.n : p.n * ((p.T / p.n + slack * BT - 1) / BT);
+}
+
+// Calls f with a zero of the compute dtype.
+template <class F>
+void with_dtype(int64_t dtype, F f) {
+  switch (dtype) {
+    case kFloat32: f(float()); break;
+    case kFloat16: f(fp16()); break;
+    default: f(bf16());
+  }
+}

@@ -1,0 +1,280 @@
+// One token an instance, in one launch: y += the adapter's output.
+//
+// Before the grid's barrier the blocks share out what reads weights alone: A x of the experts somebody may use, router
+// logits, and w = s B^T I, each in parts over slices of d or k. After it every block adds the parts up for all
+// instances, chooses, mixes, and expands to a range of outputs of its own. All sums run in a fixed order.
+
+#include "common.cuh"
+#include "grid.cuh"
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kSlice = limits::kDecodeInputs;  // 32 lanes of kVectors vectors of 4
+constexpr int kVectors = kSlice / 128;
+constexpr int kOutputs = limits::kDecodeOutputs;
+constexpr int kMixed = limits::kDecodeNumbers;  // what B is multiplied with, and experts, that a block holds
+
+struct Items {  // what the blocks share out before the barrier
+  int64_t rows, slices, dots, parts, logits;
+  __host__ __device__ explicit Items(const Decode& p) {
+    rows = (p.use_vu ? p.M * p.r : 0) + (p.use_if ? p.N * p.r : 0) + (p.route && p.use_vu ? p.M : 0);
+    slices = cdiv(p.d, kSlice);
+    dots = cdiv(rows, kWarps) * slices;
+    parts = p.adaptive ? cdiv(p.k, kOutputs) * (p.M + p.N) : 0;
+    logits = p.route && p.use_if ? cdiv(p.n * p.N, kWarps) : 0;
+  }
+  __host__ __device__ int64_t total() const { return dots + parts + logits; }
+};
+
+// Which instances use expert e of M + N, as bits: all may where they are routed here.
+__device__ uint64_t users_of(const Decode& p, int e) {
+  if (p.route) return ~0ull;
+  const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), n = static_cast<int>(p.n);
+  const bool vu = e < p.M;
+  if (!(vu ? p.use_vu : p.use_if)) return 0;
+  const int slot = vu ? 0 : b - 1, expert = vu ? e : e - static_cast<int>(p.M);
+  const auto routes = global<const int>(p.routes);
+  uint64_t users = 0;
+  for (int i = 0; i < n; ++i) {
+    for (int j = 0; j < K; ++j) users |= static_cast<uint64_t>(routes[(i * b + slot) * K + j] == expert) << i;
+  }
+  return users;
+}
+
+// A warp's product of one row of A, or of the router, with a slice of every token.
+template <class T>
+__device__ void dot_item(const Decode& p, int64_t row, int64_t slice, int lane, Ptr<const uint64_t> users_of) {
+  const int64_t vu = p.use_vu ? p.M * p.r : 0, experts = vu + (p.use_if ? p.N * p.r : 0);
+  const bool router = row >= experts;
+  Weight weight = router ? p.vu_router : row < vu ? p.vu_A : p.if_A;
+  const int64_t source = router ? row - experts : row < vu ? row : row - vu;
+  const uint64_t users = router ? ~0ull : users_of[(row < vu ? 0 : p.M) + source / p.r];
+  if (users == 0) return;
+  const bool aligned = p.d % 4 == 0 && is_aligned(weight.data, 16);
+  float a[kVectors][4];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t c = slice * kSlice + v * 128 + lane * 4;
+    four_at(a[v], weight, source * p.d + c, p.d - c, aligned);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[v][j] = router ? a[v][j] : rounded<T>(a[v][j]);
+  }
+  auto x = global<const T>(p.x);
+  for (int64_t i = 0; i < p.n; ++i) {
+    if (!(users >> i & 1)) continue;
+    const bool seen = !router || p.mask == nullptr || global<const uint8_t>(p.mask)[i];
+    float sum = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t c = slice * kSlice + v * 128 + lane * 4;
+      float b[4];
+      four_at(b, x, i * p.d + c, seen ? p.d - c : 0, p.d % 4 == 0 && is_aligned(p.x, 16));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum += a[v][j] * b[j];
+    }
+    sum = warp_sum(sum);
+    if (lane == 0 && router) global<float>(p.z_part)[(slice * p.n + i) * p.M + source] = sum;
+    if (lane == 0 && !router) global<float>(p.h_part)[(slice * p.n + i) * experts + row] = sum;
+  }
+}
+
+// A block's part of w of one expert: kOutputs rows of B, times I, added up.
+template <class T>
+__device__ void w_item(const Decode& p, int64_t expert, int64_t part, Ptr<float> scratch) {
+  const bool vu = expert < p.M;
+  const Weight B = vu ? p.vu_B : p.if_B, I = vu ? p.vu_importance : p.if_importance;
+  const int64_t source = (vu ? expert : expert - p.M) * p.k;
+  const int quads = static_cast<int>(cdiv(p.r, 4)), rows = kThreads / quads;  // a thread has 4 ranks of some rows
+  const int quad = threadIdx.x % quads, first = threadIdx.x / quads;
+  const bool aligned = p.r % 4 == 0 && is_aligned(B.data, 16);
+  float sum[4] = {0, 0, 0, 0};
+  if (first < rows) {
+    const int64_t end = min(p.k, (part + 1) * kOutputs);
+#pragma unroll 4
+    for (int64_t row = part * kOutputs + first; row < end; row += rows) {
+      float b[4];
+      four_at(b, B, (source + row) * p.r + quad * 4, p.r - quad * 4, aligned);
+      const float importance = rounded<T>(weight_at(I, row));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[j] += rounded<T>(b[j]) * importance;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) scratch[threadIdx.x * 4 + j] = sum[j];
+  __syncthreads();
+  for (int rank = threadIdx.x; rank < p.r; rank += kThreads) {
+    float total = 0;
+    for (int row = 0; row < rows; ++row) total += scratch[(row * quads + rank / 4) * 4 + rank % 4];
+    global<float>(p.w_part)[(part * (p.M + p.N) + expert) * p.r + rank] = static_cast<float>(p.scaling) * total;
+  }
+  __syncthreads();
+}
+
+// A warp's IF logit of one instance and expert.
+__device__ void logit_item(const Decode& p, int64_t item, int lane) {
+  const int64_t i = item / p.N, expert = item % p.N;
+  float sum = 0;
+  for (int64_t c = lane; c < p.e; c += 32) {
+    sum += weight_at(p.if_router, expert * p.e + c) * weight_at(p.instruction, i * p.e + c);
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) global<float>(p.z_if)[item] = sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
+  Arena arena;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), r = static_cast<int>(p.r);
+  const int E = static_cast<int>(p.M + p.N), slots = b * K, columns = slots * r;
+  auto users = arena.take<uint64_t>(E);
+  auto scratch = arena.take<float>(kThreads * 4);
+  auto w = arena.take<float>(E * r);
+  auto z = arena.take<float>(kWarps * E);
+  auto routes = arena.take<int>(kWarps * slots);
+  auto gates = arena.take<float>(kWarps * slots);
+  const int group = max(1, min(static_cast<int>(p.n), kMixed / (columns + slots)));  // instances mixed at a time
+  auto experts = arena.take<int>(group * slots);
+  auto u = arena.take<float>(group * columns);
+
+  for (int e = threadIdx.x; e < E; e += kThreads) users[e] = users_of(p, e);
+  __syncthreads();
+  const Items items(p);
+  for (int64_t item = blockIdx.x; item < items.total(); item += gridDim.x) {
+    if (item < items.dots) {
+      const int64_t row = item / items.slices * kWarps + warp;
+      if (row < items.rows) dot_item<T>(p, row, item % items.slices, lane, users);
+    } else if (item < items.dots + items.parts) {
+      const int64_t expert = (item - items.dots) % E;
+      if (users[expert] != 0) w_item<T>(p, expert, (item - items.dots) / E, scratch);
+    } else {
+      const int64_t pair = (item - items.dots - items.parts) * kWarps + warp;
+      if (pair < p.n * p.N) logit_item(p, pair, lane);
+    }
+  }
+  grid_barrier();
+
+  if (p.adaptive) {
+    const int64_t parts = cdiv(p.k, kOutputs);
+    for (int c = threadIdx.x; c < E * r; c += kThreads) {
+      float sum = 0;
+      if (users[c / r] != 0) {
+        for (int64_t i = 0; i < parts; ++i) sum += global<const float>(p.w_part)[i * E * r + c];
+      }
+      w[c] = sum;
+    }
+  }
+  __syncthreads();
+
+  const int64_t span = cdiv(cdiv(p.k, static_cast<int64_t>(gridDim.x)), 8) * 8;
+  const int64_t first_output = min(p.k, blockIdx.x * span);
+  const int outputs = static_cast<int>(min(p.k, first_output + span) - first_output);
+  const int64_t rows = (p.use_vu ? p.M * p.r : 0) + (p.use_if ? p.N * p.r : 0);
+  const bool aligned = r % 4 == 0 && is_aligned(p.vu_B.data, 16) && is_aligned(p.if_B.data, 16);
+  for (int64_t begin = 0; begin < p.n; begin += group) {
+    const int count = static_cast<int>(min(static_cast<int64_t>(group), p.n - begin));
+    for (int g = warp; g < count; g += kWarps) {  // a warp an instance: route, mix
+      const int64_t i = begin + g;
+      auto my_routes = routes + warp * slots;
+      auto my_gates = gates + warp * slots;
+      if (p.route) {
+        auto logits = z + warp * E;
+        for (int expert = lane; expert < E; expert += 32) {
+          float sum = 0;
+          if (expert < p.M && p.use_vu) {
+            for (int64_t s = 0; s < items.slices; ++s) sum += global<const float>(p.z_part)[(s * p.n + i) * p.M + expert];
+          } else if (expert >= p.M && p.use_if) {
+            sum = global<const float>(p.z_if)[i * p.N + expert - p.M];
+          }
+          logits[expert] = sum;
+          if (blockIdx.x == 0) global<float>(p.logits)[i * E + expert] = sum;
+        }
+        __syncwarp();
+        if (lane == 0 && p.use_vu) choose(logits, static_cast<int>(p.M), K, my_routes, my_gates);
+        if (lane == 0 && p.use_if) {
+          choose(logits + p.M, static_cast<int>(p.N), K, my_routes + p.use_vu * K, my_gates + p.use_vu * K);
+        }
+      } else {
+        for (int j = lane; j < slots; j += 32) {
+          my_routes[j] = global<const int>(p.routes)[i * slots + j];
+          my_gates[j] = global<const float>(p.gates)[i * slots + j];
+        }
+      }
+      __syncwarp();
+      for (int j = lane; j < slots; j += 32) {
+        experts[g * slots + j] = my_routes[j];
+        if (p.route && blockIdx.x == 0) {
+          global<int>(p.routes)[i * slots + j] = my_routes[j];
+          global<float>(p.gates)[i * slots + j] = my_gates[j];
+        }
+      }
+      float lead = 0;
+      for (int c = lane; c < columns; c += 32) {
+        const int slot = c / r, rank = c % r;
+        const bool vu = p.use_vu && slot < K;
+        const int64_t row = (vu || !p.use_vu ? 0 : p.M * p.r) + static_cast<int64_t>(my_routes[slot]) * r + rank;
+        float h = 0;
+        for (int64_t s = 0; s < items.slices; ++s) h += global<const float>(p.h_part)[(s * p.n + i) * rows + row];
+        u[g * columns + c] = h;
+        if (p.adaptive) {
+          const float score = my_gates[slot] * w[((vu ? 0 : p.M) + my_routes[slot]) * r + rank] * h;
+          lead += vu ? score : -score;
+        }
+      }
+      lead = p.adaptive ? warp_sum(lead) : static_cast<float>(p.fixed_lead);
+      if (blockIdx.x == 0 && lane == 0) global<float>(p.lead)[i] = lead;
+      for (int c = lane; c < columns; c += 32) {
+        const int slot = c / r;
+        const float share = sigmoid(p.use_vu && slot < K ? lead : -lead);
+        u[g * columns + c] = u[g * columns + c] * (static_cast<float>(p.scaling) * share * my_gates[slot]);
+      }
+    }
+    __syncthreads();
+    auto y = global<T>(p.y);
+    for (int item = threadIdx.x; item < count * outputs; item += kThreads) {
+      const int g = item / outputs;
+      const int64_t output = first_output + item % outputs;
+      const int64_t at = (begin + g) * p.k + output;
+      float sum = p.add ? to_float(y[at]) : 0.0f;
+      for (int slot = 0; slot < slots; ++slot) {
+        const Weight B = p.use_vu && slot < K ? p.vu_B : p.if_B;
+        const int64_t source = (experts[g * slots + slot] * p.k + output) * r;
+        for (int rank = 0; rank < r; rank += 4) {
+          float v[4];
+          four_at(v, B, source + rank, r - rank, aligned);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (rank + j < r) sum += rounded<T>(v[j]) * u[g * columns + slot * r + rank + j];
+          }
+        }
+      }
+      y[at] = from_float<T>(sum);
+    }
+    __syncthreads();
+  }
+}
+
+size_t shared_bytes(const Decode& p) {
+  const int64_t slots = (p.use_vu + p.use_if) * p.K, columns = slots * p.r;
+  const int64_t group = std::max<int64_t>(1, std::min(p.n, kMixed / (columns + slots))), E = p.M + p.N;
+  const int64_t sizes[] = {kThreads * 4, E * p.r, kWarps * E, kWarps * slots, kWarps * slots, group * slots,
+                           group * columns, 2 * E};
+  size_t bytes = 0;
+  for (int64_t size : sizes) bytes += cdiv(size * 4, 16) * 16;
+  return bytes;
+}
+
+}  // namespace
+
+void decode(const Decode& p) {
+  use_device(static_cast<int>(p.device));
+  with_dtype(p.dtype, [&](auto zero) {
+    const auto kernel = decode_kernel<decltype(zero)>;
+    const size_t shared = shared_bytes(p);
+    const int64_t wanted = std::max(Items(p).total(), cdiv(p.k, 32));
+    const int64_t blocks = std::min<int64_t>(resident_blocks("decode", kernel, kThreads, shared), wanted);
+    launch("decode", kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared, p.stream, true, p);
+  });
+}

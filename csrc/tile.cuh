@@ -1,0 +1,256 @@
+// Tiles in shared memory and the products of a warp over them, on tensor cores for 16-bit types and by fused
+// multiply-adds for float32, in the same shapes and with the accumulators in the same places.
+//
+// A tile has rows of 128 bytes, whose chunks of 16 bytes are permuted by the row's number: the eight rows that a
+// ldmatrix reads, and the eight rows at one column that float32 lanes read, lie in different banks.
+//
+// Accumulators of a 16x16 product, float[2][4]: [j][i] is row lane / 4 + i / 2 * 8, column j * 8 + lane % 4 * 2 + i % 2.
+#pragma once
+
+#include "common.cuh"
+
+constexpr int kStages = 3;  // tiles on their way or in use
+
+template <class T>
+constexpr int kColumns = limits::kRow / sizeof(T);  // of a tile
+template <class T>
+constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes
+
+// Where an element of a tile lies.
+template <class T>
+__device__ __forceinline__ unsigned place(unsigned row, unsigned column) {
+  return row * kColumns<T> + ((column / kChunk<T> ^ row % 8) * kChunk<T>) + column % kChunk<T>;
+}
+
+// Brings 16 bytes into a tile: `valid` elements, and zeros for what is past them. Commit and wait as for cp.async.
+template <class T>
+__device__ __forceinline__ void load_chunk(Ptr<T> to, Ptr<const T> from, int64_t valid, bool aligned) {
+  if (aligned && valid >= kChunk<T>) {
+    cp_async16(to, from);
+  } else if (valid <= 0) {
+    *view<uint4>(to) = uint4{0, 0, 0, 0};
+  } else {
+#pragma unroll
+    for (int j = 0; j < kChunk<T>; ++j) to[j] = j < valid ? from[j] : from_float<T>(0.0f);
+  }
+}
+
+// The left operand of a product, 16 rows by 16 of what is summed over.
+template <class T>
+struct Left {
+  uint32_t r[4];
+};
+template <>
+struct Left<float> {
+  float r[2][16];
+};
+
+// Loads it from a tile [row][summed], or [summed][row] if TRANSPOSED, from row m and place k on.
+template <bool TRANSPOSED, class T>
+__device__ __forceinline__ void load_left(Left<T>& a, Ptr<const T> tile, int m, int k) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+    const int row = TRANSPOSED ? k + lane % 8 + lane / 16 * 8 : m + lane % 16;
+    const int column = TRANSPOSED ? m + lane / 8 % 2 * 8 : k + lane / 16 * 8;
+    ldmatrix_x4<TRANSPOSED, T>(a.r, tile + place<T>(row, column));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = m + lane / 4 + i * 8;
+#pragma unroll
+      for (int j = 0; j < 16; j += 4) {
+        if constexpr (TRANSPOSED) {
+#pragma unroll
+          for (int jj = 0; jj < 4; ++jj) a.r[i][j + jj] = tile[place<T>(k + j + jj, row)];
+        } else {
+          const float4 four = *view<const float4>(tile + place<T>(row, k + j));
+          a.r[i][j] = four.x, a.r[i][j + 1] = four.y, a.r[i][j + 2] = four.z, a.r[i][j + 3] = four.w;
+        }
+      }
+    }
+  }
+}
+
+// acc += a b for 16 columns, with b from a tile [column][summed], or [summed][column] if TRANSPOSED.
+template <bool TRANSPOSED, class T>
+__device__ __forceinline__ void multiply(float (&acc)[2][4], const Left<T>& a, Ptr<const T> tile, int n, int k) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+    const int row = TRANSPOSED ? k + lane % 16 : n + lane % 8 + lane / 16 * 8;
+    const int column = TRANSPOSED ? n + lane / 16 * 8 : k + lane / 8 % 2 * 8;
+    uint32_t b[4];
+    ldmatrix_x4<TRANSPOSED, T>(b, tile + place<T>(row, column));
+    mma_m16n8k16<T>(acc[0], a.r, b[0], b[1]);
+    mma_m16n8k16<T>(acc[1], a.r, b[2], b[3]);
+  } else if constexpr (TRANSPOSED) {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 b = *view<const float2>(tile + place<T>(k + j, n + half * 8 + lane % 4 * 2));
+        acc[half][0] += a.r[0][j] * b.x, acc[half][1] += a.r[0][j] * b.y;
+        acc[half][2] += a.r[1][j] * b.x, acc[half][3] += a.r[1][j] * b.y;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 16; j += 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 b = *view<const float4>(tile + place<T>(n + i / 2 * 8 + lane % 4 * 2 + i % 2, k + j));
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          float& sum = acc[i / 2][row * 2 + i % 2];
+          sum += a.r[row][j] * b.x, sum += a.r[row][j + 1] * b.y;
+          sum += a.r[row][j + 2] * b.z, sum += a.r[row][j + 3] * b.w;
+        }
+      }
+    }
+  }
+}
+
+// ---- dropout's masks of a tile, 16 columns in a number: keep[row * blocks + column / 16]
+
+// Fills them for `rows` rows from `row` on and `blocks` blocks of columns from `block` on, by `threads` threads.
+__device__ __forceinline__ void fill_keep(Ptr<uint16_t> keep, int rows, int blocks, const Layout& p, int64_t seed,
+                                          int64_t row, int64_t block, int stream, int thread, int threads) {
+  for (int i = thread; i < rows * blocks; i += threads) {
+    keep[i] = static_cast<uint16_t>(keep_bits(seed, row + i / blocks, static_cast<uint32_t>(block + i % blocks), stream,
+                                              static_cast<uint32_t>(p.threshold)));
+  }
+}
+
+__device__ __forceinline__ uint32_t kept_pair(uint32_t low, uint32_t high) {
+  return (low & 1 ? 0xFFFFu : 0u) | (high & 1 ? 0xFFFF0000u : 0u);
+}
+
+// Zeros what is dropped from a left operand that was loaded from [row][column] at row m and column 16 block.
+template <class T>
+__device__ __forceinline__ void drop(Left<T>& a, Ptr<const uint16_t> keep, int blocks, int m, int block) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t bits = keep[(m + g + i * 8) * blocks + block];
+    if constexpr (sizeof(T) == 2) {
+      a.r[i] &= kept_pair(bits >> 2 * q, bits >> (2 * q + 1));
+      a.r[i + 2] &= kept_pair(bits >> (2 * q + 8), bits >> (2 * q + 9));
+    } else {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) a.r[i][j] = bits >> j & 1 ? a.r[i][j] : 0.0f;
+    }
+  }
+}
+
+// The same for one that was loaded transposed, from rows k on: its own rows are the tile's columns 16 block and on.
+template <class T>
+__device__ __forceinline__ void drop_transposed(Left<T>& a, Ptr<const uint16_t> keep, int blocks, int k, int block) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t low = keep[(k + 2 * q + i * 8) * blocks + block];
+      const uint32_t high = keep[(k + 2 * q + i * 8 + 1) * blocks + block];
+      a.r[2 * i] &= kept_pair(low >> g, high >> g);
+      a.r[2 * i + 1] &= kept_pair(low >> (g + 8), high >> (g + 8));
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const uint32_t bits = keep[(k + j) * blocks + block];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) a.r[i][j] = bits >> (g + 8 * i) & 1 ? a.r[i][j] : 0.0f;
+    }
+  }
+}
+
+// ---- rank space in units of 16 columns: the VU branch's slots of RP columns, then the IF branch's
+
+struct Units {
+  int vu, total;
+  __host__ __device__ Units(const Layout& p, int64_t vu_slots) {
+    const int per_slot = rank_columns(p.r) / 16;
+    vu = p.use_vu ? static_cast<int>(vu_slots) * per_slot : 0;
+    total = vu + (p.use_if ? static_cast<int>(p.K) * per_slot : 0);
+  }
+};
+
+// The expert's number and the first rank of a unit; ALL: the VU branch's slots are all experts.
+__device__ __forceinline__ void locate_unit(const Layout& p, const Units& units, Ptr<const int> routes, int instance,
+                                            int unit, bool all, int64_t& expert, int& rank) {
+  const int RP = rank_columns(p.r);
+  const bool vu = unit < units.vu;
+  const int column = (vu ? unit : unit - units.vu) * 16, slot = column / RP;
+  rank = column % RP;
+  const int64_t branches = p.use_vu + p.use_if, branch = vu ? 0 : branches - 1;
+  expert = vu && all ? slot : routes[(instance * branches + branch) * p.K + slot];
+}
+
+// Experts' rows in the compute dtype, RP a expert or a row of RP columns, both 16-byte aligned.
+struct Rows {
+  const void* vu = nullptr;
+  const void* other = nullptr;  // the IF branch's
+  int64_t expert = 0, row = 0;  // distances
+};
+
+// ---- weights brought into that shape: rounded, padded with zeros
+
+struct Packing {
+  Weight from;
+  void* to;
+  int64_t experts, rows, columns;  // of `from`
+  int64_t to_rows, to_columns;
+};
+
+// A row of `to` has `lanes` threads of a block, and a block 256 / lanes rows.
+template <class T>
+__global__ void __launch_bounds__(256) pack_kernel(Packing p, int lanes) {
+  const int thread = threadIdx.x, rows = 256 / lanes;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * rows + thread / lanes;
+  if (thread / lanes >= rows || row >= p.experts * p.to_rows) return;
+  const int64_t expert = row / p.to_rows, from_row = row % p.to_rows;
+  const auto to = global<T>(p.to) + row * p.to_columns;
+  for (int64_t column = thread % lanes; column < p.to_columns; column += lanes) {
+    const bool inside = from_row < p.rows && column < p.columns;
+    const int64_t at = (expert * p.rows + from_row) * p.columns + column;
+    to[column] = from_float<T>(inside ? weight_at(p.from, at) : 0.0f);
+  }
+}
+
+// With rows and columns exchanged, 32 by 32 at a time through shared memory. Grid (columns, rows of `from`, experts).
+template <class T>
+__global__ void __launch_bounds__(256) pack_exchanged_kernel(Packing p) {
+  Arena arena;
+  auto tile = arena.take<float>(32 * 33);
+  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * 32, column0 = static_cast<int64_t>(blockIdx.x) * 32;
+  const int64_t expert = blockIdx.z;
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < 32; i += 8) {
+    const int64_t row = row0 + i, column = column0 + lane;
+    const bool inside = row < p.rows && column < p.columns;
+    tile[i * 33 + lane] = inside ? weight_at(p.from, (expert * p.rows + row) * p.columns + column) : 0.0f;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x / 32; i < 32; i += 8) {
+    const int64_t row = column0 + i, column = row0 + lane;  // of `to`
+    if (row < p.to_rows && column < p.to_columns) {
+      global<T>(p.to)[(expert * p.to_rows + row) * p.to_columns + column] = from_float<T>(tile[lane * 33 + i]);
+    }
+  }
+}
+
+// (E, rows, columns) as it lies, or with its rows and columns exchanged, as (E, to_rows, to_columns).
+template <class T>
+void pack(const Layout& p, Weight from, void* to, int64_t experts, int64_t rows, int64_t columns, bool exchange,
+          int64_t to_rows, int64_t to_columns) {
+  if (to == nullptr) return;
+  const Packing packing{from, to, experts, rows, columns, to_rows, to_columns};
+  if (exchange) {
+    const dim3 grid(static_cast<unsigned>(cdiv(to_rows, 32)), static_cast<unsigned>(cdiv(to_columns, 32)),
+                    static_cast<unsigned>(experts));
+    launch("pack", pack_exchanged_kernel<T>, grid, 256, 32 * 33 * 4, p.stream, false, packing);
+  } else {
+    const int lanes = static_cast<int>(std::min<int64_t>(to_columns, 256));
+    const auto blocks = static_cast<unsigned>(cdiv(experts * to_rows, 256 / lanes));
+    launch("pack", pack_kernel<T>, dim3(blocks), 256, 0, p.stream, false, packing, lanes);
+  }
+}

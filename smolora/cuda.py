@@ -1,0 +1,485 @@
+"""The passes in CUDA C++ (`csrc/`), with the names, arguments and results of `rank_space`, and `decode`.
+
+Tensors are contiguous CUDA tensors; x, g and the base in float32, float16 or bfloat16, parameters in any floating
+dtype. The compiled module takes addresses and sizes alone. In tests `extension` is the emulation of the same sources on
+the CPU, and the tensors are CPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rank_space import FIXED_LEAD, branches
+
+try:
+    from . import _C
+
+    extension: ModuleType | None = _C
+    _missing = ""
+except ModuleNotFoundError:
+    extension = None
+    _missing = (
+        "this installation has no CUDA C++ kernels; with nvcc 12.8 or newer, FORCE_CUDA=1 pip install -e . builds them"
+    )
+except ImportError as error:  # built for another Python, or not at all well
+    extension = None
+    _missing = f"its compiled kernels do not load: {error}"
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have
+MAX_DECODE_INSTANCES = 64
+MAX_DECODE_EXPERTS, MAX_DECODE_SLOTS = 256, 64
+MAX_MIX_NUMBERS = 2048  # of a token in rank space, b K r, that a warp holds in mix's gradient
+
+
+# ------------------------------------------------------------------------------------------------------- what it needs
+
+
+def driver_needed(runtime: int) -> str:
+    """The oldest driver for kernels that were built with a CUDA version, given as 1000 major + 10 minor."""
+    return {12: "525", 13: "580"}.get(runtime // 1000, f"for CUDA {runtime // 1000}")
+
+
+def runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a card can run what was built for `architectures`, as in "80 90a 120+PTX"."""
+    for name in architectures.split():
+        number = name.removesuffix("+PTX")
+        major, minor = divmod(int(number.removesuffix("a")), 10)
+        if number.endswith("a"):
+            fits = capability == (major, minor)
+        else:
+            fits = capability[0] == major and capability[1] >= minor
+        if fits or (name.endswith("+PTX") and capability >= (major, minor)):
+            return True
+    return False
+
+
+def obstacle() -> str | None:
+    """Why the kernels cannot run on this machine at all; None if they can."""
+    if extension is None:
+        return _missing
+    if extension.emulated:
+        return None
+    needed = driver_needed(extension.runtime_version)
+    version = extension.driver_version()
+    if version == 0:
+        return f"there is no NVIDIA driver; these kernels need {needed} or newer"
+    if version // 1000 < extension.runtime_version // 1000:
+        supports = f"{version // 1000}.{version % 1000 // 10}"
+        return f"the NVIDIA driver is for CUDA {supports}; these kernels need {needed} or newer"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    for card in sorted(cards):
+        if not runs_on(card, extension.architectures):
+            name = f"{card[0]}.{card[1]}"
+            return (
+                f"the kernels were built for {extension.architectures}, not for compute capability {name}; "
+                f"TORCH_CUDA_ARCH_LIST={name} pip install -e . builds them for it"
+            )
+    return None
+
+
+def info() -> dict[str, Any]:
+    """What `backend_info` adds for this backend."""
+    facts: dict[str, Any] = {"version": None, "auto": "never: no measurement has shown yet where it beats Triton"}
+    if extension is not None and not extension.emulated:
+        runtime = extension.runtime_version
+        facts["version"] = f"{runtime // 1000}.{runtime % 1000 // 10}"
+        facts["driver"] = f"{driver_needed(runtime)} or newer"
+        facts["architectures"] = extension.architectures
+    return facts
+
+
+# ----------------------------------------------------------------------------------------------------------- launching
+
+
+def _run(name: str, like: Tensor, **fields: Any) -> None:
+    """Run a pass of the extension on the current stream of a tensor's device.
+
+    A tensor becomes its address, a tuple of one (a parameter) its address and dtype; None leaves a field as it is.
+    """
+    values: dict[str, Any] = {"device": like.device.index or 0}
+    if like.device.type == "cuda":
+        values["stream"] = torch.cuda.current_stream(like.device).cuda_stream
+    tensors = []
+    for field, value in fields.items():
+        if value is None:
+            continue
+        if isinstance(value, tuple):
+            (tensor,) = value
+            values[field] = (tensor.data_ptr(), DTYPES[tensor.dtype])
+            tensors.append(tensor)
+        elif isinstance(value, Tensor):
+            values[field] = value.data_ptr()
+            tensors.append(value)
+        else:
+            values[field] = value
+    if extension.emulated:
+        extension.forget()
+        for tensor in tensors:
+            extension.allow(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    getattr(extension, name)(**values)
+
+
+def _layout(
+    dtype: torch.dtype, T: int, n: int, top_k: int, r: int, M: int, N: int, fusion: str, scaling: float = 1.0,
+    cu_seqlens: Tensor | None = None, seed: Tensor | None = None, threshold: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """The fields that every pass has."""
+    use_vu, use_if = branches(fusion)
+    return dict(
+        dtype=DTYPES[dtype], T=T, n=n, K=top_k, r=r, M=M, N=N, use_vu=use_vu, use_if=use_if,
+        adaptive=fusion == "adaptive", fixed_lead=FIXED_LEAD.get(fusion, 0.0), scaling=scaling, cu=cu_seqlens,
+        seed=seed if threshold else None, threshold=threshold,
+    )  # fmt: skip
+
+
+def rank_columns(r: int) -> int:
+    """Columns that an expert takes in rank space: its rank, rounded up to a multiple of 16."""
+    return -(-r // 16) * 16
+
+
+def shrink_columns(total: int) -> int:
+    """The columns of rank space that a block of the shrink has, of `total`: all of them if it can."""
+    return next((columns for columns in COLUMNS if total <= columns), COLUMNS[-1])
+
+
+def one_read(columns: int, dtype: torch.dtype) -> bool:
+    """Whether one read of g gives p and the parts of dB: where they and the weights fit into a block."""
+    return columns <= (32 if dtype == torch.float32 else 64)
+
+
+def _refuse_large(numbers: int) -> None:
+    """Refuse more numbers of a token in rank space, b K r, than the kernels have room for.
+
+    Raises:
+        ValueError: there are more.
+    """
+    if numbers > MAX_MIX_NUMBERS:
+        raise ValueError(
+            f"backend 'cuda' takes up to {MAX_MIX_NUMBERS} numbers of a token in rank space (branches * top_k * r), "
+            f"got {numbers}; 'triton' takes any"
+        )
+
+
+def _packed(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype, exchanged: bool = False) -> Tensor | None:
+    """Room for a weight in the compute dtype, padded; None where it already lies as the kernels want it."""
+    as_it_is = weight.dtype == dtype and tuple(weight.shape) == shape and weight.data_ptr() % 16 == 0
+    return None if as_it_is and not exchanged else torch.empty(shape, dtype=dtype, device=weight.device)
+
+
+def _up_to_8(size: int) -> int:
+    return -(-size // 8) * 8
+
+
+# ---------------------------------------------------------------------------------------------------------- the passes
+
+
+def route_shrink(
+    x: Tensor,
+    instances: int,
+    cu_seqlens: Tensor | None,
+    route_mask: Tensor | None,
+    instruction: Tensor | None,
+    given_routes: Tensor | None,
+    given_gates: Tensor | None,
+    vu_A: Tensor,
+    if_A: Tensor,
+    vu_B: Tensor,
+    if_B: Tensor,
+    vu_router: Tensor,
+    if_router: Tensor,
+    vu_importance: Tensor,
+    if_importance: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    top_k: int,
+    scaling: float,
+    fusion: str,
+    need_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(h, w, routes, gates, logits, mean); arguments and results as in `smolora.rank_space.route_shrink`."""
+    from .kernels import tiles
+
+    (T, d), n = x.shape, instances
+    (M, r, _), N, k = vu_A.shape, if_A.shape[0], vu_B.shape[1]
+    use_vu, use_if = branches(fusion)
+    b, RP, adaptive, route = use_vu + use_if, rank_columns(r), fusion == "adaptive", given_routes is None
+    _refuse_large(b * top_k * r)
+    float32 = dict(dtype=torch.float32, device=x.device)
+    h = torch.empty((T, b, top_k, r), **float32)
+    w = torch.empty((M + N if adaptive else 0, r), **float32)
+    if route:
+        routes = torch.empty((n, b, top_k), dtype=torch.int32, device=x.device)
+        gates = torch.empty((n, b, top_k), **float32)
+        logits = torch.zeros((n, M + N), **float32)
+    else:
+        routes, gates = given_routes.clone(), given_gates.float().clone()
+        logits = torch.empty((n, 0), **float32)
+    route_vu = route and use_vu
+    one_pass = route_vu and M * RP <= tiles.MAX_ONE_PASS_COLUMNS
+    total = (use_vu * (M if one_pass else top_k) + use_if * top_k) * RP
+    columns = shrink_columns(total)
+    card = tiles.card_of(x.device)
+    tile, width = extension.TILE, 4 * extension.ROW // x.element_size()
+    slack = 1 if route_mask is None else 2
+    number = tiles.tile_count(T, n, tile, cu_seqlens is not None, slack if one_pass else 1)
+    sums_number = tiles.tile_count(T, n, tile, cu_seqlens is not None, slack)
+    splits = tiles.splits(number * tiles.cdiv(total, columns), d, width, card.processors)
+    slices = tiles.cdiv(d, extension.ROUTE_INPUTS)
+    mean = torch.empty((n, d) if route_vu else (0, 0), **float32)
+    _run(
+        "route_shrink", x, **_layout(x.dtype, T, n, top_k, r, M, N, fusion, scaling, cu_seqlens, seed, threshold),
+        d=d, k=k, e=if_router.shape[1], route=route, one_pass=one_pass, columns=columns, splits=splits,
+        sum_splits=tiles.splits(sums_number, d, width, card.processors), x=x,
+        mask=None if route_mask is None or not route_vu else route_mask.view(torch.uint8),
+        instruction=None if instruction is None else (instruction,), vu_A=(vu_A,), if_A=(if_A,), vu_B=(vu_B,),
+        if_B=(if_B,), vu_router=(vu_router,), if_router=(if_router,), vu_importance=(vu_importance,),
+        if_importance=(if_importance,),
+        vu_packed=_packed(vu_A, (M, RP, _up_to_8(d)), x.dtype) if use_vu else None,
+        if_packed=_packed(if_A, (N, RP, _up_to_8(d)), x.dtype) if use_if else None,
+        routes=routes, gates=gates, logits=logits,
+        routed=torch.empty((n, 2), dtype=torch.int64, device=x.device),
+        arrived=torch.empty(n, dtype=torch.int32, device=x.device),
+        sums=torch.empty((sums_number, d), **float32) if route_vu else None, mean=mean,
+        z_part=torch.empty((n, slices, M), **float32) if route_vu else None,
+        w_part=torch.empty((tiles.cdiv(k, extension.PREPARE_OUTPUTS), M + N, r), **float32) if adaptive else None,
+        part=torch.empty((splits, T, total), **float32), h=h, w=w,
+    )  # fmt: skip
+    return h, w, routes, gates, logits, mean if need_mean and route_vu else torch.empty((0, 0), **float32)
+
+
+def fuse_expand(
+    h: Tensor,
+    w: Tensor,
+    routes: Tensor,
+    gates: Tensor,
+    vu_B: Tensor,
+    if_B: Tensor,
+    instances: int,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    fusion: str,
+    dtype: torch.dtype,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y, lead); arguments and results as in `smolora.rank_space.fuse_expand`."""
+    from .kernels import tiles
+
+    T, n = h.shape[0], instances
+    (M, k, r), N, top_k = vu_B.shape, if_B.shape[0], routes.shape[2]
+    use_vu, use_if = branches(fusion)
+    RP = rank_columns(r)
+    y = torch.empty((T, k), dtype=dtype, device=h.device)
+    lead = h.new_empty(T)
+    number = tiles.tile_count(T, n, extension.TILE, cu_seqlens is not None)
+    _run(
+        "fuse_expand", h, **_layout(dtype, T, n, top_k, r, M, N, fusion, scaling, cu_seqlens), k=k,
+        splits=tiles.splits(number, k, 256, tiles.card_of(h.device).processors), h=h, w=w, routes=routes, gates=gates,
+        vu_B=(vu_B,), if_B=(if_B,), bias=bias, vu_packed=_packed(vu_B, (M, k, RP), dtype) if use_vu else None,
+        if_packed=_packed(if_B, (N, k, RP), dtype) if use_if else None,
+        u=torch.empty((T, (use_vu + use_if) * top_k * RP), dtype=dtype, device=h.device), lead=lead, y=y,
+    )  # fmt: skip
+    if weight is not None:
+        y.addmm_(x, weight.t())
+    return y, lead
+
+
+def grad_output(
+    g: Tensor,
+    h: Tensor,
+    w: Tensor,
+    routes: Tensor,
+    gates: Tensor,
+    lead: Tensor,
+    vu_B: Tensor,
+    if_B: Tensor,
+    vu_importance: Tensor,
+    if_importance: Tensor,
+    instances: int,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    fusion: str,
+    need_dh: bool,
+    need_vu_B: bool,
+    need_if_B: bool,
+    need_importance: bool,
+    need_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dh, dvu_B, dif_B, dvu_importance, dif_importance, dgates), as in `smolora.rank_space.grad_output`."""
+    from .kernels import tiles
+
+    (T, k), n = g.shape, instances
+    (M, _, r), N, top_k = vu_B.shape, if_B.shape[0], routes.shape[2]
+    use_vu, use_if = branches(fusion)
+    adaptive, packed, b, RP = fusion == "adaptive", cu_seqlens is not None, use_vu + use_if, rank_columns(r)
+    need_vu_B, need_if_B = need_vu_B and use_vu, need_if_B and use_if
+    need_B, need_importance = need_vu_B or need_if_B, need_importance and adaptive
+    need_c = adaptive and (need_B or need_importance)
+    need_p = need_dh or need_c or need_gates
+    total, card = b * top_k * RP, tiles.card_of(g.device)
+    once, columns = one_read(total, g.dtype), shrink_columns(total)
+    block = extension.OUTER_TILES * extension.ROW // g.element_size()
+    k_blocks = tiles.cdiv(k, block)
+    chunk = tiles.chunk_tokens(T, n, k_blocks, extension.CHUNK, card.processors)
+    chunks = tiles.tile_count(T, n, chunk, packed)
+    number = tiles.tile_count(T, n, extension.TILE, packed) * tiles.cdiv(total, columns)
+    parts = k_blocks if once else tiles.splits(number, k, block, card.processors)
+    mix_tiles = tiles.tile_count(T, n, extension.MIX_TILE, packed)
+    float32, int32 = dict(dtype=torch.float32, device=g.device), dict(dtype=torch.int32, device=g.device)
+    dh = torch.empty(h.shape if need_p else 0, **float32)
+    dgates = torch.empty((n, b, top_k) if need_gates else 0, **float32)
+    dB = [torch.empty_like(B) if need else B.new_empty(0) for B, need in ((vu_B, need_vu_B), (if_B, need_if_B))]
+    dI = [torch.empty_like(I) if need_importance else I.new_empty(0) for I in (vu_importance, if_importance)]
+    room = lambda B: _packed(  # noqa: E731
+        B, (B.shape[0], k, RP) if once else (B.shape[0], RP, _up_to_8(k)), g.dtype, exchanged=not once
+    )
+    _run(
+        "grad_output", g, **_layout(g.dtype, T, n, top_k, r, M, N, fusion, scaling, cu_seqlens), k=k, need_p=need_p,
+        need_c=need_c, need_gates=need_gates, need_vu_B=need_vu_B, need_if_B=need_if_B,
+        need_importance=need_importance, one_read=once, columns=columns, parts=parts, chunk=chunk, chunks=chunks, g=g,
+        h=h, w=w, routes=routes, gates=gates, lead=lead, vu_B=(vu_B,), if_B=(if_B,), vu_importance=(vu_importance,),
+        if_importance=(if_importance,), vu_packed=room(vu_B) if need_p and use_vu else None,
+        if_packed=room(if_B) if need_p and use_if else None,
+        u=torch.empty((T, total), dtype=g.dtype, device=g.device) if need_B else None,
+        p_part=torch.empty((parts, T, total), **float32) if need_p else None,
+        B_part=torch.empty((chunks, total // 16, k, 16), **float32) if need_B else None,
+        chunk_owner=torch.empty(chunks, **int32),
+        c_part=torch.empty((mix_tiles, b, top_k, r), **float32) if need_c else None,
+        q_part=torch.empty((mix_tiles, b, top_k, r), **float32) if need_gates else None,
+        tile_owner=torch.empty(mix_tiles, **int32),
+        c=torch.empty((M + N, r), **float32) if need_c else None, dh=dh, dvu_B=(dB[0],), dif_B=(dB[1],),
+        dvu_importance=(dI[0],), dif_importance=(dI[1],), dgates=dgates,
+    )  # fmt: skip
+    return dh if need_dh else torch.empty(0, **float32), *dB, *dI, dgates
+
+
+def grad_input(
+    x: Tensor | None,
+    dh: Tensor,
+    routes: Tensor,
+    vu_A: Tensor,
+    if_A: Tensor,
+    instances: int,
+    cu_seqlens: Tensor | None,
+    route_mask: Tensor | None,
+    dmean: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    fusion: str,
+    dtype: torch.dtype,
+    need_dx: bool,
+    need_vu_A: bool,
+    need_if_A: bool,
+    g: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dvu_A, dif_A); arguments and results as in `smolora.rank_space.grad_input`."""
+    from .kernels import tiles
+
+    T, n, top_k = dh.shape[0], instances, routes.shape[2]
+    (M, r, d), N = vu_A.shape, if_A.shape[0]
+    use_vu, use_if = branches(fusion)
+    need_vu_A, need_if_A = need_vu_A and use_vu, need_if_A and use_if
+    need_A, packed, RP = need_vu_A or need_if_A, cu_seqlens is not None, rank_columns(r)
+    total, card = (use_vu + use_if) * top_k * RP, tiles.card_of(dh.device)
+    block = extension.OUTER_TILES * extension.ROW // dtype.itemsize
+    chunk = tiles.chunk_tokens(T, n, tiles.cdiv(d, block), extension.CHUNK, card.processors)
+    chunks = tiles.tile_count(T, n, chunk, packed)
+    number = tiles.tile_count(T, n, extension.TILE, packed)
+    empty = lambda *shape: torch.empty(shape, dtype=dtype, device=dh.device)  # noqa: E731
+    dx = empty(T, d) if need_dx else empty(0)
+    dA = [torch.empty_like(A) if need else A.new_empty(0) for A, need in ((vu_A, need_vu_A), (if_A, need_if_A))]
+    _run(
+        "grad_input", dh,
+        **_layout(dtype, T, n, top_k, r, M, N, fusion, cu_seqlens=cu_seqlens, seed=seed, threshold=threshold), d=d,
+        need_dx=need_dx, need_vu_A=need_vu_A, need_if_A=need_if_A,
+        splits=tiles.splits(number, d, 256, card.processors), chunk=chunk, chunks=chunks, x=x, dh=dh, routes=routes,
+        mask=None if route_mask is None else route_mask.view(torch.uint8), dmean=dmean, vu_A=(vu_A,), if_A=(if_A,),
+        vu_packed=empty(M, d, RP) if need_dx and use_vu else None,
+        if_packed=empty(N, d, RP) if need_dx and use_if else None, u=empty(T, total),
+        A_part=dh.new_empty((chunks, total, d)) if need_A else None,
+        chunk_owner=torch.empty(chunks, dtype=torch.int32, device=dh.device), dx=dx, dvu_A=(dA[0],), dif_A=(dA[1],),
+    )  # fmt: skip
+    if need_dx and weight is not None:
+        dx.addmm_(g, weight)
+    return dx, *dA
+
+
+# -------------------------------------------------------------------------------------------------------- one token
+
+
+def decodes(tokens: int, instances: int, packed: bool, threshold: int, slots: int, experts: int, r: int) -> bool:
+    """Whether `decode` takes a forward: one token an instance, no dropout, and no gradient asked for.
+
+    Args:
+        slots: chosen experts of an instance, of both branches.
+        experts: M + N.
+    """
+    one_token = tokens == instances and 0 < instances <= MAX_DECODE_INSTANCES and not packed and not threshold
+    if not one_token or torch.is_grad_enabled() or slots > MAX_DECODE_SLOTS or experts > MAX_DECODE_EXPERTS:
+        return False
+    return max(experts * r, slots * (r + 1)) <= extension.DECODE_NUMBERS
+
+
+def decode(
+    x: Tensor,
+    instances: int,
+    cu_seqlens: Tensor | None,
+    route_mask: Tensor | None,
+    instruction: Tensor | None,
+    given_routes: Tensor | None,
+    given_gates: Tensor | None,
+    vu_A: Tensor,
+    if_A: Tensor,
+    vu_B: Tensor,
+    if_B: Tensor,
+    vu_router: Tensor,
+    if_router: Tensor,
+    vu_importance: Tensor,
+    if_importance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    top_k: int,
+    scaling: float,
+    fusion: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A forward of one token an instance in one launch, after the base's product: (y, routes, gates, logits, lead).
+
+    Arguments as in `route_shrink` and `fuse_expand`. What B is multiplied with stays in float32 here.
+    """
+    n, d = x.shape
+    (M, r, _), N, k = vu_A.shape, if_A.shape[0], vu_B.shape[1]
+    b, route = sum(branches(fusion)), given_routes is None
+    float32 = dict(dtype=torch.float32, device=x.device)
+    if weight is None:
+        y = torch.empty((n, k), dtype=x.dtype, device=x.device)
+    else:
+        y = torch.nn.functional.linear(x, weight, bias)
+    if route:
+        routes = torch.empty((n, b, top_k), dtype=torch.int32, device=x.device)
+        gates = torch.empty((n, b, top_k), **float32)
+        logits = torch.empty((n, M + N), **float32)
+    else:
+        routes, gates = given_routes.clone(), given_gates.float().clone()
+        logits = torch.empty((n, 0), **float32)
+    lead = torch.empty(n, **float32)
+    slices, parts = math.ceil(d / extension.DECODE_INPUTS), math.ceil(k / extension.DECODE_OUTPUTS)
+    _run(
+        "decode", x, **_layout(x.dtype, n, n, top_k, r, M, N, fusion, scaling), d=d, k=k, e=if_router.shape[1],
+        route=route, add=weight is not None, x=x, mask=None if route_mask is None else route_mask.view(torch.uint8),
+        instruction=None if instruction is None else (instruction,), vu_A=(vu_A,), if_A=(if_A,), vu_B=(vu_B,),
+        if_B=(if_B,), vu_router=(vu_router,), if_router=(if_router,), vu_importance=(vu_importance,),
+        if_importance=(if_importance,), routes=routes, gates=gates, logits=logits, lead=lead, y=y,
+        h_part=torch.empty((slices, n, (M + N) * r), **float32), z_part=torch.empty((slices, n, M), **float32),
+        z_if=torch.empty((n, N), **float32), w_part=torch.empty((parts, (M + N) * r), **float32),
+    )  # fmt: skip
+    return y, routes, gates, logits, lead

@@ -1,0 +1,87 @@
+"""What the adapters of an evaluated model route by: embeddings of the questions' instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from peft import PeftConfig
+from torch import Tensor
+
+from ..config import INSTRUCTION_FILE, SMoLoRAConfig
+from ..data.format import Question
+from ..data.instructions import MULTI_TYPE, SINGLE_TYPE
+from ..instruction import InstructionEncoder, instruction_of, read_instruction_embeddings
+from .datasets import find_dataset
+from .generate import Embed
+
+SOURCES = ("sample", "task_mean", "saved")
+
+
+def known_instructions(task: str) -> tuple[str, ...]:
+    """The benchmark's instructions of a task, single-type and multi-type."""
+    return SINGLE_TYPE.get(task, ()) + MULTI_TYPE.get(task, ())
+
+
+def instruction_embeds(
+    source: str,
+    config: PeftConfig,
+    adapter: str | Path,
+    questions: Mapping[str, Sequence[Question]],
+    encoder: str | Path | None = None,
+) -> dict[str, Embed] | None:
+    """For each task what makes the instruction embeddings of its questions; None for adapters that take none.
+
+    Args:
+        source: "sample", the instruction at each question's end; "task_mean", the mean over the different ones among a
+            task's questions (the released multi-type); "saved", the rows saved with the adapter, one a task.
+        config: the adapter's.
+        adapter: its folder, with `instruction_embeddings.safetensors` for "saved".
+        questions: of each task.
+        encoder: folder of a sentence encoder; None for the packaged all-MiniLM-L6-v2.
+
+    Raises:
+        FileNotFoundError: there is no sentence encoder, or the adapter's folder has no embeddings.
+        ValueError: `source` is unknown, the embeddings are not of the adapter's size, or a task has no row.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"instruction must be one of {', '.join(map(repr, SOURCES))}, got {source!r}")
+    if not isinstance(config, SMoLoRAConfig):
+        return None
+    if source == "saved":
+        path = Path(adapter) / INSTRUCTION_FILE
+        embeddings, _ = read_instruction_embeddings(path)
+        _check_size(embeddings.shape[1], config, str(path))
+        return {task: _constant(_row(embeddings, task, path)) for task in questions}
+    encoder = InstructionEncoder(encoder)
+    _check_size(encoder.dim, config, "the sentence encoder")
+    embeds = {}
+    for task, asked in questions.items():
+        embeds[task] = partial(_of_each, encoder, known_instructions(task))
+        if source == "task_mean":
+            different = {instruction_of(question.text, known_instructions(task)) for question in asked}
+            embeds[task] = _constant(encoder.encode(sorted(different)).mean(0))
+    return embeds
+
+
+def _of_each(encoder: InstructionEncoder, templates: Sequence[str], texts: Sequence[str]) -> Tensor:
+    return encoder.encode([instruction_of(text, templates) for text in texts])
+
+
+def _check_size(size: int, config: SMoLoRAConfig, source: str) -> None:
+    if size != config.instruction_dim:
+        raise ValueError(
+            f"{source} has embeddings of size {size}, the adapter's instruction_dim is {config.instruction_dim}"
+        )
+
+
+def _row(embeddings: Tensor, task: str, path: Path) -> Tensor:
+    row = find_dataset(task).instruction_row
+    if row is None or row >= len(embeddings):
+        raise ValueError(f"{task} needs row {row} of {path}, which has {len(embeddings)}")
+    return embeddings[row]
+
+
+def _constant(embedding: Tensor) -> Embed:
+    return lambda texts: embedding.expand(len(texts), -1)

@@ -1,0 +1,158 @@
+"""setup.py: what is built for which machine, and a build with a compiler that only says what it was asked."""
+
+import os
+import runpy
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import setuptools
+import torch
+
+from smolora import cuda
+
+ROOT = Path(__file__).parents[2]
+KNOWN = "sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
+NVCC = """#!/bin/sh
+if [ "$1" = --list-gpu-code ]; then echo {known} | tr ' ' '\\n'; exit; fi
+for last; do :; done
+echo "$last" >> {log}
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then : > "$2"; fi
+  if [ "$1" = -MF ]; then echo "out: $last" > "$2"; deps="$2"; fi
+  if [ "$1" = -c ]; then echo "out.o: $2" > "$deps"; fi
+  shift
+done
+"""
+
+
+def script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A machine with a stand-in for nvcc and no card; `setup(...)` gives the architectures of a build, or None."""
+
+    def setup(known: str | None = KNOWN, cards: str = "", **environment: str) -> list[str] | None:
+        for name in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+        shutil.rmtree(tmp_path / "cuda", ignore_errors=True)
+        if known is not None:
+            script(tmp_path / "cuda/bin/nvcc", NVCC.format(known=known, log=tmp_path / "log"))
+        script(tmp_path / "bin/nvidia-smi", f"#!/bin/sh\nprintf '{cards}'\n")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        captured = {}
+        monkeypatch.setattr(setuptools, "setup", lambda **keywords: captured.update(keywords))
+        runpy.run_path(str(ROOT / "setup.py"))
+        extensions = captured["ext_modules"]
+        return extensions[0].plan[1] if extensions else None
+
+    return setup
+
+
+def test_what_is_built(machine, capsys: pytest.CaptureFixture):
+    """For the cards that are there; for none of them, nothing."""
+    assert machine() is None
+    assert machine(cards="9.0\\n8.0\\n9.0\\n") == ["80", "90+PTX"]
+    assert machine(cards="9.0\\n", FORCE_CUDA="0") is None
+    assert capsys.readouterr().out == ""
+    assert machine(known=None, cards="9.0\\n") is None
+    assert "built without CUDA C++ kernels: no nvcc" in capsys.readouterr().out  # never in silence
+    assert machine(known="sm_50", cards="9.0\\n") is None
+    assert "compiles for none of the cards" in capsys.readouterr().out
+    assert machine(FORCE_CUDA="1") == ["80", "86", "89", "90a", "100", "120+PTX"]
+    assert machine(FORCE_CUDA="1", known="sm_80 sm_86 sm_89 sm_90") == ["80", "86", "89", "90a+PTX"]
+    assert machine(TORCH_CUDA_ARCH_LIST="8.0;9.0a 12.0+PTX") == ["80", "90a", "120+PTX"]
+    assert machine(TORCH_CUDA_ARCH_LIST="9.0", cards="8.0\\n") == ["90"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (dict(FORCE_CUDA="yes"), "FORCE_CUDA must be 0 or 1, got 'yes'"),
+        (dict(TORCH_CUDA_ARCH_LIST="Hopper"), "as 9.0 or 9.0\\+PTX, got 'Hopper'"),
+        (dict(TORCH_CUDA_ARCH_LIST="9.0;5.0"), "got '5.0'"),
+        (dict(FORCE_CUDA="1", known=None), "no nvcc: .*cuda/bin/nvcc does not exist"),
+        (dict(TORCH_CUDA_ARCH_LIST="9.0", known=None), "no nvcc"),
+    ],
+)
+def test_what_cannot_be_built(machine, environment: dict, message: str):
+    """Asked for, it is built or an error says why."""
+    with pytest.raises(RuntimeError, match=message):
+        machine(**environment)
+
+
+def test_rebuilds_what_changed(tmp_path: Path):
+    """One file changed, one file compiled; a header changed, all that include it."""
+    for name in ("setup.py", "csrc", "smolora/__init__.py"):
+        target = tmp_path / "project" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, target)
+    log = tmp_path / "log"
+    script(tmp_path / "cuda/bin/nvcc", NVCC.format(known=KNOWN, log=log))
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": "9.0a", "MAX_JOBS": "1"}
+    environment.pop("FORCE_CUDA", None)
+
+    def build() -> int:
+        log.write_text("")
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=tmp_path / "project", env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return len(log.read_text().splitlines())
+
+    sources = len(list(ROOT.glob("csrc/*.cu"))) + 1
+    assert build() == sources + 1  # and the link
+    assert list((tmp_path / "project/smolora").glob("_C.*"))
+    assert build() == 0
+    with open(tmp_path / "project/csrc/decode.cu", "a") as file:
+        file.write("\n")
+    assert build() == 2
+
+
+def test_runs_on():
+    """Machine code runs on its generation from its minor version on, "a" on that card alone, PTX on what is newer."""
+    assert cuda.runs_on((8, 0), "80 90a") and cuda.runs_on((8, 6), "80") and not cuda.runs_on((8, 0), "86")
+    assert cuda.runs_on((9, 0), "90a") and not cuda.runs_on((10, 0), "90a") and not cuda.runs_on((9, 0), "80")
+    assert cuda.runs_on((12, 1), "100 120+PTX") and cuda.runs_on((13, 0), "90a+PTX")
+    assert not cuda.runs_on((8, 9), "90+PTX")
+
+
+@pytest.mark.parametrize(
+    ("driver", "cards", "reason"),
+    [
+        (0, [], "there is no NVIDIA driver; these kernels need 580 or newer"),
+        (12080, [(9, 0)], "driver is for CUDA 12.8; these kernels need 580 or newer"),
+        (13000, [], "torch sees no CUDA device"),
+        (13000, [(9, 0), (7, 5)], "not for compute capability 7.5; TORCH_CUDA_ARCH_LIST=7.5 pip install -e . builds"),
+        (13010, [(9, 0), (12, 0)], None),
+    ],
+)
+def test_obstacles(driver: int, cards: list, reason: str | None, monkeypatch: pytest.MonkeyPatch):
+    """What stands between the built kernels and this machine, told in words."""
+    built = SimpleNamespace(
+        emulated=False, runtime_version=13000, driver_version=lambda: driver, architectures="80 90a 120+PTX"
+    )
+    monkeypatch.setattr(cuda, "extension", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: cards[i])
+    found = cuda.obstacle()
+    assert found is None if reason is None else reason in found
+    assert cuda.info()["driver"] == "580 or newer" and cuda.info()["architectures"] == "80 90a 120+PTX"
+
+
+def test_not_built(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "extension", None)
+    monkeypatch.setattr(cuda, "_missing", "said by the import")
+    assert cuda.obstacle() == "said by the import"
+    assert cuda.info()["version"] is None and "no measurement" in cuda.info()["auto"]

@@ -1,0 +1,377 @@
+"""The CUDA C++ kernels, through the layer, against the float64 reference: emulated, and on a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import smolora
+from cases import OPTIONS, RANKS, SHAPES, plain
+from oracle import PARAMETERS, Case, build, check, complaints, error, reference, run
+from smolora import cuda, ops, rank_space
+from smolora.reference import philox_bytes
+
+float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+LARGER = [
+    plain.but(B=2, S=70, d=300, k=270, dropout=0.1, mask=True),  # several tiles, stages and blocks of d and k
+    plain.but(B=1, S=200, d=72, k=520),  # several chunks of tokens, two blocks of k in one read of g
+    plain.but(r=32, d=136, k=264, S=40, dropout=0.05),  # all columns of one read of g
+    plain.but(M=9, r=16, d=520, k=40),  # more VU columns than one pass over x takes
+]
+
+
+@pytest.mark.parametrize("case", OPTIONS + SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
+def test_against_float64(case: Case, dtype: torch.dtype, device: str):
+    check(case, dtype, "cuda", device)
+
+
+@pytest.mark.parametrize("case", RANKS + LARGER, ids=str)
+@pytest.mark.parametrize("dtype", [float32, float16, bfloat16], ids=str)
+def test_ranks_and_sizes(case: Case, dtype: torch.dtype, device: str):
+    check(case, dtype, "cuda", device)
+
+
+@pytest.mark.parametrize("parameters", [bfloat16, float16, torch.float64], ids=str)
+def test_parameters_of_another_dtype(parameters: torch.dtype, device: str):
+    """A parameter that already has the compute dtype is read where it lies; all others are rounded."""
+    layer, batch = build(plain.but(r=16, d=48, k=64, dropout=0.1), bfloat16, device)
+    for name in PARAMETERS:
+        parameter = layer.get_parameter(name)
+        parameter.data = parameter.data.to(parameters)
+    got = run(layer, batch, "cuda")
+    truth, eager = reference(layer, batch, torch.float64), reference(layer, batch, bfloat16)
+    assert got["dvu_A"].dtype == parameters
+    assert not complaints(got, truth, eager, bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+DECODING = [
+    plain,
+    plain.but(B=64, top_k=2),
+    plain.but(B=1, M=1, N=1),
+    plain.but(B=5, given=True, d=41, k=57, r=12),
+    plain.but(B=2, d=1100, k=1100, r=128, top_k=3),  # several slices of d and k, instances mixed one after another
+    plain.but(fusion="vu", r=1), plain.but(fusion="if", r=128), plain.but(fusion="mean", r=24),
+    plain.but(B=7, mask=True, bias=False, shared=True),
+    plain.but(B=33, given=True, M=9, N=7, r=48),
+]  # fmt: skip
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("case", DECODING, ids=str)
+@pytest.mark.parametrize("dtype", [float32, float16, bfloat16], ids=str)
+def test_decode(case: Case, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch):
+    """One token an instance and no gradient: one launch, with the reference's y and the torch backend's routing."""
+    layer, batch = build(case.but(S=1), dtype, device)
+    layer.keep_alpha = True
+    for name in ("route_shrink", "fuse_expand"):
+        monkeypatch.setattr(cuda, name, lambda *_: pytest.fail("decoding went through the passes"))
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        got = layer(batch.x, **batch.keywords)
+        routing = layer.last_routing()
+    truth, eager = ({"y": reference(layer, batch, d)["y"]} for d in (torch.float64, dtype))
+    assert not complaints({"y": got}, truth, eager, dtype)
+    with torch.no_grad(), smolora.use_backend("torch"):
+        layer(batch.x, **batch.keywords)
+    expected = layer.last_routing()
+    for mine, theirs in zip(routing.routes, expected.routes, strict=True):
+        assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+    for mine, theirs in zip(routing.logits + routing.gates, expected.logits + expected.gates, strict=True):
+        assert (mine is None and theirs is None) or error(mine, theirs) < 1e-5
+    assert error(routing.alpha, expected.alpha) < (1e-5 if dtype == float32 else 2e-2)
+
+
+def test_decode_is_for_inference_of_one_token(device: str, monkeypatch: pytest.MonkeyPatch):
+    """With a gradient, dropout, more tokens or more instances, the four passes run."""
+    monkeypatch.setattr(cuda, "decode", lambda *_: pytest.fail("decode ran"))
+    check(plain.but(S=1), float32, "cuda", device)
+    for case in (plain.but(S=1, dropout=0.1), plain.but(S=2), plain.but(S=1, B=65), plain.but(lengths=(1, 1))):
+        layer, batch = build(case, float32, device)
+        with torch.no_grad(), smolora.use_backend("cuda"):
+            assert torch.isfinite(layer(batch.x, **batch.keywords)).all()
+
+
+def test_decode_onto_a_base_that_is_called(device: str):
+    """A base with a hook is no plain product: decode gives the adapter's output alone."""
+    layer, batch = build(plain.but(S=1), float32, device)
+    layer.base_layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        got = layer(batch.x, **batch.keywords)
+    assert error(got - 1, reference(layer, batch, torch.float64)["y"]) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------- what must equal
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**62 + 12345])
+def test_masks_are_those_of_every_backend(seed: int, device: str):
+    """Bit for bit: a dx of ones wherever the mask keeps, scaled, for each branch's stream."""
+    T, d, threshold = 20, 70, 77
+    ones = torch.ones(1, 1, d, device=device)
+    dh = torch.ones(T, 1, 1, 1, device=device)
+    routes = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
+    for stream, fusion in enumerate(("vu", "if")):
+        dx, *_ = cuda.grad_input(
+            None, dh, routes, ones, ones, 1, None, None, None, torch.tensor([seed], device=device), threshold, fusion,
+            float32, True, False, False, None, None,
+        )  # fmt: skip
+        kept = philox_bytes(seed, T, d, stream) >= threshold
+        assert torch.equal(dx.cpu() != 0, torch.from_numpy(kept))
+        (expected,) = rank_space.keep_masks(torch.tensor([seed]), T, d, threshold, (stream,), float32)
+        assert torch.equal(dx.cpu(), expected * (256 / (256 - threshold)))
+
+
+def test_golden(device: str):
+    """y and every gradient of the released code's own autograd."""
+    with safe_open(GOLDEN / "layer_fp32_e8.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
+        m = {key: int(float(value)) for key, value in file.metadata().items()}
+    r, half = m["lora_r_total"] // m["expert_num"], m["expert_num"] // 2
+    config = smolora.SMoLoRAConfig.official(
+        r=r, lora_alpha=r * m["lora_alpha"] / m["lora_r_total"], lora_dropout=0.0, num_vu_experts=half,
+        num_if_experts=half,
+    )  # fmt: skip
+    bias = "param.bias" in tensors
+    layer = smolora.FusedSMoLoRA(torch.nn.Linear(m["in_features"], m["out_features"], bias), config)
+    layer.load_official_state_dict({k.removeprefix("param."): t for k, t in tensors.items() if k.startswith("param.")})
+    layer.to(device)
+    x = tensors["x"].to(device).requires_grad_()
+    with smolora.use_backend("cuda"):
+        y = layer(x, instruction=tensors["ins_emb"][m["ins_type"]].to(device))
+        y.backward(tensors["dy"].to(device))
+    got = {"y": y, "dx": x.grad, "vu_importance": layer.vu_importance.grad, "if_importance": layer.if_importance.grad}
+    expected = {"y": tensors["y"], "dx": tensors["dx"]}
+    expected |= {
+        name: tensors[f"grad.{key}.default.weight"][0]
+        for name, key in (("vu_importance", "lora_fc_A"), ("if_importance", "lora_fc_B"))
+    }
+    for letter in "AB":
+        grads = [tensors[f"grad.lora_{letter}.default.lora{letter}.{e}.weight"] for e in range(2 * half)]
+        for branch, part in (("vu", grads[:half]), ("if", grads[half:])):
+            got[f"{branch}_{letter}"] = layer.get_parameter(f"{branch}_{letter}").grad
+            expected[f"{branch}_{letter}"] = torch.stack(part)
+    assert all(value.norm() > 0 for value in expected.values())
+    errors = {name: error(got[name], expected[name]) for name in expected}
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
+@pytest.mark.parametrize("case", [plain.but(S=70, M=4), plain.but(S=70, M=4, r=64)], ids=["one pass", "two passes"])
+def test_route_logits_do_not_move(case: Case, dtype: torch.dtype, device: str):
+    """An instance's logits are the same bits alone, in a batch, packed, and padded on either side."""
+    layer, batch = build(case, dtype, device)
+    x, emb = batch.x, batch.keywords["instruction"]
+
+    def logits(x: torch.Tensor, **keywords) -> torch.Tensor:
+        with smolora.use_backend("cuda"):
+            layer(x, **keywords)
+        return layer.last_routing().logits[0]
+
+    together = logits(x, instruction=emb)
+    for i in range(case.B):
+        assert torch.equal(logits(x[i : i + 1], instruction=emb[i : i + 1])[0], together[i])
+    cu = torch.arange(0, case.B * case.S + 1, case.S, dtype=torch.int32, device=device)
+    assert torch.equal(logits(x.flatten(0, 1), instruction=emb, cu_seqlens=cu), together)
+    for left, right in ((3, 0), (61, 7)):
+        padded = torch.nn.functional.pad(x, (0, 0, left, right), value=1e3)
+        mask = torch.zeros(padded.shape[:2], dtype=torch.bool, device=device)
+        mask[:, left : left + case.S] = True
+        assert torch.equal(logits(padded, instruction=emb, route_mask=mask), together)
+
+
+SMALL = [
+    plain.but(dropout=0.1, mask=True, S=65, B=2, d=130, k=270),  # two tiles an instance, and blocks of d and k
+    plain.but(lengths=(5, 0, 70), top_k=2, dropout=0.1, d=41, k=57),  # packed, nothing a multiple of anything
+    plain.but(r=64, S=9, router_grad="straight_through"),  # two passes over x, two reads of g
+    plain.but(r=128, top_k=2, S=5),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
+def test_small_and_odd(case: Case, dtype: torch.dtype):
+    """For compute-sanitizer: the shapes at which an address would be out of bounds."""
+    layer, batch = build(case, dtype, "cuda")
+    run(layer, batch, "cuda")
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
+def test_repeatable(case: Case, dtype: torch.dtype, device: str, request: pytest.FixtureRequest):
+    """Bit for bit the same: 250 times on a GPU; emulated, with threads and blocks run in the opposite order, which
+    changes a result that hangs on the order, as one behind a missing barrier does."""
+    layer, batch = build(case, dtype, device)
+    first = run(layer, batch, "cuda")
+    for _ in range(250 if device == "cuda" else 1):
+        if device == "cpu":
+            request.getfixturevalue("emulated").set_order(True)
+        again = run(layer, batch, "cuda")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
+def test_decode_is_repeatable(dtype: torch.dtype, device: str, request: pytest.FixtureRequest):
+    layer, batch = build(plain.but(S=1, B=5, d=600, k=600, top_k=2), dtype, device)
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        first = layer(batch.x, **batch.keywords)
+        for _ in range(250 if device == "cuda" else 1):
+            if device == "cpu":
+                request.getfixturevalue("emulated").set_order(True)
+            assert torch.equal(layer(batch.x, **batch.keywords), first)
+
+
+def test_nothing_trains_nothing_runs(device: str):
+    """What is frozen costs no kernel and gets no gradient: only B's first, then only dx."""
+    layer, batch = build(plain.but(dropout=0.1), float32, device)
+    full = run(layer, batch, "cuda")
+    for trained in ("vu_B", "if_A", "if_importance"):
+        for name in PARAMETERS:
+            layer.get_parameter(name).requires_grad_(name == trained)
+        torch.manual_seed(1)
+        with smolora.use_backend("cuda"):
+            layer(batch.x, **batch.keywords).backward(batch.cotangent)
+        assert torch.equal(layer.get_parameter(trained).grad, full[f"d{trained}"])
+        layer.zero_grad()
+
+
+@pytest.mark.parametrize("case", [plain.but(top_k=2, mask=True, dropout=0.1), plain.but(S=1)], ids=str)
+def test_opcheck(case: Case, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Every operator with the arguments that a layer calls it with: schema, fakes, and nothing mutated or aliased."""
+    calls = {}
+    for name in ("route_shrink", "fuse_expand", "grad_output", "grad_input", "decode"):
+        operator = getattr(ops, name)
+
+        def record(*arguments, name=name, operator=operator):
+            calls[name] = (operator, arguments)
+            return operator(*arguments)
+
+        monkeypatch.setattr(ops, name, record)
+    layer, batch = build(case, float32, device)
+    if case.S == 1:
+        with torch.no_grad(), smolora.use_backend("cuda"):
+            layer(batch.x, **batch.keywords)
+    else:
+        run(layer, batch, "cuda")
+    assert len(calls) == (1 if case.S == 1 else 4)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # empty outputs are compared too
+    for operator, arguments in calls.values():
+        detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        with torch.no_grad():
+            torch.library.opcheck(operator, tuple(detached))
+
+
+# ------------------------------------------------------------------------------------------------ what a GPU must show
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("S", [1, 70])
+def test_graph_replays_equal_eager(S: int):
+    """Captured once, replayed 100 times on new inputs: a decode step, and forward and backward, bit for bit."""
+    layer, batch = build(plain.but(S=S, B=4), bfloat16, "cuda")
+    x = batch.x.detach().clone().requires_grad_(S > 1)
+    inputs = [x, *(layer.get_parameter(n) for n in PARAMETERS if layer.get_parameter(n).requires_grad)]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        with smolora.use_backend("cuda"), torch.set_grad_enabled(S > 1):
+            y = layer(x, **batch.keywords)
+        return (y.detach(), *(torch.autograd.grad(y, inputs, batch.cotangent) if S > 1 else ()))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(100):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            x.normal_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("S", [1, 70])
+def test_no_host_synchronisation(S: int):
+    layer, batch = build(plain.but(dropout=0.1, mask=True, top_k=2, S=S), bfloat16, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(layer, batch, "cuda")
+        with torch.no_grad(), smolora.use_backend("cuda"):
+            layer.eval()(batch.x, **batch.keywords)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_streams_share_nothing():
+    """Decoding on two streams at a time: each launch has a barrier of its own."""
+    layer, batch = build(plain.but(S=1, B=4, d=512, k=512), bfloat16, "cuda")
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        expected = layer(batch.x, **batch.keywords)
+        torch.cuda.synchronize()
+        results = []
+        for i in range(200):
+            with torch.cuda.stream(streams[i % 2]):
+                results.append(layer(batch.x, **batch.keywords))
+        torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", ["x", "y"])
+def test_more_than_two_to_the_31_elements(side: str):
+    """x, or y, past every 32-bit offset, forward and backward: the last instance has the triton backend's results."""
+    d, k = (32768, 64) if side == "x" else (64, 32768)
+    B, S = 3, 24000
+    needed = 12 * B * S * 32768  # x or y with gradient, twice, and workspace, in bytes
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    layer, small = build(plain.but(B=B, S=1, d=d, k=k, r=4), bfloat16, "cuda")
+    x = torch.randn(B, S, d, device="cuda", dtype=bfloat16).add_(small.x).requires_grad_()
+    last = []
+    for backend in ("cuda", "triton"):
+        x.grad = None
+        with smolora.use_backend(backend):
+            y = layer(x, **small.keywords)
+        y.backward(torch.ones_like(y))
+        last.append((y.detach()[-1, -32:].clone(), x.grad[-1, -32:].clone()))
+        del y
+    for mine, theirs in zip(*last, strict=True):
+        assert error(mine, theirs) < 1e-2
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_refuses_what_it_has_no_room_for(device: str):
+    """Asked for by name it says so, before anything runs; nothing falls back."""
+    layer, batch = build(plain.but(r=128, top_k=9, M=9, N=9), float32, device)
+    with smolora.use_backend("cuda"), pytest.raises(ValueError, match=r"up to 2048 numbers .* got 2304"):
+        layer(batch.x, **batch.keywords)
+
+
+def test_float64_is_refused(device: str):
+    layer, batch = build(plain, torch.float64, device)
+    with smolora.use_backend("cuda"), pytest.raises(RuntimeError, match=r"float16 and bfloat16, not torch\.float64"):
+        layer(batch.x, **batch.keywords)
+
+
+def test_check_can_fail(emulated, monkeypatch: pytest.MonkeyPatch):
+    """A wrong scale, and a pass of another layer's weights, are found by the check that the other tests use."""
+    wrong = cuda.fuse_expand
+    monkeypatch.setattr(cuda, "fuse_expand", lambda h, *rest: wrong(1.01 * h, *rest))
+    with pytest.raises(AssertionError, match="y: error"):
+        check(plain, float32, "cuda")
