@@ -35,8 +35,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from .run import Run
 
-    results = Run(recipe)()
-    print(summary(results))
+    run = Run(recipe)
+    results = run()
+    if run.state.is_main_process:
+        print(summary(results))
     return 0
 
 

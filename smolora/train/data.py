@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from ..data.format import Conversation, read_conversations
 from ..data.images import BrokenImageError, ImageTransform
 from ..data.prompts import IGNORED_LABEL, PromptEncoder, pad
+from ..evaluate.instructions import known_instructions
 from ..instruction import InstructionEncoder
 from .recipe import Recipe, TaskRecipe
 
@@ -116,7 +117,9 @@ class Instructions:
 
     def __init__(self, recipe: Recipe) -> None:
         self.settings = recipe.instructions
-        templates = [text for task in recipe.all_tasks for text in task.instructions]
+        templates = [
+            text for task in recipe.all_tasks for text in task.instructions or known_instructions(task.benchmark_name)
+        ]
         self.encoder = InstructionEncoder(
             self.settings.encoder, normalize=self.settings.normalize, templates=dict.fromkeys(templates), device="cpu"
         )

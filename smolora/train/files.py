@@ -7,20 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..evaluate.generate import write_whole
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, on the disk before it takes its name."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a text file, on the disk before it takes its name."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def settle(folder: Path) -> None:

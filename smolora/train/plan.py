@@ -82,11 +82,11 @@ class _Checker:
     def task(self, task: TaskRecipe) -> tuple[int, int]:
         """How many training samples and questions a task has."""
         recipe = self.recipe
-        dataset = find_dataset(task.dataset or task.name)
+        dataset = find_dataset(task.benchmark_name)
         train, test = recipe.train_file(task), recipe.test_file(task)
         if test.name != dataset.questions:
             raise ValueError(
-                f"{task.name}.test must be named {dataset.questions}, as {task.dataset or task.name} is scored by that "
+                f"{task.name}.test must be named {dataset.questions}, as {task.benchmark_name} is scored by that "
                 f"file, got {test}"
             )
         counts = [0, 0]
@@ -108,7 +108,7 @@ class _Checker:
             absent = [folder for folder in folders if not folder.is_dir()]
             self.missing += [f"{folder} (data.annotations)" for folder in absent]
             if not absent:
-                dataset.load(Files(folders, task.dataset or task.name), dataset.questions)
+                dataset.load(Files(folders, task.benchmark_name), dataset.questions)
         return counts[0], counts[1]
 
     def _images(self, records: Iterable[Conversation | Question], file: Path, folder: Path) -> None:

@@ -23,7 +23,6 @@ import platform
 import shutil
 import time
 import zlib
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,18 +30,17 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, set_seed
 
 from ..backends import use_backend
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
-from ..evaluate.generate import GenerationSettings, Job, generate_answers
+from ..evaluate.generate import GenerationSettings, Job, generate_answers, process_state, write_whole
 from ..evaluate.matrix import continual_metrics
-from ..evaluate.score import score
+from ..evaluate.score import find_dataset, score
 from .data import Collator, Instructions, Samples, TaskSamples
-from .files import write_json, write_text
+from .files import write_json
 from .methods import METHODS, Stage
 from .prepare import prepare
 from .recipe import Recipe, TaskRecipe
@@ -69,8 +67,7 @@ class Run:
         self.recipe = recipe
         self.folder = recipe.folder
         self.method = METHODS[recipe.method](recipe)
-        # no accelerator is said and not left to be found out, for gloo; while one process scores, the others wait
-        self.state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+        self.state = process_state(on_cpu=not torch.accelerator.is_available())
         self.check_folder()
 
     def check_folder(self) -> None:
@@ -107,7 +104,7 @@ class Run:
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
             prepare(self.recipe.prepare)
-            write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.as_dict(), sort_keys=False))
+            write_whole(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.as_dict(), sort_keys=False))
         self.state.wait_for_everyone()
         self.load_parts()
         stages = [*self.method.stages(), *self.method.downstream()]
@@ -248,7 +245,7 @@ class Run:
             self.answer(model, stage, task, output)
             if self.state.is_main_process:
                 found = score(
-                    task.dataset or task.name, self.recipe.annotations(task), output, self.recipe.evaluation.protocol
+                    task.benchmark_name, self.recipe.annotations(task), output, self.recipe.evaluation.protocol
                 )
                 print(found, flush=True)
                 scores[task.name] = found.as_dict()
@@ -262,13 +259,13 @@ class Run:
 
     def answer(self, model: nn.Module, stage: Stage, task: TaskRecipe, output: Path) -> None:
         """Answer a task's questions."""
-        evaluation = self.recipe.evaluation
+        evaluation, dataset = self.recipe.evaluation, find_dataset(task.benchmark_name)
         generate_answers(
             model,
             self.encoder,
-            ImageTransform(self.transform.processor, square=task.square_images),
+            ImageTransform(self.transform.processor, square=evaluation.padding == "all" or dataset.released_square),
             Job(
-                dataset=task.dataset or task.name,
+                dataset=task.benchmark_name,
                 questions=self.recipe.test_file(task),
                 images=self.recipe.images(task),
                 output=output,
@@ -276,7 +273,7 @@ class Run:
             ),
             embed=None if self.instructions is None else partial(self.instructions.embed, task),
             settings=GenerationSettings(
-                max_new_tokens=task.max_new_tokens or evaluation.max_new_tokens,
+                max_new_tokens=evaluation.max_new_tokens or dataset.max_new_tokens,
                 token_budget=evaluation.token_budget,
                 image_workers=evaluation.workers,
             ),

@@ -49,7 +49,7 @@ def test_defaults_are_the_papers(path):
         ("training.learning_rate=2e-5", lambda r: r.training.learning_rate, 2e-5),  # a text in YAML 1.1
         ("adapter.fusion=mean", lambda r: r.adapter_config().fusion, "mean"),  # a section that the file lacks
         ("tasks.1.test=other/test.json", lambda r: r.tasks[1].test, "other/test.json"),
-        ("tasks.GQA.max_new_tokens=3", lambda r: r.tasks[1].max_new_tokens, 3),
+        ("tasks.GQA.dataset=VQAv2", lambda r: r.tasks[1].benchmark_name, "VQAv2"),
         ("data.annotations=[a, b]", lambda r: r.data.annotations, ["a", "b"]),
         ("training.projector_learning_rate=null", lambda r: r.training.projector_learning_rate, None),
         ("training.arguments.report_to=tensorboard", lambda r: r.training.arguments, {"report_to": "tensorboard"}),
