@@ -169,6 +169,7 @@ class Run:
         previous = None if stage.starts_from is None else self.adapter_to_ask(stage.starts_from)
         model = self.method.start(self.base(), previous)
         model.config.use_cache = False
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         samples = self.samples(stage, kept)
         self.method.prepare(model, stage, kept)
         folder = place / "checkpoints"
@@ -208,7 +209,7 @@ class Run:
             trained = {
                 "samples": len(samples),
                 "steps": trainer.state.global_step,
-                "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "trainable": trainable,
                 "timing": {**cost, "tokens_per_second": cost["tokens"] / cost["seconds"]},
             }
             write_json(place / "training.json", trained)

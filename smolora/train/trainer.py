@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -207,13 +208,14 @@ class ContinualTrainer(Trainer):
         decayed = set(self.get_decay_parameter_names(model))
         groups = []
         for projector, rate in ((False, self.args.learning_rate), (True, self.recipe.training.projector_learning_rate)):
-            for decay in (self.args.weight_decay, 0.0):
+            for decays in (True, False):
                 parameters = [
                     p
                     for name, p in model.named_parameters()
-                    if p.requires_grad and (PROJECTOR in name) == projector and (name in decayed) == bool(decay)
+                    if p.requires_grad and (PROJECTOR in name) == projector and (name in decayed) == decays
                 ]
                 if parameters:
+                    decay = self.args.weight_decay if decays else 0.0
                     groups.append({"params": parameters, "weight_decay": decay, "lr": rate})
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = kind(groups, **options)
@@ -242,7 +244,8 @@ class ContinualTrainer(Trainer):
         bad = self._bad.clone()
         for parameter in self.model.parameters():
             if parameter.requires_grad:
-                bad += ~torch.isfinite(parameter.detach()).all()
+                values = parameter.detach()
+                bad += ~torch.isfinite(values.to_local() if isinstance(values, DTensor) else values).all()
         if int(self.accelerator.gather(bad).sum()):
             raise TrainingStoppedError(
                 f"the loss is not a finite number, at step {self.state.global_step} or shortly before: {self.last_good}"
@@ -289,8 +292,10 @@ class ContinualTrainer(Trainer):
         try:
             self.save_model(str(folder))
             if self.args.should_save:
-                (folder / "training_args.bin").unlink()
-                (folder / "README.md").unlink(missing_ok=True)
+                if not any(folder.glob("adapter_model.*")):
+                    raise OSError("no adapter was written (FSDP needs the state dict type FULL_STATE_DICT)")
+                for name in ("training_args.bin", "README.md"):
+                    (folder / name).unlink(missing_ok=True)
                 settle(folder)
         except Exception as error:
             raise TrainingStoppedError(f"cannot write {folder}: {error}; {self.last_good}") from error
