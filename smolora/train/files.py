@@ -1,0 +1,26 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..evaluate.generate import write_whole
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, on the disk before it takes its name."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def settle(folder: Path) -> None:
+    """See that all files under a folder are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

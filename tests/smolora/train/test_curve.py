@@ -1,0 +1,91 @@
+"""The fused layer and the paper's equations as written train alike: the same losses, with the same dropout masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+import smolora.layer
+from smolora.rank_space import active_streams
+from smolora.reference import smolora_forward
+from smolora.train.run import Run
+
+
+def reference_linear(
+    x: Tensor,
+    *parameters: Tensor,
+    instances: int,
+    threshold: int,
+    backend: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    routes: Tensor | None,
+    gates: Tensor | None,
+    route_mask: Tensor | None,
+    fusion: str,
+    **options,
+) -> tuple[Tensor, ...]:
+    """The oracle in the place of `smolora_linear`, for a plain linear layer and top-1 routes."""
+    *weights, instruction = parameters
+    out, routing = smolora_forward(
+        x.view(instances, -1, x.shape[1]), weight, bias, *weights, instruction, fusion=fusion, dropout=threshold / 256,
+        seed=None if seed is None else int(seed), return_routing=True,
+        route_mask=None if route_mask is None else route_mask.view(instances, -1),
+        routes=None if routes is None else [routes[:, slot] for slot in range(2)],
+        **{key: value for key, value in options.items() if key != "cu_seqlens"},
+    )  # fmt: skip
+    used = active_streams(fusion)
+    chosen, gates = (torch.stack([pair[branch] for branch in used], 1) for pair in (routing.routes, routing.gates))
+    logits = x.new_zeros(instances, 0) if routing.logits[0] is None else torch.cat(routing.logits, 1)
+    return out.reshape(len(x), -1), chosen.int(), gates.detach(), logits.detach(), torch.logit(routing.alpha).detach()
+
+
+def losses_and_results(recipe, output) -> tuple[list[float], dict]:
+    run = Run(dataclasses.replace(recipe, output=str(output)))
+    results = run()
+    log = []
+    for stage in results["stages"]:
+        lines = json.loads((output / stage / "log.json").read_text())
+        log += [line["loss"] for line in lines if "loss" in line]
+    return log, {key: results[key] for key in ("matrix", "mif", "AP", "MAP", "BWT", "MIF")}
+
+
+def assert_same_curve(recipe, folder, monkeypatch, steps: int) -> None:
+    fused, fused_results = losses_and_results(recipe, folder / "fused")
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        return reference_linear(*args, **kwargs)
+
+    monkeypatch.setattr(smolora.layer, "smolora_linear", counted)
+    written, written_results = losses_and_results(recipe, folder / "reference")
+    assert len(calls) > 8 * steps, "the reference ran in every layer"
+    assert len(fused) == len(written) == steps
+    assert max(abs(a - b) for a, b in zip(fused, written, strict=True)) < 1e-3
+    assert fused[-1] < fused[0] - 0.5, "it learns"
+    assert fused_results == written_results
+
+
+QUICK = (
+    "training.logging_steps=1",
+    "training.per_device_batch_size=6",
+    "training.batch_size=6",
+    "training.save_steps=999",
+)
+
+
+def test_same_curve(short, tmp_path, monkeypatch):
+    recipe = short(*QUICK, "training.epochs=3", one_task=True)
+    assert_same_curve(recipe, tmp_path, monkeypatch, 6)
+
+
+@pytest.mark.slow
+def test_same_curve_over_200_steps(short, tmp_path, monkeypatch):
+    recipe = short(*QUICK, "training.epochs=50", "training.learning_rate=3e-3")
+    assert_same_curve(recipe, tmp_path, monkeypatch, 200)

@@ -1,0 +1,118 @@
+"""Batches: labels on the answer alone, images, instructions, order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smolora.data.prompts import SYSTEM
+from smolora.train.data import Collator, GlobalBatches, Samples, TaskSamples
+from smolora.train.run import Run
+from train_world import OBJECT, SENTENCE
+
+
+@pytest.fixture
+def loaded(short):
+    def load(*overrides):
+        run = Run(short(*overrides))
+        run.load_parts()
+        return run
+
+    return load
+
+
+def collate(run, samples, places):
+    collator = Collator(run.transform, run.encoder.pad_token_id, run.dtype)
+    return collator([samples[place] for place in places])
+
+
+def test_batch(loaded):
+    run = loaded()
+    samples = TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, run.instructions)
+    batch = collate(run, samples, [0, 1, 5])
+    tokenizer = run.encoder.tokenizer
+    assert {key: tuple(value.shape[:1]) for key, value in batch.items()} == {key: (3,) for key in batch}
+    assert batch["pixel_values"].shape == (3, 3, 28, 28) and batch["instruction_embeds"].shape == (3, 384)
+    for row, place in enumerate((0, 1, 5)):
+        ids, labels = batch["input_ids"][row], batch["labels"][row]
+        valid = batch["attention_mask"][row].bool()
+        sample = samples.samples[place]
+        assert tokenizer.decode(labels[labels != -100]) == f" {sample.answer}</s>"
+        assert torch.equal(ids[labels != -100], labels[labels != -100])
+        assert (ids == 3).sum() == 4, "an image is as many tokens as it has features"
+        text = tokenizer.decode(ids[valid & (ids != 3) & (labels == -100)], skip_special_tokens=True)
+        assert text == f"{SYSTEM} USER: \n{sample.text} ASSISTANT:"
+        assert not valid[int(valid.sum()) :].any(), "padding is on the right"
+    # two samples share an image, the third has another
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
+    assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][2])
+
+
+def test_shared_images_are_read_once(loaded, monkeypatch):
+    run = loaded()
+    samples = TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, run.instructions)
+    read = []
+    transform = run.transform
+    run.transform = lambda path: read.append(path) or transform(path)
+    collate(run, samples, [0, 1, 5])
+    assert len(read) == 2
+
+
+def test_instructions(loaded):
+    run = loaded()
+    first, second = run.recipe.tasks
+    encode = run.instructions.encoder.encode
+    embedded = TaskSamples(run.recipe, first, run.encoder, run.instructions)[0].instruction
+    torch.testing.assert_close(embedded, encode(OBJECT))  # both of its lines
+    assert torch.equal(run.instructions.embed(second, [f"x\n{SENTENCE}"])[0], encode(SENTENCE))
+    mean = loaded("instructions.embed=task_mean", f"tasks.0.instructions=['{OBJECT!s}', 'Name it.']".replace("\n", " "))
+    encode = mean.instructions.encoder.encode
+    rows = encode(mean.recipe.tasks[0].instructions)
+    expected, task = rows.mean(0), mean.recipe.tasks[0]
+    assert torch.equal(TaskSamples(mean.recipe, task, mean.encoder, mean.instructions)[3].instruction, expected)
+    assert torch.equal(mean.instructions.embed(task, ["a", "b"]), expected.expand(2, -1))
+
+
+def test_a_broken_image_names_its_record(loaded, tmp_path):
+    run = loaded()
+    samples = TaskSamples(run.recipe, run.recipe.tasks[0], run.encoder, None)
+    broken = samples[2]._replace(image=tmp_path / "none.png")
+    with pytest.raises(ValueError, match=r"train.json: record 2: there is no image"):
+        Collator(run.transform, 0, torch.float32)([broken])
+
+
+def test_long_samples_are_cut_at_the_end(loaded):
+    run = loaded("training.max_length=60")
+    whole = loaded()
+    cut, full = (TaskSamples(r.recipe, r.recipe.tasks[1], r.encoder, None)[0] for r in (run, whole))
+    assert len(cut.input_ids) == 60 < len(full.input_ids) and cut.input_ids == full.input_ids[:60]
+    with pytest.raises(ValueError, match=r"record 0: its image does not fit into training.max_length 20"):
+        run = loaded("training.max_length=20")
+        TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, None)[0]
+
+
+def test_order():
+    lengths = torch.randint(5, 50, (70,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = GlobalBatches(lengths, 16, seed=3)
+    first = list(order)
+    assert sorted(first) == list(range(70)) and list(order) == first
+    steps = [first[start : start + 16] for start in range(0, 70, 16)]
+    assert [len(step) for step in steps] == [16, 16, 16, 16, 6]
+    for step in steps:
+        assert [lengths[index] for index in step] == sorted((lengths[index] for index in step), reverse=True)
+    order.set_epoch(1)
+    second = list(order)
+    assert sorted(second) == list(range(70)) and second != first
+    # a step is a random set of samples, whatever their lengths: sorting everything first would give means far apart
+    means = [sum(lengths[index] for index in step) / len(step) for step in steps[:4]]
+    assert max(means) - min(means) < 12
+    assert list(GlobalBatches(lengths, 16, seed=4)) != first
+
+
+def test_samples_of_several_tasks(loaded):
+    run = loaded()
+    parts = [TaskSamples(run.recipe, task, run.encoder, None) for task in run.recipe.tasks]
+    parts.append(TaskSamples(run.recipe, run.recipe.tasks[0], run.encoder, None, [7]))
+    samples = Samples(parts)
+    assert len(samples) == len(samples.lengths) == 25
+    assert samples[24] == parts[0][7] and samples[12] == parts[1][0]

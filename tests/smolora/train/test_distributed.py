@@ -1,0 +1,71 @@
+"""Two processes do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smolora.train.recipe import load_recipe
+from smolora.train.run import Run
+
+ROOT = Path(__file__).parents[3]
+SAME = (
+    "adapter.lora_dropout=0", "training.epochs=1", "training.batch_size=4", "training.logging_steps=1",
+    "training.save_steps=2",
+)  # fmt: skip
+
+
+def launch(recipe: Path, *overrides: str) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            str(ROOT / "tests/support/two_ranks.py"), str(recipe), *overrides,
+        ],
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "PYTHONSAFEPATH": "1",
+        },
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run_of(folder: Path) -> tuple[dict, list[float], dict[str, torch.Tensor]]:
+    results = json.loads((folder / "results.json").read_text())
+    losses, adapters = [], {}
+    for stage in results["stages"]:
+        lines = json.loads((folder / stage / "log.json").read_text())
+        losses += [line["loss"] for line in lines if "loss" in line]
+        tensors = load_file(folder / stage / "adapter/adapter_model.safetensors")
+        adapters.update({f"{stage}.{name}": tensor for name, tensor in tensors.items()})
+    return results, losses, adapters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["smolora", "seqlora"])
+def test_two_ranks_equal_one(world, tmp_path, method):
+    """Without dropout, whose masks differ from process to process: losses, adapters, answers and scores."""
+    overrides = [*SAME, f"method={method}", "training.learning_rate=1e-3", "downstream={}"]
+    launch(world, *overrides, f"output={tmp_path / 'two'}")
+    Run(load_recipe(world, [*overrides, f"output={tmp_path / 'one'}"]))()
+    (two, losses, adapters), (one, expected, wanted) = run_of(tmp_path / "two"), run_of(tmp_path / "one")
+    assert len(losses) == len(expected) == 6
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert adapters.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(
+            adapters[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    assert {key: two[key] for key in ("matrix", "mif", "training")} == {
+        key: one[key] for key in ("matrix", "mif", "training")
+    }
+    for stage in one["stages"]:
+        for answers in (tmp_path / "one" / stage / "answers").glob("*.jsonl"):
+            assert (tmp_path / "two" / stage / "answers" / answers.name).read_bytes() == answers.read_bytes()

@@ -1,0 +1,107 @@
+"""Methods: their parameters, and runs of each."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from small_llava import small_llava
+from smolora.train.methods import METHODS, Method
+from smolora.train.methods.lora import SeqLoRA
+from smolora.train.run import Run
+
+EXPERTS = ("smolora", "smolora-vu", "smolora-if", "smolora-mean")
+
+
+def trained(model: torch.nn.Module) -> dict[str, int]:
+    return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def numbers(short):
+    """Trained parameters of a method's fresh model."""
+
+    def count(method: str, *overrides: str) -> int:
+        model = METHODS[method](short(f"method={method}", *overrides)).start(small_llava().requires_grad_(False), None)
+        return sum(trained(model).values())
+
+    return count
+
+
+@pytest.mark.parametrize("method", ["seqlora", "dirlora", "multitask"])
+def test_baselines_have_as_many_parameters(numbers, method):
+    importances = 2 * (96 * 4 + 32 * 2 + 32 * 2)  # what SMoLoRA has besides its experts
+    assert numbers(method) == numbers("smolora") - importances
+    assert numbers(method, "baseline.rank=8") * 2 == numbers(method)
+
+
+def test_moelora_has_as_many_parameters_and_its_routers(numbers):
+    routers = 4 * (32 * 4 + 96 * 2 + 32 * 2)
+    assert numbers("moelora") == numbers("seqlora") + routers
+
+
+def test_ablations_train_what_they_use(numbers):
+    importances = 2 * (96 * 4 + 32 * 2 + 32 * 2)
+    assert numbers("smolora-mean") == numbers("smolora") - importances
+    assert 2 * numbers("smolora-vu") == 2 * numbers("smolora-if") == numbers("smolora-mean")
+
+
+def test_all_methods_adapt_the_same_layers(short):
+    layers = {}
+    for name in set(METHODS) - {"zeroshot"}:
+        model = METHODS[name](short(f"method={name}")).start(small_llava(), None)
+        layers[name] = sorted(model.targeted_module_names)
+    assert len(layers["smolora"]) == 8 and not [name for name in layers["smolora"] if "vision_tower" in name]
+    assert all(found == layers["smolora"] for found in layers.values())
+
+
+@pytest.mark.parametrize("method", ["seqlora", "dirlora", "moelora", "multitask", "zeroshot", "smolora-if"])
+def test_runs(short, method, tmp_path):
+    results = Run(short(f"method={method}"))()
+    folders = {"multitask": ["stage-1-multitask"], "zeroshot": ["stage-0-zeroshot"]}
+    assert results["stages"] == folders.get(method, ["stage-1-ImageNet", "stage-2-Flickr30k"])
+    assert [len(row) for row in results["matrix"]] == ([2] if method in folders else [1, 2])
+    if method == "dirlora":
+        assert results["matrix"][1][0] == results["matrix"][0][0] and results["BWT"] == [None, 0.0]
+        assert not (tmp_path / "run/stage-2-Flickr30k/answers/ImageNet.jsonl").exists()
+    assert results["training"].keys() == (set() if method == "zeroshot" else set(results["stages"]))
+    for content in results["training"].values():
+        assert content["steps"] == (2 if method == "multitask" else 1)
+
+
+def test_room_for_other_methods(short, tmp_path, monkeypatch):
+    """Replay and a penalty in one: extra samples, an extra loss, and what is kept between stages."""
+
+    class Both(SeqLoRA):
+        name = "both"
+        seen: list = []  # noqa: RUF012
+
+        def extra_samples(self, stage, kept):
+            self.seen.append((stage.name, [folder.parent.name for folder in kept]))
+            return [(self.recipe.tasks[0], index) for index in json.loads((kept[0] / "x").read_text())] if kept else []
+
+        def prepare(self, model, stage, kept):
+            self.start_values = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+        def extra_loss(self, model, inputs, outputs):
+            return 1e4 * sum(
+                (p - self.start_values[n]).square().sum() for n, p in model.named_parameters() if p.requires_grad
+            )
+
+        def keep(self, model, stage, folder):
+            (folder / "x").write_text("[3, 5]")
+
+    monkeypatch.setitem(METHODS, "both", Both)
+    assert issubclass(Both, Method)
+    results = Run(
+        short("method=both", "training.batch_size=4", "training.per_device_batch_size=4", "training.logging_steps=1")
+    )()
+    first, second = results["training"].values()
+    assert (first["samples"], second["samples"], second["steps"]) == (12, 14, 4)
+    assert Both.seen == [("stage-1-ImageNet", []), ("stage-2-Flickr30k", ["stage-1-ImageNet"])]
+    log = [
+        line["loss"] for line in json.loads((tmp_path / "run/stage-1-ImageNet/log.json").read_text()) if "loss" in line
+    ]
+    assert log[0] < 10 < log[-1], "the penalty is zero at first and in the loss afterwards"

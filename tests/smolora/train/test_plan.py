@@ -1,0 +1,100 @@
+"""`--dry-run`: counts, steps and memory are right, and what is missing is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from smolora.cli import main
+from smolora.train import prepare
+from smolora.train.plan import make_plan
+from smolora.train.recipe import load_recipe
+
+
+def dry_run(capsys, *arguments: str) -> dict:
+    assert main(["train", *arguments, "--dry-run", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan(world, capsys):
+    plan = dry_run(capsys, str(world))
+    stages = [{key: stage[key] for key in ("name", "train", "test", "asked", "steps")} for stage in plan["stages"]]
+    assert stages == [
+        {"name": "ImageNet", "train": 12, "test": 4, "asked": 4, "steps": 6},
+        {"name": "Flickr30k", "train": 12, "test": 4, "asked": 8, "steps": 6},
+    ]
+    downstream = [(stage["name"], stage["train"], stage["test"], stage["steps"]) for stage in plan["downstream"]]
+    assert downstream == [("OCRVQA", 0, 4, 0), ("Places365, 2-shot", 4, 4, 2)]
+    assert plan["accumulation"] == 2 and plan["makes"] == []
+    # 7 layers of the small model are adapted: r (d + k) numbers an expert, 4 experts, and two vectors of k
+    adapted = [(32, 96)] * 4 + [(96, 32)] * 2 + [(32, 32)] * 2
+    assert plan["memory"]["trainable_parameters"] == sum(4 * 4 * (d + k) + 2 * k for d, k in adapted)
+    assert not (world.parent / "run").exists(), "a dry run writes nothing"
+
+
+def test_plan_for_a_reader(world, capsys):
+    assert main(["train", str(world), "--dry-run", "--method", "multitask"]) == 0
+    out = capsys.readouterr().out
+    assert "multitask" in out and "24" in out and "memory, estimated" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [
+        ("multitask", [("multitask", 24, 8, 8, 12)]),
+        ("zeroshot", [("zeroshot", 0, 8, 8, 0)]),
+        ("dirlora", [("ImageNet", 12, 4, 4, 6), ("Flickr30k", 12, 4, 4, 6)]),
+    ],
+)
+def test_stages_of_methods(world, capsys, method, stages):
+    plan = dry_run(capsys, str(world), "--method", method)
+    found = [tuple(stage[key] for key in ("name", "train", "test", "asked", "steps")) for stage in plan["stages"]]
+    assert found == stages
+
+
+def test_everything_that_is_missing_is_named(world, capsys):
+    missing = ["model.path=/no/base", "tasks.0.train=ImageNet/nothing.json", "data.annotations=[/no/annotations]"]
+    assert main(["train", str(world), *missing, "--dry-run"]) == 1
+    error = capsys.readouterr().err
+    for name in ("/no/base/config.json (model.path)", "ImageNet/nothing.json", "/no/annotations"):
+        assert name in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.per_device_batch_size=3"], "training.batch_size must be a multiple"),
+        (["tasks.0.dataset=ImagNet"], "did you mean ImageNet"),
+        (["tasks.0.test=ImageNet/train.json"], "ImageNet.test must be named test.json"),
+        (["trainin.epochs=3"], "did you mean 'training'"),
+    ],
+)
+def test_refused(world, capsys, overrides, message):
+    assert main(["train", str(world), *overrides, "--dry-run"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_images_are_looked_for(world, tmp_path, capsys):
+    shutil.copytree(world.parent / "data", tmp_path / "data")
+    (tmp_path / "data/ImageNet/images/3.png").unlink()
+    assert main(["train", str(world), f"data.root={tmp_path / 'data'}", "--dry-run"]) == 1
+    error = capsys.readouterr().err
+    assert "images/3.png" in error and "record 6, and 1 more of that file" in error
+
+
+def test_what_a_recipe_makes_is_listed_and_not_required(world, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "made"
+    module = type("Module", (), {})()
+    made = {root / "ImageNet/train.json": 10, root / "ImageNet/test.json": 3, root / "base": None}
+    module.planned = lambda options: {path: count for path, count in made.items() if options == {"scale": 2}}
+    monkeypatch.setattr(prepare, "PREPARATIONS", {"made": "made_module"})
+    monkeypatch.setitem(__import__("sys").modules, "made_module", module)
+    overrides = [
+        "prepare={made: {scale: 2}}", f"data.root={root}", f"model.path={root / 'base'}", "downstream={}",
+        "tasks=[{name: ImageNet, train: ImageNet/train.json, test: ImageNet/test.json}]",
+    ]  # fmt: skip
+    plan = make_plan(load_recipe(world, overrides))
+    assert (plan["stages"][0]["train"], plan["stages"][0]["test"], plan["stages"][0]["steps"]) == (10, 3, 6)
+    assert set(plan["makes"]) == {str(path) for path in made} and plan["memory"] is None

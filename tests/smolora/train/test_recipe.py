@@ -1,0 +1,127 @@
+"""Recipes: what is read, changed and refused, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from smolora.train.recipe import load_recipe
+
+MINIMAL = {
+    "name": "x",
+    "model": {"path": "base"},
+    "data": {"root": "data"},
+    "tasks": [
+        {"name": "ImageNet", "train": "ImageNet/train.json", "test": "ImageNet/test.json"},
+        {"name": "GQA", "train": "GQA/train.json", "test": "GQA/test.json"},
+    ],
+}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL))
+    return file
+
+
+def test_defaults_are_the_papers(path):
+    recipe = load_recipe(path)
+    training, adapter = recipe.training, recipe.adapter_config()
+    assert (training.learning_rate, training.batch_size, training.epochs, training.schedule) == (1e-4, 64, 1, "cosine")
+    assert (training.weight_decay, training.warmup_ratio) == (0.01, 0.03)
+    assert (adapter.r, adapter.scaling, adapter.num_vu_experts, adapter.num_if_experts, adapter.top_k) == (
+        16,
+        2,
+        4,
+        4,
+        1,
+    )
+    assert recipe.folder == Path("runs/x") and recipe.seed == 0 and recipe.method == "smolora"
+
+
+@pytest.mark.parametrize(
+    ("override", "get", "value"),
+    [
+        ("training.epochs=2", lambda r: r.training.epochs, 2.0),
+        ("training.learning_rate=2e-5", lambda r: r.training.learning_rate, 2e-5),  # a text in YAML 1.1
+        ("adapter.fusion=mean", lambda r: r.adapter_config().fusion, "mean"),  # a section that the file lacks
+        ("tasks.1.test=other/test.json", lambda r: r.tasks[1].test, "other/test.json"),
+        ("tasks.GQA.dataset=VQAv2", lambda r: r.tasks[1].benchmark_name, "VQAv2"),
+        ("data.annotations=[a, b]", lambda r: r.data.annotations, ["a", "b"]),
+        ("training.projector_learning_rate=null", lambda r: r.training.projector_learning_rate, None),
+        ("training.arguments.report_to=tensorboard", lambda r: r.training.arguments, {"report_to": "tensorboard"}),
+        ("output=a=b", lambda r: str(r.folder), "a=b"),
+        ("downstream.zero-shot=[{name: OCRVQA, test: t}]", lambda r: r.downstream["zero-shot"][0].test, "t"),
+    ],
+)
+def test_overrides(path, override, get, value):
+    assert get(load_recipe(path, [override])) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("metod=seqlora", r"unknown key 'metod'; did you mean 'method'\?"),
+        ("training.lerning_rate=1", r"unknown key 'training.lerning_rate'; did you mean 'training.learning_rate'\?"),
+        ("learning_rate=1", r"unknown key 'learning_rate'; did you mean 'training.learning_rate'\?"),
+        ("adapter.lora_alfa=1", r"unknown key 'adapter.lora_alfa'; did you mean 'adapter.lora_alpha'\?"),
+        ("adapter.peft_type=LORA", r"unknown key 'adapter.peft_type'; did you mean"),
+        ("tasks.0.trian=x", r"unknown key 'tasks.0.trian'; did you mean 'tasks.0.train'\?"),
+        ("training.arguments.max_grad_nrm=1", r"did you mean 'training.arguments.max_grad_norm'\?"),
+        ("training.arguments.learning_rate=1", r"training.arguments.learning_rate is set by training.learning_rate"),
+        ("method=smolra", r"method must be one of .*, got 'smolra'; did you mean 'smolora'\?"),
+        ("prepare.nothing=1", r"prepare must be one of .*got 'nothing'"),
+        ("tasks.7.test=x", r"tasks.7.test=x: 7 must be one of 0 to 1, ImageNet, GQA"),
+        ("name.x=1", r"name.x=1: name is no section but 'x'"),
+        ("justakey", r"an override must be key=value, got 'justakey'"),
+        ("training.epochs=two", r"training.epochs must be a number, got 'two'"),
+        ("training.epochs=.inf", r"training.epochs must be a finite number"),
+        ("training.epochs=0", r"training.epochs must be positive, got 0"),
+        ("training.batch_size=2.5", r"training.batch_size must be an integer, got 2.5"),
+        ("training.batch_size=0", r"training.batch_size must be at least 1, got 0"),
+        ("training.activation_checkpointing=1", r"training.activation_checkpointing must be true or false, got 1"),
+        ("training.schedule=linear", r"training.schedule must be one of 'cosine', 'constant', got 'linear'"),
+        ("training=5", r"training must be a section of keys and values, got 5"),
+        ("tasks={}", r"tasks must be a list, got"),
+        ("tasks=[]", r"tasks must have an entry"),
+        ("tasks.1.name=ImageNet", r"tasks and downstream must have different names"),
+        ("tasks.1.name=../x", r"a name must be letters, digits, spaces and any of ,._\+-, got '../x'"),
+        ("tasks.1.train=null", r"GQA must have a training file, train"),
+        ("instructions.embed=task_mean", r"task_mean needs instructions of each task, ImageNet has none"),
+        ("adapter.top_k=9", r"top_k must be at most"),
+        ("training.warmup_ratio=1", r"training.warmup_ratio must lie in \[0, 1\), got 1"),
+        ("training.epochs=[", r"not YAML"),
+    ],
+)
+def test_refused(path, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path, [override])
+
+
+def test_missing_key_is_named(path):
+    content = {**MINIMAL, "tasks": [{"name": "ImageNet", "train": "t"}]}
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"recipe.yaml: tasks.0.test is missing"):
+        load_recipe(path)
+
+
+def test_extends(path):
+    child = path.with_name("child.yaml")
+    child.write_text(
+        "extends: recipe.yaml\nname: y\nmodel: {dtype: float32}\ntasks: [{name: GQA, train: a, test: b}]\n"
+    )
+    recipe = load_recipe(child)
+    assert recipe.name == "y" and recipe.model.path == "base" and recipe.model.dtype == "float32"
+    assert [task.name for task in recipe.tasks] == ["GQA"]
+    path.write_text("extends: child.yaml\n")
+    with pytest.raises(ValueError, match="which extends it"):
+        load_recipe(child)
+
+
+def test_a_resolved_recipe_is_a_recipe(path):
+    recipe = load_recipe(path, ["adapter.r=8", "downstream.few-shot=[{name: 'Places365, 5-shot', test: t, train: u}]"])
+    path.write_text(yaml.safe_dump(recipe.as_dict()))
+    assert load_recipe(path) == recipe

@@ -1,0 +1,134 @@
+"""Whole runs: what they leave, killed or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smolora.report import write_report
+from smolora.train.recipe import load_recipe
+from smolora.train.run import Run
+from train_world import make_world
+
+ROOT = Path(__file__).parents[3]
+STAGES = ("stage-1-ImageNet", "stage-2-Flickr30k", "downstream-few-shot/Places365, 2-shot")
+
+
+def killed_runs(recipe: Path, seed: int, kills: int) -> list[dict]:
+    """Run `killed.py`; the folders `run-whole` and `run-<n>` are beside the recipe then."""
+    paths = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests/support")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/support/killed.py"), str(recipe), str(seed), str(kills)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"run"')]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder with a run that was never disturbed, `run-whole`, and one that was killed three times."""
+    recipe = make_world(tmp_path_factory.mktemp("killed"))
+    kills = killed_runs(recipe, seed=1, kills=3)
+    assert [kill["killed at"][0] for kill in kills] == ["step", "save", "ask"]
+    return recipe.parent
+
+
+def contents(run: Path) -> dict[str, object]:
+    """All that a run leaves and that may not depend on kills, by path."""
+    found: dict[str, object] = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if not path.is_file() or path.name == "evaluation.json":  # which is timing alone
+            continue
+        if path.name in ("results.json", "training.json"):
+            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "timing"}
+        elif path.name == "log.json":
+            found[name] = [line for line in json.loads(path.read_text()) if "loss" in line]
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    one, other = contents(run), contents(whole)
+    assert one.keys() == other.keys()
+    for name in other:
+        assert one[name] == other[name], name
+
+
+def test_killed_three_times_and_continued(killed):
+    assert_same(killed / "run-0", killed / "run-whole")
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path):
+    recipe = make_world(tmp_path)
+    kills = killed_runs(recipe, seed=2, kills=20)
+    assert len(kills) == 20
+    for number in {kill["run"] for kill in kills}:
+        assert_same(tmp_path / f"run-{number}", tmp_path / "run-whole")
+
+
+def test_what_a_run_leaves(killed):
+    run = killed / "run-whole"
+    results = json.loads((run / "results.json").read_text())
+    assert results["tasks"] == ["ImageNet", "Flickr30k"] and results["method"] == "smolora"
+    assert results["stages"] == list(STAGES[:2])
+    assert [len(row) for row in results["matrix"]] == [1, 2] == [len(row) for row in results["mif"]]
+    assert results["AP"][1] == sum(results["matrix"][1]) / 2
+    assert results["BWT"] == [None, results["matrix"][1][0] - results["matrix"][0][0]]
+    assert results["downstream"]["few-shot"]["tasks"] == ["Places365, 2-shot"]
+    assert results["downstream"]["zero-shot"]["AP"] == results["downstream"]["zero-shot"]["accuracy"][0]
+    assert results["config"]["training"]["learning_rate"] == 0.03
+    assert results["timing"]["stage-1-ImageNet"]["training"]["tokens_per_second"] > 0
+    for stage in STAGES:
+        assert (run / stage / "adapter/adapter_model.safetensors").is_file()
+        assert not (run / stage / "checkpoints").exists() and not (run / stage / "kept").exists()
+        log = [line["loss"] for line in json.loads((run / stage / "log.json").read_text()) if "loss" in line]
+        assert log[-1] < log[0] - 0.3, "it learns"
+    assert results["training"]["stage-1-ImageNet"]["steps"] == 6
+    assert len((run / "stage-2-Flickr30k/answers/ImageNet.jsonl").read_text().splitlines()) == 4
+    assert json.loads((run / "stage-2-Flickr30k/answers/ImageNet.info.json").read_text())["routing"]
+
+
+def test_report_reads_a_run(killed, tmp_path):
+    text = write_report([killed / "run-whole"], tmp_path).read_text()
+    assert "ImageNet" in text and "few-shot" in text
+
+
+def test_a_finished_run_is_not_redone(killed, capsys):
+    recipe = load_recipe(killed / "recipe.yaml", [f"output={killed / 'run-whole'}"])
+    before = {path: path.stat().st_mtime_ns for path in (killed / "run-whole").rglob("adapter*")}
+    answers = (killed / "run-whole/stage-1-ImageNet/answers/ImageNet.jsonl").stat().st_mtime_ns
+    Run(recipe)()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (killed / "run-whole/stage-1-ImageNet/answers/ImageNet.jsonl").stat().st_mtime_ns == answers
+
+
+def test_another_recipe_is_refused(killed):
+    overrides = [f"output={killed / 'run-whole'}", "training.learning_rate=0.5", "training.workers=1"]
+    with pytest.raises(ValueError, match=r"another recipe \(training.learning_rate was 0.03, is 0.5\)"):
+        Run(load_recipe(killed / "recipe.yaml", overrides))
+
+
+def test_each_stage_starts_from_the_last_adapter_and_moves_it(killed):
+    adapters = [load_file(killed / "run-whole" / stage / "adapter/adapter_model.safetensors") for stage in STAGES]
+    for one, other in pairwise(adapters):
+        assert one.keys() == other.keys()
+        fixed = [name for name in one if torch.equal(one[name], other[name])]
+        assert [name for name in one if name.endswith("_router")] == [n for n in fixed if n.endswith("_router")]
+        moved = [name for name in one if name.endswith("if_A") and name not in fixed]
+        assert len(moved) == 8, "every layer's experts have moved"
+        # far less than a new adapter would differ: two draws of A ~ N(0, 0.01^2)
+        name = moved[0]
+        assert (one[name] - other[name]).abs().median() < 0.01

@@ -1,0 +1,11 @@
+"""A recipe's run on the processes of a launcher: `torchrun --nproc-per-node 2 two_ranks.py RECIPE [key=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+
+from smolora.train.recipe import load_recipe
+from smolora.train.run import Run
+
+if __name__ == "__main__":
+    Run(load_recipe(sys.argv[1], sys.argv[2:]))()
