@@ -11,7 +11,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS: dict[str, tuple[str, str]] = {}  # name: (module, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
+    "score": ("smolora.evaluate.score", "Score a file of answers: the dataset's metric and MIF."),
+    "metrics": ("smolora.evaluate.matrix", "Compute AP, MAP, BWT and MIF from an accuracy matrix."),
+    "report": ("smolora.report", "Write a report on one run or several: tables, figures, cases."),
+    "evaluate": ("smolora.evaluate.cli", "Answer the benchmark's questions with a model."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

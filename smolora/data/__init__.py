@@ -1,0 +1,1 @@
+"""The benchmark's data: its files, its prompts and its images."""

@@ -1,0 +1,268 @@
+"""The benchmark's ten test sets: for each its files, its metric and the format that its instruction asks for.
+
+A new dataset is one entry of `DATASETS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from ..data.format import Question, read_json, read_questions
+from . import rules
+from .rules import Item, Metric, Rule, each, of_group
+
+PROTOCOLS = ("smolora", "standard")
+
+
+class Files:
+    """The annotation files of one dataset, looked for in folders and in their subfolders of the dataset's name.
+
+    Args:
+        folders: where to look.
+        dataset: its name.
+        skip: indices of records of the question file to pass over.
+
+    Raises:
+        ValueError: a folder does not exist.
+    """
+
+    def __init__(self, folders: Sequence[Path], dataset: str, skip: Collection[int] = ()) -> None:
+        missing = [str(folder) for folder in folders if not folder.is_dir()]
+        if missing or not folders:
+            raise ValueError(f"annotations must be existing folders, got {', '.join(missing) or 'none'}")
+        self.dataset = dataset
+        self.skip = skip
+        self.folders = [place for folder in folders for place in (folder, folder / dataset)]
+
+    def find(self, name: str) -> Path:
+        """The file of that name.
+
+        Raises:
+            ValueError: it is in none of the folders, or in several.
+        """
+        path = self.find_optional(name)
+        if path is None:
+            places = ", ".join(map(str, self.folders))
+            raise ValueError(f"{self.dataset} needs {name}, which is in none of {places}: name its folder too")
+        return path
+
+    def find_optional(self, name: str) -> Path | None:
+        """The file of that name, None if there is none; several are refused."""
+        found = {path.resolve(): path for path in (folder / name for folder in self.folders) if path.is_file()}
+        if len(found) > 1:
+            raise ValueError(f"{self.dataset}: {name} is found more than once: {', '.join(map(str, found.values()))}")
+        return next(iter(found.values()), None)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a dataset is scored under one protocol."""
+
+    metric: str  # its name in what is printed
+    score: Metric
+    follows: Rule
+    parts: Mapping[str, Metric] = field(default_factory=dict)  # printed beside it
+    metric_of_one: str | None = None  # its name where every item has a single reference
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One test set.
+
+    Args:
+        questions: file name of its questions, as the benchmark has it.
+        load: its items, from its files.
+        smolora: scoring that can be compared with the paper's tables.
+        standard: scoring as the field means the metric.
+        missing_is_wrong: a question without an answer counts as wrong; else it is an error.
+    """
+
+    questions: str
+    load: Callable[[Files, str], list[Item]]
+    smolora: Scoring
+    standard: Scoring
+    missing_is_wrong: bool = False
+
+    def scoring(self, protocol: str) -> Scoring:
+        """The scoring under a protocol, "smolora" or "standard"."""
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
+        return getattr(self, protocol)
+
+
+# ---- loaders
+
+
+def one_answer(files: Files, questions: str) -> list[Item]:
+    """Questions with one answer each."""
+    path = files.find(questions)
+    return [Item(str(q.question_id), a, (a,)) for q in read_questions(path, skip=files.skip) for a in [_one(q, path)]]
+
+
+def several_answers(files: Files, questions: str) -> list[Item]:
+    """Questions with a list of references each, or one."""
+    path = files.find(questions)
+    items = []
+    for question in read_questions(path, skip=files.skip):
+        answer = _given(question, path)
+        items.append(Item(str(question.question_id), answer, (answer,) if isinstance(answer, str) else answer))
+    return items
+
+
+def ten_answers(
+    annotations: str, key: str | None, *, by: str = "question_id", required: bool = False
+) -> Callable[[Files, str], list[Item]]:
+    """Questions with one answer each and, in a file of the original dataset, those of ten annotators.
+
+    Args:
+        annotations: that file, a list of records with `answers`, under `key` if one is given.
+        by: what says which record is a question's, "question_id" or "image" (its file name).
+        required: without the file the dataset cannot be scored; else the one answer is the only reference then.
+    """
+
+    def load(files: Files, questions: str) -> list[Item]:
+        items = one_answer(files, questions)
+        path = files.find(annotations) if required else files.find_optional(annotations)
+        if path is None:
+            return items
+        keys = [item.question_id for item in items]
+        if by == "image":
+            keys = [
+                PurePath(question.image or "").name
+                for question in read_questions(files.find(questions), skip=files.skip)
+            ]
+        references = _annotators(path, key, by)
+        unknown = [name for name in keys if name not in references]
+        if unknown:
+            raise ValueError(f"{path}: no answers for {len(unknown)} questions, the first has {by} {unknown[0]!r}")
+        return [item._replace(references=references[name]) for item, name in zip(items, keys, strict=True)]
+
+    return load
+
+
+def gqa(files: Files, questions: str) -> list[Item]:
+    """Questions with one answer each, and from GQA's own file whether they are balanced, binary or open."""
+    path = files.find("testdev_balanced_questions.json")
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold an object, question ids to questions")
+    items = []
+    for item in one_answer(files, questions):
+        try:
+            known = content[item.question_id]
+            group = ("open" if known["types"]["structural"] == "query" else "binary") if known["isBalanced"] else "-"
+            items.append(item._replace(references=(str(known["answer"]),), group=group))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: question {item.question_id}: {error!r} is missing or malformed") from error
+    return items
+
+
+def multiple_choice(files: Files, questions: str) -> list[Item]:
+    """ScienceQA's test split, from its own two files."""
+    splits, problems = files.find("pid_splits.json"), files.find("problems.json")
+    ids, content = read_json(splits), read_json(problems)
+    if not isinstance(ids, dict) or not isinstance(ids.get("test"), list):
+        raise ValueError(f"{splits}: must hold the list of ids 'test'")
+    if not isinstance(content, dict):
+        raise ValueError(f"{problems}: must hold an object, ids to problems")
+    items = []
+    for index in map(str, ids["test"]):
+        try:
+            choices, answer = content[index]["choices"], content[index]["answer"]
+            if not 0 <= answer < len(choices) <= len(rules.LETTERS):
+                raise ValueError(f"answer {answer} of {len(choices)} choices")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{problems}: problem {index}: missing or malformed: {error}") from error
+        items.append(Item(index, rules.LETTERS[answer], (rules.LETTERS[answer],), len(choices)))
+    return items
+
+
+def _given(question: Question, path: Path) -> str | tuple[str, ...]:
+    if question.answer is None:
+        raise ValueError(f"{path}: record {question.index}: answer is missing")
+    return question.answer
+
+
+def _one(question: Question, path: Path) -> str:
+    answer = _given(question, path)
+    if not isinstance(answer, str):
+        raise ValueError(f"{path}: record {question.index}: answer must be one string, got {len(answer)}")
+    return answer
+
+
+def _annotators(path: Path, key: str | None, by: str) -> dict[str, tuple[str, ...]]:
+    records: Any = read_json(path)
+    if key is not None:
+        records = records.get(key) if isinstance(records, dict) else None
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: must hold a list of records" + (f" under {key!r}" if key else ""))
+    references = {}
+    for index, record in enumerate(records):
+        try:
+            answers = [answer["answer"] if isinstance(answer, dict) else answer for answer in record["answers"]]
+            if not answers or not all(isinstance(answer, str) for answer in answers):
+                raise TypeError("answers must be strings")
+            references[str(record[by])] = tuple(answers)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: record {index}: missing or malformed: {error}") from error
+    return references
+
+
+# ---- the table
+
+RELEASED_CAPTION = Scoring("cider", rules.released_cider, rules.released_follows_sentence)
+CAPTION = Scoring("cider_d", rules.cider_d, rules.follows_sentence, {"cider": rules.plain_cider})
+VQA = Scoring("vqa_accuracy", each(rules.soft_vqa), rules.follows_word, metric_of_one="accuracy")
+ACCURACY = Scoring("accuracy", each(rules.exact), rules.follows_word)
+
+
+def _released(right: Callable[[Item, str], float]) -> Scoring:
+    return Scoring("accuracy", each(right), rules.released_follows_word)
+
+
+def _by_group(scoring: Scoring) -> Scoring:
+    parts = {group: of_group(scoring.score, group) for group in ("binary", "open")}
+    return Scoring(scoring.metric, scoring.score, scoring.follows, parts)
+
+
+DATASETS: dict[str, Dataset] = {
+    "ScienceQA": Dataset(
+        "test.json",
+        multiple_choice,
+        Scoring("accuracy", each(rules.released_letter), rules.follows_letter),
+        Scoring("accuracy", each(rules.letter), rules.follows_letter),
+        missing_is_wrong=True,
+    ),
+    "TextVQA": Dataset(
+        "val.json",
+        ten_answers("TextVQA_0.5.1_val.json", "data", required=True),
+        _released(rules.released_soft),
+        Scoring("vqa_accuracy", each(rules.soft_textvqa), rules.follows_word),
+    ),
+    "Flickr30k": Dataset(
+        "val.json",
+        several_answers,
+        Scoring("cider", rules.released_cider_swapped, rules.released_follows_sentence),
+        CAPTION,
+    ),
+    "ImageNet": Dataset("test.json", one_answer, _released(rules.released_either_contains), ACCURACY),
+    "GQA": Dataset("test.json", gqa, _by_group(_released(rules.released_full_stop)), _by_group(ACCURACY)),
+    "VQAv2": Dataset(
+        "val.json",
+        ten_answers("v2_mscoco_val2014_annotations.json", "annotations"),
+        _released(rules.released_exact),
+        VQA,
+    ),
+    "VizWiz": Dataset(
+        "val.json",
+        ten_answers("Annotations/val.json", None, by="image"),
+        _released(rules.released_exact),
+        VQA,
+    ),
+    "TextCaps": Dataset("val.json", several_answers, RELEASED_CAPTION, CAPTION),
+    "OCRVQA": Dataset("test.json", one_answer, _released(rules.released_exact_answerable), ACCURACY),
+    "Places365": Dataset("val.json", one_answer, _released(rules.released_either_contains), ACCURACY),
+}

@@ -1,0 +1,156 @@
+"""From the accuracy matrix of a run to AP, MAP, BWT and MIF, stage by stage (Eq. 10 to 12)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.format import read_json
+
+Row = Sequence[float | None]
+Figures = dict[str, list[float | None]]
+
+FIGURES = ("AP", "MAP", "BWT", "MIF")
+
+
+def continual_metrics(
+    tasks: Sequence[str],
+    matrix: Sequence[Row],
+    mif: Sequence[Row] | None = None,
+    *,
+    method: str | None = None,
+    allow_missing: bool = False,
+) -> Figures:
+    """AP, MAP, BWT (Eq. 10 and 11) and MIF (Eq. 12) after each stage.
+
+    Args:
+        tasks: names of the n tasks, in the order of training.
+        matrix: a row a stage: row k has a_k1 to a_kk, the accuracies of the tasks seen so far. Or a single row of all
+            n: one evaluation (zero-shot, multitask, the datasets or shots of a downstream table).
+        mif: instruction following, of the matrix's form; without it every MIF is None.
+        method: "dirlora" for an adapter a task: a_kj is a_jj (only the last cell of each row is read, or the single
+            row), there is no MAP, and BWT is 0.
+        allow_missing: cells may be None and stages may be missing; every figure that needs one of them is None.
+
+    Returns:
+        One entry a stage under "AP", "MAP", "BWT" and "MIF". BWT is None after the first stage; a single row has
+        neither MAP nor BWT.
+
+    Raises:
+        ValueError: the input has another form, or cells are missing; row and column are named.
+    """
+    if not isinstance(tasks, (list, tuple)) or not tasks or not all(isinstance(task, str) for task in tasks):
+        raise ValueError(f"tasks must be a list of names, got {tasks!r}")
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"tasks must differ, got {list(tasks)}")
+    accuracy = _rows("matrix", matrix, tasks, method, allow_missing)
+    following = _rows("mif", mif, tasks, method, allow_missing) if mif is not None else [[None]] * len(accuracy)
+    if len(following) != len(accuracy):
+        raise ValueError(f"mif must have as many rows as matrix, {len(accuracy)}, got {len(following)}")
+    ap = [_mean(row) for row in accuracy]
+    figures: Figures = {"AP": ap, "MIF": [_mean(row) for row in following]}
+    if _is_single(accuracy, tasks):
+        figures |= {"MAP": [None], "BWT": [None]}
+    elif method == "dirlora":
+        figures |= {"MAP": [None] * len(ap), "BWT": [None] + [0.0] * (len(ap) - 1)}
+    else:
+        figures["MAP"] = [_mean(ap[: k + 1]) for k in range(len(ap))]
+        figures["BWT"] = [None] + [
+            _mean([_minus(row[j], accuracy[j][j]) for j in range(k)]) for k, row in enumerate(accuracy) if k
+        ]
+    return {name: figures[name] for name in FIGURES}
+
+
+def _rows(
+    name: str, rows: Any, tasks: Sequence[str], method: str | None, allow_missing: bool
+) -> list[list[float | None]]:
+    """The rows as floats, checked; those of an adapter a task filled up from the diagonal."""
+    if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) for row in rows):
+        raise ValueError(f"{name} must be a list of rows, got {rows!r}")
+    n = len(tasks)
+    if method not in (None, "dirlora"):
+        raise ValueError(f"method must be 'dirlora' or left out, got {method!r}")
+    single = _is_single(rows, tasks)
+    if len(rows) > n:
+        raise ValueError(f"{name} has {len(rows)} rows for {n} tasks")
+    for k, row in enumerate(rows, 1):
+        expected = n if single else k
+        if len(row) != expected:
+            raise ValueError(f"{name}, row {k}: must have {expected} cells, got {len(row)}")
+        for j, cell in enumerate(row, 1):
+            if cell is not None and (
+                not isinstance(cell, (int, float)) or isinstance(cell, bool) or not math.isfinite(cell)
+            ):
+                raise ValueError(f"{name}, row {k}, column {j} ({tasks[j - 1]}): must be a number, got {cell!r}")
+    if method == "dirlora":
+        diagonal = list(rows[0]) if single else [row[-1] for row in rows]
+        rows = [diagonal[: k + 1] for k in range(len(diagonal))]
+        single = False
+    filled = [list(row) for row in rows]
+    if not single:
+        filled += [[None] * k for k in range(len(rows) + 1, n + 1)]
+    missing = [
+        f"row {k}, column {j} ({tasks[j - 1]})"
+        for k, row in enumerate(filled, 1)
+        for j, cell in enumerate(row, 1)
+        if cell is None
+    ]
+    if missing and not allow_missing:
+        raise ValueError(f"{name}: {len(missing)} cells are missing, the first is {missing[0]}; see --allow-missing")
+    return [[None if cell is None else float(cell) for cell in row] for row in filled]
+
+
+def _is_single(rows: Sequence[Row], tasks: Sequence[str]) -> bool:
+    return len(rows) == 1 and len(rows[0]) == len(tasks) > 1
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if any(value is None for value in values) else math.fsum(values) / len(values)
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "matrix", type=Path, help='JSON: {"tasks": [...], "matrix": [[a11], [a21, a22], ...], "mif": [...] or left out}'
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object with one entry a stage")
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="cells may be missing; so are the figures that need them"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    content = read_json(args.matrix)
+    if not isinstance(content, dict) or not {"tasks", "matrix"} <= content.keys():
+        raise ValueError(f"{args.matrix}: must hold an object with 'tasks' and 'matrix'")
+    try:
+        figures = continual_metrics(
+            content["tasks"],
+            content["matrix"],
+            content.get("mif"),
+            method="dirlora" if content.get("method") == "dirlora" else None,
+            allow_missing=args.allow_missing,
+        )
+    except ValueError as error:
+        raise ValueError(f"{args.matrix}: {error}") from error
+    print(json.dumps(figures) if args.json else _table(content["tasks"], figures))
+    return 0
+
+
+def _table(tasks: Sequence[str], figures: Figures) -> str:
+    """One line a stage, two decimals."""
+    stages = len(figures["AP"])
+    names = list(tasks) if stages == len(tasks) else ["all"]
+    width = max(len("stage"), *map(len, names))
+    lines = [f"{'stage':<{width}}" + "".join(f"{name:>10}" for name in FIGURES)]
+    for k, name in enumerate(names):
+        cells = (figures[figure][k] for figure in FIGURES)
+        lines.append(f"{name:<{width}}" + "".join(f"{'-' if cell is None else f'{cell:.2f}':>10}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,208 @@
+"""The benchmark's rules: what makes an answer right, and what makes it follow its instruction (MIF, Eq. 12).
+
+A metric takes all items and all answers of a dataset and gives a number for each, `None` where an item does not count;
+its score is 100 times their mean. The `released_...` rules are those of the released code, to the letter; the others
+are what the field means by the metric's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from . import cider, ptb, vqa
+
+LETTERS = "ABCDE"
+
+
+class Item(NamedTuple):
+    """A question of a test set, as the rules see it."""
+
+    question_id: str
+    answer: str | tuple[str, ...]  # of the question file: the instruction's format is judged by it
+    references: tuple[str, ...]  # what the metric compares with
+    choices: int = 0  # multiple choice: how many there are
+    group: str = ""  # a part of the test set that is scored by itself; "-" for an item that does not count
+
+
+Metric = Callable[[Sequence[Item], Sequence[str]], list[float | None]]
+Rule = Callable[[Item, str], bool]
+
+
+def each(right: Callable[[Item, str], float]) -> Metric:
+    """The metric that scores every answer by itself."""
+
+    def metric(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
+        return [
+            None if item.group == "-" else float(right(item, text)) for item, text in zip(items, texts, strict=True)
+        ]
+
+    return metric
+
+
+def of_group(metric: Metric, group: str) -> Metric:
+    """The metric over the items of one group."""
+
+    def part(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
+        scores = metric(items, texts)
+        return [score if item.group == group else None for item, score in zip(items, scores, strict=True)]
+
+    return part
+
+
+# ---- one answer
+
+
+def released_exact(item: Item, text: str) -> bool:
+    """VQAv2 and VizWiz: equal but for case; nothing is stripped."""
+    return text.lower() == item.answer.lower()
+
+
+def released_exact_answerable(item: Item, text: str) -> bool:
+    """OCRVQA: equal but for case, and no "Unanswerable" in it."""
+    return "Unanswerable" not in text and released_exact(item, text)
+
+
+def released_either_contains(item: Item, text: str) -> bool:
+    """ImageNet and Places365: one contains the other, so an empty answer is right."""
+    text, answer = text.lower(), item.answer.lower()
+    return text in answer or answer in text
+
+
+def released_full_stop(item: Item, text: str) -> bool:
+    """GQA: equal but for case and full stops at the end."""
+    return text.rstrip(".").lower() == item.references[0].lower()
+
+
+def exact(item: Item, text: str) -> bool:
+    """Equal but for case, space around, and full stops at the end."""
+    return bool(_plain(text)) and _plain(text) == _plain(item.references[0])
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").strip().lower()
+
+
+# ---- a letter
+
+
+def released_letter(item: Item, text: str) -> bool:
+    """ScienceQA: a letter alone, or "X. ...", or the first word of one character ("(b)" has one)."""
+    if text in tuple(LETTERS):
+        letter = text
+    elif text[:1] in tuple(LETTERS) and text[1:3] == ". ":
+        letter = text[0]
+    else:
+        word = re.search(r"\b\w\b", text)
+        letter = word[0].upper() if word else ""
+    return _names_choice(item, letter)
+
+
+def letter(item: Item, text: str) -> bool:
+    """ScienceQA as LLaVA's evaluation reads it: "X", "X. ..." or "The answer is X."."""
+    text = text.strip()
+    found = re.findall(r"The answer is ([A-Z])\.", text)
+    if text in tuple(LETTERS) or (text[:1] in tuple(LETTERS) and text[1:3] == ". "):
+        found = [text[0]]
+    return len(found) == 1 and _names_choice(item, found[0])
+
+
+def _names_choice(item: Item, letter: str) -> bool:
+    return letter in tuple(LETTERS[: item.choices]) and letter == item.references[0]
+
+
+# ---- ten answers
+
+
+def released_soft(item: Item, text: str) -> float:
+    """TextVQA: agreement with ten answers, normalised as its evaluation does, full stops by the released count."""
+    return _soft(item, text, commas_first=True, full_stops=vqa.RELEASED_FULL_STOPS)
+
+
+def soft_textvqa(item: Item, text: str) -> float:
+    """TextVQA's accuracy."""
+    return _soft(item, text, commas_first=True) if text.strip() else 0.0
+
+
+def soft_vqa(item: Item, text: str) -> float:
+    """VQA accuracy; with a single reference, equality after the same normalisation."""
+    return _soft(item, text) if text.strip() else 0.0
+
+
+def _soft(item: Item, text: str, **options: int) -> float:
+    references = [vqa.normalize(reference, **options) for reference in item.references]
+    return vqa.agreement(vqa.normalize(text, **options), references)
+
+
+# ---- captions
+
+
+def released_cider(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
+    """TextCaps: CIDEr-D over tokens that whitespace separates, case and punctuation kept."""
+    return cider.cider_d([text.split() for text in texts], [[r.split() for r in item.references] for item in items])
+
+
+def released_cider_swapped(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
+    """Flickr30k: CIDEr-D of each image's best reference against the answer, so with their roles swapped.
+
+    The best reference is the one that agrees most with the answer, by document frequencies over that image's
+    references.
+    """
+    answers = [cider.ngrams(text.split()) for text in texts]
+    best = []
+    for item, answer in zip(items, answers, strict=True):
+        references = [cider.ngrams(reference.split()) for reference in item.references]
+        alone = [[reference] for reference in references]
+        frequencies = cider.document_frequencies(alone)
+        scores = cider.agreement([answer] * len(alone), alone, frequencies, len(alone), clipped=True)
+        best.append(references[scores.index(max(scores))])
+    alone = [[answer] for answer in answers]
+    return cider.agreement(best, alone, cider.document_frequencies(alone), len(alone), clipped=True)
+
+
+def cider_d(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
+    """CIDEr-D over Penn Treebank tokens: what the COCO caption evaluation calls CIDEr."""
+    return cider.cider_d(*_tokenized(items, texts))
+
+
+def plain_cider(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
+    """CIDEr over Penn Treebank tokens, neither clipped nor penalised."""
+    return cider.cider(*_tokenized(items, texts))
+
+
+def _tokenized(items: Sequence[Item], texts: Sequence[str]) -> tuple[list[list[str]], list[list[list[str]]]]:
+    references = [[ptb.tokenize(reference) for reference in item.references] for item in items]
+    return [ptb.tokenize(text) for text in texts], references
+
+
+# ---- does it follow the instruction?
+
+
+def follows_letter(item: Item, text: str) -> bool:
+    """One letter, in either case, with nothing but space around it."""
+    return re.fullmatch("[A-Z]", text.strip().upper()) is not None
+
+
+def released_follows_word(item: Item, text: str) -> bool:
+    """At most two words (none will do), or the answer itself."""
+    return len(text.split()) <= 2 or text.lower() == item.answer.lower()
+
+
+def follows_word(item: Item, text: str) -> bool:
+    """One or two words, or the answer itself."""
+    answers = (item.answer,) if isinstance(item.answer, str) else item.answer
+    return 1 <= len(text.split()) <= 2 or (bool(_plain(text)) and _plain(text) in map(_plain, answers))
+
+
+def released_follows_sentence(item: Item, text: str) -> bool:
+    """Ends with a full stop, and has more than four words or lies within a reference (of one string: a letter)."""
+    return text.endswith(".") and (
+        len(text.split()) > 4 or any(text.lower() in reference.lower() for reference in item.answer)
+    )
+
+
+def follows_sentence(item: Item, text: str) -> bool:
+    """Ends with a full stop, and has more than four words or is a reference."""
+    text = text.strip()
+    return text.endswith(".") and (len(text.split()) > 4 or _plain(text) in map(_plain, item.references))

@@ -1,0 +1,146 @@
+"""From a file of answers to the dataset's metric and to MIF."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..data.format import Skipped, read_answers, read_lines
+from .datasets import DATASETS, PROTOCOLS, Dataset, Files
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one answers file is worth; figures in percent, unrounded (CIDEr: 100 times its 0 to 10)."""
+
+    dataset: str
+    protocol: str
+    metric: str
+    score: float
+    mif: float
+    count: int  # questions that the score is the mean of
+    parts: dict[str, float | None] = field(default_factory=dict)  # None: no question of that part
+    skipped: int = 0  # left out since they could not be asked
+
+    def as_dict(self) -> dict[str, str | float | int | None]:
+        """What `smolora score --json` prints."""
+        content = {name: getattr(self, name) for name in ("dataset", "protocol", "metric", "score", "mif", "count")}
+        return content | self.parts | ({"skipped": self.skipped} if self.skipped else {})
+
+    def __str__(self) -> str:
+        figures = [f"{self.metric} {self.score:.2f}", *(f"{n} {_two(v)}" for n, v in self.parts.items())]
+        figures += [f"MIF {self.mif:.2f}", f"{self.count} answers"] + [f"{self.skipped} skipped"] * bool(self.skipped)
+        return f"{self.dataset} (protocol {self.protocol}): " + ", ".join(figures)
+
+
+def find_dataset(name: str) -> Dataset:
+    """The benchmark's dataset of that name.
+
+    Raises:
+        ValueError: there is none; the message has the nearest name and all of them.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name.lower(), {known.lower(): known for known in DATASETS}, n=1, cutoff=0.5)
+        hint = "".join(f"; did you mean {known}?" for known in DATASETS if known.lower() in near)
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
+    return DATASETS[name]
+
+
+def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, protocol: str = "smolora") -> Score:
+    """Score an answers file.
+
+    Args:
+        dataset: a name of `DATASETS`.
+        annotations: folders with the dataset's files; each is searched, and its subfolder of the dataset's name.
+        answers: JSON lines with `question_id` and `text`, in any order. Questions listed in a file `skipped_path` are
+            left out.
+        protocol: "smolora" (comparable with the paper's tables) or "standard" (what the field calls the metric).
+
+    Raises:
+        ValueError: a file is missing or malformed, or the answers are not those to the questions; the message names
+            file and line or record.
+    """
+    spec = find_dataset(dataset)
+    scoring = spec.scoring(protocol)
+    answers = Path(answers)
+    left_out = read_skipped(answers)
+    files = Files([Path(folder) for folder in annotations], dataset, {record.index for record in left_out})
+    items = spec.load(files, spec.questions)
+    texts = {str(answer.question_id): answer for answer in read_answers(answers)}
+    known = {item.question_id for item in items}
+    for question_id, answer in texts.items():
+        if question_id not in known:
+            raise ValueError(f"{answers}: line {answer.line}: {dataset} has no question {question_id}")
+    # ScienceQA's questions come from another file, where they are known by their ids alone
+    ids = {str(record.question_id) for record in left_out} - texts.keys()
+    items = [item for item in items if item.question_id not in ids]
+    missing = [item.question_id for item in items if item.question_id not in texts]
+    if missing and not spec.missing_is_wrong:
+        raise ValueError(
+            f"{answers}: no answer to {len(missing)} of {len(items)} questions of {dataset}, the first is {missing[0]}"
+        )
+    if not items:
+        raise ValueError(f"{answers}: {dataset} has no question to score")
+    given = [texts[item.question_id].text if item.question_id in texts else "" for item in items]
+    scores = scoring.score(items, given)
+    counted = [value for value in scores if value is not None]
+    if not counted:
+        raise ValueError(f"{answers}: none of the {len(items)} questions of {dataset} counts")
+    one_reference = all(len(item.references) == 1 for item in items)
+    return Score(
+        dataset=dataset,
+        protocol=protocol,
+        metric=scoring.metric_of_one if scoring.metric_of_one and one_reference else scoring.metric,
+        score=_percent(counted),
+        mif=_percent([scoring.follows(item, text) for item, text in zip(items, given, strict=True)]),
+        count=len(counted),
+        parts={
+            name: _percent([value for value in metric(items, given) if value is not None])
+            for name, metric in scoring.parts.items()
+        },
+        skipped=len(left_out),
+    )
+
+
+def skipped_path(answers: Path) -> Path:
+    """Where the evaluator lists the questions that it could not ask (`--skip-broken`), beside the answers."""
+    return answers.with_suffix(".skipped.jsonl")
+
+
+def read_skipped(answers: Path) -> list[Skipped]:
+    """The questions that were left out of an answers file; none where it has no such list."""
+    path = skipped_path(answers)
+    records = read_lines(path) if path.is_file() else ()
+    return [Skipped(record["index"], record["question_id"], record["reason"]) for _, record in records]
+
+
+def _percent(values: Sequence[float]) -> float | None:
+    return 100 * sum(values) / len(values) if values else None
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
+    parser.add_argument(
+        "--annotations", required=True, action="append", type=Path, metavar="DIR",
+        help="folder with the dataset's files, or with a subfolder of its name; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--answers", required=True, type=Path, metavar="FILE", help="the answers, JSON lines")
+    parser.add_argument(
+        "--protocol", default="smolora", choices=PROTOCOLS,
+        help="smolora: as the paper's tables; standard: as the field means the metric (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object, in percent, unrounded")
+
+
+def run(args: argparse.Namespace) -> int:
+    result = score(args.dataset, args.annotations, args.answers, args.protocol)
+    print(json.dumps(result.as_dict()) if args.json else result)
+    return 0

@@ -1,0 +1,5 @@
+"""report"""
+
+
+def add_arguments(p):
+    pass
