@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "score": ("smolora.evaluate.score", "Score a file of answers: the dataset's metric and MIF."),
     "metrics": ("smolora.evaluate.matrix", "Compute AP, MAP, BWT and MIF from an accuracy matrix."),
     "report": ("smolora.report", "Write a report on one run or several: tables, figures, cases."),
+    "make-minicvit": ("smolora.data.minicvit", "Write MiniCVIT, the benchmark in small, made in code."),
     "evaluate": ("smolora.evaluate.cli", "Answer the benchmark's questions with a model."),
 }
 
