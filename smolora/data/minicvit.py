@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -433,7 +434,7 @@ def contact_sheet(path: Path, shown: list[Sample], *, columns: int = 6, zoom: in
         else:
             sheet.paste(Image.fromarray(sample.canvas.pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
         said = [*sample.question.split("\n"), *(sample.references[:2] or [sample.answer])]
-        lines = [line[start : start + 32] for line in said for start in range(0, len(line), 32)]
+        lines = [part for line in said for part in textwrap.wrap(line, 31)]
         draw.multiline_text((x, y + side + 3), "\n".join(lines[:6]), (0, 0, 0), font, spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -92,9 +92,8 @@ def handwritten(digit: int, dice: Dice, held_out: bool) -> np.ndarray:
 
 
 def digit(digit: int, colour: str, dice: Dice, held_out: bool) -> Canvas:
-    """A handwritten digit, 40 pixels high, on pale paper or in colour on a blackboard."""
-    paper = dice.chance(50)
-    canvas = Canvas(SIDE, SIDE, _PALE if paper else _DARK)
+    """A handwritten digit, 40 pixels high, in coloured chalk on a blackboard."""
+    canvas = Canvas(SIDE, SIDE, _DARK)
     cover = enlarge(handwritten(digit, dice, held_out), 5)
     canvas.stamp(dice.between(2, 6), dice.between(2, 6), cover, 16 * 9, COLOURS[colour])
     return canvas
