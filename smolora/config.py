@@ -31,7 +31,7 @@ CHOICES = {
 }
 
 
-def _register_peft_type(name: str) -> PeftType:
+def register_peft_type(name: str) -> PeftType:
     """Add the member `name` to `peft.PeftType`, a string Enum that is closed for subclassing."""
     if name in PeftType.__members__:
         return PeftType[name]
@@ -46,7 +46,7 @@ def _register_peft_type(name: str) -> PeftType:
     return member
 
 
-SMOLORA = _register_peft_type("SMOLORA")
+SMOLORA = register_peft_type("SMOLORA")
 
 
 def dropout_threshold(p: float) -> int:

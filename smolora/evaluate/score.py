@@ -76,7 +76,7 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
         if question_id not in known:
             raise ValueError(f"{answers}: line {answer.line}: {dataset} has no question {question_id}")
     # ScienceQA's questions come from another file, where they are known by their ids alone
-    ids = {str(record.question_id) for record in left_out} - texts.keys()
+    ids = {str(record.question_id) for record in left_out if record.question_id is not None} - texts.keys()
     items = [item for item in items if item.question_id not in ids]
     missing = [item.question_id for item in items if item.question_id not in texts]
     if missing and not spec.missing_is_wrong:

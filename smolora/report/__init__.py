@@ -1,5 +1,92 @@
-"""report"""
+"""From the folders of one run or several to a report: Markdown, PNGs, and all data as CSV."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import cases, figures, tables
+from .layout import Run, read_runs
 
 
-def add_arguments(p):
-    pass
+def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_task: int = 0) -> Path:
+    """Write the report of runs (their layout is in `smolora.report.layout`).
+
+    Args:
+        runs: the folders of one run, or of several to compare.
+        output: folder for the report, by default `report/` in the first run's.
+        cases_per_task: how many questions of each task to show with all answers.
+
+    Returns:
+        The Markdown file; its figures, and the data of all of it as CSV, lie beside it.
+
+    Raises:
+        ValueError: a folder holds no finished run.
+    """
+    found = read_runs(list(runs))
+    output = output or found[0].folder / "report"
+    output.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {' and '.join(run.name for run in found)}", _about(found)]
+    parts += ["## After the last stage", tables.final_table(output / "final.csv", found)]
+    for name, table in tables.downstream_tables(output, found).items():
+        parts += [f"## Downstream, {name}", table]
+    parts += ["## Stage by stage", tables.stage_table(output / "stages.csv", found)]
+    figures.accuracy_over_stages(output / "accuracy.png", found)
+    figures.matrices(output / "matrices.png", found)
+    parts += [_picture("Accuracy over the stages", "accuracy.png"), _picture("Accuracy matrices", "matrices.png")]
+    if len({run.experts for run in found} - {None}) > 1:
+        figures.over_experts(output / "experts.png", [run for run in found if run.experts is not None])
+        parts += [_picture("Figures against the number of experts", "experts.png")]
+    for run in found:
+        if run.routing:
+            parts += _routing(output, run)
+    if cases_per_task:
+        parts.append("## Cases")
+        for task, table in cases.case_tables(output, found, cases_per_task).items():
+            parts += [f"### {task}", table]
+    path = output / "report.md"
+    path.write_text("\n\n".join(parts) + "\n")
+    return path
+
+
+def _about(runs: Sequence[Run]) -> str:
+    """What each run is, in a line."""
+    lines = []
+    for run in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in (run.results.get("versions") or {}).items())
+        line = f"- {run.name}: {run.benchmark}, {run.setting}-type instructions, protocol {run.protocol}"
+        lines.append(line + (f"; {versions}" if versions else ""))
+    return "\n".join(lines)
+
+
+def _routing(output: Path, run: Run) -> list[str]:
+    """The sections on a run's routes and shares."""
+    slug = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")
+    figures.routing(output / f"routing-{slug}.png", run)
+    alpha, beta = figures.shares(output / f"shares-{slug}.png", run)
+    return [
+        _picture(f"Routing of {run.name}", f"routing-{slug}.png"),
+        _picture(f"Alpha and beta of {run.name}", f"shares-{slug}.png"),
+        f"Mean over the layers: alpha {alpha:.3f}, beta {beta:.3f}, ratio {alpha / beta:.3f}."
+        if beta
+        else f"Mean over the layers: alpha {alpha:.3f}, beta {beta:.3f}.",
+    ]
+
+
+def _picture(title: str, name: str) -> str:
+    return f"## {title}\n\n![{title}]({name})"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run; several are compared")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the report (default: RUN_DIR/report)")
+    parser.add_argument("--cases", type=int, default=0, metavar="N", help="show N questions of each task with answers")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.cases < 0:
+        raise ValueError(f"--cases must be 0 or more, got {args.cases}")
+    print(write_report(args.runs, args.output, cases_per_task=args.cases))
+    return 0

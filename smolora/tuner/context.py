@@ -63,7 +63,11 @@ class RoutingContext:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled model starts without a call."""
-        return {**self.__dict__, "call": None, "generation": None, "_started": weakref.WeakKeyDictionary()}
+        return {**self.__dict__, "call": None, "generation": None, "_started": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._started = weakref.WeakKeyDictionary()
 
     # ------------------------------------------------------------------------------------------- installing, removing
 

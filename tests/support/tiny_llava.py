@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)  # fmt: skip
 
 import smolora
 
@@ -19,29 +26,42 @@ ADAPTED = [f"model.language_model.layers.{i}.mlp.{name}" for i in range(2) for n
 ]
 
 
+def _text_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+    )  # fmt: skip
+
+
+def _filled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Weights as large as after training, so that inputs and layers show in greedy tokens; eval mode."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
+        model.get_input_embeddings().weight.normal_()
+    model.generation_config.pad_token_id = PAD
+    return model.to(dtype).eval()
+
+
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """The text half by itself."""
+    torch.manual_seed(seed)
+    return _filled(LlamaForCausalLM(_text_config()), dtype)
+
+
 def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
     """A Llava with 2 text layers of width 32 and 2x2 patches an image, random, in eval mode."""
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
         projection_dim=16,
     )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
-    )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2,
+        vision_config=vision, text_config=_text_config(), image_token_index=IMAGE, vision_feature_layer=-2,
         vision_feature_select_strategy="default", image_seq_length=PATCHES,
     )  # fmt: skip
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).to(dtype).eval()
-    with torch.no_grad():  # as large as after training, so that inputs and layers show in greedy tokens
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
-        model.get_input_embeddings().weight.normal_()
-    model.generation_config.pad_token_id = PAD
-    return model
+    return _filled(LlavaForConditionalGeneration(config), dtype)
 
 
 def tiny_config(**options) -> smolora.SMoLoRAConfig:

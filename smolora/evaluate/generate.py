@@ -1,0 +1,420 @@
+"""Answers to a test file's questions: batched, sharded over processes, and resumable at any moment.
+
+Batches are planned from the whole file, so they do not depend on what was answered before or on how many processes
+there are. Each process appends a line a batch to a file of its own under `<output>.parts/`; a torn last line counts as
+not written. When all batches are there, the main process writes the answers file in the question file's order,
+
+    answers.jsonl           {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}, as released
+    answers.info.json       {"run": what it was made with, "count", "skipped", "routing": [a layer each]}
+    answers.skipped.jsonl   {"index", "question_id", "reason"}, if questions were skipped
+    answers.routes.jsonl    {"question_id", "layers"}, if routes of each sample were asked for
+
+the answers last, so that they are there only when all is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from ..data.format import Question, Skipped, read_json, read_questions
+from ..data.images import BrokenImageError, ImageTransform
+from ..data.prompts import PromptEncoder, pad
+from .routing import RoutingRecorder, summary, tally
+from .score import skipped_path
+
+Embed = Callable[[Sequence[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How questions are answered: greedily, always.
+
+    Args:
+        max_new_tokens: an answer's length at most.
+        token_budget: tokens of a batch's prompts at most, padding included; a longer prompt is a batch by itself.
+        image_workers: processes that decode images; 0 for none but this one.
+        skip_broken: leave out what cannot be asked, and list it; else it is an error.
+        routes_per_sample: save every sample's routes, not only their summary.
+    """
+
+    max_new_tokens: int = 128
+    token_budget: int = 16384
+    image_workers: int = 2
+    skip_broken: bool = False
+    routes_per_sample: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_new_tokens", 1), ("token_budget", 1), ("image_workers", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+class Job(NamedTuple):
+    """A test file and what belongs to it."""
+
+    dataset: str
+    questions: Path
+    images: Path  # the folder that the records' image paths start in
+    output: Path  # the answers file
+    model_id: str
+
+
+def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Batches of positions in `lengths`, longest first, so that what does not fit into memory fails at once.
+
+    A batch of n sequences, the longest of L tokens, has n L <= token_budget, or n = 1.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for position in sorted(range(len(lengths)), key=lambda p: (-lengths[p], p)):
+        if not batches or (len(batches[-1]) + 1) * longest > token_budget:
+            batches.append([])
+            longest = lengths[position]
+        batches[-1].append(position)
+    return batches
+
+
+def answer_id(question_id: int | str, model_id: str) -> str:
+    """An id that every run gives the same answer."""
+    return hashlib.sha256(json.dumps([question_id, model_id]).encode()).hexdigest()[:22]
+
+
+def generate_answers(
+    model: nn.Module,
+    encoder: PromptEncoder,
+    transform: ImageTransform,
+    job: Job,
+    *,
+    embed: Embed | None = None,
+    settings: GenerationSettings | None = None,
+) -> dict[str, Any]:
+    """Answer all questions of a test file; started again, go on where the last run was stopped.
+
+    Args:
+        model: a LLaVA, with adapters or without, in eval mode and on its device.
+        encoder: makes its prompts.
+        transform: makes its images.
+        job: what to answer.
+        embed: from questions to instruction embeddings (n, e), for a model that takes `instruction_embeds`.
+        settings: of the generation.
+
+    Returns:
+        The content of the info file (see the module); the same on every process.
+
+    Raises:
+        ValueError: a record is malformed, an image is missing or broken (file and index are named), or the output
+            belongs to a run with another model, file or settings.
+    """
+    settings = settings or GenerationSettings()
+    state = PartialState(timeout=timedelta(days=7))  # how long the first process waits for the last
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    skipped: list[Skipped] = []
+    questions = read_questions(job.questions, broken=skipped if settings.skip_broken else None)
+    questions = [q for q in questions if _has_its_image(q, job, skipped if settings.skip_broken else None)]
+    run = _identity(job, settings, transform, embed is not None)
+    parts = Parts(job.output, run)
+    if job.output.exists():
+        info = read_json(_info_path(job.output))
+        _same_run(info["run"], run, job.output)
+        return info
+    prompts = [encoder.prompt(q.text, q.image is not None) for q in questions]
+    plan = plan_batches([encoder.length(prompt) for prompt in prompts], settings.token_budget)
+    done = parts.read()
+    state.wait_for_everyone()  # all have read what there is before anyone adds to it
+    mine = [batch for batch in range(len(plan)) if batch not in done][state.process_index :: state.num_processes]
+    answerer = _Answerer(model, encoder, embed, settings)
+    with (
+        parts.writer(state.process_index) as write,
+        tqdm(
+            total=sum(len(plan[batch]) for batch in mine), unit="sample", desc=job.dataset, smoothing=0.05,
+            disable=not state.is_main_process,
+        ) as progress,
+    ):  # fmt: skip
+        for batch, pixels in _load_images(mine, plan, questions, job.images, transform, settings):
+            chosen, broken = [], []
+            for position, image in zip(plan[batch], pixels, strict=True):
+                if isinstance(image, BrokenImageError):
+                    question = questions[position]
+                    reason = f"{job.questions}: record {question.index}: {image}"
+                    if not settings.skip_broken:
+                        raise ValueError(reason)
+                    broken.append(Skipped(question.index, question.question_id, reason))
+                else:
+                    chosen.append((position, image))
+            answers, layers = answerer(
+                [questions[p] for p, _ in chosen], [prompts[p] for p, _ in chosen], [image for _, image in chosen]
+            )
+            write(
+                {
+                    "batch": batch,
+                    "answers": [[p, text] for (p, _), text in zip(chosen, answers, strict=True)],
+                    "skipped": broken,
+                    "tally": tally(layers, answerer.recorder.experts),
+                    "routes": layers if settings.routes_per_sample else [],
+                }
+            )
+            progress.update(len(plan[batch]))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _merge(job, run, questions, skipped, [line for _, line in sorted(parts.read().items())])
+        parts.remove()
+    state.wait_for_everyone()
+    return read_json(_info_path(job.output))
+
+
+class _Answerer:
+    """Greedy answers to one batch."""
+
+    def __init__(
+        self, model: nn.Module, encoder: PromptEncoder, embed: Embed | None, settings: GenerationSettings
+    ) -> None:
+        self.model, self.encoder, self.embed = model, encoder, embed
+        self.recorder = RoutingRecorder(model)
+        self.config = GenerationConfig(
+            max_new_tokens=settings.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+            bos_token_id=encoder.tokenizer.bos_token_id, eos_token_id=encoder.tokenizer.eos_token_id,
+            pad_token_id=encoder.pad_token_id,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def __call__(
+        self, questions: Sequence[Question], prompts: Sequence[list[int]], images: Sequence[Tensor | None]
+    ) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        """The answers, and what was decided for each sample."""
+        if not questions:
+            return [], []
+        parameter = next(p for p in self.model.parameters() if p.is_floating_point())
+        ids, mask = pad([self.encoder.expand(p) for p in prompts], self.encoder.pad_token_id, left=True)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        rows = [row for row, image in enumerate(images) if image is not None]
+        if rows:
+            inputs["pixel_values"] = torch.stack([images[row] for row in rows]).to(self.model.dtype)
+        if self.embed is not None:
+            inputs["instruction_embeds"] = self.embed([question.text for question in questions])
+        inputs = {name: tensor.to(parameter.device) for name, tensor in inputs.items()}
+        self.recorder.start()
+        sequences = self.model.generate(**inputs, generation_config=self.config)
+        layers = self.recorder.samples(mask, rows)
+        end = self.encoder.tokenizer.eos_token_id
+        answers = []
+        for sequence in sequences[:, ids.shape[1] :].tolist():
+            answers.append(self.encoder.decode(sequence[: sequence.index(end)] if end in sequence else sequence))
+        return answers, layers
+
+
+# ---- images
+
+
+class _BatchImages(Dataset):
+    """The images of each batch, decoded; an error in an image's place."""
+
+    def __init__(self, batches: list[list[Path | None]], transform: ImageTransform) -> None:
+        self.batches, self.transform = batches, transform
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> list[Tensor | BrokenImageError | None]:
+        return [path and self._read(path) for path in self.batches[index]]
+
+    def _read(self, path: Path) -> Tensor | BrokenImageError:
+        try:
+            return self.transform(path)
+        except BrokenImageError as error:
+            return error
+
+
+def _load_images(
+    batches: list[int],
+    plan: list[list[int]],
+    questions: Sequence[Question],
+    folder: Path,
+    transform: ImageTransform,
+    settings: GenerationSettings,
+) -> Iterator[tuple[int, list[Tensor | BrokenImageError | None]]]:
+    """Each batch with its images, decoded ahead in other processes."""
+    paths = [[_image_path(questions[p], folder) for p in plan[batch]] for batch in batches]
+    workers = min(settings.image_workers, len(batches)) if any(map(any, paths)) else 0
+    loader = DataLoader(_BatchImages(paths, transform), batch_size=None, num_workers=workers)
+    yield from zip(batches, loader, strict=True)
+
+
+def _image_path(question: Question, folder: Path) -> Path | None:
+    return None if question.image is None else folder / question.image
+
+
+def _has_its_image(question: Question, job: Job, skipped: list[Skipped] | None) -> bool:
+    """Whether a question's image is there, if it has one: a missing one is known before anything runs.
+
+    Raises:
+        ValueError: it is missing, and there is no list to put it on.
+    """
+    path = _image_path(question, job.images)
+    if path is None or path.is_file():
+        return True
+    reason = f"{job.questions}: record {question.index}: there is no image {path}"
+    if skipped is None:
+        raise ValueError(reason)
+    skipped.append(Skipped(question.index, question.question_id, reason))
+    return False
+
+
+# ---- files
+
+
+class Parts:
+    """What the processes of a run have written so far: a line a batch, a file a process.
+
+    Args:
+        output: the answers file that they will become.
+        run: what the run is; parts of another are refused.
+    """
+
+    def __init__(self, output: Path, run: dict[str, Any]) -> None:
+        self.folder = output.with_name(output.name + ".parts")
+        self.run = run
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """The batches that are there, by number.
+
+        Raises:
+            ValueError: they belong to a run with other settings.
+        """
+        done = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for line in _whole_lines(path):
+                content = json.loads(line)
+                if "run" in content:
+                    _same_run(content["run"], self.run, self.folder)
+                else:
+                    done[content["batch"]] = content
+        return done
+
+    def writer(self, process: int) -> _Writer:
+        """Appends to the file of one process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return _Writer(self.folder / f"process-{process}.jsonl", self.run)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+class _Writer:
+    """Appends lines, each on the disk before the next begins; what a killed process tore is cut off."""
+
+    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+        self.path, self.run = path, run
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        kept = b"".join(_whole_lines(self.path)) if self.path.exists() else b""
+        self.file = self.path.open("r+b" if self.path.exists() else "wb")
+        self.file.truncate(len(kept))
+        self.file.seek(len(kept))
+        if not kept:
+            self._write({"run": self.run})
+        return self._write
+
+    def _write(self, content: dict[str, Any]) -> None:
+        self.file.write(json.dumps(content).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _merge(
+    job: Job, run: dict[str, Any], questions: Sequence[Question], skipped: list[Skipped], lines: list[dict[str, Any]]
+) -> None:
+    """Write what the run leaves; see the module."""
+    skipped = sorted([*skipped, *(Skipped(*record) for line in lines for record in line["skipped"])])
+    texts = {position: text for line in lines for position, text in line["answers"]}
+    routes = {
+        position: layers
+        for line in lines
+        for (position, _), layers in zip(line["answers"], line["routes"], strict=bool(line["routes"]))
+    }
+    if skipped:
+        _write_lines(skipped_path(job.output), (record._asdict() for record in skipped))
+    if routes:
+        _write_lines(
+            job.output.with_suffix(".routes.jsonl"),
+            ({"question_id": questions[p].question_id, "layers": routes[p]} for p in sorted(routes)),
+        )
+    info = {
+        "run": run,
+        "count": len(texts),
+        "skipped": len(skipped),
+        "routing": summary(line["tally"] for line in lines),
+    }
+    _write_whole(_info_path(job.output), json.dumps(info, indent=1) + "\n")
+    _write_lines(job.output, (_answer(questions[p], texts[p], job) for p in sorted(texts)))
+
+
+def _answer(question: Question, text: str, job: Job) -> dict[str, Any]:
+    """A line of the answers file. ScienceQA's released prompts show the image's place, the others' do not."""
+    place = "<image>\n" if job.dataset == "ScienceQA" and question.image is not None else ""
+    return {
+        "question_id": question.question_id,
+        "prompt": place + question.text,
+        "text": text,
+        "answer_id": answer_id(question.question_id, job.model_id),
+        "model_id": job.model_id,
+        "metadata": {},
+    }
+
+
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    _write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _write_whole(path: Path, content: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _info_path(output: Path) -> Path:
+    return output.with_suffix(".info.json")
+
+
+def _identity(job: Job, settings: GenerationSettings, transform: ImageTransform, embedded: bool) -> dict[str, Any]:
+    """What answers depend on, as far as it can be told from outside the model."""
+    return {
+        "dataset": job.dataset,
+        "questions": hashlib.sha256(job.questions.read_bytes()).hexdigest(),
+        "model_id": job.model_id,
+        "square_images": transform.square,
+        "instruction_embeds": embedded,
+        **{name: value for name, value in asdict(settings).items() if name != "image_workers"},
+    }
+
+
+def _same_run(found: dict[str, Any], run: dict[str, Any], where: Path) -> None:
+    different = [f"{name} {found.get(name)!r}, now {run[name]!r}" for name in run if found.get(name) != run[name]]
+    if different:
+        raise ValueError(f"{where} belongs to another run ({'; '.join(different)}): remove it or name another output")

@@ -1,0 +1,131 @@
+"""What the adapters of a model decided while it answered: experts, and the branches' shares alpha and beta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+Layers = list[dict[str, Any]]
+
+
+class RoutingRecorder:
+    """Records, at each adapter layer, the forward that a `generate()` call starts with.
+
+    Only that forward counts: its routes are kept while decoding (`decode_routing="prompt"`), and neither the batch nor
+    the other answers' lengths change what it decides.
+
+    Args:
+        model: with SMoLoRA adapters or without; without, nothing is recorded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = {name: module for name, module in model.named_modules() if hasattr(module, "smolora_experts")}
+        config = next((c for m in self.layers.values() for c in [next(iter(m.smolora_experts.values())).config]), None)
+        self.experts = (config.num_vu_experts, config.num_if_experts) if config else (0, 0)
+        self._found: dict[str, tuple[Any, bool]] = {}
+        for name, layer in self.layers.items():
+            layer.register_forward_hook(self._hook(name))
+
+    def start(self) -> None:
+        """Forget what was recorded: a `generate()` call follows."""
+        self._found = {}
+
+    def _hook(self, name: str) -> Any:
+        def record(layer: Any, args: Any, output: Any) -> None:
+            names = [] if layer.disable_adapters else layer.active_in_layer()
+            if name not in self._found and len(names) == 1:
+                self._found[name] = layer.smolora_experts[names[0]].last_routing()
+
+        return record
+
+    def samples(self, valid: Tensor, image_rows: list[int]) -> list[Layers]:
+        """What was decided for each sample of the batch.
+
+        Args:
+            valid: (B, S), nonzero where a token is no padding.
+            image_rows: for each image of the batch, its sample.
+
+        Returns:
+            For each sample its layers in the model's order: "layer", "vu" and "if" (chosen experts; None for a branch
+            that is not in use), "alpha" and "beta" (mean over its tokens, or over its image's patches in the
+            projector, which a sample without an image does not pass).
+        """
+        rows: list[Layers] = [[] for _ in range(valid.shape[0])]
+        for name, layer in self.layers.items():
+            if name not in self._found:
+                continue
+            routing = self._found[name]
+            routes = [None if r is None else r.reshape(r.shape[0], -1).tolist() for r in routing.routes]
+            owners = image_rows if layer.takes_images else range(valid.shape[0])
+            shares = {}
+            for share in ("alpha", "beta"):
+                of_token = getattr(routing, share).double().reshape(len(owners), -1)
+                mask = None if layer.takes_images else valid.to(of_token.device).double()
+                mean = of_token.mean(1) if mask is None else (of_token * mask).sum(1) / mask.sum(1)
+                shares[share] = mean.tolist()
+            for row, sample in enumerate(owners):
+                rows[sample].append(
+                    {
+                        "layer": name.removeprefix("base_model.model."),
+                        "vu": routes[0] and routes[0][row],
+                        "if": routes[1] and routes[1][row],
+                        **{share: values[row] for share, values in shares.items()},
+                    }
+                )
+        return rows
+
+
+def tally(samples: Iterable[Layers], experts: tuple[int, int]) -> Layers:
+    """Sums over samples, layer by layer.
+
+    Args:
+        samples: as `RoutingRecorder.samples` gives them.
+        experts: how many VU and IF experts a layer has.
+
+    Returns:
+        In the model's order: "layer", "samples" (that passed it), "vu" and "if" (times each expert was chosen, a list
+        each, None for a branch that is not in use), "alpha" and "beta" (sums).
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    for entry in (entry for sample in samples for entry in sample):
+        layer = layers.setdefault(
+            entry["layer"],
+            {"layer": entry["layer"], "samples": 0, "vu": None, "if": None, "alpha": 0.0, "beta": 0.0},
+        )
+        layer["samples"] += 1
+        for branch, count in zip(("vu", "if"), experts, strict=True):
+            if entry[branch] is not None:
+                layer[branch] = layer[branch] or [0] * count
+                for expert in entry[branch]:
+                    layer[branch][expert] += 1
+        for share in ("alpha", "beta"):
+            layer[share] += entry[share]
+    return list(layers.values())
+
+
+def summary(tallies: Iterable[Layers]) -> Layers:
+    """Several tallies as one, with alpha and beta the means over all samples."""
+    layers: dict[str, dict[str, Any]] = {}
+    for entry in (entry for layers_ in tallies for entry in layers_):
+        total = layers.setdefault(entry["layer"], {"layer": entry["layer"]})
+        for name in ("samples", "alpha", "beta"):
+            total[name] = total.get(name, 0) + entry[name]
+        for branch in ("vu", "if"):
+            if entry[branch] is None:
+                total.setdefault(branch, None)
+            else:
+                before = total.get(branch) or [0] * len(entry[branch])
+                total[branch] = [a + b for a, b in zip(before, entry[branch], strict=True)]
+    return [
+        {
+            "layer": name,
+            "samples": total["samples"],
+            "vu": total["vu"],
+            "if": total["if"],
+            "alpha": total["alpha"] / total["samples"],
+            "beta": total["beta"] / total["samples"],
+        }
+        for name, total in layers.items()
+    ]

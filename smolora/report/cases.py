@@ -1,0 +1,81 @@
+"""Cases: an image, its question, what each run answered after the task's own stage and at the end, and the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.format import Question, read_questions
+from ..data.images import read_image
+from .figures import write_csv
+from .layout import Run
+from .tables import markdown
+
+SIDE = 320  # pixels of an image in the report, at most
+
+
+def case_tables(folder: Path, runs: Sequence[Run], count: int) -> dict[str, str]:
+    """For each task a table of `count` cases; first those where the runs' answers differ most.
+
+    Args:
+        folder: where images (`cases/`) and `cases.csv` go.
+        runs: at least one of them has the task's test file.
+        count: cases of a task.
+
+    Raises:
+        ValueError: a run's answers or test files cannot be read.
+    """
+    tables, data = {}, []
+    for task in dict.fromkeys(task for run in runs for task in run.tasks):
+        having = [run for run in runs if task in run.tasks]
+        source = next((run for run in having if task in (run.results.get("tests") or {})), None)
+        if source is None:
+            continue
+        test = source.tests[task]
+        images = source.folder / test["images"]
+        answers = {}  # by what the column says
+        for run in having:
+            own, last = run.own_stage(task), len(run.stages) - 1
+            if own != last:
+                answers[f"{run.name}, after {run.stages[own].removeprefix('stage-')}"] = run.answers(own, task)
+            answers[f"{run.name}, at the end"] = run.answers(last, task)
+        questions = [
+            q
+            for q in read_questions(source.folder / test["questions"])
+            if all(str(q.question_id) in of_run for of_run in answers.values())
+        ]
+        chosen = sorted(questions, key=lambda q: (-_differing(q, answers.values()), q.index))[:count]
+        rows = []
+        for question in chosen:
+            name = str(question.question_id)
+            picture = _thumbnail(question, images, folder / "cases", task)
+            texts = [of_run[name] for of_run in answers.values()]
+            rows.append([picture, question.text, *texts, _truth(question)])
+            data += [
+                (task, name, question.text, column, text, _truth(question))
+                for column, text in zip(answers, texts, strict=True)
+            ]
+        tables[task] = markdown(["image", "question", *answers, "truth"], rows)
+    write_csv(folder / "cases.csv", ("task", "question_id", "question", "run", "answer", "truth"), data)
+    return tables
+
+
+def _differing(question: Question, answers: Sequence[dict[str, str]]) -> int:
+    """How many different answers a question got."""
+    return len({of_run[str(question.question_id)].strip().lower() for of_run in answers})
+
+
+def _truth(question: Question) -> str:
+    return question.answer if isinstance(question.answer, str) else "; ".join(question.answer or ())
+
+
+def _thumbnail(question: Question, images: Path, folder: Path, task: str) -> str:
+    """The Markdown of a question's image, made small and put beside the report."""
+    if question.image is None:
+        return "no image"
+    image = read_image(images / question.image)
+    image.thumbnail((SIDE, SIDE))
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{task}-{question.index}.png"
+    image.save(path)
+    return f"![{task} {question.index}]({folder.name}/{path.name})"

@@ -1,0 +1,210 @@
+"""The report's figures, each with its data as CSV beside it; told apart by marker, line and grey, not by colour."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..evaluate.matrix import FIGURES
+from .layout import Run
+
+STYLES = [
+    {"color": shade, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.6}
+    for shade, line, marker in zip(
+        ("black", "0.35", "0.55", "black", "0.35", "0.55"), ("-", "--", ":", "-.", "-", "--"), "os^Dvx", strict=True
+    )
+]
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table; None is an empty cell."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def accuracy_over_stages(path: Path, runs: Sequence[Run]) -> None:
+    """Each task's accuracy from its own stage to the last (the paper's Fig. 4): a panel a task, a line a run."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    figure, panels = _panels(len(tasks), (3.1, 2.5))
+    rows = []
+    for axes, task in zip(panels, tasks, strict=True):
+        longest = 1
+        for style, run in zip(_styles(len(runs)), runs, strict=True):
+            if task not in run.tasks:
+                continue
+            points = [(k, run.accuracy(k, task)) for k in range(len(run.stages))]
+            points = [(k + 1, value) for k, value in points if value is not None]
+            axes.plot([k for k, _ in points], [value for _, value in points], label=run.name, **style)
+            rows += [(run.name, task, k, value) for k, value in points]
+            longest = max(longest, len(run.stages))
+        axes.set_title(task, fontsize=9)
+        axes.set_xticks(range(1, longest + 1))
+        axes.set_xlim(0.8, longest + 0.2)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        axes.grid(alpha=0.3)
+    figure.supxlabel("stage", fontsize=9)
+    figure.supylabel("accuracy, %", fontsize=9)
+    _legend(figure, panels)
+    _save(figure, path)
+    write_csv(path.with_suffix(".csv"), ("run", "task", "stage", "accuracy"), rows)
+
+
+def matrices(path: Path, runs: Sequence[Run]) -> None:
+    """The accuracy matrix of each run as a heat map with its numbers: a row a stage, a column a task."""
+    figure, panels = _panels(len(runs), (4.8, 3.6), columns=2)
+    rows = []
+    for axes, run in zip(panels, runs, strict=True):
+        cells = [[run.accuracy(k, task) for task in run.tasks] for k in range(len(run.stages))]
+        values = [[math.nan if cell is None else cell for cell in row] for row in cells]
+        # grey by the column's best: CIDEr is of another size than accuracy
+        best = [max([row[j] for row in cells if row[j] is not None], default=1) or 1 for j in range(len(run.tasks))]
+        shades = [[value / best[j] for j, value in enumerate(row)] for row in values]
+        axes.imshow(shades, cmap="Greys", vmin=0, vmax=2.2, aspect="auto")
+        for k, row in enumerate(cells):
+            for j, cell in enumerate(row):
+                if cell is not None:
+                    axes.text(j, k, f"{cell:.1f}", ha="center", va="center", fontsize=8)
+                    rows.append((run.name, k + 1, run.tasks[j], cell))
+        axes.set_xticks(range(len(run.tasks)), run.tasks, rotation=30, ha="right", fontsize=8)
+        axes.set_yticks(range(len(run.stages)), [stage.removeprefix("stage-") for stage in run.stages], fontsize=8)
+        axes.set_title(run.name, fontsize=9)
+    figure.supxlabel("evaluated on", fontsize=9)
+    figure.supylabel("after stage", fontsize=9)
+    _save(figure, path)
+    write_csv(path.with_suffix(".csv"), ("run", "stage", "task", "accuracy"), rows)
+
+
+def routing(path: Path, run: Run) -> None:
+    """How often each task chose each expert, over layers and samples, VU and IF apart (the paper's Fig. 6)."""
+    branches = [branch for branch in ("vu", "if") if any(_counts(layers, branch) for layers in run.routing.values())]
+    figure, panels = _panels(len(branches), (5.2, 0.42 * len(run.routing) + 1.4), columns=2)
+    rows = []
+    for axes, branch in zip(panels, branches, strict=True):
+        for place, (task, layers) in enumerate(run.routing.items()):
+            counts = _counts(layers, branch)
+            left = 0.0
+            for expert, count in enumerate(counts):
+                share = count / sum(counts)
+                axes.barh(
+                    place, share, left=left, height=0.7, edgecolor="black", linewidth=0.6,
+                    color=str(0.95 - 0.6 * expert / max(len(counts) - 1, 1)), hatch=HATCHES[expert % len(HATCHES)],
+                    label=f"expert {expert}" if place == 0 else None,
+                )  # fmt: skip
+                left += share
+                rows.append((run.name, task, branch, expert, count, share))
+        axes.set_yticks(range(len(run.routing)), run.routing, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.set_title({"vu": "visual understanding", "if": "instruction following"}[branch], fontsize=9)
+    figure.supxlabel("share of the choices", fontsize=9)
+    _legend(figure, panels)
+    _save(figure, path)
+    write_csv(path.with_suffix(".csv"), ("run", "task", "branch", "expert", "chosen", "share"), rows)
+
+
+def shares(path: Path, run: Run) -> tuple[float, float]:
+    """Mean alpha and beta at each layer over the tasks (the paper's Fig. 8).
+
+    Returns:
+        Their means over all layers (its supplement A).
+    """
+    layers = list(dict.fromkeys(entry["layer"] for entries in run.routing.values() for entry in entries))
+    means = []
+    for layer in layers:
+        of_tasks = [e for entries in run.routing.values() for e in entries if e["layer"] == layer]
+        means.append([sum(e[share] for e in of_tasks) / len(of_tasks) for share in ("alpha", "beta")])
+    alpha, beta = (sum(pair[i] for pair in means) / len(means) for i in (0, 1))
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    for column, (label, mean, style) in enumerate(
+        [(r"$\alpha$ (visual understanding)", alpha, STYLES[0]), (r"$\beta$ (instruction following)", beta, STYLES[1])]
+    ):
+        style = {**style, "markersize": 3, "linewidth": 1.2}
+        axes.plot(range(len(layers)), [pair[column] for pair in means], label=f"{label}, mean {mean:.3f}", **style)
+        axes.axhline(mean, color=style["color"], linestyle=style["linestyle"], linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("adapted layer, in the model's order", fontsize=9)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("share", fontsize=9)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+    rows = [
+        (run.name, task, entry["layer"], entry["alpha"], entry["beta"])
+        for task, entries in run.routing.items()
+        for entry in entries
+    ]
+    write_csv(path.with_suffix(".csv"), ("run", "task", "layer", "alpha", "beta"), rows)
+    return alpha, beta
+
+
+def over_experts(path: Path, runs: Sequence[Run]) -> None:
+    """AP, MAP, BWT and MIF against the number of experts (the paper's Fig. 5), a line for each method."""
+    figure, panels = _panels(len(FIGURES), (2.6, 2.4), columns=4)
+    rows = []
+    methods = list(dict.fromkeys((run.method, run.setting) for run in runs))
+    for axes, name in zip(panels, FIGURES, strict=True):
+        for style, key in zip(_styles(len(methods)), methods, strict=True):
+            points = sorted((r.experts, r.last[name]) for r in runs if (r.method, r.setting) == key)
+            points = [point for point in points if point[1] is not None]
+            axes.plot([n for n, _ in points], [value for _, value in points], label=f"{key[0]}, {key[1]}", **style)
+            rows += [(*key, n, name, value) for n, value in points]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({run.experts for run in runs}), sorted({run.experts for run in runs}))
+        axes.minorticks_off()
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+    figure.supxlabel("experts, both branches", fontsize=9)
+    _legend(figure, panels)
+    _save(figure, path)
+    write_csv(path.with_suffix(".csv"), ("method", "setting", "experts", "figure", "value"), rows)
+
+
+def _counts(layers: Sequence[dict[str, Any]], branch: str) -> list[int]:
+    """How often each expert of a branch was chosen, all layers together."""
+    used = [layer[branch] for layer in layers if layer[branch] is not None]
+    return [sum(column) for column in zip(*used, strict=True)]
+
+
+def _styles(count: int) -> list[dict[str, Any]]:
+    return [STYLES[i % len(STYLES)] for i in range(count)]
+
+
+def _panels(count: int, size: tuple[float, float], columns: int = 3) -> tuple[Figure, list[Axes]]:
+    columns = min(columns, count)
+    lines = math.ceil(count / columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(size[0] * columns, size[1] * lines), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat:
+        axes.tick_params(labelsize=8)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:count])
+
+
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend for all panels, above them."""
+    entries = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4, fontsize=8)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,51 @@
+"""`smolora train RECIPE [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .methods import METHODS
+from .recipe import load_recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, see recipes/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="changes to the recipe: training.epochs=2, tasks.0.test=FILE, ...; values are YAML",
+    )  # fmt: skip
+    parser.add_argument("--method", choices=METHODS, help="short for method=...")
+    parser.add_argument("--output", metavar="DIR", help="short for output=...: the run's folder")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print the plan as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.json and not args.dry_run:
+        raise ValueError("--json goes with --dry-run")
+    short = [f"{name}={json.dumps(value)}" for name in ("method", "output") if (value := getattr(args, name))]
+    recipe = load_recipe(args.recipe, [*args.overrides, *short])
+    from .plan import make_plan, print_plan
+
+    plan = make_plan(recipe)
+    if args.dry_run:
+        print(json.dumps(plan)) if args.json else print_plan(plan)
+        return 0
+    from .run import Run
+
+    results = Run(recipe)()
+    print(summary(results))
+    return 0
+
+
+def summary(results: dict) -> str:
+    """The run's figures in a line each."""
+    cells = {name: results[name][-1] for name in ("AP", "MAP", "BWT", "MIF")}
+    lines = [
+        f"{results['name']} ({results['method']}): "
+        + ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in cells.items())
+    ]
+    lines += [f"{name}: AP {part['AP']:.2f}, MIF {part['MIF']:.2f}" for name, part in results["downstream"].items()]
+    return "\n".join(lines)

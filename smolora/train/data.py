@@ -1,0 +1,200 @@
+"""Training samples as batches: ids, labels of the answer alone, images, and each sample's instruction embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ..data.format import Conversation, read_conversations
+from ..data.images import BrokenImageError, ImageTransform
+from ..data.prompts import IGNORED_LABEL, PromptEncoder, pad
+from ..instruction import InstructionEncoder
+from .recipe import Recipe, TaskRecipe
+
+
+class TrainingSample(NamedTuple):
+    """A sample, before its image is read."""
+
+    input_ids: list[int]
+    labels: list[int]
+    image: Path | None
+    instruction: Tensor | None  # (e,)
+    record: str  # its file and index
+
+
+class TaskSamples(Dataset):
+    """The samples of a task's training file.
+
+    Args:
+        recipe: the run.
+        task: a task with a training file.
+        encoder: makes ids and labels.
+        instructions: embeds the instructions; None for a model that takes none.
+        chosen: indices in the file, in this order; None for all.
+
+    Raises:
+        ValueError: a record is malformed; file and index are named.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: TaskRecipe,
+        encoder: PromptEncoder,
+        instructions: Instructions | None,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
+        self.file = recipe.train_file(task)
+        self.images = recipe.images(task)
+        self.encoder = encoder
+        self.max_length = recipe.training.max_length
+        everything = read_conversations(self.file)
+        self.samples = everything if chosen is None else [everything[index] for index in chosen]
+        if not self.samples:
+            raise ValueError(f"{self.file}: must hold a record, got none")
+        self.table: Tensor | None = None
+        if instructions is not None:
+            self.table, self.rows = instructions.table(task, [sample.text for sample in self.samples])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> TrainingSample:
+        sample: Conversation = self.samples[index]
+        record = f"{self.file}: record {sample.index}"
+        ids, labels = self.encoder.expand_sample(
+            self.encoder.sample(sample.text, sample.answer, sample.image is not None)
+        )
+        if len(ids) > self.max_length:
+            image_token = self.encoder.image_token_id
+            if image_token in ids[self.max_length :]:
+                raise ValueError(f"{record}: its image does not fit into training.max_length {self.max_length}")
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+        return TrainingSample(
+            ids,
+            labels,
+            None if sample.image is None else self.images / sample.image,
+            None if self.table is None else self.table[self.rows[index]],
+            record,
+        )
+
+    def lengths(self) -> list[int]:
+        """About how long each sample is: what tells short from long is not worth tokenising everything for."""
+        features = self.encoder.image_features
+        return [
+            len(sample.text.split()) + len(sample.answer.split()) + features * (sample.image is not None)
+            for sample in self.samples
+        ]
+
+
+class Samples(Dataset):
+    """Several data sets as one."""
+
+    def __init__(self, parts: Sequence[TaskSamples]) -> None:
+        self.places = [(part, index) for part in parts for index in range(len(part))]
+        self.lengths = [length for part in parts for length in part.lengths()]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> TrainingSample:
+        part, place = self.places[index]
+        return part[place]
+
+
+class Instructions:
+    """From prompts to instruction embeddings, as a recipe says.
+
+    Args:
+        recipe: the run.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.settings = recipe.instructions
+        templates = [text for task in recipe.all_tasks for text in task.instructions]
+        self.encoder = InstructionEncoder(
+            self.settings.encoder, normalize=self.settings.normalize, templates=dict.fromkeys(templates), device="cpu"
+        )
+
+    def table(self, task: TaskRecipe, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """The distinct embeddings (rows, e) of a task's prompts, and each prompt's row."""
+        if self.settings.embed == "task_mean":
+            return self.encoder.encode(task.instructions).mean(0, keepdim=True), [0] * len(texts)
+        found = [self.encoder.instruction(text) for text in texts]
+        rows = {text: row for row, text in enumerate(dict.fromkeys(found))}
+        return self.encoder.encode(list(rows)), [rows[text] for text in found]
+
+    def embed(self, task: TaskRecipe, texts: Sequence[str]) -> Tensor:
+        """The embedding of each prompt of a task (n, e)."""
+        table, rows = self.table(task, texts)
+        return table[rows]
+
+
+class GlobalBatches(Sampler[int]):
+    """The order of an epoch: drawn at random, cut into the samples of a step, and sorted by length within each.
+
+    So a device's batches hold samples of similar length, and neither the grouping nor the number of devices changes
+    which samples a step has.
+
+    Args:
+        lengths: of the samples.
+        batch_size: samples a step, over all devices.
+        seed: of the order; another one is drawn each epoch.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch comes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for start in range(0, len(order), self.batch_size):
+            step = order[start : start + self.batch_size]
+            yield from sorted(step, key=lambda index: (-self.lengths[index], index))
+
+
+class Collator:
+    """Samples as a batch, padded on the right; an image that several of them have is decoded once.
+
+    Args:
+        transform: makes pixels.
+        pad_token_id: what fills up.
+        dtype: of the pixels.
+    """
+
+    def __init__(self, transform: ImageTransform, pad_token_id: int, dtype: torch.dtype) -> None:
+        self.transform, self.pad_token_id, self.dtype = transform, pad_token_id, dtype
+
+    def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
+        """input_ids, attention_mask, labels (B, S), pixel_values (images, 3, height, width), instruction_embeds (B, e).
+
+        Raises:
+            ValueError: an image is missing or broken; the record is named.
+        """
+        ids, mask = pad([sample.input_ids for sample in samples], self.pad_token_id, left=False)
+        labels, _ = pad([sample.labels for sample in samples], IGNORED_LABEL, left=False)
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        pixels: dict[Path, Tensor] = {}
+        for sample in samples:
+            if sample.image is not None and sample.image not in pixels:
+                try:
+                    pixels[sample.image] = self.transform(sample.image).to(self.dtype)
+                except BrokenImageError as error:
+                    raise ValueError(f"{sample.record}: {error}") from error
+        if pixels:
+            batch["pixel_values"] = torch.stack([pixels[s.image] for s in samples if s.image is not None])
+        if samples[0].instruction is not None:
+            batch["instruction_embeds"] = torch.stack([sample.instruction for sample in samples])
+        return batch

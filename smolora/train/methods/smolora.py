@@ -1,0 +1,50 @@
+"""SMoLoRA, and the ablations of Table 4."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from torch import nn
+
+from ..recipe import ADAPTER_KEYS
+from .base import Method
+
+
+class SMoLoRA(Method):
+    """Separable mixture of low-rank adaptation: VU and IF experts, fused by alpha and beta."""
+
+    name = "smolora"
+    takes_instructions = True
+    fusion: ClassVar[str | None] = None  # None: as the recipe's adapter says
+
+    def adapter(self, base: nn.Module) -> PeftConfig:
+        return self.recipe.adapter_config(target_modules=self.targets(base), **self._changes())
+
+    def settings(self) -> dict[str, Any]:
+        config = self.recipe.adapter_config(**self._changes())
+        return {"adapter": {key: getattr(config, key) for key in ADAPTER_KEYS}, "baseline": {}}
+
+    def _changes(self) -> dict[str, str]:
+        return {} if self.fusion is None else {"fusion": self.fusion}
+
+
+class SMoLoRAVisual(SMoLoRA):
+    """The visual-understanding experts alone."""
+
+    name = "smolora-vu"
+    fusion = "vu"
+
+
+class SMoLoRAInstruction(SMoLoRA):
+    """The instruction-following experts alone."""
+
+    name = "smolora-if"
+    fusion = "if"
+
+
+class SMoLoRAMean(SMoLoRA):
+    """Both branches, each with a share of one half."""
+
+    name = "smolora-mean"
+    fusion = "mean"

@@ -1,0 +1,198 @@
+"""What a recipe is going to do: every path checked, samples counted, steps and memory estimated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from ..data.format import Conversation, Question, read_conversations, read_questions
+from ..evaluate.datasets import Files
+from ..evaluate.score import find_dataset
+from .methods import METHODS, Stage
+from .prepare import planned
+from .recipe import Recipe, TaskRecipe
+from .trainer import accumulation, steps_of
+
+GIB = 2**30
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+OPTIMISER_BYTES = 4 + 4 + 8  # a trained float32 weight, its gradient, Adam's two moments
+
+
+def make_plan(recipe: Recipe) -> dict[str, Any]:
+    """Check a recipe against the disk, and lay out its run.
+
+    Returns:
+        "name", "method", "output"; "stages" and "downstream", each a list of "name", "train" and "test" (samples of the
+        stage's own files), "asked" (questions after it), "steps"; "makes", paths that the recipe makes itself;
+        "devices", "accumulation"; "memory", an estimate (None while the base model is not there).
+
+    Raises:
+        ValueError: paths are missing (all are named), records are malformed, or the batch does not fit the devices.
+    """
+    checker = _Checker(recipe)
+    method = METHODS[recipe.method](recipe)
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    plan: dict[str, Any] = {"name": recipe.name, "method": recipe.method, "output": str(recipe.folder)}
+    checker.folder(Path(recipe.model.path), "model.path", "config.json")
+    if recipe.instructions.encoder is not None and method.takes_instructions:
+        checker.folder(Path(recipe.instructions.encoder), "instructions.encoder", "modules.json")
+    counts = {task.name: checker.task(task) for task in recipe.all_tasks}
+    if checker.missing:
+        raise ValueError("\n".join(["there is no", *(f"  {line}" for line in checker.missing)]))
+    plan["stages"] = [_stage(stage, counts, recipe) for stage in method.stages()]
+    plan["downstream"] = [_stage(stage, counts, recipe) for stage in method.downstream()]
+    plan["makes"] = [str(path) for path in checker.made]
+    plan["devices"], plan["accumulation"] = devices, accumulation(recipe, devices)
+    plan["memory"] = _memory(recipe, method, devices) if Path(recipe.model.path).is_dir() else None
+    return plan
+
+
+def _stage(stage: Stage, counts: dict[str, tuple[int, int]], recipe: Recipe) -> dict[str, Any]:
+    train = sum(counts[task.name][0] for task in stage.train)
+    own = stage.train or stage.test
+    return {
+        "name": stage.name.rpartition("/")[2] if stage.table else stage.name.split("-", 2)[2],
+        "folder": stage.name,
+        "train": train,
+        "test": sum(counts[task.name][1] for task in own),
+        "asked": sum(counts[task.name][1] for task in stage.test),
+        "steps": steps_of(train, recipe) if train else 0,
+    }
+
+
+class _Checker:
+    """Looks for what a recipe names; what it makes itself need not be there."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.planned = planned(recipe.prepare)
+        self.made: list[Path] = []
+        self.missing: list[str] = []
+
+    def folder(self, path: Path, what: str, content: str) -> None:
+        """A folder with a file in it."""
+        if not (path / content).is_file() and not self._makes(path):
+            self.missing.append(f"{path / content} ({what})")
+
+    def task(self, task: TaskRecipe) -> tuple[int, int]:
+        """How many training samples and questions a task has."""
+        recipe = self.recipe
+        dataset = find_dataset(task.dataset or task.name)
+        train, test = recipe.train_file(task), recipe.test_file(task)
+        if test.name != dataset.questions:
+            raise ValueError(
+                f"{task.name}.test must be named {dataset.questions}, as {task.dataset or task.name} is scored by that "
+                f"file, got {test}"
+            )
+        counts = [0, 0]
+        for place, (path, what, read) in enumerate(
+            ((train, f"{task.name}.train", read_conversations), (test, f"{task.name}.test", read_questions))
+        ):
+            if path == train and task.train is None:
+                continue
+            if path.is_file():
+                records = read(path)
+                counts[place] = len(records)
+                self._images(records, path, recipe.images(task))
+            elif (made := self._makes(path)) is not None:
+                counts[place] = made
+            else:
+                self.missing.append(f"{path} ({what})")
+        if test.is_file():
+            folders = recipe.annotations(task)
+            absent = [folder for folder in folders if not folder.is_dir()]
+            self.missing += [f"{folder} (data.annotations)" for folder in absent]
+            if not absent:
+                dataset.load(Files(folders, task.dataset or task.name), dataset.questions)
+        return counts[0], counts[1]
+
+    def _images(self, records: Iterable[Conversation | Question], file: Path, folder: Path) -> None:
+        """Name the first image that is not there, and how many."""
+        there: dict[str, bool] = {}
+        absent = []
+        for record in records:
+            if record.image is not None:
+                if record.image not in there:
+                    there[record.image] = (folder / record.image).is_file()
+                if not there[record.image]:
+                    absent.append(record)
+        if absent and self._makes(folder) is None:
+            more = f", and {len(absent) - 1} more of that file" if len(absent) > 1 else ""
+            self.missing.append(f"{folder / absent[0].image} ({file}: record {absent[0].index}{more})")
+
+    def _makes(self, path: Path) -> int | None:
+        """Whether the recipe makes a path: its number of records, or 0; None if it does not."""
+        if path.resolve() not in self.planned:
+            return None
+        if path not in self.made:
+            self.made.append(path)
+        return self.planned[path.resolve()] or 0
+
+
+def _memory(recipe: Recipe, method: Any, devices: int) -> dict[str, Any]:
+    """Estimates for one device that holds the whole model: parameters exactly, activations by a rule of thumb."""
+    config = AutoConfig.from_pretrained(recipe.model.path, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+        base = sum(p.numel() for p in model.parameters())
+        model.requires_grad_(False)
+        if METHODS[recipe.method](recipe).adapter(model) is not None:
+            model = method.start(model, None)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text, training = config.text_config, recipe.training
+    tokens = training.per_device_batch_size * min(training.max_length, _image_tokens(config) + 128)
+    size = BYTES[recipe.model.dtype]
+    # what a decoder layer keeps for backward: about 8 tensors of the hidden size and 3 of the FFN's a token
+    layer = tokens * size * (8 * text.hidden_size + 3 * text.intermediate_size)
+    kept = layer * text.num_hidden_layers
+    if training.activation_checkpointing:
+        kept = layer + tokens * size * text.hidden_size * text.num_hidden_layers
+    logits = tokens * text.vocab_size * (size + 4)
+    parts = {
+        "base_gib": base * size / GIB,
+        "adapter_gib": trainable * OPTIMISER_BYTES / GIB,
+        "activations_gib": (kept + logits) / GIB if trainable else 0.0,
+    }
+    return {
+        "base_parameters": base,
+        "trainable_parameters": trainable,
+        **parts,
+        "total_gib": sum(parts.values()),
+        "assumes": f"{tokens} tokens a device at a time; sharding of {devices} device(s) not counted",
+    }
+
+
+def _image_tokens(config: Any) -> int:
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """The plan for a reader."""
+    print(f"{plan['name']}: {plan['method']}, into {plan['output']}")
+    rows = [("", "stage", "train", "steps", "test", "asked after it")]
+    rows += [
+        (kind, *(str(stage[key]) for key in ("name", "train", "steps", "test", "asked")))
+        for kind in ("stages", "downstream")
+        for stage in plan[kind]
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    for row in rows:
+        left, right = row[:2], row[2:]
+        cells = [cell.ljust(width) for cell, width in zip(left, widths, strict=False)]
+        print("  ".join([*cells, *(cell.rjust(width) for cell, width in zip(right, widths[2:], strict=True))]).rstrip())
+    for path in plan["makes"]:
+        print(f"makes {path}")
+    memory = plan["memory"]
+    if memory is None:
+        print("memory: not known before the base model is there")
+    else:
+        print(
+            f"memory, estimated: {memory['total_gib']:.2f} GiB (base {memory['base_gib']:.2f}, "
+            f"{memory['trainable_parameters']:,} trained parameters and their optimiser {memory['adapter_gib']:.2f}, "
+            f"activations {memory['activations_gib']:.2f}; {memory['assumes']})"
+        )

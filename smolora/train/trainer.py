@@ -1,0 +1,302 @@
+"""A thin `transformers.Trainer`: order of samples, a learning rate for the projector, checkpoints that are whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .data import GlobalBatches, Samples
+from .files import settle, write_json
+from .methods.base import Method
+from .recipe import Recipe
+
+PROJECTOR = "multi_modal_projector"
+MARKER = "complete.json"  # written into a checkpoint when all else of it is on the disk
+SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # its name, and that before transformers 5.22
+OWN_ARGUMENTS = {  # field of TrainingArguments: what sets it
+    "output_dir": "output",
+    "num_train_epochs": "training.epochs",
+    "max_steps": "training.epochs",
+    "per_device_train_batch_size": "training.per_device_batch_size",
+    "gradient_accumulation_steps": "training.batch_size",
+    "learning_rate": "training.learning_rate",
+    "weight_decay": "training.weight_decay",
+    "warmup_steps": "training.warmup_ratio",
+    "warmup_ratio": "training.warmup_ratio",
+    "lr_scheduler_type": "training.schedule",
+    "activation_checkpointing": "training.activation_checkpointing",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "save_strategy": "training.save_steps",
+    "save_steps": "training.save_steps",
+    "save_total_limit": "training.save_steps",
+    "logging_strategy": "training.logging_steps",
+    "logging_steps": "training.logging_steps",
+    "dataloader_num_workers": "training.workers",
+    "remove_unused_columns": "the trainer",
+    "train_sampling_strategy": "the trainer",
+    "seed": "seed",
+    "data_seed": "seed",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
+
+def training_argument_names() -> set[str]:
+    """The fields of `TrainingArguments` that a recipe may set."""
+    return _fields() - OWN_ARGUMENTS.keys()
+
+
+def _fields() -> set[str]:
+    return {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+class TrainingStoppedError(ValueError):
+    """Training cannot go on; the message names the last good checkpoint."""
+
+
+def training_arguments(recipe: Recipe, folder: Path, steps: int, seed: int, on_gpu: bool) -> TrainingArguments:
+    """The arguments of a stage's training.
+
+    Args:
+        recipe: the run.
+        folder: for checkpoints.
+        steps: of the stage.
+        seed: of the stage.
+        on_gpu: whether there is a GPU to train on.
+
+    Raises:
+        ValueError: the global batch is no multiple of what all devices take at a time.
+    """
+    training = recipe.training
+    checkpointing = {}
+    if training.activation_checkpointing:
+        name = CHECKPOINTING[0] if CHECKPOINTING[0] in _fields() else CHECKPOINTING[1]
+        checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    arguments = TrainingArguments(
+        **{
+            **checkpointing,
+            "report_to": "none",
+            "ddp_timeout": 7 * 24 * 3600,  # the main process may score while the others wait
+            "use_cpu": not on_gpu,
+            "dataloader_pin_memory": on_gpu,
+            **training.arguments,
+        },
+        output_dir=str(folder),
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.per_device_batch_size,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=round(training.warmup_ratio * steps),
+        lr_scheduler_type=SCHEDULES[training.schedule],
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        logging_strategy="steps",
+        logging_steps=training.logging_steps,
+        dataloader_num_workers=training.workers,
+        remove_unused_columns=False,
+        seed=seed,
+        data_seed=seed,
+        bf16=recipe.model.dtype == "bfloat16",
+        fp16=recipe.model.dtype == "float16",
+    )
+    arguments.gradient_accumulation_steps = accumulation(recipe, arguments.world_size)
+    return arguments
+
+
+def accumulation(recipe: Recipe, devices: int) -> int:
+    """How many times each device takes a batch before a step.
+
+    Raises:
+        ValueError: the global batch is no multiple of what all devices take at a time.
+    """
+    training = recipe.training
+    at_once = training.per_device_batch_size * devices
+    if training.batch_size % at_once:
+        raise ValueError(
+            f"training.batch_size must be a multiple of training.per_device_batch_size times the number of devices, "
+            f"{training.per_device_batch_size} x {devices}, got {training.batch_size}"
+        )
+    return training.batch_size // at_once
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that were written to their end, oldest first."""
+    whole = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            sizes = json.loads((path / MARKER).read_text())["files"]
+            found = {name: (path / name).stat().st_size for name in sizes}
+        except (OSError, ValueError, KeyError):
+            continue
+        if found == sizes:
+            whole.append(path)
+    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+class _EpochOfOrder(TrainerCallback):
+    """Tells the sampler its epoch, which does not reach it through all wrappers of a data loader that skips batches."""
+
+    def __init__(self, order: GlobalBatches) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.order.set_epoch(int(state.epoch or 0))
+
+
+class ContinualTrainer(Trainer):
+    """Trains one stage.
+
+    Args:
+        recipe: the run.
+        method: may add to the loss.
+        samples: what it trains on.
+        resume: the checkpoint that it will go on from.
+        kwargs: as `Trainer` takes them.
+    """
+
+    def __init__(self, recipe: Recipe, method: Method, samples: Samples, resume: Path | None, **kwargs: Any) -> None:
+        super().__init__(train_dataset=samples, **kwargs)
+        self.recipe, self.method = recipe, method
+        self.order = GlobalBatches(samples.lengths, recipe.training.batch_size, self.args.seed)
+        self.add_callback(_EpochOfOrder(self.order))
+        marker = json.loads((resume / MARKER).read_text()) if resume else {"seconds": 0.0, "tokens": 0}
+        self._before = marker["seconds"], marker["tokens"]
+        self._start = time.monotonic()
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._bad = torch.zeros((), dtype=torch.int64, device=self.args.device)  # losses that were no number
+
+    @property
+    def last_good(self) -> str:
+        """The last whole checkpoint, in words."""
+        whole = whole_checkpoints(Path(self.args.output_dir))
+        return f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint of this stage yet"
+
+    def cost(self) -> dict[str, float | int]:
+        """Seconds and (unpadded) tokens so far on all processes, killed ones before included; peak memory in bytes."""
+        on_gpu = self.args.device.type == "cuda"
+        return {
+            "seconds": self._before[0] + time.monotonic() - self._start,
+            "tokens": self._before[1] + int(self.accelerator.gather(self._tokens).sum()),
+            "peak_memory": torch.cuda.max_memory_allocated()
+            if on_gpu
+            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        }
+
+    # ---- data and optimiser
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GlobalBatches:
+        return self.order
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer`'s, with the projector's adapters in groups of their own if they have another learning rate."""
+        if self.optimizer is not None or self.recipe.training.projector_learning_rate is None:
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = []
+        for projector, rate in ((False, self.args.learning_rate), (True, self.recipe.training.projector_learning_rate)):
+            for decay in (self.args.weight_decay, 0.0):
+                parameters = [
+                    p
+                    for name, p in model.named_parameters()
+                    if p.requires_grad and (PROJECTOR in name) == projector and (name in decayed) == bool(decay)
+                ]
+                if parameters:
+                    groups.append({"params": parameters, "weight_decay": decay, "lr": rate})
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    # ---- loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss on the answers, and what the method adds."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        extra = self.method.extra_loss(self.accelerator.unwrap_model(model), inputs, outputs)
+        if extra is not None:
+            loss = loss + extra / self.current_gradient_accumulation_steps
+        self._tokens += inputs["attention_mask"].sum()
+        self._bad += ~torch.isfinite(loss.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def check_finite(self) -> None:
+        """Stop if a loss was no number, or if an adapter is.
+
+        Raises:
+            TrainingStoppedError: with the last good checkpoint, which is from before.
+        """
+        bad = self._bad.clone()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                bad += ~torch.isfinite(parameter.detach()).all()
+        if int(self.accelerator.gather(bad).sum()):
+            raise TrainingStoppedError(
+                f"the loss is not a finite number, at step {self.state.global_step} or shortly before: {self.last_good}"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.check_finite()
+        super().log(logs, start_time)
+
+    # ---- checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint that counts when it is whole; then the older ones go.
+
+        Raises:
+            TrainingStoppedError: it cannot be written.
+        """
+        self.check_finite()
+        folder = Path(self.args.output_dir)
+        path = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        cost = self.cost()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                settle(path)
+                files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+                write_json(path / MARKER, {"files": files, "seconds": cost["seconds"], "tokens": cost["tokens"]})
+        except Exception as error:  # a full disk is an OSError here, a RuntimeError of torch.save, a SafetensorError
+            raise TrainingStoppedError(f"cannot write {path}: {error}; {self.last_good}") from error
+        if self.args.should_save:
+            for other in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if other != path:
+                    shutil.rmtree(other)
+        self.accelerator.wait_for_everyone()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter into a folder, whole.
+
+        Raises:
+            TrainingStoppedError: it cannot be written, or it is no number.
+        """
+        self.check_finite()
+        try:
+            self.save_model(str(folder))
+            if self.args.should_save:
+                (folder / "training_args.bin").unlink()
+                (folder / "README.md").unlink(missing_ok=True)
+                settle(folder)
+        except Exception as error:
+            raise TrainingStoppedError(f"cannot write {folder}: {error}; {self.last_good}") from error
+        self.accelerator.wait_for_everyone()
+
+
+def steps_of(samples: int, recipe: Recipe) -> int:
+    """Optimiser steps of a stage with this many samples."""
+    return math.ceil(-(-samples // recipe.training.batch_size) * recipe.training.epochs)
