@@ -239,6 +239,13 @@ TASKS: dict[str, Task] = {
 }
 
 
+def training_files(task: str) -> dict[str, int]:
+    """A task's training files, each with its number of samples."""
+    if task == "Places365":
+        return {f"train_{shots}shot.json": shots * len(PLACES) for shots in SHOTS}
+    return {"train.json": TASKS[task].train} if TASKS[task].train else {}
+
+
 def samples(task: str, split: str, count: int) -> Iterator[tuple[Sample, Dice]]:
     """Samples of a split ("train" or "test"), each with the dice that goes on choosing for it."""
     for index in range(count):
@@ -454,6 +461,7 @@ def run(args: argparse.Namespace) -> int:
     folder = make_minicvit(args.folder, args.task)
     for name in args.task or TASKS:
         digest = json.loads((folder / "annotations" / name / "digest.json").read_text())["sha256"]
-        print(f"{name:<10} {TASKS[name].train:>5} training samples, {TASKS[name].test} questions, sha256 {digest[:16]}")
+        train = max(training_files(name).values(), default=0)
+        print(f"{name:<10} {train:>5} training samples, {TASKS[name].test} questions, sha256 {digest[:16]}")
     print(f"contact sheets: {folder / 'contact_sheets'}")
     return 0

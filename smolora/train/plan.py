@@ -76,7 +76,7 @@ class _Checker:
 
     def folder(self, path: Path, what: str, content: str) -> None:
         """A folder with a file in it."""
-        if not (path / content).is_file() and not self._makes(path):
+        if not (path / content).is_file() and self._makes(path) is None:
             self.missing.append(f"{path / content} ({what})")
 
     def task(self, task: TaskRecipe) -> tuple[int, int]:
