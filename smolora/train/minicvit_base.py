@@ -1,6 +1,7 @@
 """MiniCVIT's base model: a small LLaVA (CLIP-like tower, projector, Llama), aligned on pictures of MiniCVIT's kinds.
 
-It plays the part of first-stage LLaVA: it sees what is in the pictures and talks about it, in sentences, in
+It plays the part of first-stage LLaVA. Its vision tower is trained first, to tell what is in a picture (in place of
+CLIP's captions); projector and language model then learn, on the frozen tower, to talk about pictures, in sentences, in
 conversations of several turns. What the benchmark's instructions ask for (a letter, a word, a caption) it has not
 learned, and no instruction occurs in its training. Pictures and digits of the test files do not occur in it either.
 """
@@ -8,18 +9,18 @@ learned, and no instruction occurs in its training. Pictures and digits of the t
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
     CLIPImageProcessorPil,
@@ -29,6 +30,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
 )
 
 from ..data import minicvit, scenes
@@ -50,13 +52,42 @@ class BaseSettings:
     vision_layers: int = 3
     hidden: int = 128
     layers: int = 4
-    steps: int = 500
+    vision_steps: int = 700
+    vision_batch: int = 64
+    vision_learning_rate: float = 1.5e-3
+    steps: int = 350
     batch: int = 32
     learning_rate: float = 2e-3
     pictures: int = 6000
 
 
-# ---- conversations
+# ---- pictures and what is said of them
+
+
+class Head(NamedTuple):
+    """What the tower learns to tell: which of the names, from the mean over some patches."""
+
+    names: tuple[str, ...]
+    patches: tuple[int, ...]
+
+
+PATCHES = SIDE // PATCH  # a side
+_EVERYWHERE = tuple(range(PATCHES * PATCHES))
+HEADS: dict[str, Head] = {
+    "colour": Head(tuple(COLOURS), _EVERYWHERE),
+    "digit": Head(DIGITS, _EVERYWHERE),
+    "object": Head(OBJECTS, _EVERYWHERE),
+    "shape": Head(SHAPES, _EVERYWHERE),
+    "word": Head(WORDS, _EVERYWHERE),
+    "place": Head(PLACES, _EVERYWHERE),
+    "companion": Head(COMPANIONS, _EVERYWHERE),
+    "upper_word": Head(WORDS, _EVERYWHERE[: len(_EVERYWHERE) // 2]),
+    "lower_word": Head(WORDS, _EVERYWHERE[len(_EVERYWHERE) // 2 :]),
+}
+for _cell in range(4):
+    _here = tuple(p for p in _EVERYWHERE if (p // PATCHES // 2, p % PATCHES // 2) == divmod(_cell, 2))
+    HEADS[f"shape_{_cell}"] = Head((*SHAPES, "nothing"), _here)
+    HEADS[f"colour_{_cell}"] = Head((*COLOURS, "nothing"), _here)
 
 
 class Picture:
@@ -65,11 +96,13 @@ class Picture:
     Attributes:
         pixels: uint8 (48, 48, 3), or None.
         turns: (question, short answer, sentence).
+        facts: what there is to see, by HEADS: an index among its names.
     """
 
-    def __init__(self, canvas: scenes.Canvas | None) -> None:
+    def __init__(self, canvas: scenes.Canvas | None, **facts: str) -> None:
         self.pixels = None if canvas is None else canvas.pixels
         self.turns: list[tuple[str, str, str]] = []
+        self.facts = {head: HEADS[head].names.index(name) for head, name in facts.items()}
 
     def ask(self, question: str, answer: str, sentence: str) -> None:
         self.turns.append((question, answer, sentence))
@@ -95,7 +128,7 @@ def draw_picture(dice: Dice) -> Picture:
     say = "Describe the picture."
     if kind == "digit":
         number = dice.below(10)
-        picture = Picture(scenes.digit(number, colour, dice, False))
+        picture = Picture(scenes.digit(number, colour, dice, False), colour=colour, digit=DIGITS[number])
         name = DIGITS[number]
         picture.ask(say, name, f"I see the number {{}} in {colour}.")
         for question in ("Which number is written here?", "What is this?"):
@@ -106,7 +139,7 @@ def draw_picture(dice: Dice) -> Picture:
             picture.choose("Which number is written here?", name, DIGITS, dice)
     elif kind == "object":
         name = dice.choice(OBJECTS)
-        picture = Picture(scenes.thing(name, colour, dice))
+        picture = Picture(scenes.thing(name, colour, dice), colour=colour, object=name)
         picture.ask(say, name, f"I see a {{}} with {colour}.")
         for question in ("What is shown in the picture?", "What is this?"):
             picture.ask(question, name, "It is a {}.")
@@ -114,7 +147,7 @@ def draw_picture(dice: Dice) -> Picture:
             picture.choose("What is shown in the picture?", name, OBJECTS, dice)
     elif kind == "shape":
         name = dice.choice(SHAPES)
-        picture = Picture(scenes.one_shape(name, colour, dice))
+        picture = Picture(scenes.one_shape(name, colour, dice), colour=colour, shape=name)
         picture.ask(say, name, f"I see a {{}} in {colour}.")
         picture.ask("Which shape is it?", name, "It is a {}.")
         picture.ask("Which colour is the shape?", colour, "The colour is {}.")
@@ -124,26 +157,28 @@ def draw_picture(dice: Dice) -> Picture:
         picture = _grid(say, dice)
     elif kind == "sign":
         word = dice.choice(WORDS)
-        picture = Picture(scenes.sign(word, colour, dice))
+        picture = Picture(scenes.sign(word, colour, dice), colour=colour, word=word)
         picture.ask(say, word, f"I see a {colour} sign that says {{}}.")
         for question in ("What word is on the sign?", "What does the sign say?", "Which word is written here?"):
             picture.ask(question, word, "The word is {}.")
     elif kind == "book":
         words = dice.sample(WORDS, 2)
-        picture = Picture(scenes.book(words, colour, dice))
+        picture = Picture(scenes.book(words, colour, dice), colour=colour, upper_word=words[0], lower_word=words[1])
         picture.ask(say, " ".join(words), f"I see a {colour} book with the title {{}}.")
         for question in ("What is the title of this book?", "What is the book called?"):
             picture.ask(question, " ".join(words), "The title is {}.")
     elif kind == "person":
         companion, where = dice.choice(COMPANIONS), dice.choice(PLACES)
-        picture = Picture(scenes.person(colour, companion, where, dice))
+        picture = Picture(
+            scenes.person(colour, companion, where, dice), colour=colour, companion=companion, place=where
+        )
         picture.ask(say, colour, f"I see someone in {{}}, {_a(companion)} and a {where}.")
         picture.ask("Where is it?", where, "It is a {}.")
         picture.ask("Which colour is the shirt?", colour, "The colour is {}.")
         picture.ask("What is there besides?", companion, "I see {}.")
     elif kind == "place":
         where = dice.choice(PLACES)
-        picture = Picture(scenes.place(where, dice))
+        picture = Picture(scenes.place(where, dice), place=where)
         picture.ask(say, where, "I see a {}.")
         picture.ask("Where is it?", where, "It is a {}.")
     else:
@@ -162,7 +197,10 @@ def _grid(say: str, dice: Dice) -> Picture:
     if len(cells) == 2:
         pairs = zip(dice.sample(SHAPES, 2), dice.sample(list(COLOURS), 2), strict=True)
         shown = dict(zip(cells, pairs, strict=True))
-    picture = Picture(scenes.shapes(shown, dice))
+    facts = {}
+    for cell in range(4):
+        facts[f"shape_{cell}"], facts[f"colour_{cell}"] = shown.get(cell, ("nothing", "nothing"))
+    picture = Picture(scenes.shapes(shown, dice), **facts)
     names = [f"a {colour} {shape}" for shape, colour in shown.values()]
     picture.ask(say, str(len(cells)), f"I see {' and '.join(names)}, so there are {{}}.")
     picture.ask("How many shapes are there?", str(len(cells)), "The number is {}.")
@@ -281,78 +319,118 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )  # fmt: skip
 
 
-class Conversations:
-    """Batches of conversations about pictures, each of up to `turns` turns."""
+class Pictures:
+    """Pictures with their facts and questions.
 
-    def __init__(self, encoder: PromptEncoder, processor: LlavaProcessor, settings: BaseSettings) -> None:
-        self.encoder = encoder
-        self.settings = settings
-        self.pictures = [
+    Attributes:
+        all: the pictures, also those without pixels.
+        seen: those with pixels.
+        pixels: (seen, 3, 48, 48), the tower's inputs.
+    """
+
+    def __init__(self, processor: LlavaProcessor, settings: BaseSettings) -> None:
+        self.all = [
             draw_picture(Dice(f"{minicvit.SEED}, alignment {settings.seed}, {index}"))
             for index in tqdm(range(settings.pictures), desc="drawing", unit="picture")
         ]
-        drawn = [picture for picture in self.pictures if picture.pixels is not None]
-        images = [Image.fromarray(picture.pixels) for picture in drawn]
-        pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        self.pixels = dict(zip(map(id, drawn), pixels, strict=True))
+        self.seen = [picture for picture in self.all if picture.pixels is not None]
+        images = [Image.fromarray(picture.pixels) for picture in self.seen]
+        self.pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        self._place = {id(picture): place for place, picture in enumerate(self.seen)}
 
-    def batch(self, dice: Dice, turns: int = 3) -> dict[str, Tensor]:
-        """The model's inputs, with labels on the answers alone."""
-        chosen = [dice.choice(self.pictures) for _ in range(self.settings.batch)]
-        written = [self._write(picture, dice, turns) for picture in chosen]
-        ids, mask = pad([ids for ids, _ in written], self.encoder.pad_token_id, left=False)
-        labels, _ = pad([labels for _, labels in written], IGNORED_LABEL, left=False)
-        pixels = [self.pixels[id(picture)] for picture in chosen if picture.pixels is not None]
-        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return inputs | ({"pixel_values": torch.stack(pixels)} if pixels else {})
-
-    def _write(self, picture: Picture, dice: Dice, turns: int) -> tuple[list[int], list[int]]:
-        asked = dice.sample(picture.turns, min(turns, len(picture.turns)))
-        ids: list[int] = []
-        labels: list[int] = []
-        for question, answer, sentence in asked:
-            said = sentence.format(answer) if dice.chance(50) else f"{answer}, as you can see."
-            sample = self.encoder.expand_sample(
-                self.encoder.sample(question, said, picture.pixels is not None and not ids)
-            )
-            skip = 0 if not ids else 2  # BOS and the system sentence are said once
-            ids += sample.input_ids[skip:]
-            labels += sample.labels[skip:]
-        return ids, labels
+    def pixels_of(self, pictures: Sequence[Picture]) -> Tensor:
+        """The inputs (n, 3, 48, 48) for some of them."""
+        return self.pixels[[self._place[id(picture)] for picture in pictures]]
 
 
-def align(
-    model: LlavaForConditionalGeneration, conversations: Conversations, settings: BaseSettings
+def _optimise(
+    what: str, parameters: Sequence[nn.Parameter], rate: float, steps: int, loss_of_batch: Callable[[], Tensor]
 ) -> dict[str, float]:
-    """Train all of the model on conversations; returns the loss over the last tenth, and the seconds it took."""
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
+    """AdamW with a warm-up and a cosine; returns the mean loss over the last tenth, and the seconds it took."""
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}],
-        settings.learning_rate, betas=(0.9, 0.98), fused=True,
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.02},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        rate, betas=(0.9, 0.98),
     )  # fmt: skip
-    steps, warm_up = settings.steps, max(1, settings.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(1, (step + 1 - warm_up) / steps))),
-    )
-    dice = Dice(f"{minicvit.SEED}, alignment {settings.seed}")
-    model.train()
-    start, last = time.perf_counter(), []
-    with tqdm(range(steps), desc="aligning the base model", unit="step") as bar:
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
+    start, losses = time.perf_counter(), []
+    with tqdm(range(steps), desc=what, unit="step") as bar:
         for step in bar:
-            loss = model(**conversations.batch(dice)).loss
+            loss = loss_of_batch()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+            losses.append(loss.item())
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-            if step >= steps - max(1, steps // 10):
-                last.append(loss.item())
-    model.eval()
-    return {"loss": float(np.mean(last)), "seconds": time.perf_counter() - start}
+                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    last = losses[-max(1, steps // 10) :]
+    return {"loss": sum(last) / len(last), "seconds": time.perf_counter() - start}
+
+
+def train_tower(tower: nn.Module, pictures: Pictures, settings: BaseSettings) -> dict[str, float]:
+    """Teach the vision tower what is in pictures: each of HEADS reads it off the mean of its patches."""
+    hidden = settings.vision_hidden
+    torch.manual_seed(settings.seed)
+    heads = nn.ModuleDict(
+        {name: nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, len(head.names))) for name, head in HEADS.items()}
+    )
+    facts = {
+        name: torch.tensor([picture.facts.get(name, IGNORED_LABEL) for picture in pictures.seen]) for name in HEADS
+    }
+    dice = Dice(f"{minicvit.SEED}, tower {settings.seed}")
+
+    def loss() -> Tensor:
+        rows = torch.tensor([dice.below(len(pictures.seen)) for _ in range(settings.vision_batch)])
+        patches = tower(pictures.pixels[rows], output_hidden_states=True).hidden_states[-1][:, 1:]
+        total = patches.new_zeros(())
+        for name, head in HEADS.items():
+            labels = facts[name][rows]
+            if (labels != IGNORED_LABEL).any():
+                logits = heads[name](patches[:, head.patches].mean(1))
+                total = total + F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        return total / len(rows)
+
+    trained = [*tower.parameters(), *heads.parameters()]
+    return _optimise("training the vision tower", trained, settings.vision_learning_rate, settings.vision_steps, loss)
+
+
+def align(
+    model: LlavaForConditionalGeneration, encoder: PromptEncoder, pictures: Pictures, settings: BaseSettings
+) -> dict[str, float]:
+    """Teach projector and language model to talk about pictures; the tower stays as it is."""
+    dice = Dice(f"{minicvit.SEED}, alignment {settings.seed}")
+
+    def loss() -> Tensor:
+        chosen = [dice.choice(pictures.all) for _ in range(settings.batch)]
+        written = [converse(picture, encoder, dice) for picture in chosen]
+        ids, mask = pad([ids for ids, _ in written], encoder.pad_token_id, left=False)
+        labels, _ = pad([labels for _, labels in written], IGNORED_LABEL, left=False)
+        seen = [picture for picture in chosen if picture.pixels is not None]
+        pixels = {"pixel_values": pictures.pixels_of(seen)} if seen else {}
+        return model(input_ids=ids, attention_mask=mask, labels=labels, **pixels).loss
+
+    model.model.vision_tower.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    report = _optimise("aligning the base model", trained, settings.learning_rate, settings.steps, loss)
+    model.requires_grad_(True)
+    return report
+
+
+def converse(picture: Picture, encoder: PromptEncoder, dice: Dice, turns: int = 3) -> tuple[list[int], list[int]]:
+    """A conversation of up to so many turns: ids, and labels on the answers alone."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for question, answer, sentence in dice.sample(picture.turns, min(turns, len(picture.turns))):
+        said = sentence.format(answer) if dice.chance(50) else f"{answer}, as you can see."
+        sample = encoder.expand_sample(encoder.sample(question, said, picture.pixels is not None and not ids))
+        skip = 2 if ids else 0  # BOS and the system sentence, one token each, are said once
+        ids += sample.input_ids[skip:]
+        labels += sample.labels[skip:]
+    return ids, labels
 
 
 # ---- the folder
@@ -366,7 +444,7 @@ def make_base(folder: str | Path, settings: BaseSettings | None = None) -> Path:
         settings: how it is made.
 
     Returns:
-        The folder. `base.json` in it has the settings, the number of parameters, the last loss and the seconds.
+        The folder. `base.json` in it has the settings, the number of parameters, last losses and seconds.
 
     Raises:
         ValueError: the folder holds something else, or a base model of other settings.
@@ -385,7 +463,13 @@ def make_base(folder: str | Path, settings: BaseSettings | None = None) -> Path:
     tokenizer = make_tokenizer()
     model, processor = make_model(tokenizer, settings), make_processor(tokenizer)
     encoder = PromptEncoder.for_model(tokenizer, model.config)
-    report = align(model, Conversations(encoder, processor, settings), settings)
+    pictures = Pictures(processor, settings)
+    model.train()
+    report = {
+        "tower": train_tower(model.model.vision_tower, pictures, settings),
+        "alignment": align(model, encoder, pictures, settings),
+    }
+    model.eval()
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
