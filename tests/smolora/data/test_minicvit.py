@@ -182,5 +182,5 @@ def test_unknown_names_are_refused():
         lambda: scenes.person("red", "cat", "beach", Dice("")),
         lambda: scenes.one_shape("ring", "red", Dice("")),
     ):
-        with pytest.raises(ValueError, match="must be one of .*, got '"):
+        with pytest.raises(ValueError, match=r"must be one of .*, got '"):
             draw()
