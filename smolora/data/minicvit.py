@@ -92,21 +92,21 @@ def text_vqa(dice: Dice, held_out: bool) -> Sample:
     return Sample(question, word, scenes.sign(word, dice.choice(list(COLOURS)), dice))
 
 
-SUBJECTS = ("A person", "A man", "Somebody")
-SHIRTS = ("in a {} shirt", "wearing {}", "dressed in {}")
-VERBS = ("stands", "is", "waits")
+SUBJECTS = ("A person", "A man", "Somebody", "Our friend")
+SHIRTS = ("in a {} shirt", "wearing {}", "dressed in {}", "with a {} top")
+VERBS = ("stands", "is", "waits", "rests")
 WITH = {
     "dog": ("with a dog", "beside a dog", "next to a dog"),
     "ball": ("with a ball", "beside a ball", "next to a ball"),
     "umbrella": ("with an umbrella", "holding an umbrella", "under an umbrella"),
 }
 WHERE = {
-    "beach": ("on the beach", "by the sea"),
-    "forest": ("in the forest", "among trees"),
-    "desert": ("in the desert", "on hot sand"),
-    "city": ("in the city", "on a street"),
-    "mountain": ("in the mountains", "below high peaks"),
-    "field": ("in a field", "on green grass"),
+    "beach": ("on the beach", "by the sea", "at the shore"),
+    "forest": ("in the forest", "among trees", "between tall pines"),
+    "desert": ("in the desert", "on hot sand", "near a cactus"),
+    "city": ("in the city", "on a street", "downtown"),
+    "mountain": ("in the mountains", "below high peaks", "under snowy tops"),
+    "field": ("in a field", "on green grass", "on a meadow"),
 }
 
 

@@ -95,7 +95,7 @@ def digit(digit: int, colour: str, dice: Dice, held_out: bool) -> Canvas:
     """A handwritten digit, 40 pixels high, in coloured chalk on a blackboard."""
     canvas = Canvas(SIDE, SIDE, _DARK)
     cover = enlarge(handwritten(digit, dice, held_out), 5)
-    canvas.stamp(dice.between(2, 6), dice.between(2, 6), cover, 16 * 9, COLOURS[colour])
+    canvas.stamp(dice.between(3, 5), dice.between(3, 5), cover, 16 * 9, COLOURS[colour])
     return canvas
 
 
@@ -200,7 +200,7 @@ def sign(word: str, colour: str, dice: Dice) -> Canvas:
     """A street sign with a word of four letters across the picture."""
     canvas = Canvas(SIDE, SIDE, dice.choice([_SKY, (206, 214, 220), (244, 214, 178)]))
     canvas.rectangle(0, 40, SIDE, SIDE, dice.choice([(120, 120, 128), _GREEN, (170, 150, 120)]))
-    top = dice.between(6, 12)
+    top = dice.choice([6, 9, 12])
     canvas.rectangle(22, top, 26, 44, (90, 90, 98))
     canvas.rectangle(0, top - 1, SIDE, top + 21, _DARK if colour == "yellow" else _PALE)
     canvas.rectangle(0, top, SIDE, top + 20, COLOURS[colour])

@@ -58,7 +58,7 @@ class BaseSettings:
     steps: int = 350
     batch: int = 32
     learning_rate: float = 2e-3
-    pictures: int = 6000
+    pictures: int = 9000
 
 
 # ---- pictures and what is said of them
