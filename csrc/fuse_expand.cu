@@ -9,7 +9,7 @@ constexpr int kThreads = 128;
 
 // A warp has a token.
 template <class T>
-__global__ void __launch_bounds__(kThreads) mix_kernel(Mix p) {
+__global__ void __launch_bounds__(kThreads, 1) mix_kernel(Mix p) {
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (token >= p.T) return;

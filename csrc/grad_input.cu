@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 256;
 
 // Grid (blocks of r L, M + N).
-__global__ void __launch_bounds__(kThreads) collect_kernel(Collect p) {
+__global__ void __launch_bounds__(kThreads, 1) collect_kernel(Collect p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const bool vu = blockIdx.y < p.M;
   const int64_t expert = vu ? blockIdx.y : blockIdx.y - p.M;

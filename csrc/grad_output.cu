@@ -17,7 +17,7 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
 // Grid (tiles): a warp has every fourth token of a tile of an instance.
-__global__ void __launch_bounds__(kThreads) mix_backward_kernel(GradOutput p) {
+__global__ void __launch_bounds__(kThreads, 1) mix_backward_kernel(GradOutput p) {
   const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), r = static_cast<int>(p.r);
   const int columns = b * K * r, RP = rank_columns(r), width = b * K * RP;
   Arena arena;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) mix_backward_kernel(GradOutput p) {
 }
 
 // Grid (M + N if c is needed, n b K if the gates' gradient is): an expert's c, then an instance's slot.
-__global__ void __launch_bounds__(kThreads) sum_tiles_kernel(GradOutput p, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, 1) sum_tiles_kernel(GradOutput p, int64_t tiles) {
   const int64_t b = p.use_vu + p.use_if, K = p.K, r = p.r, E = p.need_c ? p.M + p.N : 0;
   Arena arena;
   auto scratch = arena.take<float>(kThreads);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) sum_tiles_kernel(GradOutput p, int64
 }
 
 // Grid (outputs, branches): dI, a warp an output, the sum over experts and ranks of B c; c has the scaling in it.
-__global__ void __launch_bounds__(kThreads) importance_kernel(GradOutput p) {
+__global__ void __launch_bounds__(kThreads, 1) importance_kernel(GradOutput p) {
   const int64_t branch = blockIdx.y;
   const int64_t l = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (l >= p.k) return;

@@ -204,7 +204,7 @@ struct Packing {  // of the VU branch's experts, then of the IF branch's; a bran
 
 // A row of `to` has `lanes` threads of a block, and a block 256 / lanes rows.
 template <class T>
-__global__ void __launch_bounds__(256) pack_kernel(Packing p, int lanes) {
+__global__ void __launch_bounds__(256, 1) pack_kernel(Packing p, int lanes) {
   const int thread = threadIdx.x, rows = 256 / lanes;
   int64_t row = static_cast<int64_t>(blockIdx.x) * rows + thread / lanes;
   if (thread / lanes >= rows || row >= (p.experts[0] + p.experts[1]) * p.to_rows) return;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(256) pack_kernel(Packing p, int lanes) {
 
 // With rows and columns exchanged, 32 by 32 at a time through shared memory. Grid (columns, rows of `from`, experts).
 template <class T>
-__global__ void __launch_bounds__(256) pack_exchanged_kernel(Packing p) {
+__global__ void __launch_bounds__(256, 1) pack_exchanged_kernel(Packing p) {
   Arena arena;
   auto tile = arena.take<float>(32 * 33);
   const int64_t row0 = static_cast<int64_t>(blockIdx.y) * 32, column0 = static_cast<int64_t>(blockIdx.x) * 32;

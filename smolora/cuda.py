@@ -33,7 +33,7 @@ except ImportError as error:  # built for another Python, or not at all well
     _missing = f"its compiled kernels do not load: {error}"
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have
+COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have; in float32 the last would spill
 MAX_DECODE_INSTANCES = 64
 MAX_DECODE_EXPERTS, MAX_DECODE_SLOTS = 256, 64
 MAX_MIX_NUMBERS = 2048  # of a token in rank space, b K r, that a warp holds in mix's gradient
@@ -151,9 +151,10 @@ def rank_columns(r: int) -> int:
     return -(-r // 16) * 16
 
 
-def shrink_columns(total: int) -> int:
+def shrink_columns(total: int, dtype: torch.dtype) -> int:
     """The columns of rank space that a block of the shrink has, of `total`: all of them if it can."""
-    return next((columns for columns in COLUMNS if total <= columns), COLUMNS[-1])
+    choices = COLUMNS[:-1] if dtype == torch.float32 else COLUMNS
+    return next((columns for columns in choices if total <= columns), choices[-1])
 
 
 def one_read(columns: int, dtype: torch.dtype) -> bool:
@@ -231,7 +232,7 @@ def route_shrink(
     route_vu = route and use_vu
     one_pass = route_vu and M * RP <= tiles.MAX_ONE_PASS_COLUMNS
     total = (use_vu * (M if one_pass else top_k) + use_if * top_k) * RP
-    columns = shrink_columns(total)
+    columns = shrink_columns(total, x.dtype)
     card = tiles.card_of(x.device)
     tile, width = extension.TILE, 4 * extension.ROW // x.element_size()
     slack = 1 if route_mask is None else 2
@@ -332,7 +333,7 @@ def grad_output(
     need_c = adaptive and (need_B or need_importance)
     need_p = need_dh or need_c or need_gates
     total, card = b * top_k * RP, tiles.card_of(g.device)
-    once, columns = one_read(total, g.dtype), shrink_columns(total)
+    once, columns = one_read(total, g.dtype), shrink_columns(total, g.dtype)
     block = extension.OUTER_TILES * extension.ROW // g.element_size()
     k_blocks = tiles.cdiv(k, block)
     chunk = tiles.chunk_tokens(T, n, k_blocks, extension.CHUNK, card.processors)
