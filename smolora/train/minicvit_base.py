@@ -35,7 +35,7 @@ from transformers import (
 
 from ..data import minicvit, scenes
 from ..data.instructions import MULTI_TYPE, SINGLE_TYPE
-from ..data.minicvit import KINDS, WHERE
+from ..data.minicvit import KINDS, QUIZ, WHERE, options
 from ..data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder, pad
 from ..data.scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, SIDE, WORDS, Dice
 
@@ -105,7 +105,11 @@ class Picture:
         self.facts = {head: HEADS[head].names.index(name) for head, name in facts.items()}
 
     def ask(self, question: str, answer: str, sentence: str) -> None:
+        """Add a question; with choices between letters too if it is of ScienceQA's, but the answer is the word."""
         self.turns.append((question, answer, sentence))
+        for choices in QUIZ.get(question, ()):
+            if answer in choices:
+                self.turns.append((question + options(choices), answer, sentence))
 
 
 # those that take longer to learn come more often
@@ -214,7 +218,8 @@ def _words(dice: Dice) -> Picture:
     picture = Picture(None)
     for _ in range(4):
         kind = dice.choice(list(KINDS))
-        picture.ask(f"What is {dice.choice(KINDS[kind])}?", kind, "It is a {}.")
+        choices = options(tuple(KINDS)) if dice.chance(50) else ""
+        picture.ask(f"What is {dice.choice(KINDS[kind])}?{choices}", kind, "It is a {}.")
     return picture
 
 
