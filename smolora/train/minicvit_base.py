@@ -105,11 +105,15 @@ class Picture:
         self.facts = {head: HEADS[head].names.index(name) for head, name in facts.items()}
 
     def ask(self, question: str, answer: str, sentence: str) -> None:
-        """Add a question; with choices between letters too if it is of ScienceQA's, but the answer is the word."""
+        """Add a question; also as a choice between letters if it is one of ScienceQA's."""
         self.turns.append((question, answer, sentence))
         for choices in QUIZ.get(question, ()):
             if answer in choices:
-                self.turns.append((question + options(choices), answer, sentence))
+                self.choose(question, answer, choices)
+
+    def choose(self, question: str, answer: str, choices: Sequence[str]) -> None:
+        """Add a choice between letters."""
+        self.turns.append((question + options(choices), "ABCDE"[choices.index(answer)], "The answer is {}."))
 
 
 # those that take longer to learn come more often
@@ -218,8 +222,9 @@ def _words(dice: Dice) -> Picture:
     picture = Picture(None)
     for _ in range(4):
         kind = dice.choice(list(KINDS))
-        choices = options(tuple(KINDS)) if dice.chance(50) else ""
-        picture.ask(f"What is {dice.choice(KINDS[kind])}?{choices}", kind, "It is a {}.")
+        question = f"What is {dice.choice(KINDS[kind])}?"
+        picture.ask(question, kind, "It is a {}.")
+        picture.choose(question, kind, tuple(KINDS))
     return picture
 
 
