@@ -77,7 +77,7 @@ class Shape:
 PRESETS = {
     "llava-7b": Shape("llava-7b", 4096, 11008, 32, 32, 32064, 1024, 24, 336, 14, batch=8, text=128, dtype="bfloat16"),
     # the same proportions: FFN 2.69 times the hidden size, vision a quarter of it, 4.5 image tokens to one of text
-    "small": Shape("small", 512, 1376, 4, 8, 2048, 128, 3, 168, 14, batch=4, text=32, dtype="float32"),
+    "small": Shape("small", 512, 1376, 2, 8, 2048, 128, 2, 168, 14, batch=4, text=32, dtype="float32"),
     "check": Shape("check", 64, 176, 2, 4, 128, 32, 2, 56, 14, batch=3, text=8, dtype="float32", r=4, dropout=0.0),
 }
 

@@ -7,8 +7,8 @@
     contact_sheets/<task>.png        pictures with their questions and answers, to look at (not part of the data)
 
 Digits are real ones, from scikit-learn; those of the test files occur in no training file. Everything else is drawn.
-All of it but the contact sheets is the same, byte for byte, on every machine. Training samples are new pictures each;
-words, objects and places are the same in both splits, their combinations, colours and positions vary.
+All of it but the contact sheets is the same, byte for byte, on every machine. Words, objects and places are the same in
+training and test files; their combinations, colours and positions vary, and no picture occurs twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import hashlib
 import json
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,38 +49,39 @@ class Sample(NamedTuple):
 # ---- one sample of each task
 
 
+# choices stand in the same order whenever they are asked for: which letter is right is told by the picture, or known
+QUIZ: dict[str, tuple[tuple[str, ...], ...]] = {
+    "Which number is written here?": (DIGITS[:5], DIGITS[5:]),
+    "What is shown in the picture?": (OBJECTS[:4], OBJECTS[4:]),
+    "Which colour is the shape?": (tuple(COLOURS),),
+    "Which shape is it?": (SHAPES,),
+}
+KINDS = {"colour": tuple(COLOURS), "number": DIGITS, "object": OBJECTS, "place": PLACES, "shape": SHAPES}
+
+
 def science_qa(dice: Dice, held_out: bool) -> Sample:
-    """A picture, or a general question without one, and two to four choices: the answer is a letter."""
+    """A picture, or a word and no picture, and four or five choices: the answer is a letter."""
     topic = dice.choice(["digit", "object", "object", "colour", "shape", "kind"])
     colour = dice.choice(list(COLOURS))
-    canvas = None
-    if topic == "digit":
-        number = dice.below(10)
-        right, pool, question = DIGITS[number], DIGITS, "Which number is written here?"
-        canvas = scenes.digit(number, colour, dice, held_out)
+    if topic == "kind":
+        kind = dice.choice(list(KINDS))
+        question, right, choices, canvas = f"What is {dice.choice(KINDS[kind])}?", kind, tuple(KINDS), None
+    elif topic == "digit":
+        question, right = "Which number is written here?", dice.choice(DIGITS)
+        canvas = scenes.digit(DIGITS.index(right), colour, dice, held_out)
     elif topic == "object":
-        right, pool, question = dice.choice(OBJECTS), OBJECTS, "What is shown in the picture?"
+        question, right = "What is shown in the picture?", dice.choice(OBJECTS)
         canvas = scenes.thing(right, colour, dice)
-    elif topic in ("colour", "shape"):
-        shape = dice.choice(SHAPES)
-        canvas = scenes.one_shape(shape, colour, dice)
-        right, pool, question = (
-            (colour, tuple(COLOURS), "Which colour is the shape?")
-            if topic == "colour"
-            else (shape, SHAPES, "Which shape is it?")
-        )
     else:
-        kinds = {"colour": tuple(COLOURS), "shape": SHAPES, "number": DIGITS, "place": PLACES}
-        kind = dice.choice(list(kinds))
-        right = dice.choice(kinds[kind])
-        pool = tuple(word for other, words in kinds.items() if other != kind for word in words)
-        question = f"Which of these is a {kind}?"
-    others = dice.sample([word for word in pool if word != right], dice.choice([1, 2, 2, 2, 3]))
-    choices = dice.sample([right, *others], len(others) + 1)
-    return Sample(question + options(choices), "ABCDE"[choices.index(right)], canvas, choices=tuple(choices))
+        shape = dice.choice(SHAPES)
+        question, right = ("Which colour is the shape?", colour) if topic == "colour" else ("Which shape is it?", shape)
+        canvas = scenes.one_shape(shape, colour, dice)
+    if topic != "kind":
+        choices = next(choices for choices in QUIZ[question] if right in choices)
+    return Sample(question + options(choices), "ABCDE"[choices.index(right)], canvas, choices=choices)
 
 
-def options(choices: list[str]) -> str:
+def options(choices: Sequence[str]) -> str:
     """Choices as the prompt lists them, a line each."""
     return "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCDE", choices, strict=False))
 
@@ -429,7 +430,7 @@ def _json(content: Any) -> bytes:
 
 def contact_sheet(path: Path, shown: list[Sample], *, columns: int = 6, zoom: int = 4) -> None:
     """Pictures, enlarged, with question and answer below each."""
-    side, caption = scenes.SIDE * zoom, 74
+    side, caption = scenes.SIDE * zoom, 92
     rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + caption) + 8), (255, 255, 255))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default_imagefont()
@@ -442,7 +443,7 @@ def contact_sheet(path: Path, shown: list[Sample], *, columns: int = 6, zoom: in
             sheet.paste(Image.fromarray(sample.canvas.pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
         said = [*sample.question.split("\n"), *(sample.references[:2] or [sample.answer])]
         lines = [part for line in said for part in textwrap.wrap(line, 31)]
-        draw.multiline_text((x, y + side + 3), "\n".join(lines[:6]), (0, 0, 0), font, spacing=1)
+        draw.multiline_text((x, y + side + 3), "\n".join(lines[:7]), (0, 0, 0), font, spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 

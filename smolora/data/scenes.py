@@ -88,12 +88,17 @@ def handwritten(digit: int, dice: Dice, held_out: bool) -> np.ndarray:
     return images[dice.choice(indices)]
 
 
+def _ground(colours: Sequence[Colour], dice: Dice) -> Colour:
+    """One of the colours, a little lighter or darker: no two pictures are the same."""
+    return tuple(min(255, max(0, value + dice.between(-15, 15))) for value in dice.choice(colours))
+
+
 # ---- pictures of one thing
 
 
 def digit(digit: int, colour: str, dice: Dice, held_out: bool) -> Canvas:
     """A handwritten digit, 40 pixels high, in coloured chalk on a blackboard."""
-    canvas = Canvas(SIDE, SIDE, _DARK)
+    canvas = Canvas(SIDE, SIDE, _ground([_DARK], dice))
     cover = enlarge(handwritten(digit, dice, held_out), 5)
     canvas.stamp(dice.between(3, 5), dice.between(3, 5), cover, 16 * 9, COLOURS[colour])
     return canvas
@@ -101,8 +106,8 @@ def digit(digit: int, colour: str, dice: Dice, held_out: bool) -> Canvas:
 
 def thing(name: str, colour: str, dice: Dice) -> Canvas:
     """One of OBJECTS."""
-    canvas = Canvas(SIDE, SIDE, dice.choice([_PALE, (205, 222, 235), (222, 214, 196)]))
-    canvas.rectangle(0, 40, SIDE, SIDE, dice.choice([(186, 178, 160), (150, 178, 128), (170, 170, 178)]))
+    canvas = Canvas(SIDE, SIDE, _ground([_PALE, (205, 222, 235), (222, 214, 196)], dice))
+    canvas.rectangle(0, 40, SIDE, SIDE, _ground([(186, 178, 160), (150, 178, 128), (170, 170, 178)], dice))
     x, y = dice.between(-3, 3), dice.between(-3, 1)
     _object(canvas, name, COLOURS[colour], 24 + x, 24 + y)
     return canvas
@@ -163,7 +168,7 @@ def _object(canvas: Canvas, name: str, ink: Colour, x: int, y: int) -> None:
 
 def shapes(cells: Mapping[int, tuple[str, str]], dice: Dice) -> Canvas:
     """Shapes and their colours, by cell: 0 and 1 in the upper row, 2 and 3 below."""
-    canvas = Canvas(SIDE, SIDE, dice.choice([_PALE, (226, 230, 240), (240, 228, 230)]))
+    canvas = Canvas(SIDE, SIDE, _ground([_PALE, (226, 230, 240), (240, 228, 230)], dice))
     for cell, (shape, colour) in sorted(cells.items()):
         row, column = divmod(cell, 2)
         x, y = CELL * column + CELL // 2 + dice.between(-2, 2), CELL * row + CELL // 2 + dice.between(-2, 2)
@@ -173,7 +178,7 @@ def shapes(cells: Mapping[int, tuple[str, str]], dice: Dice) -> Canvas:
 
 def one_shape(shape: str, colour: str, dice: Dice) -> Canvas:
     """A large shape."""
-    canvas = Canvas(SIDE, SIDE, dice.choice([_PALE, (226, 230, 240), (240, 228, 230)]))
+    canvas = Canvas(SIDE, SIDE, _ground([_PALE, (226, 230, 240), (240, 228, 230)], dice))
     _shape(canvas, shape, COLOURS[colour], 24 + dice.between(-3, 3), 24 + dice.between(-3, 3), dice.between(14, 18))
     return canvas
 
@@ -198,8 +203,8 @@ def _shape(canvas: Canvas, shape: str, ink: Colour, x: int, y: int, size: int) -
 
 def sign(word: str, colour: str, dice: Dice) -> Canvas:
     """A street sign with a word of four letters across the picture."""
-    canvas = Canvas(SIDE, SIDE, dice.choice([_SKY, (206, 214, 220), (244, 214, 178)]))
-    canvas.rectangle(0, 40, SIDE, SIDE, dice.choice([(120, 120, 128), _GREEN, (170, 150, 120)]))
+    canvas = Canvas(SIDE, SIDE, _ground([_SKY, (206, 214, 220), (244, 214, 178)], dice))
+    canvas.rectangle(0, 40, SIDE, SIDE, _ground([(120, 120, 128), _GREEN, (170, 150, 120)], dice))
     top = dice.choice([6, 9, 12])
     canvas.rectangle(22, top, 26, 44, (90, 90, 98))
     canvas.rectangle(0, top - 1, SIDE, top + 21, _DARK if colour == "yellow" else _PALE)
@@ -210,7 +215,7 @@ def sign(word: str, colour: str, dice: Dice) -> Canvas:
 
 def book(words: Sequence[str], colour: str, dice: Dice) -> Canvas:
     """A book's cover with its title, a word a line."""
-    canvas = Canvas(SIDE, SIDE, _BROWN)
+    canvas = Canvas(SIDE, SIDE, _ground([_BROWN], dice))
     canvas.rectangle(0, 1, SIDE, SIDE - 1, _PALE)
     canvas.rectangle(0, 2, SIDE, SIDE - 2, COLOURS[colour])
     ink = _DARK if colour == "yellow" else _PALE
@@ -231,7 +236,7 @@ def _word(canvas: Canvas, word: str, top: int, ink: Colour) -> None:
 
 def place(name: str, dice: Dice) -> Canvas:
     """One of PLACES."""
-    canvas = Canvas(SIDE, SIDE, _SKY)
+    canvas = Canvas(SIDE, SIDE, _ground([_SKY], dice))
     horizon = dice.between(22, 27)
     if name == "beach":
         sun = dice.between(6, 42)
@@ -241,14 +246,14 @@ def place(name: str, dice: Dice) -> Canvas:
             [(0, horizon + 10), (SIDE, horizon + dice.between(3, 7)), (SIDE, SIDE), (0, SIDE)], (233, 211, 152)
         )
     elif name == "forest":
-        canvas.rectangle(0, 0, SIDE, SIDE, (150, 190, 160))
+        canvas.rectangle(0, 0, SIDE, SIDE, _ground([(150, 190, 160)], dice))
         canvas.rectangle(0, 34, SIDE, SIDE, (74, 104, 54))
         for x in range(dice.between(-2, 3), SIDE + 4, 9):
             top = dice.between(2, 9)
             canvas.rectangle(x - 1, top + 10, x + 2, 38, _BROWN)
             canvas.polygon([(x - 7, top + 24), (x, top), (x + 7, top + 24)], dice.choice([(24, 92, 46), (36, 112, 56)]))
     elif name == "desert":
-        canvas.rectangle(0, 0, SIDE, SIDE, (250, 224, 180))
+        canvas.rectangle(0, 0, SIDE, SIDE, _ground([(250, 224, 180)], dice))
         canvas.ellipse(dice.between(6, 42), 9, 6, 6, (246, 150, 60))
         canvas.ellipse(dice.between(2, 18), SIDE, 30, SIDE - horizon, (222, 164, 92))
         canvas.ellipse(dice.between(34, 48), SIDE + 6, 32, SIDE - horizon, (204, 142, 74))
@@ -258,7 +263,7 @@ def place(name: str, dice: Dice) -> Canvas:
         canvas.rectangle(x - 6, 30, x + 5, 33, (52, 120, 60))
         canvas.rectangle(x + 3, 25, x + 6, 33, (52, 120, 60))
     elif name == "city":
-        canvas.rectangle(0, 0, SIDE, SIDE, (196, 202, 212))
+        canvas.rectangle(0, 0, SIDE, SIDE, _ground([(196, 202, 212)], dice))
         for x in range(-dice.below(5), SIDE, 12):
             top = dice.between(4, 18)
             canvas.rectangle(x, top, x + 11, 40, dice.choice([(92, 96, 112), (120, 104, 104), (74, 84, 104)]))

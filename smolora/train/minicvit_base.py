@@ -35,7 +35,7 @@ from transformers import (
 
 from ..data import minicvit, scenes
 from ..data.instructions import MULTI_TYPE, SINGLE_TYPE
-from ..data.minicvit import WHERE, options
+from ..data.minicvit import KINDS, QUIZ, WHERE, options
 from ..data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder, pad
 from ..data.scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, SIDE, WORDS, Dice
 
@@ -105,19 +105,21 @@ class Picture:
         self.facts = {head: HEADS[head].names.index(name) for head, name in facts.items()}
 
     def ask(self, question: str, answer: str, sentence: str) -> None:
+        """Add a question; also as a choice between letters if it is one of ScienceQA's."""
         self.turns.append((question, answer, sentence))
+        for choices in QUIZ.get(question, ()):
+            if answer in choices:
+                self.choose(question, answer, choices)
 
-    def choose(self, question: str, right: str, pool: Sequence[str], dice: Dice) -> None:
-        """The same as a choice between letters."""
-        others = dice.sample([word for word in pool if word != right], dice.between(1, 3))
-        choices = dice.sample([right, *others], len(others) + 1)
-        self.ask(question + options(choices), "ABCDE"[choices.index(right)], "The answer is {}.")
+    def choose(self, question: str, answer: str, choices: Sequence[str]) -> None:
+        """Add a choice between letters."""
+        self.turns.append((question + options(choices), "ABCDE"[choices.index(answer)], "The answer is {}."))
 
 
 # those that take longer to learn come more often
 KINDS_OF_PICTURES = (
     "digit", "digit", "digit", "object", "shape", "grid", "grid", "sign", "sign", "book", "person", "person", "place",
-    "list",
+    "words",
 )  # fmt: skip
 
 
@@ -135,24 +137,18 @@ def draw_picture(dice: Dice) -> Picture:
             picture.ask(question, name, "The number is {}.")
         picture.ask("What number is written here?", str(number), "The number is {}.")
         picture.ask("Is the number larger than 4?", "yes" if number > 4 else "no", "I would say {}.")
-        for _ in range(2):
-            picture.choose("Which number is written here?", name, DIGITS, dice)
     elif kind == "object":
         name = dice.choice(OBJECTS)
         picture = Picture(scenes.thing(name, colour, dice), colour=colour, object=name)
         picture.ask(say, name, f"I see a {{}} with {colour}.")
         for question in ("What is shown in the picture?", "What is this?"):
             picture.ask(question, name, "It is a {}.")
-        for _ in range(2):
-            picture.choose("What is shown in the picture?", name, OBJECTS, dice)
     elif kind == "shape":
         name = dice.choice(SHAPES)
         picture = Picture(scenes.one_shape(name, colour, dice), colour=colour, shape=name)
         picture.ask(say, name, f"I see a {{}} in {colour}.")
         picture.ask("Which shape is it?", name, "It is a {}.")
         picture.ask("Which colour is the shape?", colour, "The colour is {}.")
-        picture.choose("Which shape is it?", name, SHAPES, dice)
-        picture.choose("Which colour is the shape?", colour, tuple(COLOURS), dice)
     elif kind == "grid":
         picture = _grid(say, dice)
     elif kind == "sign":
@@ -182,7 +178,7 @@ def draw_picture(dice: Dice) -> Picture:
         picture.ask(say, where, "I see a {}.")
         picture.ask("Where is it?", where, "It is a {}.")
     else:
-        picture = _list(dice)
+        picture = _words(dice)
     return picture
 
 
@@ -221,18 +217,14 @@ def _grid(say: str, dice: Dice) -> Picture:
     return picture
 
 
-KINDS = {"colour": tuple(COLOURS), "shape": SHAPES, "number": DIGITS, "place": PLACES, "object": OBJECTS}
-
-
-def _list(dice: Dice) -> Picture:
-    """No picture: words with letters, and which is which."""
+def _words(dice: Dice) -> Picture:
+    """No picture: what kind of thing some words name."""
     picture = Picture(None)
     for _ in range(4):
         kind = dice.choice(list(KINDS))
-        right = dice.choice(KINDS[kind])
-        pool = [word for other, words in KINDS.items() if other != kind for word in words]
-        question = dice.choice([f"Which of these is a {kind}?", f"Where is {right}?", f"Where is {right}?"])
-        picture.choose(question, right, pool, dice)
+        question = f"What is {dice.choice(KINDS[kind])}?"
+        picture.ask(question, kind, "It is a {}.")
+        picture.choose(question, kind, tuple(KINDS))
     return picture
 
 

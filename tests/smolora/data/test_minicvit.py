@@ -17,7 +17,7 @@ from smolora.evaluate.score import score
 
 SMALL = 12
 CAPTIONS = ("Flickr30k", "TextCaps")
-DIGEST = "PLACEHOLDER"
+DIGEST = "d4937be27bcc4a1e103b305e36374fe6eaad246c29d5f5efbab9c9e3d364b22f"
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +111,21 @@ def test_answers_are_no_constant(name):
     assert max(given.count(answer) for answer in set(given)) <= 165
 
 
-def test_no_sample_of_the_test_is_in_the_training_data():
-    for name in ("ScienceQA", "TextVQA", "Flickr30k", "ImageNet", "GQA", "VQAv2"):
-        drawn = {
-            split: {(s.question, s.canvas.pixels.tobytes()) for s, _ in samples(name, split, 150) if s.canvas}
-            for split in ("train", "test")
-        }
-        repeated = drawn["train"] & drawn["test"]
-        assert len(repeated) <= 0.05 * len(drawn["test"]), name
+@pytest.mark.parametrize("name", TASKS)
+def test_no_picture_occurs_twice(name):
+    drawn = [s.canvas.pixels.tobytes() for split in ("train", "test") for s, _ in samples(name, split, 200) if s.canvas]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_choices_stand_in_one_order_and_have_the_answer():
+    """A base model of this size does not learn to look a choice up, so a question's letters always mean the same."""
+    orders = {}
+    for sample, _ in samples("ScienceQA", "order", 300):
+        letter = "ABCDE".index(sample.answer)
+        lines = sample.question.split("\n")
+        assert lines[1 + letter] == f"{sample.answer}. {sample.choices[letter]}"
+        for choice in sample.choices:
+            assert orders.setdefault(choice, sample.choices) == sample.choices
 
 
 def test_what_is_there_is_kept_and_what_is_torn_is_made_again(tmp_path, monkeypatch):

@@ -74,9 +74,9 @@ def test_conversations_are_known_and_only_answers_are_learned(encoder):
 
 def test_no_instruction_occurs_in_the_alignment():
     """What the instructions ask for is left to the benchmark's stages."""
-    said = " ".join(
-        f"{question} {sentence}" for n in range(200) for question, _, sentence in draw_picture(Dice(f"{n}")).turns
-    )
+    turns = [turn for n in range(200) for turn in draw_picture(Dice(f"{n}")).turns]
+    said = " ".join(f"{question} {sentence}" for question, _, sentence in turns)
+    assert all("{}" in sentence and sentence.endswith(".") for _, _, sentence in turns)
     for table in (SINGLE_TYPE, MULTI_TYPE):
         for instructions in table.values():
             assert not any(part in said for text in instructions for part in text.split("\n"))
