@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "score": ("smolora.evaluate.score", "Score a file of answers: the dataset's metric and MIF."),
     "metrics": ("smolora.evaluate.matrix", "Compute AP, MAP, BWT and MIF from an accuracy matrix."),
     "report": ("smolora.report", "Write a report on one run or several: tables, figures, cases."),
+    "make-minicvit": ("smolora.data.minicvit", "Write MiniCVIT, the benchmark in small, made in code."),
     "convert-official": ("smolora.convert", "Convert an adapter of the released code to a PEFT adapter, or back."),
     "assemble": ("smolora.assemble", "Make one LLaVA of a language model, a CLIP vision tower and a projector."),
     "embed": ("smolora.instruction", "Embed instructions, or show the embeddings of a file."),

@@ -1,0 +1,61 @@
+"""What recipes on MiniCVIT make themselves: its data, and the base model that is aligned on its kinds of pictures.
+
+    prepare: {minicvit: {data: DIR, base: DIR, tasks: [NAME, ...]}}
+
+Both are kept: the next run finds them made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data.minicvit import SETTINGS, TASKS, make_minicvit, training_files
+from .minicvit_base import make_base
+
+
+class Options(NamedTuple):
+    """What is made, and where."""
+
+    data: Path
+    base: Path
+    tasks: list[str]
+
+
+def _options(options: dict[str, Any]) -> Options:
+    unknown = sorted(options.keys() - {"data", "base", "tasks"})
+    if unknown:
+        raise ValueError(f"prepare.minicvit has data, base and tasks, got {', '.join(unknown)} too")
+    for name in ("data", "base"):
+        if not isinstance(options.get(name), str) or not options[name]:
+            raise ValueError(f"prepare.minicvit.{name} must be a folder, got {options.get(name)!r}")
+    tasks = options.get("tasks", list(TASKS))
+    if not isinstance(tasks, list) or not tasks or not all(task in TASKS for task in tasks):
+        raise ValueError(f"prepare.minicvit.tasks must be a list of {', '.join(TASKS)}, got {tasks!r}")
+    return Options(Path(options["data"]), Path(options["base"]), tasks)
+
+
+def planned(options: dict[str, Any]) -> dict[Path, int | None]:
+    """The paths that `prepare` makes, each with its number of records if it has any.
+
+    Raises:
+        ValueError: an option is unknown or does not fit.
+    """
+    data, base, tasks = _options(options)
+    paths: dict[Path, int | None] = {base: None, data / "images": None, data / "annotations": None}
+    for tree in SETTINGS:
+        for name in tasks:
+            paths[data / tree / name / TASKS[name].test_file] = TASKS[name].test
+            paths.update({data / tree / name / file: count for file, count in training_files(name).items()})
+    return paths
+
+
+def prepare(options: dict[str, Any]) -> None:
+    """Make what is not there yet.
+
+    Raises:
+        ValueError: an option is unknown or does not fit, or the base's folder holds something else.
+    """
+    data, base, tasks = _options(options)
+    make_minicvit(data, tasks)
+    make_base(base)

@@ -1,0 +1,469 @@
+"""MiniCVIT's base model: a small LLaVA (CLIP-like tower, projector, Llama), aligned on pictures of MiniCVIT's kinds.
+
+It plays the part of first-stage LLaVA. Its vision tower is trained first, to tell what is in a picture (in place of
+CLIP's captions); projector and language model then learn, on the frozen tower, to talk about pictures, in sentences, in
+conversations of several turns. What the benchmark's instructions ask for (a letter, a word, a caption) it has not
+learned, and no instruction occurs in its training. Pictures and digits of the test files do not occur in it either.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
+
+from ..data import minicvit, scenes
+from ..data.instructions import MULTI_TYPE, SINGLE_TYPE
+from ..data.minicvit import KINDS, QUIZ, WHERE, options
+from ..data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder, pad
+from ..data.scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, SIDE, WORDS, Dice
+
+PATCH = 12
+SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """How the base model is made; another setting is another model."""
+
+    seed: int = 0
+    vision_hidden: int = 128
+    vision_layers: int = 3
+    hidden: int = 128
+    layers: int = 4
+    vision_steps: int = 700
+    vision_batch: int = 64
+    vision_learning_rate: float = 1.5e-3
+    steps: int = 350
+    batch: int = 32
+    learning_rate: float = 2e-3
+    pictures: int = 9000
+
+
+# ---- pictures and what is said of them
+
+
+class Head(NamedTuple):
+    """What the tower learns to tell: which of the names, from the mean over some patches."""
+
+    names: tuple[str, ...]
+    patches: tuple[int, ...]
+
+
+PATCHES = SIDE // PATCH  # a side
+_EVERYWHERE = tuple(range(PATCHES * PATCHES))
+HEADS: dict[str, Head] = {
+    "colour": Head(tuple(COLOURS), _EVERYWHERE),
+    "digit": Head(DIGITS, _EVERYWHERE),
+    "object": Head(OBJECTS, _EVERYWHERE),
+    "shape": Head(SHAPES, _EVERYWHERE),
+    "word": Head(WORDS, _EVERYWHERE),
+    "place": Head(PLACES, _EVERYWHERE),
+    "companion": Head(COMPANIONS, _EVERYWHERE),
+    "upper_word": Head(WORDS, _EVERYWHERE[: len(_EVERYWHERE) // 2]),
+    "lower_word": Head(WORDS, _EVERYWHERE[len(_EVERYWHERE) // 2 :]),
+}
+for _cell in range(4):
+    _here = tuple(p for p in _EVERYWHERE if (p // PATCHES // 2, p % PATCHES // 2) == divmod(_cell, 2))
+    HEADS[f"shape_{_cell}"] = Head((*SHAPES, "nothing"), _here)
+    HEADS[f"colour_{_cell}"] = Head((*COLOURS, "nothing"), _here)
+
+
+class Picture:
+    """What is said of a picture (or of none): questions with short answers and sentences.
+
+    Attributes:
+        pixels: uint8 (48, 48, 3), or None.
+        turns: (question, short answer, sentence).
+        facts: what there is to see, by HEADS: an index among its names.
+    """
+
+    def __init__(self, canvas: scenes.Canvas | None, **facts: str) -> None:
+        self.pixels = None if canvas is None else canvas.pixels
+        self.turns: list[tuple[str, str, str]] = []
+        self.facts = {head: HEADS[head].names.index(name) for head, name in facts.items()}
+
+    def ask(self, question: str, answer: str, sentence: str) -> None:
+        """Add a question; with choices between letters too if it is of ScienceQA's, but the answer is the word."""
+        self.turns.append((question, answer, sentence))
+        for choices in QUIZ.get(question, ()):
+            if answer in choices:
+                self.turns.append((question + options(choices), answer, sentence))
+
+
+# those that take longer to learn come more often
+KINDS_OF_PICTURES = (
+    "digit", "digit", "digit", "object", "shape", "grid", "grid", "sign", "sign", "book", "person", "person", "place",
+    "words",
+)  # fmt: skip
+
+
+def draw_picture(dice: Dice) -> Picture:
+    """A picture of any of MiniCVIT's kinds, with everything that can be asked about it."""
+    kind = dice.choice(KINDS_OF_PICTURES)
+    colour = dice.choice(list(COLOURS))
+    say = "Describe the picture."
+    if kind == "digit":
+        number = dice.below(10)
+        picture = Picture(scenes.digit(number, colour, dice, False), colour=colour, digit=DIGITS[number])
+        name = DIGITS[number]
+        picture.ask(say, name, f"I see the number {{}} in {colour}.")
+        for question in ("Which number is written here?", "What is this?"):
+            picture.ask(question, name, "The number is {}.")
+        picture.ask("What number is written here?", str(number), "The number is {}.")
+        picture.ask("Is the number larger than 4?", "yes" if number > 4 else "no", "I would say {}.")
+    elif kind == "object":
+        name = dice.choice(OBJECTS)
+        picture = Picture(scenes.thing(name, colour, dice), colour=colour, object=name)
+        picture.ask(say, name, f"I see a {{}} with {colour}.")
+        for question in ("What is shown in the picture?", "What is this?"):
+            picture.ask(question, name, "It is a {}.")
+    elif kind == "shape":
+        name = dice.choice(SHAPES)
+        picture = Picture(scenes.one_shape(name, colour, dice), colour=colour, shape=name)
+        picture.ask(say, name, f"I see a {{}} in {colour}.")
+        picture.ask("Which shape is it?", name, "It is a {}.")
+        picture.ask("Which colour is the shape?", colour, "The colour is {}.")
+    elif kind == "grid":
+        picture = _grid(say, dice)
+    elif kind == "sign":
+        word = dice.choice(WORDS)
+        picture = Picture(scenes.sign(word, colour, dice), colour=colour, word=word)
+        picture.ask(say, word, f"I see a {colour} sign that says {{}}.")
+        for question in ("What word is on the sign?", "What does the sign say?", "Which word is written here?"):
+            picture.ask(question, word, "The word is {}.")
+    elif kind == "book":
+        words = dice.sample(WORDS, 2)
+        picture = Picture(scenes.book(words, colour, dice), colour=colour, upper_word=words[0], lower_word=words[1])
+        picture.ask(say, " ".join(words), f"I see a {colour} book with the title {{}}.")
+        for question in ("What is the title of this book?", "What is the book called?"):
+            picture.ask(question, " ".join(words), "The title is {}.")
+    elif kind == "person":
+        companion, where = dice.choice(COMPANIONS), dice.choice(PLACES)
+        picture = Picture(
+            scenes.person(colour, companion, where, dice), colour=colour, companion=companion, place=where
+        )
+        picture.ask(say, colour, f"I see someone in {{}}, {_a(companion)} and a {where}.")
+        picture.ask("Where is it?", where, "It is a {}.")
+        picture.ask("Which colour is the shirt?", colour, "The colour is {}.")
+        picture.ask("What is there besides?", companion, "I see {}.")
+    elif kind == "place":
+        where = dice.choice(PLACES)
+        picture = Picture(scenes.place(where, dice), place=where)
+        picture.ask(say, where, "I see a {}.")
+        picture.ask("Where is it?", where, "It is a {}.")
+    else:
+        picture = _words(dice)
+    return picture
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _grid(say: str, dice: Dice) -> Picture:
+    """Shapes in the cells: what they are, how many, and where."""
+    cells = sorted(dice.sample(range(4), dice.choice([1, 2, 2, 2, 2, 3, 4])))
+    shown = {cell: (dice.choice(SHAPES), dice.choice(list(COLOURS))) for cell in cells}
+    if len(cells) == 2:
+        pairs = zip(dice.sample(SHAPES, 2), dice.sample(list(COLOURS), 2), strict=True)
+        shown = dict(zip(cells, pairs, strict=True))
+    facts = {}
+    for cell in range(4):
+        facts[f"shape_{cell}"], facts[f"colour_{cell}"] = shown.get(cell, ("nothing", "nothing"))
+    picture = Picture(scenes.shapes(shown, dice), **facts)
+    names = [f"a {colour} {shape}" for shape, colour in shown.values()]
+    picture.ask(say, str(len(cells)), f"I see {' and '.join(names)}, so there are {{}}.")
+    picture.ask("How many shapes are there?", str(len(cells)), "The number is {}.")
+    there = [shape for shape, _ in shown.values()]
+    missing = [shape for shape in SHAPES if shape not in there]
+    for shape in dice.sample(there, 1) + missing[:1]:
+        picture.ask(f"Is there a {shape}?", "yes" if shape in there else "no", "I would say {}.")
+    if len(cells) != 2 or cells in ([0, 3], [1, 2]):
+        return picture
+    (shape, colour), (other, other_colour) = shown.values()
+    relation, inverse = ("to the left of", "to the right of") if cells in ([0, 1], [2, 3]) else ("above", "below")
+    picture.ask(f"Is the {shape} {relation} the {other}?", "yes", "I would say {}.")
+    picture.ask(f"Is the {shape} {inverse} the {other}?", "no", "I would say {}.")
+    picture.ask(f"What colour is the shape {relation} the {other}?", colour, "The colour is {}.")
+    picture.ask(f"What colour is the shape {inverse} the {shape}?", other_colour, "The colour is {}.")
+    picture.ask(f"What is {relation} the {other_colour} shape?", shape, "It is a {}.")
+    picture.ask(f"What is {inverse} the {colour} shape?", other, "It is a {}.")
+    return picture
+
+
+def _words(dice: Dice) -> Picture:
+    """No picture: what kind of thing some words name."""
+    picture = Picture(None)
+    for _ in range(4):
+        kind = dice.choice(list(KINDS))
+        choices = options(tuple(KINDS)) if dice.chance(50) else ""
+        picture.ask(f"What is {dice.choice(KINDS[kind])}?{choices}", kind, "It is a {}.")
+    return picture
+
+
+def vocabulary_texts() -> Iterator[str]:
+    """Texts with every word that the data, the prompts and the conversations have."""
+    yield f" USER: \n ASSISTANT: {', as you can see.'} A B C D E. A. B. C. D. E. {minicvit.UNANSWERABLE}"
+    for settings in (SINGLE_TYPE, MULTI_TYPE):
+        for instructions in settings.values():
+            yield from (f"?\n{text} {text}" for text in instructions)
+    for names in (COLOURS, DIGITS, OBJECTS, SHAPES, PLACES, COMPANIONS, WORDS, "0123456789"):
+        yield from (f" {name}\nB. {name} {name}? {name}." for name in names)
+    for task in minicvit.TASKS:
+        for sample, _ in minicvit.samples(task, "vocabulary", 40):
+            yield f" {sample.question}\n{sample.question}"
+            yield from (f" {text}" for text in (sample.answer, *sample.references))
+    for parts in (minicvit.SUBJECTS, minicvit.SHIRTS, minicvit.VERBS, *minicvit.WITH.values(), *WHERE.values()):
+        yield from (f" {part}." for part in parts)
+    for index in range(300):
+        for question, _, sentence in draw_picture(Dice(f"vocabulary {index}")).turns:
+            yield f" {question}\n{question} {sentence}"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Words and punctuation marks, each with or without a space before it; Vicuna's system sentence is one token."""
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="never", split=True),
+            pre_tokenizers.Punctuation(behavior="isolated"),
+            pre_tokenizers.Split("\n", behavior="isolated"),
+        ]
+    )
+    words = sorted({word for text in vocabulary_texts() for word, _ in split.pre_tokenize_str(text) if word})
+    vocabulary = {
+        word: index for index, word in enumerate([*SPECIAL, *(word for word in words if word not in SPECIAL)])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=512,
+    )  # fmt: skip
+
+
+# ---- the model
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, settings: BaseSettings) -> LlavaForConditionalGeneration:
+    """A random LLaVA in float32."""
+    vision = CLIPVisionConfig(
+        image_size=SIDE, patch_size=PATCH, hidden_size=settings.vision_hidden,
+        intermediate_size=2 * settings.vision_hidden, num_hidden_layers=settings.vision_layers, num_attention_heads=4,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=settings.hidden, intermediate_size=8 * round(settings.hidden * 2.7 / 8),
+        num_hidden_layers=settings.layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=(SIDE // PATCH) ** 2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(settings.seed)
+    model = LlavaForConditionalGeneration(config)
+    # wider than the default, which is meant for large models
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            residual = name.endswith(("o_proj", "out_proj", "down_proj", "fc2"))
+            nn.init.normal_(module.weight, std=(0.3 if residual else 0.8) * module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.1)
+    return model
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Tokenizer and image processing, as `AutoProcessor` loads them."""
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+class Pictures:
+    """Pictures with their facts and questions.
+
+    Attributes:
+        all: the pictures, also those without pixels.
+        seen: those with pixels.
+        pixels: (seen, 3, 48, 48), the tower's inputs.
+    """
+
+    def __init__(self, processor: LlavaProcessor, settings: BaseSettings) -> None:
+        self.all = [
+            draw_picture(Dice(f"{minicvit.SEED}, alignment {settings.seed}, {index}"))
+            for index in tqdm(range(settings.pictures), desc="drawing", unit="picture")
+        ]
+        self.seen = [picture for picture in self.all if picture.pixels is not None]
+        images = [Image.fromarray(picture.pixels) for picture in self.seen]
+        self.pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        self._place = {id(picture): place for place, picture in enumerate(self.seen)}
+
+    def pixels_of(self, pictures: Sequence[Picture]) -> Tensor:
+        """The inputs (n, 3, 48, 48) for some of them."""
+        return self.pixels[[self._place[id(picture)] for picture in pictures]]
+
+
+def _optimise(
+    what: str, parameters: Sequence[nn.Parameter], rate: float, steps: int, loss_of_batch: Callable[[], Tensor]
+) -> dict[str, float]:
+    """AdamW with a warm-up and a cosine; returns the mean loss over the last tenth, and the seconds it took."""
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.02},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        rate, betas=(0.9, 0.98),
+    )  # fmt: skip
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
+    start, losses = time.perf_counter(), []
+    with tqdm(range(steps), desc=what, unit="step") as bar:
+        for step in bar:
+            loss = loss_of_batch()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    last = losses[-max(1, steps // 10) :]
+    return {"loss": sum(last) / len(last), "seconds": time.perf_counter() - start}
+
+
+def train_tower(tower: nn.Module, pictures: Pictures, settings: BaseSettings) -> dict[str, float]:
+    """Teach the vision tower what is in pictures: each of HEADS reads it off the mean of its patches."""
+    hidden = settings.vision_hidden
+    torch.manual_seed(settings.seed)
+    heads = nn.ModuleDict(
+        {name: nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, len(head.names))) for name, head in HEADS.items()}
+    )
+    facts = {
+        name: torch.tensor([picture.facts.get(name, IGNORED_LABEL) for picture in pictures.seen]) for name in HEADS
+    }
+    dice = Dice(f"{minicvit.SEED}, tower {settings.seed}")
+
+    def loss() -> Tensor:
+        rows = torch.tensor([dice.below(len(pictures.seen)) for _ in range(settings.vision_batch)])
+        patches = tower(pictures.pixels[rows], output_hidden_states=True).hidden_states[-1][:, 1:]
+        total = patches.new_zeros(())
+        for name, head in HEADS.items():
+            labels = facts[name][rows]
+            if (labels != IGNORED_LABEL).any():
+                logits = heads[name](patches[:, head.patches].mean(1))
+                total = total + F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        return total / len(rows)
+
+    trained = [*tower.parameters(), *heads.parameters()]
+    return _optimise("training the vision tower", trained, settings.vision_learning_rate, settings.vision_steps, loss)
+
+
+def align(
+    model: LlavaForConditionalGeneration, encoder: PromptEncoder, pictures: Pictures, settings: BaseSettings
+) -> dict[str, float]:
+    """Teach projector and language model to talk about pictures; the tower stays as it is."""
+    dice = Dice(f"{minicvit.SEED}, alignment {settings.seed}")
+
+    def loss() -> Tensor:
+        chosen = [dice.choice(pictures.all) for _ in range(settings.batch)]
+        written = [converse(picture, encoder, dice) for picture in chosen]
+        ids, mask = pad([ids for ids, _ in written], encoder.pad_token_id, left=False)
+        labels, _ = pad([labels for _, labels in written], IGNORED_LABEL, left=False)
+        seen = [picture for picture in chosen if picture.pixels is not None]
+        pixels = {"pixel_values": pictures.pixels_of(seen)} if seen else {}
+        return model(input_ids=ids, attention_mask=mask, labels=labels, **pixels).loss
+
+    model.model.vision_tower.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    report = _optimise("aligning the base model", trained, settings.learning_rate, settings.steps, loss)
+    model.requires_grad_(True)
+    return report
+
+
+def converse(picture: Picture, encoder: PromptEncoder, dice: Dice, turns: int = 3) -> tuple[list[int], list[int]]:
+    """A conversation of up to so many turns: ids, and labels on the answers alone."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for question, answer, sentence in dice.sample(picture.turns, min(turns, len(picture.turns))):
+        said = sentence.format(answer) if dice.chance(50) else f"{answer}, as you can see."
+        sample = encoder.expand_sample(encoder.sample(question, said, picture.pixels is not None and not ids))
+        skip = 2 if ids else 0  # BOS and the system sentence, one token each, are said once
+        ids += sample.input_ids[skip:]
+        labels += sample.labels[skip:]
+    return ids, labels
+
+
+# ---- the folder
+
+
+def make_base(folder: str | Path, settings: BaseSettings | None = None) -> Path:
+    """Make the base model, or find it made: a folder that `from_pretrained` reads, model and processor.
+
+    Args:
+        folder: where it lies.
+        settings: how it is made.
+
+    Returns:
+        The folder. `base.json` in it has the settings, the number of parameters, last losses and seconds.
+
+    Raises:
+        ValueError: the folder holds something else, or a base model of other settings.
+    """
+    folder, settings = Path(folder), settings or BaseSettings()
+    if folder.exists() and any(folder.iterdir()):
+        found = folder / "base.json"
+        if not found.is_file():
+            raise ValueError(f"{folder} must be empty, or hold a base model of MiniCVIT, got other files")
+        made = json.loads(found.read_text())["settings"]
+        if made != asdict(settings) | {"data": minicvit.SEED}:
+            raise ValueError(
+                f"{folder} holds a base model of other settings ({made}): remove it or name another folder"
+            )
+        return folder
+    tokenizer = make_tokenizer()
+    model, processor = make_model(tokenizer, settings), make_processor(tokenizer)
+    encoder = PromptEncoder.for_model(tokenizer, model.config)
+    pictures = Pictures(processor, settings)
+    model.train()
+    report = {
+        "tower": train_tower(model.model.vision_tower, pictures, settings),
+        "alignment": align(model, encoder, pictures, settings),
+    }
+    model.eval()
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    processor.save_pretrained(part)
+    parameters = sum(p.numel() for p in model.parameters())
+    content = {"settings": asdict(settings) | {"data": minicvit.SEED}, "parameters": parameters, **report}
+    (part / "base.json").write_text(json.dumps(content, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)  # empty
+    part.replace(folder)
+    return folder

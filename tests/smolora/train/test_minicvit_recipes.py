@@ -1,0 +1,38 @@
+"""MiniCVIT's recipes name the files that their preparation makes, and the instructions that the data have."""
+
+from pathlib import Path
+
+import pytest
+
+from smolora.data.instructions import MULTI_TYPE, SINGLE_TYPE
+from smolora.data.minicvit import TASKS
+from smolora.train.plan import make_plan
+from smolora.train.prepare import planned
+from smolora.train.recipe import load_recipe
+
+RECIPES = sorted(Path(__file__).parents[3].glob("recipes/*minicvit*.yaml"))
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in RECIPES} >= {"minicvit_run", "minicvit_single", "minicvit_multi"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_its_data(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nothing is made yet
+    recipe = load_recipe(path)
+    table = {"single": SINGLE_TYPE, "multi": MULTI_TYPE}[recipe.setting]
+    made = planned(recipe.prepare)
+    for task in recipe.all_tasks:
+        assert tuple(task.instructions) == table[task.dataset or task.name]
+        assert made[recipe.test_file(task).resolve()] == TASKS[task.dataset or task.name].test
+        assert task.train is None or made[recipe.train_file(task).resolve()]
+    plan = make_plan(recipe)
+    assert [stage["train"] for stage in plan["stages"]] == [TASKS[task.name].train for task in recipe.tasks]
+    assert str(Path(recipe.model.path)) in plan["makes"]
+
+
+def test_the_full_recipes_have_all_ten_tasks():
+    for name in ("minicvit_single", "minicvit_multi"):
+        recipe = load_recipe(next(path for path in RECIPES if path.stem == name))
+        assert {task.dataset or task.name for task in recipe.all_tasks} == set(TASKS)
