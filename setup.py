@@ -68,14 +68,15 @@ def choose_architectures(nvcc: Path) -> list[str]:
         chosen = []
         for name in re.split(r"[;,\s]+", asked.strip()):
             match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", name)
-            if match is None or match[1] + match[2] not in known:
+            if match is None or match[1] + match[2] not in known or int(match[1]) < 8:
                 raise BuildError(
-                    f"TORCH_CUDA_ARCH_LIST must name architectures that {nvcc} knows, as 9.0 or 9.0+PTX, got {name!r}"
+                    f"TORCH_CUDA_ARCH_LIST must name architectures from 8.0 on that {nvcc} knows, as 9.0 or 9.0+PTX, "
+                    f"got {name!r}"
                 )
             chosen.append(f"{match[1]}{match[2]}{match[3]}{match[4] or ''}")
         return chosen
     wanted = ARCHITECTURES if os.environ.get("FORCE_CUDA") == "1" else present_architectures()
-    chosen = [name for name in wanted if str(number(name)) in known]
+    chosen = [name for name in wanted if str(number(name)) in known and number(name) >= 80]
     if not chosen:
         return []
     return [*chosen[:-1], f"{chosen[-1]}+PTX"]  # of the newest, for cards to come

@@ -184,7 +184,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
         for (int expert = lane; expert < E; expert += 32) {
           float sum = 0;
           if (expert < p.M && p.use_vu) {
-            for (int64_t s = 0; s < items.slices; ++s) sum += global<const float>(p.z_part)[(s * p.n + i) * p.M + expert];
+            const auto part = global<const float>(p.z_part) + (i * p.M + expert);
+            for (int64_t s = 0; s < items.slices; ++s) sum += part[s * p.n * p.M];
           } else if (expert >= p.M && p.use_if) {
             sum = global<const float>(p.z_if)[i * p.N + expert - p.M];
           }

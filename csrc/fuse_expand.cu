@@ -9,7 +9,7 @@ constexpr int kThreads = 128;
 
 // A warp has a token.
 template <class T>
-__global__ void __launch_bounds__(kThreads) mix_kernel(Mix p) {
+__global__ void __launch_bounds__(kThreads, 1) mix_kernel(Mix p) {
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (token >= p.T) return;
@@ -81,8 +81,7 @@ void fuse_expand(const FuseExpand& p) {
                p.k * RP, RP};
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    pack<T>(p, p.vu_B, p.vu_packed, p.M, p.k, p.r, false, p.k, RP);
-    pack<T>(p, p.if_B, p.if_packed, p.N, p.k, p.r, false, p.k, RP);
+    pack<T>(p, {{p.vu_B, p.if_B}, {p.vu_packed, p.if_packed}, {p.M, p.N}, p.k, p.r, p.k, RP}, false);
   });
   expand("fuse_expand", e);
 }

@@ -12,12 +12,15 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Grid (blocks of r L, experts).
-__global__ void __launch_bounds__(kThreads) collect_kernel(Collect p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, expert = blockIdx.y;
-  if (i >= p.r * p.L) return;
+// Grid (blocks of r L, M + N).
+__global__ void __launch_bounds__(kThreads, 1) collect_kernel(Collect p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const bool vu = blockIdx.y < p.M;
+  const int64_t expert = vu ? blockIdx.y : blockIdx.y - p.M;
+  const Weight out = vu ? p.out[0] : p.out[1];
+  if (i >= p.r * p.L || out.data == nullptr) return;
   const int64_t rank = p.by_column ? i / p.L : i % p.r, l = p.by_column ? i % p.L : i / p.r;
-  const int64_t b = p.use_vu + p.use_if, slot0 = b == 2 ? p.branch : 0;
+  const int64_t b = p.use_vu + p.use_if, slot0 = vu ? 0 : b - 1;
   const int RP = rank_columns(p.r);
   const auto routes = global<const int>(p.routes);
   const auto part = global<const float>(p.part);
@@ -31,28 +34,28 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(Collect p) {
     }
   }
   sum *= static_cast<float>(p.scale);
-  if (p.factor != nullptr) sum += weight_at(p.addend, l) * global<const float>(p.factor)[expert * p.r + rank];
-  set_weight(p.out, expert * p.r * p.L + i, sum);
+  if (p.factor != nullptr) {
+    sum += weight_at(vu ? p.addend[0] : p.addend[1], l) * global<const float>(p.factor)[blockIdx.y * p.r + rank];
+  }
+  set_weight(out, expert * p.r * p.L + i, sum);
 }
 
 }  // namespace
 
 void collect(const Collect& p) {
   launch("collect", collect_kernel,
-         dim3(static_cast<unsigned>(cdiv(p.r * p.L, kThreads)), static_cast<unsigned>(p.experts)), kThreads, 0,
+         dim3(static_cast<unsigned>(cdiv(p.r * p.L, kThreads)), static_cast<unsigned>(p.M + p.N)), kThreads, 0,
          p.stream, false, p);
 }
 
 void grad_input(const GradInput& p) {
   use_device(static_cast<int>(p.device));
   const int64_t RP = rank_columns(p.r), slots = (p.use_vu + p.use_if) * p.K;
-  const double scale = 256.0 / static_cast<double>(256 - p.threshold);
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    pack<T>(p, Weight{p.dh, kFloat32}, p.u, p.T * slots, 1, p.r, false, 1, RP);
+    pack<T>(p, {{{p.dh, kFloat32}, {}}, {p.u, nullptr}, {p.T * slots, 0}, 1, p.r, 1, RP}, false);
     if (p.need_dx) {
-      pack<T>(p, p.vu_A, p.vu_packed, p.M, p.r, p.d, true, p.d, RP);
-      pack<T>(p, p.if_A, p.if_packed, p.N, p.r, p.d, true, p.d, RP);
+      pack<T>(p, {{p.vu_A, p.if_A}, {p.vu_packed, p.if_packed}, {p.M, p.N}, p.r, p.d, p.d, RP}, true);
       Expand e;
       static_cast<Layout&>(e) = p;
       e.u = p.u, e.routes = p.routes, e.L = p.d, e.splits = p.splits, e.dmean = p.dmean, e.mask = p.mask;
@@ -71,10 +74,8 @@ void grad_input(const GradInput& p) {
   Collect c;
   static_cast<Layout&>(c) = p;
   c.part = p.A_part, c.owner = p.chunk_owner, c.routes = p.routes, c.L = p.d, c.chunks = p.chunks, c.by_column = 1;
-  c.scale = scale;
-  for (int branch = 0; branch < 2; ++branch) {
-    if (!(branch ? p.need_if_A : p.need_vu_A)) continue;
-    c.branch = branch, c.experts = branch ? p.N : p.M, c.out = branch ? p.dif_A : p.dvu_A;
-    collect(c);
-  }
+  c.scale = 256.0 / static_cast<double>(256 - p.threshold);
+  if (p.need_vu_A) c.out[0] = p.dvu_A;
+  if (p.need_if_A) c.out[1] = p.dif_A;
+  if (p.need_vu_A || p.need_if_A) collect(c);
 }

@@ -17,7 +17,7 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
 // Grid (tiles): a warp has every fourth token of a tile of an instance.
-__global__ void __launch_bounds__(kThreads) mix_backward_kernel(GradOutput p) {
+__global__ void __launch_bounds__(kThreads, 1) mix_backward_kernel(GradOutput p) {
   const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), r = static_cast<int>(p.r);
   const int columns = b * K * r, RP = rank_columns(r), width = b * K * RP;
   Arena arena;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) mix_backward_kernel(GradOutput p) {
 }
 
 // Grid (M + N if c is needed, n b K if the gates' gradient is): an expert's c, then an instance's slot.
-__global__ void __launch_bounds__(kThreads) sum_tiles_kernel(GradOutput p, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, 1) sum_tiles_kernel(GradOutput p, int64_t tiles) {
   const int64_t b = p.use_vu + p.use_if, K = p.K, r = p.r, E = p.need_c ? p.M + p.N : 0;
   Arena arena;
   auto scratch = arena.take<float>(kThreads);
@@ -114,8 +114,9 @@ __global__ void __launch_bounds__(kThreads) sum_tiles_kernel(GradOutput p, int64
   }
 }
 
-// dI of a branch: a warp has an output, sum over experts and ranks of B c; c has the scaling in it.
-__global__ void __launch_bounds__(kThreads) importance_kernel(GradOutput p, int64_t branch) {
+// Grid (outputs, branches): dI, a warp an output, the sum over experts and ranks of B c; c has the scaling in it.
+__global__ void __launch_bounds__(kThreads, 1) importance_kernel(GradOutput p) {
+  const int64_t branch = blockIdx.y;
   const int64_t l = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (l >= p.k) return;
   const int64_t experts = branch ? p.N : p.M;
@@ -123,7 +124,8 @@ __global__ void __launch_bounds__(kThreads) importance_kernel(GradOutput p, int6
   float sum = 0;
   for (int64_t i = lane; i < experts * p.r; i += 32) {
     const int64_t expert = i / p.r, rank = i % p.r;
-    sum += weight_at(B, (expert * p.k + l) * p.r + rank) * global<const float>(p.c)[(branch * p.M + expert) * p.r + rank];
+    const float c = global<const float>(p.c)[(branch * p.M + expert) * p.r + rank];
+    sum += weight_at(B, (expert * p.k + l) * p.r + rank) * c;
   }
   sum = warp_sum(sum);
   if (lane == 0) set_weight(branch ? p.dif_importance : p.dvu_importance, l, sum);
@@ -172,9 +174,9 @@ void grad_output(const GradOutput& p) {
   const void* other = p.if_packed != nullptr ? p.if_packed : p.if_B.data;
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const int64_t rows = p.one_read ? p.k : RP, columns = p.one_read ? RP : width;
     if (p.need_p) {
-      pack<T>(p, p.vu_B, p.vu_packed, p.M, p.k, p.r, !p.one_read, p.one_read ? p.k : RP, p.one_read ? RP : width);
-      pack<T>(p, p.if_B, p.if_packed, p.N, p.k, p.r, !p.one_read, p.one_read ? p.k : RP, p.one_read ? RP : width);
+      pack<T>(p, {{p.vu_B, p.if_B}, {p.vu_packed, p.if_packed}, {p.M, p.N}, p.k, p.r, rows, columns}, !p.one_read);
     }
   });
   if (need_B || (p.need_p && p.one_read)) {
@@ -201,16 +203,13 @@ void grad_output(const GradOutput& p) {
   Collect c;
   static_cast<Layout&>(c) = p;
   c.part = p.B_part, c.owner = p.chunk_owner, c.routes = p.routes, c.L = p.k, c.chunks = p.chunks;
-  for (int branch = 0; branch < 2; ++branch) {
-    if (branch ? p.need_if_B : p.need_vu_B) {
-      c.branch = branch, c.experts = branch ? p.N : p.M, c.out = branch ? p.dif_B : p.dvu_B;
-      c.addend = branch ? p.if_importance : p.vu_importance;
-      c.factor = p.need_c ? p.c + branch * p.M * p.r : nullptr;
-      collect(c);
-    }
-    if (p.need_importance) {
-      launch("importance", importance_kernel, dim3(static_cast<unsigned>(cdiv(p.k, kWarps))), kThreads, 0, p.stream,
-             false, p, static_cast<int64_t>(branch));
-    }
+  c.addend[0] = p.vu_importance, c.addend[1] = p.if_importance;
+  c.factor = p.need_c ? p.c : nullptr;
+  if (p.need_vu_B) c.out[0] = p.dvu_B;
+  if (p.need_if_B) c.out[1] = p.dif_B;
+  if (need_B) collect(c);
+  if (p.need_importance) {
+    launch("importance", importance_kernel, dim3(static_cast<unsigned>(cdiv(p.k, kWarps)), 2), kThreads, 0, p.stream,
+           false, p);
   }
 }

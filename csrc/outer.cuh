@@ -1,5 +1,6 @@
 // The outer product of tokens with rank space, summed over a chunk of an instance's tokens: the gradients of A and B.
-// With P, the product of the same tokens with rows of weights into rank space comes from the same read; no dropout then.
+// With P, the product of the same tokens with rows of weights into rank space comes from the same read, and there is no
+// dropout.
 #pragma once
 
 #include "tile.cuh"
@@ -212,11 +213,11 @@ struct Collect : Layout {
   const float* part = nullptr;
   const int* owner = nullptr;      // (chunks,)
   const int* routes = nullptr;     // (n, b, K)
-  int64_t L = 0, chunks = 0, experts = 0, branch = 0;
+  int64_t L = 0, chunks = 0;
   int64_t by_column = 0;
   double scale = 1;
-  Weight addend;                   // (L,) or null
-  const float* factor = nullptr;   // (experts, r)
-  Weight out;                      // (experts, L, r), or (experts, r, L) by columns
+  Weight addend[2];                // (L,) of a branch
+  const float* factor = nullptr;   // (M + N, r) or null
+  Weight out[2];                   // of a branch (experts, L, r), or (experts, r, L) by columns; or null
 };
 void collect(const Collect& p);

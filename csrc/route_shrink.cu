@@ -19,7 +19,7 @@ constexpr int kRouteThreads = 512;
 
 // Grid (n + (M + N) parts): an instance, then a part of an expert's w.
 template <class T>
-__global__ void __launch_bounds__(kThreads) prepare_kernel(RouteShrink p) {
+__global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
   Arena arena;
   auto scratch = arena.take<float>(max(4 * kThreads, static_cast<int>(p.N)));
   auto tokens = arena.take<int64_t>(2 * kThreads);
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(RouteShrink p) {
 // Grid (n, slices of d): the mean of an instance's routed tokens over a slice, and its part of the logits; the last
 // slice to be ready adds the parts in their order and chooses. Four groups of threads share the tiles, which they count
 // from the first routed token.
-__global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteShrink p) {
+__global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) {
   constexpr int GROUPS = 4, LANES = kRouteThreads / GROUPS, COLUMNS = kRouteThreads / LANES;
   static_assert(limits::kRouteInputs == kRouteThreads);
   Arena arena;
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteShrink p) {
 }
 
 // A thread has an element of h, or one of w.
-__global__ void __launch_bounds__(kThreads) finish_kernel(RouteShrink p) {
+__global__ void __launch_bounds__(kThreads, 1) finish_kernel(RouteShrink p) {
   const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), r = static_cast<int>(p.r);
   const int64_t columns = b * K * r, size = p.T * columns;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -224,7 +224,7 @@ void shrink(const Shrink& p, int64_t columns) {
     switch (columns) {
       case 32: return launch_shrink<T, 2>(p);
       case 80: return launch_shrink<T, 5>(p);
-      default: return launch_shrink<T, 8>(p);
+      default: return launch_shrink<T, sizeof(T) == 2 ? 8 : 5>(p);  // in float32, 128 would spill
     }
   });
 }
@@ -238,8 +238,7 @@ void route_shrink(const RouteShrink& p) {
     const int64_t items = (p.route ? p.n : 0) + (p.adaptive ? (p.M + p.N) * cdiv(p.k, limits::kPrepareOutputs) : 0);
     const size_t shared = std::max<size_t>(4 * kThreads, p.N) * 4 + 16 + 16 * kThreads;
     launch("prepare", prepare_kernel<T>, dim3(static_cast<unsigned>(items)), kThreads, shared, p.stream, false, p);
-    pack<T>(p, p.vu_A, p.vu_packed, p.M, p.r, p.d, false, RP, width);
-    pack<T>(p, p.if_A, p.if_packed, p.N, p.r, p.d, false, RP, width);
+    pack<T>(p, {{p.vu_A, p.if_A}, {p.vu_packed, p.if_packed}, {p.M, p.N}, p.r, p.d, RP, width}, false);
   });
   Shrink s;
   static_cast<Layout&>(s) = p;

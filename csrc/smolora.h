@@ -29,7 +29,7 @@ constexpr int kSharedMemory = 99 * 1024;  // bytes that a block may take on ever
 
 enum Dtype : int64_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kFloat64 = 3 };
 
-// A parameter, or another tensor of any floating dtype, rounded to the compute dtype (or to float32) where it is loaded.
+// A parameter, or another tensor of any floating dtype, rounded to the compute dtype (or float32) where it is loaded.
 struct Weight {
   const void* data = nullptr;
   int64_t dtype = kFloat32;

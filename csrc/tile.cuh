@@ -4,7 +4,7 @@
 // A tile has rows of 128 bytes, whose chunks of 16 bytes are permuted by the row's number: the eight rows that a
 // ldmatrix reads, and the eight rows at one column that float32 lanes read, lie in different banks.
 //
-// Accumulators of a 16x16 product, float[2][4]: [j][i] is row lane / 4 + i / 2 * 8, column j * 8 + lane % 4 * 2 + i % 2.
+// Accumulators of 16x16 products, float[2][4]: [j][i] is row lane / 4 + i / 2 * 8, column j * 8 + lane % 4 * 2 + i % 2.
 #pragma once
 
 #include "common.cuh"
@@ -194,63 +194,70 @@ struct Rows {
 
 // ---- weights brought into that shape: rounded, padded with zeros
 
-struct Packing {
-  Weight from;
-  void* to;
-  int64_t experts, rows, columns;  // of `from`
+struct Packing {  // of the VU branch's experts, then of the IF branch's; a branch without `to` stays as it is
+  Weight from[2];          // (experts, rows, columns)
+  void* to[2];             // (experts, to_rows, to_columns) T
+  int64_t experts[2];
+  int64_t rows, columns;   // of `from`
   int64_t to_rows, to_columns;
 };
 
 // A row of `to` has `lanes` threads of a block, and a block 256 / lanes rows.
 template <class T>
-__global__ void __launch_bounds__(256) pack_kernel(Packing p, int lanes) {
+__global__ void __launch_bounds__(256, 1) pack_kernel(Packing p, int lanes) {
   const int thread = threadIdx.x, rows = 256 / lanes;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * rows + thread / lanes;
-  if (thread / lanes >= rows || row >= p.experts * p.to_rows) return;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * rows + thread / lanes;
+  if (thread / lanes >= rows || row >= (p.experts[0] + p.experts[1]) * p.to_rows) return;
+  const bool vu = row < p.experts[0] * p.to_rows;
+  if (!vu) row -= p.experts[0] * p.to_rows;
+  const Weight from = vu ? p.from[0] : p.from[1];
   const int64_t expert = row / p.to_rows, from_row = row % p.to_rows;
-  const auto to = global<T>(p.to) + row * p.to_columns;
+  const auto to = global<T>(vu ? p.to[0] : p.to[1]) + row * p.to_columns;
   for (int64_t column = thread % lanes; column < p.to_columns; column += lanes) {
     const bool inside = from_row < p.rows && column < p.columns;
-    const int64_t at = (expert * p.rows + from_row) * p.columns + column;
-    to[column] = from_float<T>(inside ? weight_at(p.from, at) : 0.0f);
+    to[column] = from_float<T>(inside ? weight_at(from, (expert * p.rows + from_row) * p.columns + column) : 0.0f);
   }
 }
 
 // With rows and columns exchanged, 32 by 32 at a time through shared memory. Grid (columns, rows of `from`, experts).
 template <class T>
-__global__ void __launch_bounds__(256) pack_exchanged_kernel(Packing p) {
+__global__ void __launch_bounds__(256, 1) pack_exchanged_kernel(Packing p) {
   Arena arena;
   auto tile = arena.take<float>(32 * 33);
   const int64_t row0 = static_cast<int64_t>(blockIdx.y) * 32, column0 = static_cast<int64_t>(blockIdx.x) * 32;
-  const int64_t expert = blockIdx.z;
+  const bool vu = blockIdx.z < p.experts[0];
+  const int64_t expert = vu ? blockIdx.z : blockIdx.z - p.experts[0];
+  const Weight from = vu ? p.from[0] : p.from[1];
+  const auto to = global<T>(vu ? p.to[0] : p.to[1]);
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < 32; i += 8) {
     const int64_t row = row0 + i, column = column0 + lane;
     const bool inside = row < p.rows && column < p.columns;
-    tile[i * 33 + lane] = inside ? weight_at(p.from, (expert * p.rows + row) * p.columns + column) : 0.0f;
+    tile[i * 33 + lane] = inside ? weight_at(from, (expert * p.rows + row) * p.columns + column) : 0.0f;
   }
   __syncthreads();
   for (int i = threadIdx.x / 32; i < 32; i += 8) {
     const int64_t row = column0 + i, column = row0 + lane;  // of `to`
     if (row < p.to_rows && column < p.to_columns) {
-      global<T>(p.to)[(expert * p.to_rows + row) * p.to_columns + column] = from_float<T>(tile[lane * 33 + i]);
+      to[(expert * p.to_rows + row) * p.to_columns + column] = from_float<T>(tile[lane * 33 + i]);
     }
   }
 }
 
-// (E, rows, columns) as it lies, or with its rows and columns exchanged, as (E, to_rows, to_columns).
+// Launches it for the branches that have a place to go to; `exchanged`: `to` has the columns of `from` as rows.
 template <class T>
-void pack(const Layout& p, Weight from, void* to, int64_t experts, int64_t rows, int64_t columns, bool exchange,
-          int64_t to_rows, int64_t to_columns) {
-  if (to == nullptr) return;
-  const Packing packing{from, to, experts, rows, columns, to_rows, to_columns};
-  if (exchange) {
-    const dim3 grid(static_cast<unsigned>(cdiv(to_rows, 32)), static_cast<unsigned>(cdiv(to_columns, 32)),
-                    static_cast<unsigned>(experts));
+void pack(const Layout& p, Packing packing, bool exchanged) {
+  for (int branch = 0; branch < 2; ++branch) {
+    if (packing.to[branch] == nullptr) packing.experts[branch] = 0;
+  }
+  const int64_t experts = packing.experts[0] + packing.experts[1];
+  if (exchanged) {
+    const dim3 grid(static_cast<unsigned>(cdiv(packing.to_rows, 32)),
+                    static_cast<unsigned>(cdiv(packing.to_columns, 32)), static_cast<unsigned>(experts));
     launch("pack", pack_exchanged_kernel<T>, grid, 256, 32 * 33 * 4, p.stream, false, packing);
   } else {
-    const int lanes = static_cast<int>(std::min<int64_t>(to_columns, 256));
-    const auto blocks = static_cast<unsigned>(cdiv(experts * to_rows, 256 / lanes));
+    const int lanes = static_cast<int>(std::min<int64_t>(packing.to_columns, 256));
+    const auto blocks = static_cast<unsigned>(cdiv(experts * packing.to_rows, 256 / lanes));
     launch("pack", pack_kernel<T>, dim3(blocks), 256, 0, p.stream, false, packing, lanes);
   }
 }

@@ -8,6 +8,7 @@ the CPU, and the tensors are CPU tensors.
 from __future__ import annotations
 
 import math
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -24,14 +25,15 @@ try:
 except ModuleNotFoundError:
     extension = None
     _missing = (
-        "this installation has no CUDA C++ kernels; with nvcc 12.8 or newer, FORCE_CUDA=1 pip install -e . builds them"
+        "this installation has no CUDA C++ kernels: pip install -e . builds them where there are nvcc and a card, with "
+        "FORCE_CUDA=1 where there is nvcc"
     )
 except ImportError as error:  # built for another Python, or not at all well
     extension = None
     _missing = f"its compiled kernels do not load: {error}"
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have
+COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have; in float32 the last would spill
 MAX_DECODE_INSTANCES = 64
 MAX_DECODE_EXPERTS, MAX_DECODE_SLOTS = 256, 64
 MAX_MIX_NUMBERS = 2048  # of a token in rank space, b K r, that a warp holds in mix's gradient
@@ -61,27 +63,31 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
 
 def obstacle() -> str | None:
     """Why the kernels cannot run on this machine at all; None if they can."""
-    if extension is None:
-        return _missing
-    if extension.emulated:
+    return _missing if extension is None else _obstacle(extension)
+
+
+@cache
+def _obstacle(built: Any) -> str | None:
+    if built.emulated:
         return None
-    needed = driver_needed(extension.runtime_version)
-    version = extension.driver_version()
+    needed = driver_needed(built.runtime_version)
+    version = built.driver_version()
     if version == 0:
         return f"there is no NVIDIA driver; these kernels need {needed} or newer"
-    if version // 1000 < extension.runtime_version // 1000:
+    if version // 1000 < built.runtime_version // 1000:
         supports = f"{version // 1000}.{version % 1000 // 10}"
         return f"the NVIDIA driver is for CUDA {supports}; these kernels need {needed} or newer"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    for card in sorted(cards):
-        if not runs_on(card, extension.architectures):
-            name = f"{card[0]}.{card[1]}"
-            return (
-                f"the kernels were built for {extension.architectures}, not for compute capability {name}; "
-                f"TORCH_CUDA_ARCH_LIST={name} pip install -e . builds them for it"
-            )
+    if not any(runs_on(card, built.architectures) for card in cards):
+        names = ", ".join(f"{major}.{minor}" for major, minor in sorted(cards))
+        if max(cards) < (8, 0):
+            return f"the kernels need compute capability 8.0 or newer, and the cards have {names}"
+        return (
+            f"the kernels were built for {built.architectures}, not for compute capability {names}; "
+            f"TORCH_CUDA_ARCH_LIST='{names}' pip install -e . builds them for it"
+        )
     return None
 
 
@@ -145,9 +151,10 @@ def rank_columns(r: int) -> int:
     return -(-r // 16) * 16
 
 
-def shrink_columns(total: int) -> int:
+def shrink_columns(total: int, dtype: torch.dtype) -> int:
     """The columns of rank space that a block of the shrink has, of `total`: all of them if it can."""
-    return next((columns for columns in COLUMNS if total <= columns), COLUMNS[-1])
+    choices = COLUMNS[:-1] if dtype == torch.float32 else COLUMNS
+    return next((columns for columns in choices if total <= columns), choices[-1])
 
 
 def one_read(columns: int, dtype: torch.dtype) -> bool:
@@ -225,7 +232,7 @@ def route_shrink(
     route_vu = route and use_vu
     one_pass = route_vu and M * RP <= tiles.MAX_ONE_PASS_COLUMNS
     total = (use_vu * (M if one_pass else top_k) + use_if * top_k) * RP
-    columns = shrink_columns(total)
+    columns = shrink_columns(total, x.dtype)
     card = tiles.card_of(x.device)
     tile, width = extension.TILE, 4 * extension.ROW // x.element_size()
     slack = 1 if route_mask is None else 2
@@ -326,7 +333,7 @@ def grad_output(
     need_c = adaptive and (need_B or need_importance)
     need_p = need_dh or need_c or need_gates
     total, card = b * top_k * RP, tiles.card_of(g.device)
-    once, columns = one_read(total, g.dtype), shrink_columns(total)
+    once, columns = one_read(total, g.dtype), shrink_columns(total, g.dtype)
     block = extension.OUTER_TILES * extension.ROW // g.element_size()
     k_blocks = tiles.cdiv(k, block)
     chunk = tiles.chunk_tokens(T, n, k_blocks, extension.CHUNK, card.processors)

@@ -349,7 +349,8 @@ def route_shrink(
             (B.to(x.dtype).to(accurate), I.to(x.dtype).to(accurate))
             for B, I in ((vu_B, vu_importance), (if_B, if_importance))
         ]
-        w = scaling * torch.cat([I @ B for B, I in rounded])
+        # einsum, since the last bits of the matrix-vector product I @ B depend on where in memory B lies
+        w = scaling * torch.cat([torch.einsum("ekr,k->er", B, I) for B, I in rounded])
     return h, w, routes, gates, logits, mean if need_mean else x.new_empty((0, 0), dtype=accurate)
 
 
@@ -443,7 +444,7 @@ def grad_output(
                 grad += scaling * importance.to(accurate)[:, None] * c_e[:, None, :]
             dB[branch] = grad.to(B.dtype)
         if need_importance and need_c:
-            dI[branch] = (scaling * (B.to(accurate) @ c_e[..., None]).sum((0, 2))).to(importance.dtype)
+            dI[branch] = (scaling * torch.einsum("ekr,er->k", B.to(accurate), c_e)).to(importance.dtype)
     return dh, *dB, *dI, dgates
 
 

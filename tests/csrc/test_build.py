@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 import setuptools
@@ -82,6 +82,7 @@ def test_what_is_built(machine, capsys: pytest.CaptureFixture):
         (dict(FORCE_CUDA="yes"), "FORCE_CUDA must be 0 or 1, got 'yes'"),
         (dict(TORCH_CUDA_ARCH_LIST="Hopper"), "as 9.0 or 9.0\\+PTX, got 'Hopper'"),
         (dict(TORCH_CUDA_ARCH_LIST="9.0;5.0"), "got '5.0'"),
+        (dict(TORCH_CUDA_ARCH_LIST="7.5"), "from 8.0 on"),
         (dict(FORCE_CUDA="1", known=None), "no nvcc: .*cuda/bin/nvcc does not exist"),
         (dict(TORCH_CUDA_ARCH_LIST="9.0", known=None), "no nvcc"),
     ],
@@ -133,22 +134,23 @@ def test_runs_on():
         (0, [], "there is no NVIDIA driver; these kernels need 580 or newer"),
         (12080, [(9, 0)], "driver is for CUDA 12.8; these kernels need 580 or newer"),
         (13000, [], "torch sees no CUDA device"),
-        (13000, [(9, 0), (7, 5)], "not for compute capability 7.5; TORCH_CUDA_ARCH_LIST=7.5 pip install -e . builds"),
-        (13010, [(9, 0), (12, 0)], None),
+        (13000, [(8, 6), (8, 7)], "not for compute capability 8.6, 8.7; TORCH_CUDA_ARCH_LIST='8.6, 8.7' pip install"),
+        (13000, [(7, 5), (7, 0)], "need compute capability 8.0 or newer, and the cards have 7.0, 7.5"),
+        (13010, [(9, 0), (7, 5)], None),
     ],
 )
 def test_obstacles(driver: int, cards: list, reason: str | None, monkeypatch: pytest.MonkeyPatch):
     """What stands between the built kernels and this machine, told in words."""
-    built = SimpleNamespace(
-        emulated=False, runtime_version=13000, driver_version=lambda: driver, architectures="80 90a 120+PTX"
-    )
+    built = ModuleType("built")
+    built.emulated, built.runtime_version, built.architectures = False, 13000, "89 90a 120+PTX"
+    built.driver_version = lambda: driver
     monkeypatch.setattr(cuda, "extension", built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: cards[i])
     found = cuda.obstacle()
     assert found is None if reason is None else reason in found
-    assert cuda.info()["driver"] == "580 or newer" and cuda.info()["architectures"] == "80 90a 120+PTX"
+    assert cuda.info()["driver"] == "580 or newer" and cuda.info()["architectures"] == "89 90a 120+PTX"
 
 
 def test_not_built(monkeypatch: pytest.MonkeyPatch):

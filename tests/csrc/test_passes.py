@@ -126,6 +126,21 @@ def test_masks_are_those_of_every_backend(seed: int, device: str):
         assert torch.equal(dx.cpu(), expected * (256 / (256 - threshold)))
 
 
+@pytest.mark.parametrize("dtype", [float16, bfloat16], ids=str)
+def test_rounding(dtype: torch.dtype, device: str):
+    """To nearest, ties to even, for numbers of every size: y is h where B is 1 and the VU branch has all the share."""
+    random = torch.Generator().manual_seed(0)
+    h = torch.randn(2048, generator=random) * 2.0 ** torch.randint(-30, 16, (2048,), generator=random)
+    ties = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 2**-25, 3 * 2**-25, 65519, 0.0, -0.0])
+    h = torch.cat([h, ties, -ties]).view(-1, 1, 1, 1).to(device)
+    n, one = len(h), torch.ones(1, 1, 1, device=device)
+    y, _ = cuda.fuse_expand(
+        h, torch.empty(0, 1, device=device), torch.zeros(1, 1, 1, dtype=torch.int32, device=device),
+        torch.ones(1, 1, 1, device=device), one, one, 1, None, 1.0, "vu", dtype, None, None, None,
+    )  # fmt: skip
+    assert torch.equal(y.view(n), h.view(n).to(dtype))
+
+
 def test_golden(device: str):
     """y and every gradient of the released code's own autograd."""
     with safe_open(GOLDEN / "layer_fp32_e8.safetensors", "pt") as file:
