@@ -108,9 +108,12 @@ def test_report_reads_a_run(killed, tmp_path):
 
 def test_a_finished_run_is_not_redone(killed, capsys):
     recipe = load_recipe(killed / "recipe.yaml", [f"output={killed / 'run-whole'}"])
+    left = killed / "run-whole/stage-1-ImageNet/checkpoints/checkpoint-6"  # killed just before it was removed
+    left.mkdir(parents=True)
     before = {path: path.stat().st_mtime_ns for path in (killed / "run-whole").rglob("adapter*")}
     answers = (killed / "run-whole/stage-1-ImageNet/answers/ImageNet.jsonl").stat().st_mtime_ns
     Run(recipe)()
+    assert not left.parent.exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (killed / "run-whole/stage-1-ImageNet/answers/ImageNet.jsonl").stat().st_mtime_ns == answers
 
