@@ -52,6 +52,8 @@ def contents(run: Path) -> dict[str, object]:
             continue
         if path.name in ("results.json", "training.json"):
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "timing"}
+        elif path.suffix == ".safetensors":  # whose metadata come in any order
+            found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
         elif path.name == "log.json":
             found[name] = [line for line in json.loads(path.read_text()) if "loss" in line]
         else:
