@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "train": ("smolora.train.cli", "Train on a stream of tasks by a recipe, and evaluate after each."),
-    "evaluate": ("smolora.evaluate.tasks", "Answer the benchmark's questions with a model."),
+    "evaluate": ("smolora.evaluate.tasks", "Answer the benchmark's questions with a model, and score the answers."),
     "score": ("smolora.evaluate.score", "Score a file of answers: the dataset's metric and MIF."),
     "metrics": ("smolora.evaluate.matrix", "Compute AP, MAP, BWT and MIF from an accuracy matrix."),
     "report": ("smolora.report", "Write a report on one run or several: tables, figures, cases."),
+    "make-minicvit": ("smolora.data.minicvit", "Write MiniCVIT, the benchmark in small, made in code."),
     "convert-official": ("smolora.convert", "Convert an adapter of the released code to a PEFT adapter, or back."),
     "assemble": ("smolora.assemble", "Make one LLaVA of a language model, a CLIP vision tower and a projector."),
     "embed": ("smolora.instruction", "Embed instructions, or show the embeddings of a file."),
-    "make-minicvit": ("smolora.data.minicvit", "Write MiniCVIT, the benchmark in small, made in code."),
     "doctor": ("smolora.doctor", "Print what this machine can run, and what is wrong with it, for a bug report."),
 }
 

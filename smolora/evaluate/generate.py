@@ -134,6 +134,8 @@ def generate_answers(
     if job.output.exists():
         info = read_json(_info_path(job.output))
         _same_run(info["run"], run, job.output)
+        if state.is_main_process:
+            Parts(job.output, run).remove()  # a run that was killed between its last two steps left them
         return info
     skipped: list[Skipped] = []
     questions = read_questions(job.questions, broken=skipped if settings.skip_broken else None)
@@ -338,7 +340,8 @@ class Parts:
         return _Writer(self.folder / f"process-{process}.jsonl", self.run)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder)
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
 
 
 class _Writer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,27 +89,27 @@ class _Checker:
                 f"{task.name}.test must be named {dataset.questions}, as {task.benchmark_name} is scored by that "
                 f"file, got {test}"
             )
-        counts = [0, 0]
-        for place, (path, what, read) in enumerate(
-            ((train, f"{task.name}.train", read_conversations), (test, f"{task.name}.test", read_questions))
-        ):
-            if path == train and task.train is None:
-                continue
-            if path.is_file():
-                records = read(path)
-                counts[place] = len(records)
-                self._images(records, path, recipe.images(task))
-            elif (made := self._makes(path)) is not None:
-                counts[place] = made
-            else:
-                self.missing.append(f"{path} ({what})")
+        images = recipe.images(task)
+        trained = 0 if task.train is None else self._count(train, f"{task.name}.train", read_conversations, images)
+        asked = self._count(test, f"{task.name}.test", read_questions, images)
         if test.is_file():
             folders = recipe.annotations(task)
             absent = [folder for folder in folders if not folder.is_dir()]
             self.missing += [f"{folder} (data.annotations)" for folder in absent]
-            if not absent:
+            if not absent:  # what scoring needs is there, and whole
                 dataset.load(Files(folders, task.benchmark_name), dataset.questions)
-        return counts[0], counts[1]
+        return trained, asked
+
+    def _count(self, path: Path, what: str, read: Callable[[Path], list], images: Path) -> int:
+        """The records of a file."""
+        if path.is_file():
+            records = read(path)
+            self._images(records, path, images)
+            return len(records)
+        made = self._makes(path)
+        if made is None:
+            self.missing.append(f"{path} ({what})")
+        return made or 0
 
     def _images(self, records: Iterable[Conversation | Question], file: Path, folder: Path) -> None:
         """Name the first image that is not there, and how many."""

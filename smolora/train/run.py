@@ -4,7 +4,7 @@ What is in its folder is said in `smolora.report.layout`. On top, for each stage
 
     RUN_DIR/recipe.yaml           the recipe with all its defaults
     RUN_DIR/stage-2-TextVQA/
-      checkpoints/                while it trains
+      checkpoints/                while it trains; loggers of training.arguments.report_to write here too
       adapter/                    there when its training is done
       log.json                    the trainer's log
       training.json               samples, steps, trained parameters, and "timing"
@@ -114,6 +114,8 @@ class Run:
                     print(f"== {self.recipe.name}: {stage.name} ({number + 1} of {len(stages)})", flush=True)
                 if stage.train and not self.adapter(stage).is_dir():
                     self.train(stage, stages[:number])
+                if main:
+                    self.tidy(stage)
                 self.ask(stage)
                 if main:
                     write_json(self.folder / "results.json", self.results())
@@ -214,10 +216,17 @@ class Run:
             }
             write_json(place / "training.json", trained)
             part.replace(self.adapter(stage))
-            shutil.rmtree(folder)
         self.state.wait_for_everyone()
         del model, trainer
         _free()
+
+    def tidy(self, stage: Stage) -> None:
+        """Remove the checkpoints of a stage that has its adapter; what else was logged beside them stays."""
+        folder = self.place(stage) / "checkpoints"
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
     def samples(self, stage: Stage, kept: list[Path]) -> Samples:
         """What a stage trains on."""
