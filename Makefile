@@ -1,4 +1,4 @@
-# make run            set up .venv (minutes, once), then the quick benchmark, and MiniCVIT with LoRA and with SMoLoRA
+# make run            set up .venv (minutes, once), then the quick benchmark and the example
 # make test           ruff and all tests that need neither a GPU nor patience
 # make test-slow      the tests marked slow
 # make test-triton36  kernel tests with Triton 3.6.0, the version that goes with torch 2.11
@@ -22,18 +22,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip --disable-pip-version-check $(PIP_FLAGS) install
 
-# A run that was stopped goes on where it was; a finished one is not done again.
 run: $(VENV)/.run
 	@touch $(VENV)/.started
 	$(PY) bench/fused_vs_naive.py --quick
-	@for method in seqlora smolora; do \
-		echo && echo "== MiniCVIT: $$method"; \
-		$(VENV)/bin/smolora train recipes/minicvit_run.yaml --method $$method --output runs/minicvit-$$method; \
-	done
-	$(VENV)/bin/smolora report runs/minicvit-seqlora runs/minicvit-smolora --output runs/minicvit-report --cases 3
+	$(PY) examples/drop_in.py
 	@echo && echo "Written by this run:" && \
-		find bench/results data runs -type f -newer $(VENV)/.started \( -name '*.md' -o -name '*.json' -o -name '*.png' \) \
-		! -path '*/stage-*' ! -path '*/images/*' ! -path '*/Instructions_*' ! -path '*/annotations/*' ! -path '*-base/*' | sort
+		find bench examples -type f -newer $(VENV)/.started ! -name '*.pyc' | sort
 
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
