@@ -32,7 +32,7 @@ run: $(VENV)/.run
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-kernels test-csrc test-rest
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc
 
 # two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
 test-kernels:

@@ -54,7 +54,7 @@ ANY = 1 << 30
 Rows = tuple[tuple[int, int, int, int, int, int, int | None], ...]
 
 FLOAT32: dict[str, Rows] = {
-    "shrink": ((ANY, 64, 16, 64, 8, 2, 255),),
+    "shrink": ((ANY, 32, 16, 64, 8, 2, None),),
     "expand": ((32, 32, 64, 32, 4, 2, None), (64, 32, 32, 64, 4, 2, None), (ANY, 32, 32, 64, 8, 1, None)),
     "grad_output": ((16, 32, 64, 16, 8, 2, None), (ANY, 32, 32, 32, 8, 2, None)),
     "grad_input": ((16, 32, 64, 16, 8, 2, None), (128, 32, 32, 32, 8, 2, None), (ANY, 16, 32, 16, 4, 1, None)),

@@ -8,6 +8,7 @@ import torch
 
 if not torch.cuda.is_available():  # before any kernel is imported: Triton decides then
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not survive the forks of some tests
 
 
 def pytest_configure() -> None:

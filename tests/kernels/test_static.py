@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0"}  # what is compiled is not what this process interprets
+# what is compiled is not what this process interprets; and bench/ is found under PYTHONSAFEPATH too
+ENVIRONMENT = {
+    **os.environ,
+    "TRITON_INTERPRET": "0",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "bench"), os.environ.get("PYTHONPATH")])),
+}
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
