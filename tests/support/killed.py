@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
 
 from smolora.train.recipe import load_recipe
 from smolora.train.run import Run
@@ -55,6 +56,7 @@ def in_child(recipe, moment: tuple[str, int, float] | None) -> int:
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
+        tqdm.set_lock(threading.RLock())  # its own, or it may die with the one that the next run needs
         if moment is not None:
             Killer(recipe.folder, *moment)
         Run(recipe)()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import socket
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 from PIL import Image
 
 import small_llava
@@ -152,6 +154,7 @@ def forked(task):
         status = 1
         try:
             PartialState._reset_state()
+            tqdm.set_lock(threading.RLock())  # its own, or it may die with the one that this process goes on with
             task()
             status = 0
         finally:
