@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import socket
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 from PIL import Image
+from tqdm import tqdm
 
 import small_llava
 from smolora.data.format import read_answers
