@@ -7,6 +7,7 @@ the CPU, and the tensors are CPU tensors.
 
 from __future__ import annotations
 
+import importlib
 import math
 from functools import cache
 from types import ModuleType
@@ -18,11 +19,9 @@ from torch import Tensor
 from .rank_space import FIXED_LEAD, branches
 
 try:
-    from . import _C
-
-    extension: ModuleType | None = _C
+    extension: ModuleType | None = importlib.import_module("._C", __package__)
     _missing = ""
-except ModuleNotFoundError:
+except ModuleNotFoundError:  # which `from . import _C` would not raise
     extension = None
     _missing = (
         "this installation has no CUDA C++ kernels: pip install -e . builds them where there are nvcc and a card, with "
