@@ -295,6 +295,7 @@ def _verify_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             records = sorted(archive.infolist(), key=lambda record: record.header_offset)
             start_of_directory, comment = archive.start_dir, archive.comment
+    # NotImplementedError is zipfile's for a version or compression it does not know: a broken directory names any
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is cut short, broken, or no file of torch.save (of PyTorch 1.6 or newer): {error}"
