@@ -1,8 +1,10 @@
-// The module: a function a pass, which takes the fields of its params struct by name, as addresses and numbers.
+// The module: a function a pass, which takes a dict of the fields of its params struct: numbers, and for a tensor its
+// address and dtype.
 
 #include <pybind11/pybind11.h>
 
 #include <type_traits>
+#include <vector>
 
 #include "smolora.h"
 
@@ -16,31 +18,35 @@ namespace py = pybind11;
 
 namespace {
 
-// Reads a field from the keywords, if it is there, and counts it.
+// Reads a field from a dict, if it is there, and counts it.
 class Fields {
  public:
-  explicit Fields(const py::kwargs& keywords) : keywords_(keywords) {}
+  explicit Fields(const py::dict& values) : values_(values) {}
 
   template <class V>
   void operator()(const char* name, V& field) {
-    if (!keywords_.contains(name)) return;
+    if (!values_.contains(name)) return;
     ++found_;
-    const py::handle value = keywords_[name];
-    if constexpr (std::is_same_v<V, Weight>) {
+    const py::handle value = values_[name];
+    if constexpr (std::is_same_v<V, Weight> || std::is_pointer_v<V>) {
       const auto [address, dtype] = value.cast<std::pair<uintptr_t, int64_t>>();
-      field = {reinterpret_cast<const void*>(address), dtype};
-    } else if constexpr (std::is_pointer_v<V>) {
-      field = reinterpret_cast<V>(value.cast<uintptr_t>());
+      if constexpr (std::is_pointer_v<V>) {
+        field = reinterpret_cast<V>(address);
+      } else if (dtype == kOther) {
+        throw py::type_error(std::string(name) + " must be float32, float16, bfloat16 or float64");
+      } else {
+        field = {reinterpret_cast<const void*>(address), dtype};
+      }
     } else {
       field = value.cast<V>();
     }
   }
   void finish() const {
-    if (found_ != keywords_.size()) throw py::type_error("unknown field among " + std::string(py::repr(keywords_)));
+    if (found_ != values_.size()) throw py::type_error("unknown field among " + std::string(py::repr(values_)));
   }
 
  private:
-  const py::kwargs& keywords_;
+  const py::dict& values_;
   size_t found_ = 0;
 };
 
@@ -83,22 +89,29 @@ void read(Fields& fields, GradInput& p) {
 }
 
 template <class P>
+P parsed(const py::dict& values) {
+  P p;
+  Fields fields(values);
+  read(fields, static_cast<Layout&>(p));
+  read(fields, p);
+  fields.finish();
+  return p;
+}
+
+template <class P>
 void define(py::module_& m, const char* name, void (*pass)(const P&)) {
-  m.def(name, [pass](const py::kwargs& keywords) {
-    P p;
-    Fields fields(keywords);
-    read(fields, static_cast<Layout&>(p));
-    read(fields, p);
-    fields.finish();
-    pass(p);
-  });
+  m.def(name, [pass](const py::dict& values) { pass(parsed<P>(values)); });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(SMOLORA_MODULE, m) {
   m.doc() = "SMoLoRA's passes in CUDA C++; smolora.cuda calls them.";
-  define<Decode>(m, "decode", decode);
+  m.def("decode", [](const py::args& all) {  // a dict a projection
+    std::vector<Decode> projections;
+    for (const py::handle values : all) projections.push_back(parsed<Decode>(values.cast<py::dict>()));
+    decode(projections.data(), static_cast<int>(projections.size()));
+  });
   define<RouteShrink>(m, "route_shrink", route_shrink);
   define<FuseExpand>(m, "fuse_expand", fuse_expand);
   define<GradOutput>(m, "grad_output", grad_output);
@@ -107,6 +120,7 @@ PYBIND11_MODULE(SMOLORA_MODULE, m) {
   limit("DECODE_INPUTS", limits::kDecodeInputs);
   limit("DECODE_OUTPUTS", limits::kDecodeOutputs);
   limit("DECODE_NUMBERS", limits::kDecodeNumbers);
+  limit("DECODE_PROJECTIONS", limits::kDecodeProjections);
   limit("TILE", limits::kTile);
   limit("MIX_TILE", limits::kMixTile);
   limit("ROUTE_INPUTS", limits::kRouteInputs);

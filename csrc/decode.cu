@@ -1,8 +1,9 @@
-// One token an instance, in one launch: y += the adapter's output.
+// One token an instance, in one launch for all projections of an input: y += the adapter's output.
 //
-// Before the grid's barrier the blocks share out what reads weights alone: A x of the experts somebody may use, router
-// logits, and w = s B^T I, each in parts over slices of d or k. After it every block adds the parts up for all
-// instances, chooses, mixes, and expands to a range of outputs of its own. All sums run in a fixed order.
+// Each projection has blocks of its own. Before the grid's barrier they share out what reads weights alone: A x of the
+// experts somebody may use, router logits, and w = s B^T I, each in parts over slices of d or k. After it every block
+// adds the parts up for all instances, chooses, mixes, and expands to a range of outputs of its own. All sums run in an
+// order that neither the number of blocks nor the other projections change.
 
 #include "common.cuh"
 #include "grid.cuh"
@@ -16,7 +17,12 @@ constexpr int kVectors = kSlice / 128;
 constexpr int kOutputs = limits::kDecodeOutputs;
 constexpr int kMixed = limits::kDecodeNumbers;  // what B is multiplied with, and experts, that a block holds
 
-struct Items {  // what the blocks share out before the barrier
+struct Projections {
+  Decode of[limits::kDecodeProjections];
+  int first_block[limits::kDecodeProjections + 1] = {};  // of each one, then the number of blocks
+};
+
+struct Items {  // what a projection's blocks share out before the barrier
   int64_t rows, slices, dots, parts, logits;
   __host__ __device__ explicit Items(const Decode& p) {
     rows = (p.use_vu ? p.M * p.r : 0) + (p.use_if ? p.N * p.r : 0) + (p.route && p.use_vu ? p.M : 0);
@@ -124,7 +130,11 @@ __device__ void logit_item(const Decode& p, int64_t item, int lane) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
+__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ Projections all) {
+  int mine = 0;  // the block's projection
+  while (static_cast<int>(blockIdx.x) >= all.first_block[mine + 1]) ++mine;
+  const Decode& p = all.of[mine];
+  const int block = blockIdx.x - all.first_block[mine], blocks = all.first_block[mine + 1] - all.first_block[mine];
   Arena arena;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), r = static_cast<int>(p.r);
@@ -142,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
   for (int e = threadIdx.x; e < E; e += kThreads) users[e] = users_of(p, e);
   __syncthreads();
   const Items items(p);
-  for (int64_t item = blockIdx.x; item < items.total(); item += gridDim.x) {
+  for (int64_t item = block; item < items.total(); item += blocks) {
     if (item < items.dots) {
       const int64_t row = item / items.slices * kWarps + warp;
       if (row < items.rows) dot_item<T>(p, row, item % items.slices, lane, users);
@@ -168,8 +178,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
   }
   __syncthreads();
 
-  const int64_t span = cdiv(cdiv(p.k, static_cast<int64_t>(gridDim.x)), 8) * 8;
-  const int64_t first_output = min(p.k, blockIdx.x * span);
+  const int64_t span = cdiv(cdiv(p.k, blocks), 8) * 8;
+  const int64_t first_output = min(p.k, block * span);
   const int outputs = static_cast<int>(min(p.k, first_output + span) - first_output);
   const int64_t rows = (p.use_vu ? p.M * p.r : 0) + (p.use_if ? p.N * p.r : 0);
   const bool aligned = r % 4 == 0 && is_aligned(p.vu_B.data, 16) && is_aligned(p.if_B.data, 16);
@@ -190,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
             sum = global<const float>(p.z_if)[i * p.N + expert - p.M];
           }
           logits[expert] = sum;
-          if (blockIdx.x == 0) global<float>(p.logits)[i * E + expert] = sum;
+          if (block == 0) global<float>(p.logits)[i * E + expert] = sum;
         }
         __syncwarp();
         if (lane == 0 && p.use_vu) choose(logits, static_cast<int>(p.M), K, my_routes, my_gates);
@@ -206,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
       __syncwarp();
       for (int j = lane; j < slots; j += 32) {
         experts[g * slots + j] = my_routes[j];
-        if (p.route && blockIdx.x == 0) {
+        if (p.route && block == 0) {
           global<int>(p.routes)[i * slots + j] = my_routes[j];
           global<float>(p.gates)[i * slots + j] = my_gates[j];
         }
@@ -225,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(Decode p) {
         }
       }
       lead = p.adaptive ? warp_sum(lead) : static_cast<float>(p.fixed_lead);
-      if (blockIdx.x == 0 && lane == 0) global<float>(p.lead)[i] = lead;
+      if (block == 0 && lane == 0) global<float>(p.lead)[i] = lead;
       for (int c = lane; c < columns; c += 32) {
         const int slot = c / r;
         const float share = sigmoid(p.use_vu && slot < K ? lead : -lead);
@@ -269,13 +279,31 @@ size_t shared_bytes(const Decode& p) {
 
 }  // namespace
 
-void decode(const Decode& p) {
-  use_device(static_cast<int>(p.device));
-  with_dtype(p.dtype, [&](auto zero) {
+void decode(const Decode* projections, int count) {
+  if (count < 1 || count > limits::kDecodeProjections) {
+    throw std::invalid_argument("decode takes 1 to " + std::to_string(limits::kDecodeProjections) +
+                                " projections, got " + std::to_string(count));
+  }
+  const Decode& first = projections[0];
+  use_device(static_cast<int>(first.device));
+  with_dtype(first.dtype, [&](auto zero) {
     const auto kernel = decode_kernel<decltype(zero)>;
-    const size_t shared = shared_bytes(p);
-    const int64_t wanted = std::max(Items(p).total(), cdiv(p.k, 32));
-    const int64_t blocks = std::min<int64_t>(resident_blocks("decode", kernel, kThreads, shared), wanted);
-    launch("decode", kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared, p.stream, true, p);
+    Projections all;
+    size_t shared = 0;
+    int64_t wanted[limits::kDecodeProjections], total = 0;
+    for (int i = 0; i < count; ++i) {
+      const Decode& p = all.of[i] = projections[i];
+      shared = std::max(shared, shared_bytes(p));
+      wanted[i] = std::max(Items(p).total(), cdiv(p.k, 32));
+      total += wanted[i];
+    }
+    const int64_t blocks = std::min<int64_t>(resident_blocks("decode", kernel, kThreads, shared), total);
+    if (blocks < count) throw std::runtime_error("decode: the device has no room for a block a projection at a time");
+    for (int i = 0; i < count; ++i) {  // a block each, and of the others as many as it has of the work that is left
+      const int64_t more = total > count ? (blocks - count) * (wanted[i] - 1) / (total - count) : 0;
+      all.first_block[i + 1] = all.first_block[i] + static_cast<int>(1 + more);
+    }
+    launch("decode", kernel, dim3(static_cast<unsigned>(all.first_block[count])), kThreads, shared, first.stream, true,
+           all);
   });
 }

@@ -16,6 +16,7 @@ namespace limits {
 constexpr int kDecodeInputs = 512;    // inputs that a warp multiplies with a row of A in decode
 constexpr int kDecodeOutputs = 512;   // outputs in a part of w in decode
 constexpr int kDecodeNumbers = 8192;  // float32 numbers of each of two kinds that a block of decode holds
+constexpr int kDecodeProjections = 4;  // that one launch of decode serves
 constexpr int kTile = 64;             // tokens of a tile in the shrink and the expand
 constexpr int kMixTile = 16;          // tokens of a tile in mix's gradient
 constexpr int kRouteInputs = 512;     // inputs in a part of the VU router's logits
@@ -27,7 +28,7 @@ constexpr int kSharedMemory = 99 * 1024;  // bytes that a block may take on ever
 
 }  // namespace limits
 
-enum Dtype : int64_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kFloat64 = 3 };
+enum Dtype : int64_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kFloat64 = 3, kOther = 4 };
 
 // A parameter, or another tensor of any floating dtype, rounded to the compute dtype (or float32) where it is loaded.
 struct Weight {
@@ -51,7 +52,7 @@ struct Layout {
   int64_t threshold = 0;       // of dropout in 1/256; 0: none
 };
 
-// One launch for one token an instance: routing, shrink, mix and expand onto the base's output.
+// A projection in decode, with one token an instance: routing, shrink, mix and expand onto the base's output.
 struct Decode : Layout {
   int64_t d = 0, k = 0, e = 0;
   int64_t route = 0;                       // else routes and gates are given
@@ -171,7 +172,7 @@ struct GradInput : Layout {
   Weight dvu_A, dif_A;                     // (M, r, d), (N, r, d) out
 };
 
-void decode(const Decode& p);
+void decode(const Decode* projections, int count);  // one launch for all, on the first one's device and stream
 void route_shrink(const RouteShrink& p);
 void fuse_expand(const FuseExpand& p);
 void grad_output(const GradOutput& p);

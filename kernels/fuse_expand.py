@@ -5,11 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import FIXED_LEAD, branches
 from . import tiles
 from .common import columns, locate, per_slot
 from .mix import mix
-
-FIXED_LEAD = {"mean": 0.0, "vu": float("inf"), "if": -float("inf")}
 
 
 @triton.jit
@@ -158,6 +157,7 @@ def fuse_expand(
     """
     T, n = h.shape[0], instances
     (M, k, r), top_k = vu_B.shape, routes.shape[2]
+    use_vu, use_if = branches(fusion)
     card = tiles.card_of(h.device)
     tile = tiles.choose_tile("expand", r, top_k, dtype, card.capability)
     RP = tiles.rank_columns(r)
@@ -170,8 +170,8 @@ def fuse_expand(
             h, w, routes, gates, vu_B, if_B, h if bias is None else bias, routes if cu_seqlens is None else cu_seqlens,
             lead, y, n, T // max(n, 1), k, scaling, FIXED_LEAD.get(fusion, 0.0),
             M=M, R=r, RP=RP, K=top_k, BT=tile.BT, BK=tile.BD, BC=tile.BC,
-            BLOCKS=tiles.cdiv(tiles.next_power(top_k) * RP, tile.BC), SPLITS=splits, VU=fusion != "if",
-            IF=fusion != "vu", ADAPTIVE=fusion == "adaptive", BIAS=bias is not None, VARLEN=cu_seqlens is not None,
+            BLOCKS=tiles.cdiv(tiles.next_power(top_k) * RP, tile.BC), SPLITS=splits, VU=use_vu, IF=use_if,
+            ADAPTIVE=fusion == "adaptive", BIAS=bias is not None, VARLEN=cu_seqlens is not None,
             IEEE=dtype == torch.float32, **tile.options(),
         )  # fmt: skip
     if weight is not None:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import branches, empty_if
 from . import tiles
 from .common import columns, keep_mask, locate, per_slot, wide
 
@@ -216,7 +217,7 @@ def grad_input(
     """(dx, dvu_A, dif_A); arguments and results as in `smolora.rank_space.grad_input`."""
     T, n, top_k = dh.shape[0], instances, routes.shape[2]
     _, r, d = vu_A.shape
-    use_vu, use_if = fusion != "if", fusion != "vu"
+    use_vu, use_if = branches(fusion)
     both, packed = use_vu + use_if, cu_seqlens is not None
     need_vu_A, need_if_A = need_vu_A and use_vu, need_if_A and use_if
     need_A = need_vu_A or need_if_A
@@ -224,7 +225,7 @@ def grad_input(
     tile = tiles.choose_tile("grad_input", r, top_k, dtype, card.capability)
     RP, KP = tiles.rank_columns(r), tiles.next_power(top_k)
     blocks = tiles.cdiv(KP * RP, tile.BC)
-    dx = torch.empty((T, d), dtype=dtype, device=dh.device) if need_dx else dh.new_empty(0, dtype=dtype)
+    dx = dh.new_empty((T, d) if need_dx else 0, dtype=dtype)
     d_blocks = tiles.cdiv(d, tile.BD)
     chunk = tiles.chunk_tokens(T, n, d_blocks, tile.BT, card.processors)
     chunks = tiles.tile_count(T, n, chunk, packed)
@@ -248,10 +249,9 @@ def grad_input(
             launch(1, blocks, True, False, False)
         if need_A:
             launch(blocks, 1, False, need_vu_A, need_if_A)
-    dA = [A.new_empty(0) for A in (vu_A, if_A)]
+    dA = empty_if(need_vu_A, vu_A), empty_if(need_if_A, if_A)
     for branch, (A, want) in enumerate(((vu_A, need_vu_A), (if_A, need_if_A))):
         if want:
-            dA[branch] = torch.empty_like(A)
             _collect_A[(A.shape[0], tiles.cdiv(r * d, 1024))](
                 A_part, owner, routes, dA[branch], chunks, r * d, branch if both == 2 else 0,
                 K=top_k, BRANCHES=both, BLOCK=1024, **tiles.SMALL,

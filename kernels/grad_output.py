@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import branches, empty_if, wanted
 from . import tiles
 from .common import columns, locate, per_slot, wide
 from .fuse_expand import fused
@@ -389,12 +390,10 @@ def grad_output(
     """(dh, dvu_B, dif_B, dvu_importance, dif_importance, dgates), as in `smolora.rank_space.grad_output`."""
     (T, k), n = g.shape, instances
     (M, _, r), N, top_k = vu_B.shape, if_B.shape[0], routes.shape[2]
-    use_vu, use_if, adaptive = fusion != "if", fusion != "vu", fusion == "adaptive"
+    (use_vu, use_if), adaptive = branches(fusion), fusion == "adaptive"
     both, packed, S = use_vu + use_if, cu_seqlens is not None, T // max(n, 1)
-    need_vu_B, need_if_B = need_vu_B and use_vu, need_if_B and use_if
-    need_B = need_vu_B or need_if_B
-    need_c = adaptive and (need_B or need_importance)
-    need_p = need_dh or need_c or need_gates
+    need = wanted(fusion, need_dh, need_vu_B, need_if_B, need_importance, need_gates)
+    need_B = need.vu_B or need.if_B
     card = tiles.card_of(g.device)
     tile = tiles.choose_tile("grad_output", r, top_k, g.dtype, card.capability)
     RP, KP = tiles.rank_columns(r), tiles.next_power(top_k)
@@ -403,41 +402,39 @@ def grad_output(
     cu = routes if cu_seqlens is None else cu_seqlens
     float32 = dict(dtype=torch.float32, device=g.device)
     int32 = dict(dtype=torch.int32, device=g.device)
-    dh, dgates = torch.empty(0, **float32), torch.empty(0, **float32)
-    dB = [B.new_empty(0) for B in (vu_B, if_B)]
-    dI = [importance.new_empty(0) for importance in (vu_importance, if_importance)]
+    dh, dgates = empty_if(need.p, h), empty_if(need_gates, gates)
+    dB = empty_if(need.vu_B, vu_B), empty_if(need.if_B, if_B)
+    dI = empty_if(need.importance, vu_importance), empty_if(need.importance, if_importance)
 
     k_blocks = tiles.cdiv(k, tile.BD)
     chunk = tiles.chunk_tokens(T, n, k_blocks, tile.BT, card.processors)
     chunks = tiles.tile_count(T, n, chunk, packed)
     vu_part = if_part = B_part = dh
     chunk_owner = torch.empty(chunks, **int32)
-    if need_p and one_read:
+    if need.p and one_read:
         vu_part = torch.empty((k_blocks, T, top_k * r) if use_vu else 0, **float32)
         if_part = torch.empty((k_blocks, T, top_k * r) if use_if else 0, **float32)
         parts = k_blocks
-    elif need_p:
+    elif need.p:
         vu_part, if_part, parts = shrink(
             g, vu_B, if_B, routes, n, cu_seqlens, fusion, r=r, strides=(k * r, 1, r)
         )  # fmt: skip
     if need_B:
         B_part = torch.empty((chunks, both, top_k, k, r), **float32)
-    if chunks and (need_B or (need_p and one_read)):
+    if chunks and (need_B or (need.p and one_read)):
         grad_output_kernel[(k_blocks, chunks, blocks)](
             g, h, routes, gates, lead, vu_B, if_B, cu, vu_part, if_part, B_part, chunk_owner, T, n, S, k, scaling,
             R=r, RP=RP, K=top_k, BT=tile.BT, BK=tile.BD, BC=tile.BC, CHUNK=chunk, VU=use_vu, IF=use_if,
-            P=need_p and one_read, VU_B=need_vu_B, IF_B=need_if_B, VARLEN=packed, IEEE=g.dtype == torch.float32,
+            P=need.p and one_read, VU_B=need.vu_B, IF_B=need.if_B, VARLEN=packed, IEEE=g.dtype == torch.float32,
             **tile.options(),
         )  # fmt: skip
-    c = torch.empty((M + N if need_c else 0, r), **float32)
-    if need_p:
+    c = torch.empty((M + N if need.c else 0, r), **float32)
+    if need.p:
         mix_tile = tiles.choose_tile("mix_backward", r, top_k, g.dtype, card.capability)
         number = tiles.tile_count(T, n, mix_tile.BT, packed)
         tile_owner = torch.empty(number, **int32)
-        dh = torch.empty_like(h)
         c_part = torch.empty((number if adaptive else 0, both, top_k, r), **float32)
         dq_part = torch.empty((number if need_gates else 0, both, top_k, r), **float32)
-        dgates = torch.empty((n, both, top_k) if need_gates else 0, **float32)
         if number:
             mix_backward_kernel[(number,)](
                 vu_part, if_part, h, w, routes, gates, lead, cu, dh, c_part, dq_part, tile_owner, parts, T, n, S,
@@ -449,22 +446,18 @@ def grad_output(
         if programs:
             _collect[(programs,)](
                 c_part, dq_part, tile_owner, routes, c, dgates, number,
-                M=M, N=N, R=r, RP=RP, K=top_k, BRANCHES=both, TILES=64, C=need_c, **tiles.SMALL,
+                M=M, N=N, R=r, RP=RP, K=top_k, BRANCHES=both, TILES=64, C=need.c, **tiles.SMALL,
             )  # fmt: skip
     for branch, (B, importance, want) in enumerate(
-        ((vu_B, vu_importance, need_vu_B), (if_B, if_importance, need_if_B))
+        ((vu_B, vu_importance, need.vu_B), (if_B, if_importance, need.if_B))
     ):
-        if not (want or (need_importance and need_c)):
+        if not (want or need.importance):
             continue
-        if want:
-            dB[branch] = torch.empty_like(B)
-        if need_importance and need_c:
-            dI[branch] = torch.empty_like(importance)
         BK = tiles.collect_rows(r)
         _collect_B[(tiles.cdiv(k, BK),)](
             B_part, chunk_owner, routes, c, B, importance, dB[branch], dI[branch], chunks, k, scaling,
             branch if both == 2 else 0, M if branch else 0,
-            E=B.shape[0], R=r, RP=RP, K=top_k, BRANCHES=both, BK=BK, ADAPTIVE=need_c, WANT_B=want,
-            WANT_I=need_importance, **tiles.SMALL,
+            E=B.shape[0], R=r, RP=RP, K=top_k, BRANCHES=both, BK=BK, ADAPTIVE=need.c, WANT_B=want,
+            WANT_I=need.importance, **tiles.SMALL,
         )  # fmt: skip
     return dh if need_dh else torch.empty(0, **float32), *dB, *dI, dgates

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import branches, new_rank_space, new_routing
 from . import tiles
 from .common import columns, keep_mask, locate, per_slot, tile_base, top_k, wide
 
@@ -440,22 +441,16 @@ def route_shrink(
     """(h, w, routes, gates, logits, mean); arguments and results as in `smolora.rank_space.route_shrink`."""
     (T, d), n = x.shape, instances
     (M, r, _), N, k = vu_A.shape, if_A.shape[0], vu_B.shape[1]
-    use_vu, use_if = fusion != "if", fusion != "vu"
+    use_vu, use_if = branches(fusion)
     adaptive, packed = fusion == "adaptive", cu_seqlens is not None
     S, RP, KP = T // max(n, 1), tiles.rank_columns(r), tiles.next_power(top_k)
     MP, NP = max(2, tiles.next_power(M)), max(2, tiles.next_power(N))
     card = tiles.card_of(x.device)
-    h = x.new_empty((T, use_vu + use_if, top_k, r), dtype=torch.float32)
-    w = x.new_empty((M + N if adaptive else 0, r), dtype=torch.float32)
+    h, w = new_rank_space(x, M + N, r, top_k, fusion)
     mean = x.new_empty((0, 0), dtype=torch.float32)
     routed_here = given_routes is None
-    if routed_here:
-        routes = torch.empty((n, use_vu + use_if, top_k), dtype=torch.int32, device=x.device)
-        gates = torch.empty_like(routes, dtype=torch.float32)
-        logits = x.new_zeros((n, M + N), dtype=torch.float32)
-    else:
-        routes, gates = given_routes.clone(), given_gates.float().clone()
-        logits = x.new_empty((n, 0), dtype=torch.float32)
+    routes, gates, logits = new_routing(x, n, M + N, top_k, fusion, given_routes, given_gates)
+    logits.zero_()  # those of a branch that is not in use
     route_vu = routed_here and use_vu
     routed = torch.empty((n, 2), dtype=torch.int64, device=x.device)
     BK = tiles.prepare_rows(r)

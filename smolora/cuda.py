@@ -8,7 +8,7 @@ the CPU, and the tensors are CPU tensors.
 from __future__ import annotations
 
 import importlib
-import math
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rank_space import FIXED_LEAD, branches
+from .common import FIXED_LEAD, branches, empty_if, new_rank_space, new_routing, wanted
+from .kernels import tiles
 
 try:
     extension: ModuleType | None = importlib.import_module("._C", __package__)
@@ -32,6 +33,7 @@ except ImportError as error:  # built for another Python, or not at all well
     _missing = f"its compiled kernels do not load: {error}"
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+OTHER_DTYPE = 4
 COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have; in float32 the last would spill
 MAX_DECODE_INSTANCES = 64
 MAX_DECODE_EXPERTS, MAX_DECODE_SLOTS = 256, 64
@@ -104,32 +106,28 @@ def info() -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- launching
 
 
-def _run(name: str, like: Tensor, **fields: Any) -> None:
-    """Run a pass of the extension on the current stream of a tensor's device.
+def _run(name: str, like: Tensor, *parts: dict[str, Any]) -> None:
+    """Run a pass of the extension on the current stream of a tensor's device, with the fields of its params struct.
 
-    A tensor becomes its address, a tuple of one (a parameter) its address and dtype; None leaves a field as it is.
+    A tensor becomes its address and dtype; None leaves a field as it is. Only decode takes several structs.
     """
-    values: dict[str, Any] = {"device": like.device.index or 0}
+    common: dict[str, Any] = {"device": like.device.index or 0}
     if like.device.type == "cuda":
-        values["stream"] = torch.cuda.current_stream(like.device).cuda_stream
-    tensors = []
-    for field, value in fields.items():
-        if value is None:
-            continue
-        if isinstance(value, tuple):
-            (tensor,) = value
-            values[field] = (tensor.data_ptr(), DTYPES[tensor.dtype])
-            tensors.append(tensor)
-        elif isinstance(value, Tensor):
-            values[field] = value.data_ptr()
-            tensors.append(value)
-        else:
-            values[field] = value
+        common["stream"] = torch.cuda.current_stream(like.device).cuda_stream, OTHER_DTYPE
     if extension.emulated:
         extension.forget()
-        for tensor in tensors:
-            extension.allow(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-    getattr(extension, name)(**values)
+    calls = []
+    for fields in parts:
+        values = dict(common)
+        for field, value in fields.items():
+            if isinstance(value, Tensor):
+                values[field] = value.data_ptr(), DTYPES.get(value.dtype, OTHER_DTYPE)
+                if extension.emulated:
+                    extension.allow(value.data_ptr(), value.numel() * value.element_size())
+            elif value is not None:
+                values[field] = value
+        calls.append(values)
+    getattr(extension, name)(*calls)
 
 
 def _layout(
@@ -211,23 +209,15 @@ def route_shrink(
     need_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(h, w, routes, gates, logits, mean); arguments and results as in `smolora.rank_space.route_shrink`."""
-    from .kernels import tiles
-
     (T, d), n = x.shape, instances
     (M, r, _), N, k = vu_A.shape, if_A.shape[0], vu_B.shape[1]
     use_vu, use_if = branches(fusion)
-    b, RP, adaptive, route = use_vu + use_if, rank_columns(r), fusion == "adaptive", given_routes is None
-    _refuse_large(b * top_k * r)
+    RP, adaptive, route = rank_columns(r), fusion == "adaptive", given_routes is None
+    _refuse_large((use_vu + use_if) * top_k * r)
     float32 = dict(dtype=torch.float32, device=x.device)
-    h = torch.empty((T, b, top_k, r), **float32)
-    w = torch.empty((M + N if adaptive else 0, r), **float32)
-    if route:
-        routes = torch.empty((n, b, top_k), dtype=torch.int32, device=x.device)
-        gates = torch.empty((n, b, top_k), **float32)
-        logits = torch.zeros((n, M + N), **float32)
-    else:
-        routes, gates = given_routes.clone(), given_gates.float().clone()
-        logits = torch.empty((n, 0), **float32)
+    h, w = new_rank_space(x, M + N, r, top_k, fusion)
+    routes, gates, logits = new_routing(x, n, M + N, top_k, fusion, given_routes, given_gates)
+    logits.zero_()  # those of a branch that is not in use
     route_vu = route and use_vu
     one_pass = route_vu and M * RP <= tiles.MAX_ONE_PASS_COLUMNS
     total = (use_vu * (M if one_pass else top_k) + use_if * top_k) * RP
@@ -240,14 +230,12 @@ def route_shrink(
     splits = tiles.splits(number * tiles.cdiv(total, columns), d, width, card.processors)
     slices = tiles.cdiv(d, extension.ROUTE_INPUTS)
     mean = torch.empty((n, d) if route_vu else (0, 0), **float32)
-    _run(
-        "route_shrink", x, **_layout(x.dtype, T, n, top_k, r, M, N, fusion, scaling, cu_seqlens, seed, threshold),
+    _run("route_shrink", x, dict(
+        **_layout(x.dtype, T, n, top_k, r, M, N, fusion, scaling, cu_seqlens, seed, threshold),
         d=d, k=k, e=if_router.shape[1], route=route, one_pass=one_pass, columns=columns, splits=splits,
-        sum_splits=tiles.splits(sums_number, d, width, card.processors), x=x,
-        mask=None if route_mask is None or not route_vu else route_mask.view(torch.uint8),
-        instruction=None if instruction is None else (instruction,), vu_A=(vu_A,), if_A=(if_A,), vu_B=(vu_B,),
-        if_B=(if_B,), vu_router=(vu_router,), if_router=(if_router,), vu_importance=(vu_importance,),
-        if_importance=(if_importance,),
+        sum_splits=tiles.splits(sums_number, d, width, card.processors), x=x, mask=route_mask if route_vu else None,
+        instruction=instruction, vu_A=vu_A, if_A=if_A, vu_B=vu_B, if_B=if_B, vu_router=vu_router, if_router=if_router,
+        vu_importance=vu_importance, if_importance=if_importance,
         vu_packed=_packed(vu_A, (M, RP, _up_to_8(d)), x.dtype) if use_vu else None,
         if_packed=_packed(if_A, (N, RP, _up_to_8(d)), x.dtype) if use_if else None,
         routes=routes, gates=gates, logits=logits,
@@ -257,7 +245,7 @@ def route_shrink(
         z_part=torch.empty((n, slices, M), **float32) if route_vu else None,
         w_part=torch.empty((tiles.cdiv(k, extension.PREPARE_OUTPUTS), M + N, r), **float32) if adaptive else None,
         part=torch.empty((splits, T, total), **float32), h=h, w=w,
-    )  # fmt: skip
+    ))  # fmt: skip
     return h, w, routes, gates, logits, mean if need_mean and route_vu else torch.empty((0, 0), **float32)
 
 
@@ -278,8 +266,6 @@ def fuse_expand(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, lead); arguments and results as in `smolora.rank_space.fuse_expand`."""
-    from .kernels import tiles
-
     T, n = h.shape[0], instances
     (M, k, r), N, top_k = vu_B.shape, if_B.shape[0], routes.shape[2]
     use_vu, use_if = branches(fusion)
@@ -287,13 +273,13 @@ def fuse_expand(
     y = torch.empty((T, k), dtype=dtype, device=h.device)
     lead = h.new_empty(T)
     number = tiles.tile_count(T, n, extension.TILE, cu_seqlens is not None)
-    _run(
-        "fuse_expand", h, **_layout(dtype, T, n, top_k, r, M, N, fusion, scaling, cu_seqlens), k=k,
+    _run("fuse_expand", h, dict(
+        **_layout(dtype, T, n, top_k, r, M, N, fusion, scaling, cu_seqlens), k=k,
         splits=tiles.splits(number, k, 256, tiles.card_of(h.device).processors), h=h, w=w, routes=routes, gates=gates,
-        vu_B=(vu_B,), if_B=(if_B,), bias=bias, vu_packed=_packed(vu_B, (M, k, RP), dtype) if use_vu else None,
+        vu_B=vu_B, if_B=if_B, bias=bias, vu_packed=_packed(vu_B, (M, k, RP), dtype) if use_vu else None,
         if_packed=_packed(if_B, (N, k, RP), dtype) if use_if else None,
         u=torch.empty((T, (use_vu + use_if) * top_k * RP), dtype=dtype, device=h.device), lead=lead, y=y,
-    )  # fmt: skip
+    ))  # fmt: skip
     if weight is not None:
         y.addmm_(x, weight.t())
     return y, lead
@@ -321,16 +307,11 @@ def grad_output(
     need_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dh, dvu_B, dif_B, dvu_importance, dif_importance, dgates), as in `smolora.rank_space.grad_output`."""
-    from .kernels import tiles
-
     (T, k), n = g.shape, instances
     (M, _, r), N, top_k = vu_B.shape, if_B.shape[0], routes.shape[2]
+    need = wanted(fusion, need_dh, need_vu_B, need_if_B, need_importance, need_gates)
     use_vu, use_if = branches(fusion)
-    adaptive, packed, b, RP = fusion == "adaptive", cu_seqlens is not None, use_vu + use_if, rank_columns(r)
-    need_vu_B, need_if_B = need_vu_B and use_vu, need_if_B and use_if
-    need_B, need_importance = need_vu_B or need_if_B, need_importance and adaptive
-    need_c = adaptive and (need_B or need_importance)
-    need_p = need_dh or need_c or need_gates
+    need_B, packed, b, RP = need.vu_B or need.if_B, cu_seqlens is not None, use_vu + use_if, rank_columns(r)
     total, card = b * top_k * RP, tiles.card_of(g.device)
     once, columns = one_read(total, g.dtype), shrink_columns(total, g.dtype)
     block = extension.OUTER_TILES * extension.ROW // g.element_size()
@@ -341,31 +322,31 @@ def grad_output(
     parts = k_blocks if once else tiles.splits(number, k, block, card.processors)
     mix_tiles = tiles.tile_count(T, n, extension.MIX_TILE, packed)
     float32, int32 = dict(dtype=torch.float32, device=g.device), dict(dtype=torch.int32, device=g.device)
-    dh = torch.empty(h.shape if need_p else 0, **float32)
-    dgates = torch.empty((n, b, top_k) if need_gates else 0, **float32)
-    dB = [torch.empty_like(B) if need else B.new_empty(0) for B, need in ((vu_B, need_vu_B), (if_B, need_if_B))]
-    dI = [torch.empty_like(I) if need_importance else I.new_empty(0) for I in (vu_importance, if_importance)]
-    room = lambda B: _packed(  # noqa: E731
-        B, (B.shape[0], k, RP) if once else (B.shape[0], RP, _up_to_8(k)), g.dtype, exchanged=not once
-    )
-    _run(
-        "grad_output", g, **_layout(g.dtype, T, n, top_k, r, M, N, fusion, scaling, cu_seqlens), k=k, need_p=need_p,
-        need_c=need_c, need_gates=need_gates, need_vu_B=need_vu_B, need_if_B=need_if_B,
-        need_importance=need_importance, one_read=once, columns=columns, parts=parts, chunk=chunk, chunks=chunks, g=g,
-        h=h, w=w, routes=routes, gates=gates, lead=lead, vu_B=(vu_B,), if_B=(if_B,), vu_importance=(vu_importance,),
-        if_importance=(if_importance,), vu_packed=room(vu_B) if need_p and use_vu else None,
-        if_packed=room(if_B) if need_p and use_if else None,
+    dh, dgates = empty_if(need.p, h), empty_if(need_gates, gates)
+    dvu_B, dif_B = empty_if(need.vu_B, vu_B), empty_if(need.if_B, if_B)
+    dvu_importance, dif_importance = (empty_if(need.importance, I) for I in (vu_importance, if_importance))
+
+    def room(B: Tensor, used: bool) -> Tensor | None:
+        shape = (k, RP) if once else (RP, _up_to_8(k))
+        return _packed(B, (B.shape[0], *shape), g.dtype, exchanged=not once) if need.p and used else None
+
+    _run("grad_output", g, dict(
+        **_layout(g.dtype, T, n, top_k, r, M, N, fusion, scaling, cu_seqlens), k=k, need_p=need.p, need_c=need.c,
+        need_gates=need_gates, need_vu_B=need.vu_B, need_if_B=need.if_B, need_importance=need.importance,
+        one_read=once, columns=columns, parts=parts, chunk=chunk, chunks=chunks, g=g, h=h, w=w, routes=routes,
+        gates=gates, lead=lead, vu_B=vu_B, if_B=if_B, vu_importance=vu_importance, if_importance=if_importance,
+        vu_packed=room(vu_B, use_vu), if_packed=room(if_B, use_if),
         u=torch.empty((T, total), dtype=g.dtype, device=g.device) if need_B else None,
-        p_part=torch.empty((parts, T, total), **float32) if need_p else None,
+        p_part=torch.empty((parts, T, total), **float32) if need.p else None,
         B_part=torch.empty((chunks, total // 16, k, 16), **float32) if need_B else None,
         chunk_owner=torch.empty(chunks, **int32),
-        c_part=torch.empty((mix_tiles, b, top_k, r), **float32) if need_c else None,
+        c_part=torch.empty((mix_tiles, b, top_k, r), **float32) if need.c else None,
         q_part=torch.empty((mix_tiles, b, top_k, r), **float32) if need_gates else None,
         tile_owner=torch.empty(mix_tiles, **int32),
-        c=torch.empty((M + N, r), **float32) if need_c else None, dh=dh, dvu_B=(dB[0],), dif_B=(dB[1],),
-        dvu_importance=(dI[0],), dif_importance=(dI[1],), dgates=dgates,
-    )  # fmt: skip
-    return dh if need_dh else torch.empty(0, **float32), *dB, *dI, dgates
+        c=torch.empty((M + N, r), **float32) if need.c else None, dh=dh, dvu_B=dvu_B, dif_B=dif_B,
+        dvu_importance=dvu_importance, dif_importance=dif_importance, dgates=dgates,
+    ))  # fmt: skip
+    return dh if need_dh else dh.new_empty(0), dvu_B, dif_B, dvu_importance, dif_importance, dgates
 
 
 def grad_input(
@@ -389,8 +370,6 @@ def grad_input(
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dvu_A, dif_A); arguments and results as in `smolora.rank_space.grad_input`."""
-    from .kernels import tiles
-
     T, n, top_k = dh.shape[0], instances, routes.shape[2]
     (M, r, d), N = vu_A.shape, if_A.shape[0]
     use_vu, use_if = branches(fusion)
@@ -401,23 +380,21 @@ def grad_input(
     chunk = tiles.chunk_tokens(T, n, tiles.cdiv(d, block), extension.CHUNK, card.processors)
     chunks = tiles.tile_count(T, n, chunk, packed)
     number = tiles.tile_count(T, n, extension.TILE, packed)
-    empty = lambda *shape: torch.empty(shape, dtype=dtype, device=dh.device)  # noqa: E731
-    dx = empty(T, d) if need_dx else empty(0)
-    dA = [torch.empty_like(A) if need else A.new_empty(0) for A, need in ((vu_A, need_vu_A), (if_A, need_if_A))]
-    _run(
-        "grad_input", dh,
+    dx = dh.new_empty((T, d) if need_dx else 0, dtype=dtype)
+    dvu_A, dif_A = empty_if(need_vu_A, vu_A), empty_if(need_if_A, if_A)
+    _run("grad_input", dh, dict(
         **_layout(dtype, T, n, top_k, r, M, N, fusion, cu_seqlens=cu_seqlens, seed=seed, threshold=threshold), d=d,
         need_dx=need_dx, need_vu_A=need_vu_A, need_if_A=need_if_A,
         splits=tiles.splits(number, d, 256, card.processors), chunk=chunk, chunks=chunks, x=x, dh=dh, routes=routes,
-        mask=None if route_mask is None else route_mask.view(torch.uint8), dmean=dmean, vu_A=(vu_A,), if_A=(if_A,),
-        vu_packed=empty(M, d, RP) if need_dx and use_vu else None,
-        if_packed=empty(N, d, RP) if need_dx and use_if else None, u=empty(T, total),
-        A_part=dh.new_empty((chunks, total, d)) if need_A else None,
-        chunk_owner=torch.empty(chunks, dtype=torch.int32, device=dh.device), dx=dx, dvu_A=(dA[0],), dif_A=(dA[1],),
-    )  # fmt: skip
+        mask=route_mask, dmean=dmean, vu_A=vu_A, if_A=if_A,
+        vu_packed=dh.new_empty((M, d, RP), dtype=dtype) if need_dx and use_vu else None,
+        if_packed=dh.new_empty((N, d, RP), dtype=dtype) if need_dx and use_if else None,
+        u=dh.new_empty((T, total), dtype=dtype), A_part=dh.new_empty((chunks, total, d)) if need_A else None,
+        chunk_owner=dh.new_empty(chunks, dtype=torch.int32), dx=dx, dvu_A=dvu_A, dif_A=dif_A,
+    ))  # fmt: skip
     if need_dx and weight is not None:
         dx.addmm_(g, weight)
-    return dx, *dA
+    return dx, dvu_A, dif_A
 
 
 # -------------------------------------------------------------------------------------------------------- one token
@@ -439,53 +416,50 @@ def decodes(tokens: int, instances: int, packed: bool, threshold: int, slots: in
 def decode(
     x: Tensor,
     instances: int,
-    cu_seqlens: Tensor | None,
     route_mask: Tensor | None,
     instruction: Tensor | None,
-    given_routes: Tensor | None,
-    given_gates: Tensor | None,
-    vu_A: Tensor,
-    if_A: Tensor,
-    vu_B: Tensor,
-    if_B: Tensor,
-    vu_router: Tensor,
-    if_router: Tensor,
-    vu_importance: Tensor,
-    if_importance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    given_routes: Sequence[Tensor],
+    given_gates: Sequence[Tensor],
+    vu_A: Sequence[Tensor],
+    vu_B: Sequence[Tensor],
+    if_A: Sequence[Tensor],
+    if_B: Sequence[Tensor],
+    vu_router: Sequence[Tensor],
+    if_router: Sequence[Tensor],
+    vu_importance: Sequence[Tensor],
+    if_importance: Sequence[Tensor],
+    weight: Sequence[Tensor | None],
+    bias: Sequence[Tensor | None],
     top_k: int,
     scaling: float,
     fusion: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A forward of one token an instance in one launch, after the base's product: (y, routes, gates, logits, lead).
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """A forward of one token an instance through projections of x, in one launch after their bases' products.
 
-    Arguments as in `route_shrink` and `fuse_expand`. What B is multiplied with stays in float32 here.
+    Arguments as in `route_shrink` and `fuse_expand`, with a list wherever projections differ; `given_routes` and
+    `given_gates` have one for each of them, or none. What B is multiplied with stays in float32 here.
+
+    Returns:
+        y, routes, gates, logits and lead of each projection.
     """
     n, d = x.shape
-    (M, r, _), N, k = vu_A.shape, if_A.shape[0], vu_B.shape[1]
-    b, route = sum(branches(fusion)), given_routes is None
-    float32 = dict(dtype=torch.float32, device=x.device)
-    if weight is None:
-        y = torch.empty((n, k), dtype=x.dtype, device=x.device)
-    else:
-        y = torch.nn.functional.linear(x, weight, bias)
-    if route:
-        routes = torch.empty((n, b, top_k), dtype=torch.int32, device=x.device)
-        gates = torch.empty((n, b, top_k), **float32)
-        logits = torch.empty((n, M + N), **float32)
-    else:
-        routes, gates = given_routes.clone(), given_gates.float().clone()
-        logits = torch.empty((n, 0), **float32)
-    lead = torch.empty(n, **float32)
-    slices, parts = math.ceil(d / extension.DECODE_INPUTS), math.ceil(k / extension.DECODE_OUTPUTS)
-    _run(
-        "decode", x, **_layout(x.dtype, n, n, top_k, r, M, N, fusion, scaling), d=d, k=k, e=if_router.shape[1],
-        route=route, add=weight is not None, x=x, mask=None if route_mask is None else route_mask.view(torch.uint8),
-        instruction=None if instruction is None else (instruction,), vu_A=(vu_A,), if_A=(if_A,), vu_B=(vu_B,),
-        if_B=(if_B,), vu_router=(vu_router,), if_router=(if_router,), vu_importance=(vu_importance,),
-        if_importance=(if_importance,), routes=routes, gates=gates, logits=logits, lead=lead, y=y,
-        h_part=torch.empty((slices, n, (M + N) * r), **float32), z_part=torch.empty((slices, n, M), **float32),
-        z_if=torch.empty((n, N), **float32), w_part=torch.empty((parts, (M + N) * r), **float32),
-    )  # fmt: skip
-    return y, routes, gates, logits, lead
+    route = not given_routes
+    results, calls = [], []
+    for i in range(len(vu_A)):
+        (M, r, _), N, k = vu_A[i].shape, if_A[i].shape[0], vu_B[i].shape[1]
+        y = x.new_empty((n, k)) if weight[i] is None else torch.nn.functional.linear(x, weight[i], bias[i])
+        given = (None, None) if route else (given_routes[i], given_gates[i])
+        routes, gates, logits = new_routing(x, n, M + N, top_k, fusion, *given)
+        lead = logits.new_empty(n)
+        slices, parts = tiles.cdiv(d, extension.DECODE_INPUTS), tiles.cdiv(k, extension.DECODE_OUTPUTS)
+        results.append((y, routes, gates, logits, lead))
+        calls.append(dict(
+            **_layout(x.dtype, n, n, top_k, r, M, N, fusion, scaling), d=d, k=k, e=if_router[i].shape[1], route=route,
+            add=weight[i] is not None, x=x, mask=route_mask, instruction=instruction, vu_A=vu_A[i], if_A=if_A[i],
+            vu_B=vu_B[i], if_B=if_B[i], vu_router=vu_router[i], if_router=if_router[i],
+            vu_importance=vu_importance[i], if_importance=if_importance[i], routes=routes, gates=gates, logits=logits,
+            lead=lead, y=y, h_part=lead.new_empty((slices, n, (M + N) * r)), z_part=lead.new_empty((slices, n, M)),
+            z_if=lead.new_empty((n, N)), w_part=lead.new_empty((parts, (M + N) * r)),
+        ))  # fmt: skip
+    _run("decode", x, *calls)
+    return tuple(map(list, zip(*results, strict=True)))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .backends import resolve_backend
+from .common import accurate_dtype, active_streams, branches
 from .config import SMoLoRAConfig, dropout_threshold
 from .ops import smolora_linear
-from .rank_space import accurate_dtype, active_streams, branches
 from .routing import Chosen, Routing
 
 OFFICIAL_KEY = re.compile(

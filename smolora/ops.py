@@ -8,7 +8,7 @@ autocast off: their inputs come in one compute dtype, whatever the state of the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cuda, rank_space
-from .rank_space import accurate_dtype, active_streams
+from .common import active_streams, branches, empty_if, new_rank_space, new_routing, wanted
 
 CHECK_ENVIRONMENT = "SMOLORA_CHECK"
 
@@ -61,17 +61,12 @@ def check_values(
     cu_seqlens: Tensor | None,
     route_mask: Tensor | None,
     instruction: Tensor | None,
-    routes: Tensor | None,
-    gates: Tensor | None,
-    vu_A: Tensor,
-    if_A: Tensor,
-    *rest: Any,
 ) -> None:
     """What only the values can tell, checked where reading them waits for no device.
 
     Raises:
-        ValueError: `cu_seqlens` are no boundaries of x's tokens, `instruction` is not finite, `route_mask` leaves an
-            instance that has tokens without any, or `routes` name an expert that does not exist.
+        ValueError: `cu_seqlens` are no boundaries of x's tokens, `instruction` is not finite, or `route_mask` leaves an
+            instance that has tokens without any.
     """
     if cu_seqlens is not None:
         cu = cu_seqlens.tolist()
@@ -88,29 +83,38 @@ def check_values(
         if bool(empty.any()):
             rows = empty.nonzero().flatten().tolist()
             raise ValueError(f"route_mask must keep a token of every instance, got none for instances {rows}")
+
+
+def check_routes(routes: Tensor, vu_A: Tensor, if_A: Tensor, fusion: str) -> None:
+    """The same for given routes (n, b, c).
+
+    Raises:
+        ValueError: they name an expert that does not exist.
+    """
+    for slot, branch in enumerate(active_streams(fusion)):
+        name, experts = ("VU", "IF")[branch], (vu_A, if_A)[branch].shape[0]
+        chosen = routes[:, slot]
+        if chosen.numel() and not bool(((chosen >= 0) & (chosen < experts)).all()):
+            raise ValueError(f"routes of the {name} branch must lie in 0 to {experts - 1}, got {chosen.tolist()}")
+
+
+def _check_route_shrink(
+    x, instances, cu_seqlens, route_mask, instruction, routes, gates, vu_A, if_A, vu_B, if_B, vu_router, if_router,
+    vu_importance, if_importance, seed, threshold, top_k, scaling, fusion, need_mean,
+):  # fmt: skip
+    check_values(x, instances, cu_seqlens, route_mask, instruction)
     if routes is not None:
-        streams = active_streams(rest[-2])
-        for slot, branch in enumerate(streams):
-            name, experts = (("VU", vu_A), ("IF", if_A))[branch][0], (vu_A, if_A)[branch].shape[0]
-            chosen = routes[:, slot]
-            if chosen.numel() and not bool(((chosen >= 0) & (chosen < experts)).all()):
-                raise ValueError(f"routes of the {name} branch must lie in 0 to {experts - 1}, got {chosen.tolist()}")
+        check_routes(routes, vu_A, if_A, fusion)
 
 
 def _fake_route_shrink(
     x, instances, cu_seqlens, route_mask, instruction, routes, gates, vu_A, if_A, vu_B, if_B, vu_router, if_router,
     vu_importance, if_importance, seed, threshold, top_k, scaling, fusion, need_mean, backend,
 ):  # fmt: skip
-    dtype = accurate_dtype(x.dtype)
-    branches, experts, r = len(active_streams(fusion)), vu_A.shape[0] + if_A.shape[0], vu_A.shape[1]
-    return (
-        x.new_empty((x.shape[0], branches, top_k, r), dtype=dtype),
-        x.new_empty((experts if fusion == "adaptive" else 0, r), dtype=dtype),
-        x.new_empty((instances, branches, top_k), dtype=torch.int32),
-        x.new_empty((instances, branches, top_k), dtype=dtype),
-        x.new_empty((instances, experts if routes is None else 0), dtype=dtype),
-        x.new_empty((instances, x.shape[1]) if need_mean else (0, 0), dtype=dtype),
-    )
+    experts = vu_A.shape[0] + if_A.shape[0]
+    h, w = new_rank_space(x, experts, vu_A.shape[1], top_k, fusion)
+    mean = h.new_empty((instances, x.shape[1]) if need_mean else (0, 0))
+    return h, w, *new_routing(x, instances, experts, top_k, fusion, routes, gates), mean
 
 
 def _fake_fuse_expand(
@@ -123,27 +127,18 @@ def _fake_grad_output(
     g, h, w, routes, gates, lead, vu_B, if_B, vu_importance, if_importance, instances, cu_seqlens, scaling, fusion,
     need_dh, need_vu_B, need_if_B, need_importance, need_gates, backend,
 ):  # fmt: skip
-    use_vu, use_if = rank_space.branches(fusion)
-    need_importance = need_importance and fusion == "adaptive"
-    wanted = (vu_B, need_vu_B and use_vu), (if_B, need_if_B and use_if)
-    wanted += (vu_importance, need_importance), (if_importance, need_importance)
-    return (
-        torch.empty_like(h) if need_dh else h.new_empty(0),
-        *(torch.empty_like(like) if want else like.new_empty(0) for like, want in wanted),
-        h.new_empty(gates.shape if need_gates else 0),
-    )
+    need = wanted(fusion, need_dh, need_vu_B, need_if_B, need_importance, need_gates)
+    pairs = (need_dh, h), (need.vu_B, vu_B), (need.if_B, if_B), (need.importance, vu_importance)
+    return tuple(empty_if(*pair) for pair in (*pairs, (need.importance, if_importance), (need_gates, gates)))
 
 
 def _fake_grad_input(
     x, dh, routes, vu_A, if_A, instances, cu_seqlens, route_mask, dmean, seed, threshold, fusion, dtype, need_dx,
     need_vu_A, need_if_A, g, weight, backend,
 ):  # fmt: skip
-    use_vu, use_if = rank_space.branches(fusion)
-    return (
-        dh.new_empty((dh.shape[0], vu_A.shape[2]) if need_dx else (0,), dtype=dtype),
-        torch.empty_like(vu_A) if need_vu_A and use_vu else vu_A.new_empty(0),
-        torch.empty_like(if_A) if need_if_A and use_if else if_A.new_empty(0),
-    )
+    use_vu, use_if = branches(fusion)
+    dx = dh.new_empty((dh.shape[0], vu_A.shape[2]) if need_dx else 0, dtype=dtype)
+    return dx, empty_if(need_vu_A and use_vu, vu_A), empty_if(need_if_A and use_if, if_A)
 
 
 route_shrink = _define(
@@ -152,7 +147,7 @@ route_shrink = _define(
     "Tensor if_router, Tensor vu_importance, Tensor if_importance, Tensor? seed, int threshold, int top_k, "
     "float scaling, str fusion, bool need_mean, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_route_shrink,
-    check_values,
+    _check_route_shrink,
 )
 fuse_expand = _define(
     "fuse_expand(Tensor h, Tensor w, Tensor routes, Tensor gates, Tensor vu_B, Tensor if_B, SymInt instances, "
@@ -175,27 +170,34 @@ grad_input = _define(
 )
 
 
-def _fake_decode(
-    x, instances, cu_seqlens, route_mask, instruction, routes, gates, vu_A, if_A, vu_B, if_B, vu_router, if_router,
-    vu_importance, if_importance, weight, bias, top_k, scaling, fusion, backend,
+def _check_decode(
+    x, instances, route_mask, instruction, routes, gates, vu_A, vu_B, if_A, if_B, vu_router, if_router, vu_importance,
+    if_importance, weight, bias, top_k, scaling, fusion,
 ):  # fmt: skip
-    shape, dtype = (instances, len(active_streams(fusion)), top_k), accurate_dtype(x.dtype)
-    return (
-        x.new_empty((instances, vu_B.shape[1])),
-        x.new_empty(shape, dtype=torch.int32),
-        x.new_empty(shape, dtype=dtype),
-        x.new_empty((instances, vu_A.shape[0] + if_A.shape[0] if routes is None else 0), dtype=dtype),
-        x.new_empty(instances, dtype=dtype),
-    )
+    check_values(x, instances, None, route_mask, instruction)
+    for chosen, *A in zip(routes, vu_A, if_A, strict=False):  # there may be no routes
+        check_routes(chosen, *A, fusion)
+
+
+def _fake_decode(
+    x, instances, route_mask, instruction, routes, gates, vu_A, vu_B, if_A, if_B, vu_router, if_router, vu_importance,
+    if_importance, weight, bias, top_k, scaling, fusion, backend,
+):  # fmt: skip
+    results = []
+    for i, (A, B) in enumerate(zip(vu_A, vu_B, strict=True)):
+        given = (routes[i], gates[i]) if routes else (None, None)
+        routing = new_routing(x, instances, A.shape[0] + if_A[i].shape[0], top_k, fusion, *given)
+        results.append((x.new_empty((instances, B.shape[1])), *routing, routing[2].new_empty(instances)))
+    return tuple(map(list, zip(*results, strict=True)))
 
 
 decode = _define(
-    "decode(Tensor x, SymInt instances, Tensor? cu_seqlens, Tensor? route_mask, Tensor? instruction, Tensor? routes, "
-    "Tensor? gates, Tensor vu_A, Tensor if_A, Tensor vu_B, Tensor if_B, Tensor vu_router, Tensor if_router, "
-    "Tensor vu_importance, Tensor if_importance, Tensor? weight, Tensor? bias, int top_k, float scaling, str fusion, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "decode(Tensor x, SymInt instances, Tensor? route_mask, Tensor? instruction, Tensor[] routes, Tensor[] gates, "
+    "Tensor[] vu_A, Tensor[] vu_B, Tensor[] if_A, Tensor[] if_B, Tensor[] vu_router, Tensor[] if_router, "
+    "Tensor[] vu_importance, Tensor[] if_importance, Tensor?[] weight, Tensor?[] bias, int top_k, float scaling, "
+    "str fusion, str backend) -> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
     _fake_decode,
-    lambda *arguments: check_values(*arguments, False),  # where route_shrink has need_mean
+    _check_decode,
 )
 
 
@@ -327,10 +329,13 @@ def smolora_linear(
         x.shape[0], instances, cu_seqlens is not None, threshold, len(active_streams(fusion)) * top_k,
         vu_A.shape[0] + if_A.shape[0], vu_A.shape[1],
     ):  # fmt: skip
-        return decode(
-            x, instances, cu_seqlens, route_mask, instruction, routes, gates, vu_A, if_A, vu_B, if_B, vu_router,
-            if_router, vu_importance, if_importance, weight, bias, top_k, scaling, fusion, backend,
+        parameters = vu_A, vu_B, if_A, if_B, vu_router, if_router, vu_importance, if_importance
+        (result,) = decode_linears(
+            x, instruction, [parameters], [(weight, bias)], instances=instances, top_k=top_k, scaling=scaling,
+            fusion=fusion, backend=backend, route_mask=route_mask, routes=[] if routes is None else [routes],
+            gates=[] if routes is None else [gates],
         )  # fmt: skip
+        return result
     learns = (top_k > 1 or router_grad == "straight_through") and routes is None
     keep_x = torch.is_grad_enabled() and (vu_A.requires_grad or if_A.requires_grad)
     return _SMoLoRA.apply(
@@ -338,3 +343,35 @@ def smolora_linear(
         route_mask, cu_seqlens, routes, gates, seed, instances, threshold, top_k, scaling, fusion,
         router_grad if learns else None, backend, keep_x,
     )  # fmt: skip
+
+
+def decode_linears(
+    x: Tensor,
+    instruction: Tensor | None,
+    parameters: Sequence[Sequence[Tensor]],
+    bases: Sequence[tuple[Tensor | None, Tensor | None]],
+    *,
+    instances: int,
+    top_k: int,
+    scaling: float,
+    fusion: str,
+    backend: str,
+    route_mask: Tensor | None = None,
+    routes: Sequence[Tensor] = (),
+    gates: Sequence[Tensor] = (),
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """`smolora_linear` of one token an instance for layers that share x, in one launch; see `cuda.decodes`.
+
+    Args:
+        parameters: of each layer, vu_A to if_importance in the order of `smolora_linear`.
+        bases: (weight, bias) of each layer.
+        routes, gates: of each layer, or none.
+
+    Returns:
+        what `smolora_linear` gives for each layer.
+    """
+    results = decode(
+        x, instances, route_mask, instruction, list(routes), list(gates), *map(list, zip(*parameters, strict=True)),
+        *map(list, zip(*bases, strict=True)), top_k, scaling, fusion, backend,
+    )  # fmt: skip
+    return list(zip(*results, strict=True))

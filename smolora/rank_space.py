@@ -24,24 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .common import FIXED_LEAD, accurate_dtype, active_streams, branches, wanted
+
 LOW = 0xFFFFFFFF
-FIXED_LEAD = {"mean": 0.0, "vu": float("inf"), "if": -float("inf")}
-
-
-def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of reductions over inputs of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def branches(fusion: str) -> tuple[bool, bool]:
-    """Which branches, VU and IF, a fusion mode uses."""
-    return fusion != "if", fusion != "vu"
-
-
-def active_streams(fusion: str) -> tuple[int, ...]:
-    """The branches in use by number (VU 0, IF 1), which are also their dropout streams."""
-    return tuple(branch for branch, used in enumerate(branches(fusion)) if used)
-
 
 # ---------------------------------------------------------------------------------------------------------- dropout
 
@@ -422,28 +407,28 @@ def grad_output(
     blocks = cut(h.shape[0], instances, cu_seqlens)
     routes, gates, lead, h = blocks.spread(routes), blocks.spread(gates), blocks.split(lead), blocks.split(h)
     g_blocks = blocks.split(g).to(accurate)
-    need_c = fusion == "adaptive" and (need_vu_B or need_if_B or need_importance)
+    need = wanted(fusion, need_dh, need_vu_B, need_if_B, need_importance, need_gates)
     dh, dgates = g.new_empty(0, dtype=accurate), g.new_empty(0, dtype=accurate)
     dB = [B.new_empty(0) for B in (vu_B, if_B)]
     dI = [importance.new_empty(0) for importance in (vu_importance, if_importance)]
-    if need_dh or need_c or need_gates:
+    if need.p:
         B = _chosen_B((vu_B, if_B), routes, fusion, g.dtype)
         p = torch.bmm(g_blocks, B).mul_(scaling).view_as(h)
         dh, c, dgates = mix_backward(p, h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, lead, fusion)
         dh = blocks.join(dh) if need_dh else g.new_empty(0, dtype=accurate)
         dgates = blocks.gather(dgates) if need_gates else g.new_empty(0, dtype=accurate)
-    if need_vu_B or need_if_B:
+    if need.vu_B or need.if_B:
         partial = torch.bmm(g_blocks.mT, _fused(h, lead, gates, scaling, fusion))
         partial = partial.view(*partial.shape[:2], *h.shape[2:]).permute(2, 0, 3, 1, 4)  # (b, N, c, k, r)
     for slot, branch in enumerate(active_streams(fusion)):
         B, importance = ((vu_B, vu_importance), (if_B, if_importance))[branch]
-        c_e = by_expert(c[:, slot], B.shape[0], routes[:, slot]) if need_c else None  # (E, r)
-        if (need_vu_B, need_if_B)[branch]:
+        c_e = by_expert(c[:, slot], B.shape[0], routes[:, slot]) if need.c else None  # (E, r)
+        if (need.vu_B, need.if_B)[branch]:
             grad = by_expert(partial[slot], B.shape[0], routes[:, slot])
-            if need_c:
+            if need.c:
                 grad += scaling * importance.to(accurate)[:, None] * c_e[:, None, :]
             dB[branch] = grad.to(B.dtype)
-        if need_importance and need_c:
+        if need.importance:
             dI[branch] = (scaling * torch.einsum("ekr,er->k", B.to(accurate), c_e)).to(importance.dtype)
     return dh, *dB, *dI, dgates
 

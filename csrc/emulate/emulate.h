@@ -31,6 +31,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -95,7 +96,7 @@ struct Block {
 // bounds of the memory that a launch may touch: address -> size
 inline std::map<uintptr_t, size_t> allowed;
 inline bool reversed = false;  // run threads and blocks from the last to the first
-inline int processors = 3;     // blocks that a cooperative launch may have
+inline int processors = 5;     // blocks that a cooperative launch may have
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline std::vector<Block> blocks;

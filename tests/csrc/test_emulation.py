@@ -32,10 +32,10 @@ def test_goes_on_after_a_fault(emulated):
 def test_unknown_field(emulated):
     """A field that the params struct does not have is an error, and not one that is left out."""
     with pytest.raises(TypeError, match=r"unknown field among .*typo"):
-        emulated.decode(typo=1)
+        emulated.decode(dict(typo=1))
 
 
 def test_memory_of_no_tensor(emulated):
     emulated.forget()
     with pytest.raises(RuntimeError, match="mix: a pointer to no tensor of this launch"):
-        emulated.fuse_expand(T=1, n=1, r=4, M=1, N=1, h=64)
+        emulated.fuse_expand(dict(T=1, n=1, r=4, M=1, N=1, h=(64, 0)))

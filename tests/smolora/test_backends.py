@@ -343,7 +343,9 @@ def test_without_triton(tmp_path: Path):
             hidden = package.name.startswith(("triton", "__editable__", "smolora", "__pycache__"))
             if not hidden and not (tmp_path / package.name).exists():
                 (tmp_path / package.name).symlink_to(package)
-    (tmp_path / "smolora").symlink_to(Path(smolora.__file__).parent)
+    (tmp_path / "smolora").mkdir()
+    for entry in [*Path(smolora.__file__).parent.iterdir(), Path(smolora.kernels.__file__).parent]:
+        (tmp_path / "smolora" / entry.name).symlink_to(entry)
     code = LAYER + "import json, sys\n" + "\n".join(
         [
             "results = [report(forward), report(enter, 'triton'), report(enter, 'torch')]",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import smolora.layer
-from smolora.rank_space import active_streams
+from smolora.common import active_streams
 from smolora.reference import smolora_forward
 from smolora.train.run import Run
 
