@@ -400,17 +400,17 @@ def grad_input(
 # -------------------------------------------------------------------------------------------------------- one token
 
 
-def decodes(tokens: int, instances: int, packed: bool, threshold: int, slots: int, experts: int, r: int) -> bool:
-    """Whether `decode` takes a forward: one token an instance, no dropout, and no gradient asked for.
-
-    Args:
-        slots: chosen experts of an instance, of both branches.
-        experts: M + N.
-    """
-    one_token = tokens == instances and 0 < instances <= MAX_DECODE_INSTANCES and not packed and not threshold
-    if not one_token or torch.is_grad_enabled() or slots > MAX_DECODE_SLOTS or experts > MAX_DECODE_EXPERTS:
+def decodes(
+    x: Tensor, instances: int, cu_seqlens: Tensor | None, threshold: int, top_k: int, fusion: str, vu_A: Tensor,
+    if_A: Tensor,
+) -> bool:  # fmt: skip
+    """Whether `decode` takes a forward: one token an instance, no dropout, and no gradient asked for."""
+    one_token = x.shape[0] == instances and cu_seqlens is None and 0 < instances <= MAX_DECODE_INSTANCES
+    slots, experts, r = sum(branches(fusion)) * top_k, vu_A.shape[0] + if_A.shape[0], vu_A.shape[1]
+    if not one_token or threshold or torch.is_grad_enabled():
         return False
-    return max(experts * r, slots * (r + 1)) <= extension.DECODE_NUMBERS
+    fits = slots <= MAX_DECODE_SLOTS and experts <= MAX_DECODE_EXPERTS
+    return fits and max(experts * r, slots * (r + 1)) <= extension.DECODE_NUMBERS
 
 
 def decode(

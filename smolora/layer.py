@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import cuda
 from .backends import resolve_backend
 from .common import accurate_dtype, active_streams, branches
 from .config import SMoLoRAConfig, dropout_threshold
-from .ops import smolora_linear
+from .ops import decode_linears, smolora_linear
 from .routing import Chosen, Routing
 
 OFFICIAL_KEY = re.compile(
@@ -20,27 +22,36 @@ OFFICIAL_KEY = re.compile(
 )
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a layer computes in: autocast's, else x's own."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward: it has hooks, or a replaced forward (offloading)."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return any(hooks) or "forward" in module.__dict__ or hasattr(module, "_hf_hook")
+
+
+def is_local(parameter: Tensor) -> bool:
+    """Whether all of a parameter is here: it is neither sharded nor partitioned."""
+    return type(parameter) in (nn.Parameter, Tensor) and not hasattr(parameter, "ds_id")
+
+
 def is_plain_linear(base: nn.Module, dtype: torch.dtype) -> bool:
     """Whether `base` is nothing but x W^T + b with frozen weights in `dtype`, so that its products may be taken over.
 
-    Hooks, a replaced forward (offloading), parametrisations, sharded or partitioned weights and subclasses all mean
-    that calling the module does more than this product.
+    Hooks, parametrisations, sharded weights and subclasses all mean that calling it does more than this product.
     """
-    if type(base) is not nn.Linear or "forward" in base.__dict__ or hasattr(base, "_hf_hook"):
-        return False
-    hooks = (
-        base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks,
-    )  # fmt: skip
-    if any(hooks):
+    if type(base) is not nn.Linear or has_hooks(base):
         return False
     parameters = [base._parameters.get("weight"), base._parameters.get("bias")]
     if parameters[0] is None:
         return False
-    return all(
-        p is None
-        or (type(p) in (nn.Parameter, Tensor) and p.dtype == dtype and not p.requires_grad and not hasattr(p, "ds_id"))
-        for p in parameters
-    )
+    return all(p is None or (is_local(p) and p.dtype == dtype and not p.requires_grad) for p in parameters)
 
 
 class SMoLoRAExperts(nn.Module):
@@ -145,11 +156,44 @@ class SMoLoRAExperts(nn.Module):
                 on a GPU when the environment variable SMOLORA_CHECK is 1, since reading them waits for the GPU.
             RuntimeError: the backend that was asked for cannot run.
         """
+        inputs = self._inputs(x, instruction, route_mask, cu_seqlens, routes, gates)
+        tokens, instruction = inputs.pop("x"), inputs.pop("instruction")
+        plain = base is not None and is_plain_linear(base, tokens.dtype)
+        y, *last = smolora_linear(
+            tokens, *self._weights(), instruction, **inputs, router_grad=self.config.router_grad,
+            weight=base.weight if plain else None, bias=base.bias if plain else None,
+        )  # fmt: skip
+        if base is not None and not plain:
+            y = y.add_(base(x).view_as(y))
+        return self.finish(x, (y, *last))
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        """The parameters in the order of `smolora_linear`."""
+        return (
+            self.vu_A, self.vu_B, self.if_A, self.if_B, self.vu_router, self.if_router, self.vu_importance,
+            self.if_importance,
+        )  # fmt: skip
+
+    def finish(self, x: Tensor, result: tuple[Tensor, ...]) -> Tensor:
+        """The output for x, of what `smolora_linear` gave; keeps what was decided."""
+        y, *last, lead = result
+        self._last = (*last, lead if self.keep_alpha else None)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _inputs(
+        self,
+        x: Tensor,
+        instruction: Tensor | None = None,
+        route_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        routes: Chosen | tuple[Tensor | None, Tensor | None] | None = None,
+        gates: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> dict[str, Any]:
+        """The arguments of `smolora_linear` that a call decides, from those of `forward`, checked."""
         config = self.config
         instances = self._check(x, instruction, route_mask, cu_seqlens, routes, gates)
-        device_type = x.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-        backend = resolve_backend(device_type, dtype)
+        dtype = compute_dtype(x)
+        backend = resolve_backend(x.device.type, dtype)
         threshold = self._threshold if self.training else 0
         seed = None
         if threshold:  # on the device: nothing waits for it, and a recomputed forward draws the same
@@ -164,22 +208,13 @@ class SMoLoRAExperts(nn.Module):
                 routes = self._given(routes, gates, instances, accurate_dtype(dtype))
             routes, gates = routes
             instruction = None
-        tokens = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-        plain = base is not None and is_plain_linear(base, dtype)
-        y, *last = smolora_linear(
-            tokens, self.vu_A, self.vu_B, self.if_A, self.if_B, self.vu_router, self.if_router, self.vu_importance,
-            self.if_importance, None if instruction is None else instruction.contiguous(), instances=instances,
-            threshold=threshold, top_k=config.top_k, scaling=config.scaling, fusion=config.fusion,
-            router_grad=config.router_grad, backend=backend, weight=base.weight if plain else None,
-            bias=base.bias if plain else None,
+        return dict(
+            x=x.reshape(-1, x.shape[-1]).to(dtype).contiguous(),
+            instruction=None if instruction is None else instruction.contiguous(), instances=instances,
+            threshold=threshold, top_k=config.top_k, scaling=config.scaling, fusion=config.fusion, backend=backend,
             route_mask=None if route_mask is None else route_mask.reshape(-1).contiguous(), cu_seqlens=cu_seqlens,
             routes=routes, gates=gates, seed=seed,
         )  # fmt: skip
-        *last, lead = last
-        self._last = (*last, lead if self.keep_alpha else None)
-        if base is not None and not plain:
-            y = y.add_(base(x).view_as(y))
-        return y.view(*x.shape[:-1], self.out_features)
 
     @property
     def has_routed(self) -> bool:
@@ -329,6 +364,38 @@ class SMoLoRAExperts(nn.Module):
         if gates is None:
             return Chosen(chosen, torch.full(chosen.shape, 1 / top_k, dtype=dtype, device=chosen.device))
         return Chosen(chosen, torch.stack(picked["gates"], 1).to(dtype))
+
+
+def decode_together(
+    x: Tensor, layers: Sequence[tuple[SMoLoRAExperts, nn.Linear, Mapping[str, Any]]]
+) -> list[tuple[Tensor, ...]] | None:
+    """One token an instance through adapted plain layers that share x, in one launch.
+
+    Args:
+        x: (B, 1, d).
+        layers: experts, the base under them, and the arguments of their forward besides.
+
+    Returns:
+        what `SMoLoRAExperts.finish` takes to make the output of each; None if no launch takes these layers.
+    """
+    first = layers[0][0]
+    c = first.config
+    if any(experts.config is not c or (experts.training and experts._threshold) for experts, *_ in layers):
+        return None
+    inputs = [experts._inputs(x, **arguments) for experts, _, arguments in layers]
+    call = inputs[0]  # the others have the same, but for routes and gates
+    if call["backend"] != "cuda" or not cuda.decodes(
+        call["x"], call["instances"], call["cu_seqlens"], call["threshold"], c.top_k, c.fusion, first.vu_A, first.if_A
+    ):
+        return None
+    given = call["routes"] is not None
+    return decode_linears(
+        call["x"], call["instruction"], [experts._weights() for experts, *_ in layers],
+        [(base.weight, base.bias) for _, base, _ in layers], instances=call["instances"], top_k=c.top_k,
+        scaling=c.scaling, fusion=c.fusion, backend=call["backend"], route_mask=call["route_mask"],
+        routes=[each["routes"] for each in inputs] if given else [],
+        gates=[each["gates"] for each in inputs] if given else [],
+    )  # fmt: skip
 
 
 class FusedSMoLoRA(SMoLoRAExperts):

@@ -325,10 +325,7 @@ def smolora_linear(
         y (T, k), routes (n, b, c), gates (n, b, c), logits (n, M + N) or (n, 0), lead (T,). Without `weight`, y is
         the adapter's output alone.
     """
-    if backend == "cuda" and cuda.decodes(
-        x.shape[0], instances, cu_seqlens is not None, threshold, len(active_streams(fusion)) * top_k,
-        vu_A.shape[0] + if_A.shape[0], vu_A.shape[1],
-    ):  # fmt: skip
+    if backend == "cuda" and cuda.decodes(x, instances, cu_seqlens, threshold, top_k, fusion, vu_A, if_A):
         parameters = vu_A, vu_B, if_A, if_B, vu_router, if_router, vu_importance, if_importance
         (result,) = decode_linears(
             x, instruction, [parameters], [(weight, bias)], instances=instances, top_k=top_k, scaling=scaling,

@@ -25,6 +25,7 @@ from transformers.utils import TransformersKwargs
 from ..config import SMoLoRAConfig
 from ..routing import Chosen
 from .call import MISSING, Call, Generation, checked_map, token_input
+from .together import BESIDE, Ahead
 
 if TYPE_CHECKING:
     from .layer import SMoLoRALayer
@@ -48,17 +49,19 @@ class RoutingContext:
 
     Attributes:
         model: the model.
-        layers: the adapter layers of the model.
+        layers: the adapter layers of the model, by key.
         call: of the forward that runs or ran last, or whose backward runs.
         generation: of the `generate()` that runs.
+        ahead: what the layer that was called last has computed for the next one; see `together`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         parameters = inspect.signature(model.forward).parameters
         self.model = model
-        self.layers: list[SMoLoRALayer] = []
+        self.layers: dict[str, SMoLoRALayer] = {}
         self.call: Call | None = None
         self.generation: Generation | None = None
+        self.ahead: Ahead | None = None
         self._forward_names = list(parameters)
         self._image_token = getattr(getattr(model, "config", None), "image_token_id", None)
         self._started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
@@ -66,7 +69,7 @@ class RoutingContext:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled model starts without a call."""
-        return {**self.__dict__, "call": None, "generation": None, "_started": None}
+        return {**self.__dict__, "call": None, "generation": None, "ahead": None, "_started": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -121,10 +124,15 @@ class RoutingContext:
     def configs(self) -> list[SMoLoRAConfig]:
         """The configurations of the adapters in use."""
         found = {}
-        for layer in self.layers:
+        for layer in self.layers.values():
             if not layer.disable_adapters:
                 found.update((name, layer.smolora_experts[name].config) for name in layer.active_in_layer())
         return list(found.values())
+
+    def beside(self, layer: SMoLoRALayer) -> SMoLoRALayer | None:
+        """The layer that is called right after this one with the same input."""
+        name = layer.smolora_key.rpartition(".")[2]
+        return self.layers.get(layer.smolora_key.removesuffix(name) + BESIDE[name]) if name in BESIDE else None
 
     # -------------------------------------------------------------------------------------------------------- forward
 
@@ -163,6 +171,7 @@ class RoutingContext:
 
     def end(self, output: Any) -> None:
         """Close the call of a forward: keep its routes for what continues it, and come back in its backward."""
+        self.ahead = None
         call = self.call
         if call is None:
             return
@@ -175,7 +184,7 @@ class RoutingContext:
             if generation is not None or cache is not None:
                 kept = {
                     (layer.smolora_key, name): layer.smolora_experts[name].last_chosen()
-                    for layer in self.layers
+                    for layer in self.layers.values()
                     if not layer.takes_images
                     for name in layer.active_in_layer()
                     if layer.smolora_experts[name].has_routed
@@ -191,14 +200,14 @@ class RoutingContext:
 
     def forget(self) -> None:
         """Drop what layers have of an earlier call."""
-        for layer in self.layers:
+        for layer in self.layers.values():
             layer.forget_routing()
 
     def misses_images(self) -> bool:
         """Whether an image adapter trains that this forward did not run."""
         return any(
             not experts.has_routed and any(p.requires_grad for p in experts.parameters())
-            for layer in self.layers
+            for layer in self.layers.values()
             if layer.takes_images and not layer.disable_adapters
             for experts in (layer.smolora_experts[name] for name in layer.active_in_layer())
         )
@@ -382,7 +391,7 @@ def _anchor_images(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     features = context.model.get_image_features(pixel_values=blank)
     features = getattr(features, "pooler_output", features)
     nothing = sum(feature[:0].sum() for feature in features)
-    for layer in context.layers:
+    for layer in context.layers.values():
         if layer.takes_images:
             layer.forget_routing()
     return args, {**kwargs, "inputs_embeds": embeds + nothing.to(embeds)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import SMoLoRAConfig
 from ..layer import SMoLoRAExperts
 from .context import RoutingContext
+from .together import decoded_together
 
 NO_MERGE = (
     "SMoLoRA cannot be merged into the base: which experts a sample uses, and their shares alpha and beta, depend on "
@@ -120,6 +121,8 @@ class SMoLoRALinear(nn.Module, SMoLoRALayer):
         names = [] if self.disable_adapters else self.active_in_layer()
         if not names:
             return self.base_layer(x, *args, **kwargs)
+        if len(names) == 1 and (y := decoded_together(self, names[0], x)) is not None:
+            return y
         y = self.adapter_output(x, names[0], self.base_layer)
         for name in names[1:]:
             y = y + self.adapter_output(x, name)
@@ -127,11 +130,12 @@ class SMoLoRALinear(nn.Module, SMoLoRALayer):
 
     def adapter_output(self, x: Tensor, name: str, base: nn.Module | None = None) -> Tensor:
         """One adapter's output, with the base's if `base` is given."""
-        experts = self.smolora_experts[name]
-        call = self.smolora_context.current()
-        return experts(
-            x, base=base, **call.arguments(x, experts.config, (self.smolora_key, name), self.takes_images)
-        )  # fmt: skip
+        return self.smolora_experts[name](x, base=base, **self.arguments(x, name))
+
+    def arguments(self, x: Tensor, name: str) -> dict[str, Any]:
+        """What the forward of an adapter's experts takes besides x and the base."""
+        call, config = self.smolora_context.current(), self.smolora_experts[name].config
+        return call.arguments(x, config, (self.smolora_key, name), self.takes_images)
 
     def __repr__(self) -> str:
         return "smolora." + super().__repr__()

@@ -72,7 +72,7 @@ class SMoLoRAModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-        context.layers.append(layer)
+        context.layers[current_key] = layer
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
@@ -82,7 +82,7 @@ class SMoLoRAModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
-        for layer in getattr(self.model, CONTEXT).layers:
+        for layer in getattr(self.model, CONTEXT).layers.values():
             _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
             if adapter_name in layer.smolora_experts and dtype is not None and dtype.is_floating_point:
                 layer.smolora_experts[adapter_name].to(dtype)

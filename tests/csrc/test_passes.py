@@ -8,8 +8,9 @@ from safetensors import safe_open
 
 import smolora
 from cases import OPTIONS, RANKS, SHAPES, plain
-from oracle import PARAMETERS, Case, build, check, complaints, error, reference, run
+from oracle import PARAMETERS, Batch, Case, build, check, complaints, error, reference, run
 from smolora import cuda, ops, rank_space
+from smolora.layer import decode_together
 from smolora.reference import philox_bytes
 
 float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
@@ -84,6 +85,63 @@ def test_decode(case: Case, dtype: torch.dtype, device: str, monkeypatch: pytest
     for mine, theirs in zip(routing.logits + routing.gates, expected.logits + expected.gates, strict=True):
         assert (mine is None and theirs is None) or error(mine, theirs) < 1e-5
     assert error(routing.alpha, expected.alpha) < (1e-5 if dtype == float32 else 2e-2)
+
+
+SEVERAL = [
+    plain.but(B=5, mask=True),
+    plain.but(B=2, d=600, r=24, top_k=2, bias=False),  # several slices of d
+    plain.but(B=9, given=True),  # each layer has its own routes
+    plain.but(B=1, fusion="vu", d=41),
+]
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
+@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
+def test_decode_together(case: Case, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Layers that share x, of very different sizes, in one launch: right, and the bits of a launch each."""
+    built = [build(case.but(S=1, k=k, seed=seed), dtype, device) for seed, k in enumerate((56, 1100, 3, 600))]
+    layers, x = [layer for layer, _ in built], built[0][1].x
+    batches = []
+    for layer, batch in built:
+        layer.config = layers[0].config
+        if not case.given:  # routes are each layer's, all else is shared
+            batch.keywords = built[0][1].keywords
+        batches.append(Batch(x, batch.cotangent, batch.keywords))
+    run_pass, launches = cuda._run, []
+    monkeypatch.setattr(cuda, "_run", lambda name, *rest: (launches.append(name), run_pass(name, *rest)))
+    parts = [(layer, layer.base_layer, batch.keywords) for layer, batch in zip(layers, batches, strict=True)]
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        alone = [layer(x, **batch.keywords) for layer, batch in zip(layers, batches, strict=True)]
+        decided = [layer.last_routing() for layer in layers]
+        for count in range(1, 5):
+            launches.clear()
+            results = decode_together(x, parts[:count])
+            assert launches == ["decode"] and len(results) == count
+            for layer, result, y, routing in zip(layers, results, alone, decided, strict=False):
+                layer.forget_routing()
+                assert torch.equal(layer.finish(x, result), y)
+                for mine, theirs in zip(layer.last_routing()[:3], routing[:3], strict=True):
+                    for a, b in zip(mine, theirs, strict=True):
+                        assert (a is None and b is None) or torch.equal(a, b)
+    for layer, batch, y in zip(layers, batches, alone, strict=True):
+        truth, eager = ({"y": reference(layer, batch, each)["y"]} for each in (torch.float64, dtype))
+        assert not complaints({"y": y}, truth, eager, dtype)
+
+
+def test_decode_together_is_limited(device: str):
+    """More projections than a launch takes are refused; what no launch is for comes back as None."""
+    layer, batch = build(plain.but(S=1), float32, device)
+    part = (layer, layer.base_layer, batch.keywords)
+    with torch.no_grad(), smolora.use_backend("cuda"), pytest.raises(ValueError, match="1 to 4 projections, got 5"):
+        decode_together(batch.x, [part] * 5)
+    with torch.no_grad(), smolora.use_backend("torch"):
+        assert decode_together(batch.x, [part]) is None
+    with smolora.use_backend("cuda"):
+        assert decode_together(batch.x, [part]) is None  # a gradient may be asked for
+        other, _ = build(plain.but(S=1, top_k=2), float32, device)
+        with torch.no_grad():
+            assert decode_together(batch.x, [part, (other, other.base_layer, batch.keywords)]) is None
 
 
 def test_decode_is_for_inference_of_one_token(device: str, monkeypatch: pytest.MonkeyPatch):
