@@ -70,6 +70,41 @@ __device__ __forceinline__ float rounded(float v) {
   return to_float(from_float<T>(v));
 }
 
+// A warp's product of `count` elements of a from the i-th on with those of b from the j-th on.
+__device__ __forceinline__ float warp_dot(Weight a, int64_t i, Weight b, int64_t j, int64_t count) {
+  float sum = 0;
+  for (int64_t c = threadIdx.x % 32; c < count; c += 32) sum += weight_at(a, i + c) * weight_at(b, j + c);
+  return warp_sum(sum);
+}
+
+// A block's part of an expert's w = s B^T I, (r,), over rows `begin` to `end` of B; `scratch` has 4 THREADS elements.
+template <class T, int THREADS>
+__device__ void add_w_part(const Layout& p, Weight B, Weight I, int64_t k, int64_t expert, int64_t begin, int64_t end,
+                           Ptr<float> scratch, Ptr<float> out) {
+  const int r = static_cast<int>(p.r), quads = static_cast<int>(cdiv(r, 4)), rows = THREADS / quads;
+  const int quad = threadIdx.x % quads, first = threadIdx.x / quads;  // a thread has 4 ranks of some rows
+  const bool aligned = r % 4 == 0 && is_aligned(B.data, 16);
+  float sum[4] = {0, 0, 0, 0};
+  if (first < rows) {
+#pragma unroll 4
+    for (int64_t row = begin + first; row < end; row += rows) {
+      float v[4];
+      four_at(v, B, (expert * k + row) * r + quad * 4, r - quad * 4, aligned);
+      const float importance = rounded<T>(weight_at(I, row));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[j] += rounded<T>(v[j]) * importance;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) scratch[threadIdx.x * 4 + j] = sum[j];
+  __syncthreads();
+  for (int rank = threadIdx.x; rank < r; rank += THREADS) {
+    float total = 0;
+    for (int row = 0; row < rows; ++row) total += scratch[(row * quads + rank / 4) * 4 + rank % 4];
+    out[rank] = static_cast<float>(p.scaling) * total;
+  }
+}
+
 // Dropout's mask of 16 columns of a row, bit j for column 16 block + j, 1 where an element stays: Philox4x32-10 with
 // counter (block, row low, row high, stream) and key = seed; byte j of its output is compared with the threshold.
 __device__ __forceinline__ uint32_t keep_bits(int64_t seed, int64_t row, uint32_t block, uint32_t stream,

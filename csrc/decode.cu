@@ -22,10 +22,15 @@ struct Projections {
   int first_block[limits::kDecodeProjections + 1] = {};  // of each one, then the number of blocks
 };
 
+static_assert(sizeof(Projections) <= 4096);  // what every driver takes for a kernel's arguments
+
 struct Items {  // what a projection's blocks share out before the barrier
-  int64_t rows, slices, dots, parts, logits;
+  int64_t vu_rows, A_rows, rows;  // of A in the VU branch, of A, and of those and the VU router
+  int64_t slices, dots, parts, logits;
   __host__ __device__ explicit Items(const Decode& p) {
-    rows = (p.use_vu ? p.M * p.r : 0) + (p.use_if ? p.N * p.r : 0) + (p.route && p.use_vu ? p.M : 0);
+    vu_rows = p.use_vu ? p.M * p.r : 0;
+    A_rows = vu_rows + (p.use_if ? p.N * p.r : 0);
+    rows = A_rows + (p.route && p.use_vu ? p.M : 0);
     slices = cdiv(p.d, kSlice);
     dots = cdiv(rows, kWarps) * slices;
     parts = p.adaptive ? cdiv(p.k, kOutputs) * (p.M + p.N) : 0;
@@ -49,15 +54,15 @@ __device__ uint64_t users_of(const Decode& p, int e) {
   return users;
 }
 
-// A warp's product of one row of A, or of the router, with a slice of every token.
+// A warp's product of one row of A, or of the router, with a slice of every token that needs it.
 template <class T>
-__device__ void dot_item(const Decode& p, int64_t row, int64_t slice, int lane, Ptr<const uint64_t> users_of) {
-  const int64_t vu = p.use_vu ? p.M * p.r : 0, experts = vu + (p.use_if ? p.N * p.r : 0);
-  const bool router = row >= experts;
-  Weight weight = router ? p.vu_router : row < vu ? p.vu_A : p.if_A;
-  const int64_t source = router ? row - experts : row < vu ? row : row - vu;
-  const uint64_t users = router ? ~0ull : users_of[(row < vu ? 0 : p.M) + source / p.r];
-  if (users == 0) return;
+__device__ void dot_item(const Decode& p, const Items& items, int64_t row, int64_t slice, int lane,
+                         Ptr<const uint64_t> users) {
+  const bool router = row >= items.A_rows, vu = row < items.vu_rows;
+  const Weight weight = router ? p.vu_router : vu ? p.vu_A : p.if_A;
+  const int64_t source = row - (router ? items.A_rows : vu ? 0 : items.vu_rows);
+  const uint64_t here = router ? ~0ull : users[(vu ? 0 : p.M) + source / p.r];
+  if (here == 0) return;
   const bool aligned = p.d % 4 == 0 && is_aligned(weight.data, 16);
   float a[kVectors][4];
 #pragma unroll
@@ -69,7 +74,7 @@ __device__ void dot_item(const Decode& p, int64_t row, int64_t slice, int lane, 
   }
   auto x = global<const T>(p.x);
   for (int64_t i = 0; i < p.n; ++i) {
-    if (!(users >> i & 1)) continue;
+    if (!(here >> i & 1)) continue;
     const bool seen = !router || p.mask == nullptr || global<const uint8_t>(p.mask)[i];
     float sum = 0;
 #pragma unroll
@@ -82,51 +87,8 @@ __device__ void dot_item(const Decode& p, int64_t row, int64_t slice, int lane, 
     }
     sum = warp_sum(sum);
     if (lane == 0 && router) global<float>(p.z_part)[(slice * p.n + i) * p.M + source] = sum;
-    if (lane == 0 && !router) global<float>(p.h_part)[(slice * p.n + i) * experts + row] = sum;
+    if (lane == 0 && !router) global<float>(p.h_part)[(slice * p.n + i) * items.A_rows + row] = sum;
   }
-}
-
-// A block's part of w of one expert: kOutputs rows of B, times I, added up.
-template <class T>
-__device__ void w_item(const Decode& p, int64_t expert, int64_t part, Ptr<float> scratch) {
-  const bool vu = expert < p.M;
-  const Weight B = vu ? p.vu_B : p.if_B, I = vu ? p.vu_importance : p.if_importance;
-  const int64_t source = (vu ? expert : expert - p.M) * p.k;
-  const int quads = static_cast<int>(cdiv(p.r, 4)), rows = kThreads / quads;  // a thread has 4 ranks of some rows
-  const int quad = threadIdx.x % quads, first = threadIdx.x / quads;
-  const bool aligned = p.r % 4 == 0 && is_aligned(B.data, 16);
-  float sum[4] = {0, 0, 0, 0};
-  if (first < rows) {
-    const int64_t end = min(p.k, (part + 1) * kOutputs);
-#pragma unroll 4
-    for (int64_t row = part * kOutputs + first; row < end; row += rows) {
-      float b[4];
-      four_at(b, B, (source + row) * p.r + quad * 4, p.r - quad * 4, aligned);
-      const float importance = rounded<T>(weight_at(I, row));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum[j] += rounded<T>(b[j]) * importance;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) scratch[threadIdx.x * 4 + j] = sum[j];
-  __syncthreads();
-  for (int rank = threadIdx.x; rank < p.r; rank += kThreads) {
-    float total = 0;
-    for (int row = 0; row < rows; ++row) total += scratch[(row * quads + rank / 4) * 4 + rank % 4];
-    global<float>(p.w_part)[(part * (p.M + p.N) + expert) * p.r + rank] = static_cast<float>(p.scaling) * total;
-  }
-  __syncthreads();
-}
-
-// A warp's IF logit of one instance and expert.
-__device__ void logit_item(const Decode& p, int64_t item, int lane) {
-  const int64_t i = item / p.N, expert = item % p.N;
-  float sum = 0;
-  for (int64_t c = lane; c < p.e; c += 32) {
-    sum += weight_at(p.if_router, expert * p.e + c) * weight_at(p.instruction, i * p.e + c);
-  }
-  sum = warp_sum(sum);
-  if (lane == 0) global<float>(p.z_if)[item] = sum;
 }
 
 template <class T>
@@ -155,13 +117,20 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   for (int64_t item = block; item < items.total(); item += blocks) {
     if (item < items.dots) {
       const int64_t row = item / items.slices * kWarps + warp;
-      if (row < items.rows) dot_item<T>(p, row, item % items.slices, lane, users);
+      if (row < items.rows) dot_item<T>(p, items, row, item % items.slices, lane, users);
     } else if (item < items.dots + items.parts) {
-      const int64_t expert = (item - items.dots) % E;
-      if (users[expert] != 0) w_item<T>(p, expert, (item - items.dots) / E, scratch);
-    } else {
+      const int64_t expert = (item - items.dots) % E, part = (item - items.dots) / E;
+      if (users[expert] == 0) continue;
+      const bool vu = expert < p.M;
+      add_w_part<T, kThreads>(p, vu ? p.vu_B : p.if_B, vu ? p.vu_importance : p.if_importance, p.k,
+                              vu ? expert : expert - p.M, part * kOutputs, min(p.k, (part + 1) * kOutputs), scratch,
+                              global<float>(p.w_part) + (part * E + expert) * r);
+      __syncthreads();  // before the next item's scratch
+    } else {  // a warp an instance and IF expert
       const int64_t pair = (item - items.dots - items.parts) * kWarps + warp;
-      if (pair < p.n * p.N) logit_item(p, pair, lane);
+      if (pair >= p.n * p.N) continue;
+      const float sum = warp_dot(p.if_router, pair % p.N * p.e, p.instruction, pair / p.N * p.e, p.e);
+      if (lane == 0) global<float>(p.z_if)[pair] = sum;
     }
   }
   grid_barrier();
@@ -181,7 +150,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   const int64_t span = cdiv(cdiv(p.k, blocks), 8) * 8;
   const int64_t first_output = min(p.k, block * span);
   const int outputs = static_cast<int>(min(p.k, first_output + span) - first_output);
-  const int64_t rows = (p.use_vu ? p.M * p.r : 0) + (p.use_if ? p.N * p.r : 0);
   const bool aligned = r % 4 == 0 && is_aligned(p.vu_B.data, 16) && is_aligned(p.if_B.data, 16);
   for (int64_t begin = 0; begin < p.n; begin += group) {
     const int count = static_cast<int>(min(static_cast<int64_t>(group), p.n - begin));
@@ -225,9 +193,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
       for (int c = lane; c < columns; c += 32) {
         const int slot = c / r, rank = c % r;
         const bool vu = p.use_vu && slot < K;
-        const int64_t row = (vu || !p.use_vu ? 0 : p.M * p.r) + static_cast<int64_t>(my_routes[slot]) * r + rank;
+        const int64_t row = (vu ? 0 : items.vu_rows) + static_cast<int64_t>(my_routes[slot]) * r + rank;
+        const auto part = global<const float>(p.h_part) + (i * items.A_rows + row);
         float h = 0;
-        for (int64_t s = 0; s < items.slices; ++s) h += global<const float>(p.h_part)[(s * p.n + i) * rows + row];
+        for (int64_t s = 0; s < items.slices; ++s) h += part[s * p.n * items.A_rows];
         u[g * columns + c] = h;
         if (p.adaptive) {
           const float score = my_gates[slot] * w[((vu ? 0 : p.M) + my_routes[slot]) * r + rank] * h;

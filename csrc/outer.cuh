@@ -28,12 +28,12 @@ constexpr int kUnitTiles = (UNITS * 16 + kColumns<T> - 1) / kColumns<T>;  // sid
 
 // Numbers that warps hand to the one that adds them up, where several share a product.
 template <int UNITS>
-constexpr int kShared = UNITS <= 2 ? (kOuterWarps - 2) * 256 : 0;
+constexpr int kHanded = UNITS <= 2 ? (kOuterWarps - 2) * 256 : 0;
 
 template <class T, int UNITS, bool P>
 constexpr size_t kOuterShared =
     kStages * limits::kChunk * limits::kRow * (limits::kOuterTiles + kUnitTiles<T, UNITS>) +
-    (P ? kUnitTiles<T, UNITS> * kOuterInputs<T> * limits::kRow + kShared<UNITS> * 4
+    (P ? kUnitTiles<T, UNITS> * kOuterInputs<T> * limits::kRow + kHanded<UNITS> * 4
        : 4 * limits::kChunk * (kOuterInputs<T> / 16) * 2);
 
 // Grid (chunks, blocks of L, blocks of units).
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kOuterThreads, 1) outer_kernel(Outer p) {
   auto u_tiles = arena.take<T>(kStages * SIDE * BT * COLUMNS);
   auto keep = arena.take<uint16_t>(P ? 0 : 4 * BT * BLOCKS);  // [step % 2][stream][row][block]
   auto w_tiles = arena.take<T>(P ? SIDE * BL * COLUMNS : 0);
-  auto shared = arena.take<float>(P ? kShared<UNITS> : 0);
+  auto handed = arena.take<float>(P ? kHanded<UNITS> : 0);
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const Span span = locate(blockIdx.x, global<const int>(p.cu), p.cu != nullptr, p.n, p.T / p.n,
@@ -160,13 +160,13 @@ __global__ void __launch_bounds__(kOuterThreads, 1) outer_kernel(Outer p) {
       if (shares > 1) {  // of the first `count` pairs of warps
         if (share > 0 && share < shares) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) shared[(warp - 2 * count) * 256 + i * 32 + lane] = sum[i / 4][i % 4];
+          for (int i = 0; i < 8; ++i) handed[(warp - 2 * count) * 256 + i * 32 + lane] = sum[i / 4][i % 4];
         }
         __syncthreads();
         for (int other = 1; other < shares && share == 0; ++other) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            sum[i / 4][i % 4] += shared[(((other - 1) * count + unit) * 2 + warp % 2) * 256 + i * 32 + lane];
+            sum[i / 4][i % 4] += handed[(((other - 1) * count + unit) * 2 + warp % 2) * 256 + i * 32 + lane];
           }
         }
       }

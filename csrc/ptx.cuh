@@ -134,14 +134,19 @@ inline void check(cudaError_t status, const char* what) {
   }
 }
 
+// Lets a kernel have more shared memory than a block gets unasked.
+template <class... P>
+void allow_shared(const char* name, void (*kernel)(P...), size_t shared) {
+  if (shared <= 48 * 1024) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+}
+
 // Launches a kernel; an error is thrown with its name. An empty grid is no launch.
 template <class... P>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, int threads, size_t shared, void* stream,
             bool cooperative, P... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
-  }
+  allow_shared(name, kernel, shared);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -159,9 +164,7 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, int threads, size
 template <class... P>
 int resident_blocks(const char* name, void (*kernel)(P...), int threads, size_t shared) {
   int device = 0, processors = 0, blocks = 0;
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
-  }
+  allow_shared(name, kernel, shared);
   check(cudaGetDevice(&device), name);
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), name);
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), name);

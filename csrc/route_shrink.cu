@@ -53,11 +53,7 @@ __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
     }
     if (p.use_if) {
       for (int64_t expert = warp; expert < p.N; expert += kWarps) {
-        float sum = 0;
-        for (int64_t c = lane; c < p.e; c += 32) {
-          sum += weight_at(p.if_router, expert * p.e + c) * weight_at(p.instruction, i * p.e + c);
-        }
-        sum = warp_sum(sum);
+        const float sum = warp_dot(p.if_router, expert * p.e, p.instruction, i * p.e, p.e);
         if (lane == 0) {
           scratch[expert] = sum;
           global<float>(p.logits)[i * (p.M + p.N) + p.M + expert] = sum;
@@ -72,32 +68,11 @@ __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
     }
     return;
   }
-  const int64_t item = blockIdx.x - instances, E = p.M + p.N, expert = item % E, part = item / E;
+  const int64_t item = blockIdx.x - instances, E = p.M + p.N, expert = item % E;
+  const int64_t begin = item / E * limits::kPrepareOutputs, end = min(p.k, begin + limits::kPrepareOutputs);
   const bool vu = expert < p.M;
-  const Weight B = vu ? p.vu_B : p.if_B, I = vu ? p.vu_importance : p.if_importance;
-  const int64_t source = (vu ? expert : expert - p.M) * p.k;
-  const int quads = static_cast<int>(cdiv(p.r, 4)), rows = kThreads / quads;  // a thread has 4 ranks of some rows
-  const int quad = thread % quads, first = thread / quads;
-  const bool aligned = p.r % 4 == 0 && is_aligned(B.data, 16);
-  float sum[4] = {0, 0, 0, 0};
-  if (first < rows) {
-    const int64_t end = min(p.k, (part + 1) * limits::kPrepareOutputs);
-    for (int64_t row = part * limits::kPrepareOutputs + first; row < end; row += rows) {
-      float v[4];
-      four_at(v, B, (source + row) * p.r + quad * 4, p.r - quad * 4, aligned);
-      const float importance = rounded<T>(weight_at(I, row));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum[j] += rounded<T>(v[j]) * importance;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) scratch[thread * 4 + j] = sum[j];
-  __syncthreads();
-  for (int rank = thread; rank < p.r; rank += kThreads) {
-    float total = 0;
-    for (int row = 0; row < rows; ++row) total += scratch[(row * quads + rank / 4) * 4 + rank % 4];
-    global<float>(p.w_part)[item * p.r + rank] = static_cast<float>(p.scaling) * total;
-  }
+  add_w_part<T, kThreads>(p, vu ? p.vu_B : p.if_B, vu ? p.vu_importance : p.if_importance, p.k,
+                          vu ? expert : expert - p.M, begin, end, scratch, global<float>(p.w_part) + item * p.r);
 }
 
 // Grid (n, slices of d): the mean of an instance's routed tokens over a slice, and its part of the logits; the last

@@ -185,7 +185,7 @@ __device__ __forceinline__ void locate_unit(const Layout& p, const Units& units,
   expert = vu && all ? slot : routes[(instance * branches + branch) * p.K + slot];
 }
 
-// Experts' rows in the compute dtype, RP a expert or a row of RP columns, both 16-byte aligned.
+// Experts' rows in the compute dtype, RP rows an expert or rows of RP columns, each starting at a multiple of 16 bytes.
 struct Rows {
   const void* vu = nullptr;
   const void* other = nullptr;  // the IF branch's

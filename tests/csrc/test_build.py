@@ -1,11 +1,15 @@
 """setup.py: what is built for which machine, and a build with a compiler that only says what it was asked."""
 
+import json
 import os
 import runpy
 import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +17,7 @@ import pytest
 import setuptools
 import torch
 
+import cuda_report
 from smolora import cuda
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +123,67 @@ def test_rebuilds_what_changed(tmp_path: Path):
     with open(tmp_path / "project/csrc/decode.cu", "a") as file:
         file.write("\n")
     assert build() == 2
+
+
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
+"""
+
+
+def wheel_from_sdist(folder: Path, **environment: str) -> tuple[set[str], Path]:
+    """What `python -m build` makes of the files that git tracks: the names in the sdist, and the wheel of these."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(lambda name: (ROOT / name).exists(), listed.splitlines()):
+        (folder / "project" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "project" / name)
+
+    def build(what: str, source: Path) -> Path:
+        command = [sys.executable, "-c", BUILD, f"build_{what}", folder]
+        kept = {name: value for name, value in os.environ.items() if name != "FORCE_CUDA"}
+        done = subprocess.run(command, cwd=source, env={**kept, **environment}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return folder / done.stdout.splitlines()[-1]
+
+    with tarfile.open(build("sdist", folder / "project")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(folder / "sources", filter="data")
+    (source,) = (folder / "sources").iterdir()
+    return names, build("wheel", source)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
+def test_sdist_and_wheel(tmp_path: Path):
+    """The sdist has every file of the project, and the wheel that comes from it the kernels of both kinds."""
+    script(tmp_path / "cuda/bin/nvcc", NVCC.format(known=KNOWN, log=tmp_path / "log"))
+    names, wheel = wheel_from_sdist(tmp_path, CUDA_HOME=str(tmp_path / "cuda"), TORCH_CUDA_ARCH_LIST="9.0a")
+    tracked = {str(path.relative_to(tmp_path / "project")) for path in (tmp_path / "project").rglob("*")}
+    missing = {name for name in tracked - names if name.split("/")[0] not in (".ci", ".gitignore")}
+    assert {name for name in missing if not name.startswith("smolora.egg-info")} == set()
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    modules = {f"smolora/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/*.py")}
+    assert modules | {f"smolora/_C{sysconfig.get_config_var('EXT_SUFFIX')}"} <= inside
+    assert not any(name.startswith(("kernels/", "csrc/", "tests/", "bench/")) for name in inside)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda_report.find_nvcc() is None, reason="needs nvcc, and there is none")
+def test_wheel_works_without_nvcc(tmp_path: Path):
+    """Built here, unpacked where there is no nvcc: the kernels load, and say what else they need."""
+    environment = {"CUDA_HOME": str(Path(cuda_report.find_nvcc()).parents[1])}
+    _, wheel = wheel_from_sdist(tmp_path, TORCH_CUDA_ARCH_LIST="8.0", **environment)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import json, smolora; print(json.dumps([smolora.__file__, smolora.backend_info()['backends']['cuda']]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    file, info = json.loads(done.stdout.splitlines()[-1])
+    assert Path(file).is_relative_to(tmp_path / "site")
+    assert info["architectures"] == "80" and info["version"] and not info["available"]
+    assert "NVIDIA driver" in info["reason"] or "no CUDA device" in info["reason"]
 
 
 def test_runs_on():
