@@ -56,12 +56,12 @@ def state_of(layer: SMoLoRALayer, name: str, x: Tensor) -> State | None:
         return None
     if not is_plain_linear(base, dtype) or resolve_backend(x.device.type, dtype) != "cuda":
         return None
-    parameters = [p for module in (experts, base) for p in module.parameters(recurse=False)]
-    tensors = (x, *parameters)
-    if not all(map(is_local, parameters)) or any(t.is_inference() or t.device != x.device for t in tensors):
+    device, parameters = x.device, experts._parameters.values()
+    tensors = (x, base.weight, *(() if base.bias is None else (base.bias,)), *parameters)
+    if not all(map(is_local, parameters)) or any(t.device != device or t.is_inference() for t in tensors):
         return None
-    stream = torch.cuda.current_stream(x.device) if x.device.type == "cuda" else None
-    versions = tuple(t._version for t in tensors)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    versions = tuple([t._version for t in tensors])
     return State(tensors, versions, (layer, name, layer.smolora_context.call, dtype, experts.training, stream))
 
 
