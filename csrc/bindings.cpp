@@ -60,8 +60,8 @@ void read(Fields& fields, Layout& p) {
 void read(Fields& fields, Decode& p) {
   FIELD(d), FIELD(k), FIELD(e), FIELD(route), FIELD(add), FIELD(x), FIELD(mask), FIELD(instruction), FIELD(vu_A);
   FIELD(if_A), FIELD(vu_B), FIELD(if_B), FIELD(vu_router), FIELD(if_router), FIELD(vu_importance);
-  FIELD(if_importance), FIELD(routes), FIELD(gates), FIELD(logits), FIELD(lead), FIELD(y), FIELD(h_part);
-  FIELD(z_part), FIELD(z_if), FIELD(w_part);
+  FIELD(if_importance), FIELD(given_routes), FIELD(given_gates), FIELD(routes), FIELD(gates), FIELD(logits);
+  FIELD(lead), FIELD(y), FIELD(h_part), FIELD(z_part), FIELD(z_if), FIELD(w_part);
 }
 void read(Fields& fields, RouteShrink& p) {
   FIELD(d), FIELD(k), FIELD(e), FIELD(route), FIELD(one_pass), FIELD(columns), FIELD(splits), FIELD(sum_splits);

@@ -46,7 +46,7 @@ __device__ uint64_t users_of(const Decode& p, int e) {
   const bool vu = e < p.M;
   if (!(vu ? p.use_vu : p.use_if)) return 0;
   const int slot = vu ? 0 : b - 1, expert = vu ? e : e - static_cast<int>(p.M);
-  const auto routes = global<const int>(p.routes);
+  const auto routes = global<const int>(p.given_routes);
   uint64_t users = 0;
   for (int i = 0; i < n; ++i) {
     for (int j = 0; j < K; ++j) users |= static_cast<uint64_t>(routes[(i * b + slot) * K + j] == expert) << i;
@@ -177,14 +177,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
         }
       } else {
         for (int j = lane; j < slots; j += 32) {
-          my_routes[j] = global<const int>(p.routes)[i * slots + j];
-          my_gates[j] = global<const float>(p.gates)[i * slots + j];
+          my_routes[j] = global<const int>(p.given_routes)[i * slots + j];
+          my_gates[j] = global<const float>(p.given_gates)[i * slots + j];
         }
       }
       __syncwarp();
       for (int j = lane; j < slots; j += 32) {
         experts[g * slots + j] = my_routes[j];
-        if (p.route && block == 0) {
+        if (block == 0) {
           global<int>(p.routes)[i * slots + j] = my_routes[j];
           global<float>(p.gates)[i * slots + j] = my_gates[j];
         }

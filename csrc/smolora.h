@@ -55,7 +55,7 @@ struct Layout {
 // A projection in decode, with one token an instance: routing, shrink, mix and expand onto the base's output.
 struct Decode : Layout {
   int64_t d = 0, k = 0, e = 0;
-  int64_t route = 0;                       // else routes and gates are given
+  int64_t route = 0;                       // else routes and gates are given, and only copied
   int64_t add = 0;                         // y has the base's output in it
   const void* x = nullptr;                 // (n, d) T
   const uint8_t* mask = nullptr;           // (n,) or null: whether the token routes
@@ -64,8 +64,10 @@ struct Decode : Layout {
   Weight vu_B, if_B;                       // (M, k, r), (N, k, r)
   Weight vu_router, if_router;             // (M, d), (N, e)
   Weight vu_importance, if_importance;     // (k,)
-  int* routes = nullptr;                   // (n, b, K) in or out
-  float* gates = nullptr;                  // (n, b, K) in or out
+  const int* given_routes = nullptr;       // (n, b, K)
+  const float* given_gates = nullptr;      // (n, b, K)
+  int* routes = nullptr;                   // (n, b, K) out
+  float* gates = nullptr;                  // (n, b, K) out
   float* logits = nullptr;                 // (n, M + N) out, if it routes
   float* lead = nullptr;                   // (n,) out
   void* y = nullptr;                       // (n, k) T, in and out

@@ -49,8 +49,9 @@ def empty_if(needed: bool, like: Tensor) -> Tensor:
 
 
 def new_routing(
-    x: Tensor, instances: int, experts: int, top_k: int, fusion: str, routes: Tensor | None, gates: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, instances: int, experts: int, top_k: int, fusion: str, routes: Tensor | None = None,
+    gates: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Room for routes (n, b, c), gates (n, b, c) and logits (n, experts); or copies of given ones and logits (n, 0)."""
     dtype = accurate_dtype(x.dtype)
     if routes is not None:

@@ -448,8 +448,7 @@ def decode(
     for i in range(len(vu_A)):
         (M, r, _), N, k = vu_A[i].shape, if_A[i].shape[0], vu_B[i].shape[1]
         y = x.new_empty((n, k)) if weight[i] is None else torch.nn.functional.linear(x, weight[i], bias[i])
-        given = (None, None) if route else (given_routes[i], given_gates[i])
-        routes, gates, logits = new_routing(x, n, M + N, top_k, fusion, *given)
+        routes, gates, logits = new_routing(x, n, M + N if route else 0, top_k, fusion)
         lead = logits.new_empty(n)
         slices, parts = tiles.cdiv(d, extension.DECODE_INPUTS), tiles.cdiv(k, extension.DECODE_OUTPUTS)
         results.append((y, routes, gates, logits, lead))
@@ -457,9 +456,12 @@ def decode(
             **_layout(x.dtype, n, n, top_k, r, M, N, fusion, scaling), d=d, k=k, e=if_router[i].shape[1], route=route,
             add=weight[i] is not None, x=x, mask=route_mask, instruction=instruction, vu_A=vu_A[i], if_A=if_A[i],
             vu_B=vu_B[i], if_B=if_B[i], vu_router=vu_router[i], if_router=if_router[i],
-            vu_importance=vu_importance[i], if_importance=if_importance[i], routes=routes, gates=gates, logits=logits,
-            lead=lead, y=y, h_part=lead.new_empty((slices, n, (M + N) * r)), z_part=lead.new_empty((slices, n, M)),
-            z_if=lead.new_empty((n, N)), w_part=lead.new_empty((parts, (M + N) * r)),
+            vu_importance=vu_importance[i], if_importance=if_importance[i],
+            given_routes=None if route else given_routes[i].contiguous(),
+            given_gates=None if route else given_gates[i].float().contiguous(), routes=routes, gates=gates,
+            logits=logits, lead=lead, y=y, h_part=lead.new_empty((slices, n, (M + N) * r)),
+            z_part=lead.new_empty((slices, n, M)), z_if=lead.new_empty((n, N)),
+            w_part=lead.new_empty((parts, (M + N) * r)),
         ))  # fmt: skip
     _run("decode", x, *calls)
     return tuple(map(list, zip(*results, strict=True)))

@@ -185,8 +185,7 @@ def _fake_decode(
 ):  # fmt: skip
     results = []
     for i, (A, B) in enumerate(zip(vu_A, vu_B, strict=True)):
-        given = (routes[i], gates[i]) if routes else (None, None)
-        routing = new_routing(x, instances, A.shape[0] + if_A[i].shape[0], top_k, fusion, *given)
+        routing = new_routing(x, instances, 0 if routes else A.shape[0] + if_A[i].shape[0], top_k, fusion)
         results.append((x.new_empty((instances, B.shape[1])), *routing, routing[2].new_empty(instances)))
     return tuple(map(list, zip(*results, strict=True)))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import smolora
 from cases import OPTIONS, RANKS, SHAPES, plain
@@ -152,6 +153,78 @@ def test_decode_is_for_inference_of_one_token(device: str, monkeypatch: pytest.M
         layer, batch = build(case, float32, device)
         with torch.no_grad(), smolora.use_backend("cuda"):
             assert torch.isfinite(layer(batch.x, **batch.keywords)).all()
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run, but for those that launch nothing: views and fresh memory."""
+
+    NOTHING = ("view", "_unsafe_view", "reshape", "detach", "alias", "t", "transpose", "empty", "new_empty")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ not in self.NOTHING:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_decode_is_one_launch(given: bool, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Beside the base's product, which cuBLAS computes: no copy, no cast and no fill before it or after."""
+    layer, batch = build(plain.but(S=1, given=given, mask=not given), bfloat16, device)
+    decode, inside = cuda.decode, Operators()
+
+    def recorded(*arguments):
+        with inside:
+            return decode(*arguments)
+
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        layer(batch.x, **batch.keywords)
+        chosen = layer.last_chosen()
+        monkeypatch.setattr(cuda, "decode", recorded)
+        with Operators() as outside:
+            layer(batch.x, **({"routes": chosen} if given else batch.keywords))
+    assert outside.names == ["decode"] and inside.names in (["linear"], ["addmm"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", [True, False])
+def test_decode_is_one_kernel(given: bool):
+    """The same, as the driver counts it, for the adapter by itself."""
+    layer, batch = build(plain.but(S=1, given=given), bfloat16, "cuda")
+    forward = smolora.layer.SMoLoRAExperts.forward
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        forward(layer, batch.x, **batch.keywords)
+        keywords = {"routes": layer.last_chosen()} if given else batch.keywords
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            forward(layer, batch.x, **keywords)
+            torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1 and "decode_kernel" in kernels[0]
+
+
+@pytest.mark.gpu
+def test_captured_together():
+    """Two layers that share x, in a graph: 100 replays on new inputs, bit for bit those of a launch each."""
+    (one, batch), (two, _) = (build(plain.but(S=1, B=4, k=k, seed=k), bfloat16, "cuda") for k in (56, 200))
+    two.config = one.config
+    x, parts = batch.x.clone(), [(layer, layer.base_layer, batch.keywords) for layer in (one, two)]
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            decode_together(x, parts)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = decode_together(x, parts)
+        for _ in range(100):
+            x.normal_()
+            graph.replay()
+            for layer, result in zip((one, two), captured, strict=True):
+                assert torch.equal(layer.finish(x, result), layer(x, **batch.keywords))
 
 
 def test_decode_onto_a_base_that_is_called(device: str):
