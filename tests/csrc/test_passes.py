@@ -164,7 +164,8 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, name = func(*args, **kwargs or {}), func.overloadpacket.__name__
-        same = isinstance(out, torch.Tensor) and out.data_ptr() == args[0].data_ptr() and not name.endswith("_")
+        tensors = isinstance(out, torch.Tensor) and isinstance(args[0], torch.Tensor)
+        same = tensors and out.data_ptr() == args[0].data_ptr() and not name.endswith("_")
         if not same and name not in ("empty", "new_empty"):
             self.names.append(name)
         return out

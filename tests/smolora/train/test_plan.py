@@ -40,6 +40,13 @@ def test_plan_for_a_reader(world, capsys):
     assert "multitask" in out and "24" in out and "memory, estimated" in out
 
 
+def test_overrides_stand_before_options_and_after_them(world, capsys):
+    steps = [dry_run(capsys, str(world))["stages"][0]["steps"]]
+    for arguments in (["training.epochs=1", "--method", "seqlora"], ["--method", "seqlora", "training.epochs=1"]):
+        steps.append(dry_run(capsys, str(world), *arguments)["stages"][0]["steps"])
+    assert steps == [6, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("method", "stages"),
     [
