@@ -1,8 +1,8 @@
 // What Python hands to each pass: addresses of device memory, sizes, and options. Everything is counted in elements.
 //
-//     T tokens, n instances, S tokens of each (not packed), b branches in use, K chosen experts of a branch, r rank
+//     T tokens, n instances, S tokens of each (not packed), b branches in use, K chosen experts of a branch
+//     r rank, 1 to 128, and RP the columns that it takes in rank space: rounded up to a multiple of 16
 //     d inputs, k outputs, e size of an instruction, M VU experts, N IF experts
-//     RP  columns that an expert takes in rank space: its rank, rounded up to a multiple of 16
 //
 // Tensors are contiguous. "T" is the compute dtype, the others are given; outputs and workspaces come uninitialised.
 #pragma once
