@@ -373,7 +373,8 @@ def decode_together(
 
     Args:
         x: (B, 1, d).
-        layers: experts, the base under them, and the arguments of their forward besides.
+        layers: experts, the plain base under them, and the arguments of their forward besides, of which only routes
+            and gates may differ between layers.
 
     Returns:
         what `SMoLoRAExperts.finish` takes to make the output of each; None if no launch takes these layers.
