@@ -71,16 +71,18 @@ __device__ __forceinline__ float rounded(float v) {
 }
 
 // A warp's product of `count` elements of a from the i-th on with those of b from the j-th on.
-__device__ __forceinline__ float warp_dot(Weight a, int64_t i, Weight b, int64_t j, int64_t count) {
+__device__ __forceinline__ float warp_dot(const Weight& a, int64_t i, const Weight& b, int64_t j, int64_t count) {
   float sum = 0;
   for (int64_t c = threadIdx.x % 32; c < count; c += 32) sum += weight_at(a, i + c) * weight_at(b, j + c);
   return warp_sum(sum);
 }
 
 // A block's part of an expert's w = s B^T I, (r,), over rows `begin` to `end` of B; `scratch` has 4 THREADS elements.
+// Weights come by reference: out of a copy nvcc would not know that they lie in global memory.
 template <class T, int THREADS>
-__device__ void add_w_part(const Layout& p, Weight B, Weight I, int64_t k, int64_t expert, int64_t begin, int64_t end,
-                           Ptr<float> scratch, Ptr<float> out) {
+__device__ __forceinline__ void add_w_part(const Layout& p, const Weight& B, const Weight& I, int64_t k,
+                                           int64_t expert, int64_t begin, int64_t end, Ptr<float> scratch,
+                                           Ptr<float> out) {
   const int r = static_cast<int>(p.r), quads = static_cast<int>(cdiv(r, 4)), rows = THREADS / quads;
   const int quad = threadIdx.x % quads, first = threadIdx.x / quads;  // a thread has 4 ranks of some rows
   const bool aligned = r % 4 == 0 && is_aligned(B.data, 16);
