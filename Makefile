@@ -16,7 +16,8 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: run test test-kernels test-csrc test-rest test-slow test-triton36 kernels gpu gpu-tests gpu-sanitizer gpu-bench
+.PHONY: run test test-kernels test-csrc test-rest test-slow test-triton36 kernels gpu gpu-tests gpu-sanitizer \
+        gpu-bench gpu-models
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -121,7 +122,7 @@ gpu:
 	$(GPU) $(PIP_INSTALL) -c .venv-gpu/torch.txt --no-build-isolation -e '.[test]' 2> /dev/null || \
 	$(GPU) $(PIP_INSTALL) -c .venv-gpu/torch.txt -e '.[test]'
 	@mkdir -p $(OUT)
-	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory --keep-going -j1 gpu-tests gpu-sanitizer gpu-bench
+	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory --keep-going -j1 gpu-tests gpu-sanitizer gpu-bench gpu-models
 
 gpu-tests:
 	PYTHONSAFEPATH=1 $(GPU) -m pytest tests -m gpu 2>&1 | tee $(OUT)/gpu-tests.log
@@ -141,3 +142,8 @@ gpu-sanitizer:
 
 gpu-bench:
 	$(GPU) bench/fused_vs_naive.py --preset llava-7b --output $(OUT) 2>&1 | tee $(OUT)/gpu-bench.log
+
+# a training step and answers of a whole LLaVA-7B with random weights
+gpu-models:
+	$(GPU) bench/train_step.py --preset llava-7b --output $(OUT) 2>&1 | tee $(OUT)/gpu-train-step.log
+	$(GPU) bench/evaluate.py --preset llava-7b --output $(OUT) 2>&1 | tee $(OUT)/gpu-evaluate.log
