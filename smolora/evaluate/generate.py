@@ -75,6 +75,36 @@ class Job(NamedTuple):
     model_id: str
 
 
+def read_whole_questions(
+    file: Path, images: Path, *, skip_broken: bool = False
+) -> tuple[list[Question], list[Skipped]]:
+    """The questions of a test file whose images, if they have one, are there.
+
+    Args:
+        file: the test file.
+        images: the folder that its records' image paths start in.
+        skip_broken: pass over what is malformed or lacks its image.
+
+    Returns:
+        The questions, and what was passed over.
+
+    Raises:
+        ValueError: something is malformed or lacks its image; file and index are named.
+    """
+    skipped: list[Skipped] = []
+    questions = []
+    for question in read_questions(file, broken=skipped if skip_broken else None):
+        path = _image_path(question, images)
+        if path is None or path.is_file():
+            questions.append(question)
+            continue
+        reason = f"{file}: record {question.index}: there is no image {path}"
+        if not skip_broken:
+            raise ValueError(reason)
+        skipped.append(Skipped(question.index, question.question_id, reason))
+    return questions, skipped
+
+
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Batches of positions in `lengths`, longest first, so that what does not fit into memory fails at once.
 
@@ -137,9 +167,7 @@ def generate_answers(
         if state.is_main_process:
             Parts(job.output, run).remove()  # a run that was killed between its last two steps left them
         return info
-    skipped: list[Skipped] = []
-    questions = read_questions(job.questions, broken=skipped if settings.skip_broken else None)
-    questions = [q for q in questions if _has_its_image(q, job, skipped if settings.skip_broken else None)]
+    questions, skipped = read_whole_questions(job.questions, job.images, skip_broken=settings.skip_broken)
     prompts = [encoder.prompt(q.text, q.image is not None) for q in questions]
     plan = plan_batches([encoder.length(prompt) for prompt in prompts], settings.token_budget)
     # batches of another plan would not be these; an image that is there now was missing then, or another tokenizer
@@ -282,22 +310,6 @@ def _load_images(
 
 def _image_path(question: Question, folder: Path) -> Path | None:
     return None if question.image is None else folder / question.image
-
-
-def _has_its_image(question: Question, job: Job, skipped: list[Skipped] | None) -> bool:
-    """Whether a question's image is there, if it has one: a missing one is known before anything runs.
-
-    Raises:
-        ValueError: it is missing, and there is no list to put it on.
-    """
-    path = _image_path(question, job.images)
-    if path is None or path.is_file():
-        return True
-    reason = f"{job.questions}: record {question.index}: there is no image {path}"
-    if skipped is None:
-        raise ValueError(reason)
-    skipped.append(Skipped(question.index, question.question_id, reason))
-    return False
 
 
 # ---- files

@@ -356,7 +356,7 @@ def test_skip_broken_counts_and_lists(generate, broken):
     output = generate(broken, settings=settings)
     assert [answer.question_id for answer in read_answers(output)] == [0, 5]
     skipped = read(skipped_path(output))
-    assert [(record["index"], record["question_id"]) for record in skipped] == [(1, 1), (2, 2), (3, None), (4, None)]
+    assert [(record["index"], record["question_id"]) for record in skipped] == [(1, 1), (2, 2), (3, None), (4, 4)]
     assert all(f"record {record['index']}" in record["reason"] for record in skipped)
     assert info(output)["skipped"] == 4 and info(output)["count"] == 2
     result = score("VQAv2", [broken.parent], output)
