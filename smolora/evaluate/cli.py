@@ -51,6 +51,7 @@ class Request(NamedTuple):
     dtype: str
     tasks: list[Task]
     embed: Callable[[SMoLoRAConfig], Mapping[str, Embed]]  # by task, for an adapter of this configuration
+    instructions: str  # what it makes embeddings of
     settings: GenerationSettings
     max_new_tokens: int | None
     padding: str
@@ -121,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
         scores = evaluate_tasks(
             model.to(state.device).eval(), encoder, ImageTransform.from_pretrained(request.model), request.tasks,
             output=args.output, model_id=args.model_id or folder_name(args.adapter or request.model), embed=embed,
-            settings=request.settings, max_new_tokens=request.max_new_tokens, padding=request.padding,
-            protocol=request.protocol,
+            instructions=None if embed is None else request.instructions, settings=request.settings,
+            max_new_tokens=request.max_new_tokens, padding=request.padding, protocol=request.protocol,
         )  # fmt: skip
     if state.is_main_process:
         for name, score in scores.items():
@@ -156,7 +157,7 @@ def by_options(args: argparse.Namespace) -> Request:
         return embeds_of_texts(options.instruction, config, questions, options.encoder)
 
     return Request(
-        options.model, options.dtype, tasks, embed,
+        options.model, options.dtype, tasks, embed, f"{options.instruction}, encoder {options.encoder}",
         GenerationSettings(
             token_budget=options.token_budget, image_workers=options.image_workers, skip_broken=args.skip_broken,
             routes_per_sample=args.routes,
@@ -197,7 +198,7 @@ def by_recipe(args: argparse.Namespace) -> Request:
 
     evaluation = recipe.evaluation
     return Request(
-        recipe.model.path, recipe.model.dtype, tasks, embed,
+        recipe.model.path, recipe.model.dtype, tasks, embed, "saved" if saved else str(recipe.instructions),
         GenerationSettings(
             token_budget=evaluation.token_budget, image_workers=evaluation.workers, skip_broken=args.skip_broken,
             routes_per_sample=args.routes,

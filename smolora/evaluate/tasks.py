@@ -84,6 +84,7 @@ def evaluate_tasks(
     output: Path,
     model_id: str,
     embed: Mapping[str, Embed] | None = None,
+    instructions: str | None = None,
     settings: GenerationSettings | None = None,
     max_new_tokens: int | None = None,
     padding: str = "all",
@@ -99,6 +100,7 @@ def evaluate_tasks(
         output: folder for answers and scores.
         model_id: the model's name in the answers.
         embed: by a task's name what makes instruction embeddings of its questions, for a model that takes them.
+        instructions: what `embed` makes them of: answers by others are not taken for these.
         settings: of the generation.
         max_new_tokens: of every answer; by default the released number of each dataset.
         padding: "all" pads every image to a square, as in training; "released" leaves that out for the four datasets
@@ -124,7 +126,7 @@ def evaluate_tasks(
         generate_answers(
             model, encoder,
             ImageTransform(transform.processor, square=padding == "all" or spec.released_square),
-            Job(task.dataset, task.questions, task.images, answers, model_id),
+            Job(task.dataset, task.questions, task.images, answers, model_id, instructions),
             embed=embed and embed[task.name],
             settings=replace(settings, max_new_tokens=max_new_tokens or spec.max_new_tokens),
         )  # fmt: skip

