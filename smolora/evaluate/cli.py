@@ -115,7 +115,10 @@ def run(args: argparse.Namespace) -> int:
     encoder = PromptEncoder.for_model(AutoTokenizer.from_pretrained(request.model), model.config)
     embed = None
     if args.adapter:
-        model = PeftModel.from_pretrained(model, args.adapter)
+        try:
+            model = PeftModel.from_pretrained(model, args.adapter)
+        except (KeyError, RuntimeError) as error:  # tensors that are missing, unknown or of another shape
+            raise ValueError(f"--adapter {args.adapter} does not fit {request.model}: {error}") from error
         if isinstance(model.active_peft_config, SMoLoRAConfig):
             embed = request.embed(model.active_peft_config)
     with use_backend(request.backend):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import SMOLORA, SMoLoRAConfig
 from .context import CONTEXT, RoutingContext
 from .layer import NO_MERGE, SMoLoRALayer, SMoLoRALinear
+from .loading import PREFIX, check_names
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS = {
@@ -130,17 +131,11 @@ class SMoLoRAModel(LinearTuner):
         """The checkpoint's tensors under the model's names.
 
         Raises:
-            KeyError: tensors of the adapter are missing, or there are some that the model has no place for. PEFT by
-                itself warns of the former and ignores the latter.
+            KeyError: see `check_names`.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        prefix = "base_model.model."
-        places = {name.removeprefix(prefix) for name in model.state_dict()}
-        wanted = {name for name in places if f".smolora_experts.{adapter_name}." in name}
-        found = {name.removeprefix(prefix) for name in remapped}
-        missing, unknown = sorted(wanted - found), sorted(found - places)
-        if missing or unknown:
-            raise KeyError(f"adapter checkpoint: missing {missing}, unknown {unknown}")
+        places = {name.removeprefix(PREFIX) for name in model.state_dict()}
+        check_names(model, adapter_name, remapped, [n for n in remapped if n.removeprefix(PREFIX) not in places])
         return remapped
 
 

@@ -188,7 +188,7 @@ def test_several_adapters_generate():
     inputs, e = batch((5, 9), (2, 1)), embeddings(2)
 
     def tokens(model, **options):
-        return model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
+        return model.generate(**inputs, max_new_tokens=5, do_sample=False, **options)
 
     model = adapted()
     first = tokens(model, instruction_embeds=e)

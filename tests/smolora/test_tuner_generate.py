@@ -79,12 +79,12 @@ def test_beams_with_any_cache(options, decode_routing):
     """(e,) is (B, e) with equal rows; the cache changes nothing where the prompt's routes are kept."""
     model, inputs = adapted(tiny_config(decode_routing=decode_routing)), batch((5, 9), (2, 1))
     e = embeddings(1)[0]
-    beams = {"num_beams": 3, **options}
+    beams = {"num_beams": 3, "max_new_tokens": 5, **options}
     vector = new_tokens(model, inputs, instruction_embeds=e, **beams)
     assert torch.equal(new_tokens(model, inputs, instruction_embeds=e.expand(2, -1), **beams), vector)
     rows = new_tokens(model, inputs, instruction_embeds=embeddings(2), **beams)
     assert not torch.equal(rows, vector)
-    cached = new_tokens(model, inputs, instruction_embeds=embeddings(2), num_beams=3)
+    cached = new_tokens(model, inputs, instruction_embeds=embeddings(2), num_beams=3, max_new_tokens=5)
     if decode_routing == "prompt" or "cache_implementation" in options:
         assert torch.equal(rows, cached)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
@@ -162,15 +162,63 @@ DAMAGE = {
 }  # fmt: skip
 
 
+WAYS = {
+    "PeftModel": lambda folder: PeftModel.from_pretrained(tiny_llava(), folder),
+    "low_cpu_mem_usage": lambda folder: PeftModel.from_pretrained(tiny_llava(), folder, low_cpu_mem_usage=True),
+    "a second adapter": lambda folder: adapted().load_adapter(folder, "second"),
+    "transformers": lambda folder: tiny_llava().load_adapter(str(folder)),
+    "transformers, a second adapter": lambda folder: transformers_adapted().load_adapter(str(folder), "second"),
+}
+
+
+def transformers_adapted():
+    model = tiny_llava()
+    model.add_adapter(tiny_config())
+    return model
+
+
 @pytest.mark.parametrize("what", DAMAGE)
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_damaged_checkpoint_is_refused(tmp_path, what, low_cpu_mem_usage):
-    """PEFT by itself warns of missing tensors and ignores unknown ones."""
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_checkpoint_is_refused(tmp_path, what, way):
+    """PEFT and transformers by themselves warn of missing tensors and ignore unknown ones."""
     adapted().save_pretrained(tmp_path)
     change, error, message = DAMAGE[what]
     damaged(tmp_path, change)
-    with pytest.raises(error, match=message):
-        PeftModel.from_pretrained(tiny_llava(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    message = message.replace("default", "second") if "second" in way else message
+    with pytest.raises((error, ValueError), match=message):
+        WAYS[way](tmp_path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_flipped_bit_is_refused(tmp_path, way):
+    adapted().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-777] ^= 4
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"is broken: the values of '.+' are not those that were written"):
+        WAYS[way](tmp_path)
+
+
+def test_transformers_loads_what_the_default_instruction_needs(tmp_path):
+    want = adapted(tiny_config(default_instruction=1))
+    want.peft_config["default"].instruction_embeddings = embeddings(2)
+    want.save_pretrained(tmp_path)
+    model = tiny_llava()
+    model.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(model(**batch()).logits, want(**batch()).logits)
+    (tmp_path / "instruction_embeddings.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*instruction_embeddings\.safetensors"):
+        tiny_llava().load_adapter(str(tmp_path))
+
+
+def test_a_lora_beside_it_is_loaded_as_ever(tmp_path):
+    lora = LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    get_peft_model(tiny_llava(), lora).save_pretrained(tmp_path)
+    model = transformers_adapted()
+    assert not model.load_adapter(str(tmp_path), "lora").unexpected_keys
+    assert len([name for name in model.state_dict() if ".lora." in name]) == 4
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])

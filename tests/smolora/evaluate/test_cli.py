@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from smolora import cli
 from smolora.evaluate.cli import folder_name
@@ -93,6 +94,21 @@ def test_adapter_without_embeddings_is_refused(base_folder, adapter_folder, rele
     command = arguments(base_folder, released, tmp_path / "out", "--adapter", str(bare), "--instruction", "saved")
     assert cli.main(command) == 1
     assert "instruction_embeddings.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["missing", "wrong shape"])
+def test_adapter_that_does_not_fit_is_one_error(base_folder, adapter_folder, released, tmp_path, capsys, change):
+    bad = tmp_path / "bad"
+    shutil.copytree(adapter_folder, bad)
+    tensors = load_file(bad / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("down_proj.smolora_experts.vu_A"))
+    tensor = tensors.pop(name)
+    save_file(
+        tensors if change == "missing" else {**tensors, name: tensor[:1].clone()}, bad / "adapter_model.safetensors"
+    )
+    assert cli.main(arguments(base_folder, released, tmp_path / "out", "--adapter", str(bad))) == 1
+    error = capsys.readouterr().err
+    assert f"smolora evaluate: error: --adapter {bad} does not fit " in error and "down_proj" in error
 
 
 def test_what_no_option_says_is_asked_for(base_folder, tmp_path, capsys):
