@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", help="folder of a PEFT adapter on it")
     add(
         "--task", action="append",
-        help=f"may be given several times: {', '.join(DATASETS)}, or names of the recipe's tasks (default: all of it)",
+        help=f"one of {', '.join(DATASETS)}, or with --recipe of its tasks (default: all); may be given several times",
     )  # fmt: skip
     add(
         "--annotations", action="append", metavar="DIR",

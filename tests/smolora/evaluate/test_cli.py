@@ -214,6 +214,22 @@ def test_wrong_recipes(recipe, tmp_path, capsys):
         assert re.search(match, capsys.readouterr().err), overrides
 
 
+@pytest.mark.slow
+def test_torchrun(base_folder, adapter_folder, released, tmp_path):
+    """Two processes of a launcher: the files and the printed lines of one."""
+    adapter = ["--adapter", str(adapter_folder), "--instruction", "saved", "--token-budget", "200"]
+    found = []
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        command = arguments(base_folder, released, tmp_path / name, *adapter)
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "smolora.cli", *command], capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.json*")}
+        found.append((done.stdout, files))
+    assert found[0] == found[1] and len(found[0][1]) == 5
+
+
 def test_the_evaluator_does_not_need_the_trainer():
     """Without a recipe nothing of `smolora.train` is imported."""
     code = "import sys, smolora.evaluate.cli; sys.exit(any(name.startswith('smolora.train') for name in sys.modules))"
