@@ -54,9 +54,8 @@ def _beside_the_paper(
 
     Args:
         path: of the CSV file.
-        tasks: its columns, then
-        figures: those of this name.
-        of_runs: of each run its accuracies by task, and its figures.
+        tasks, figures: its columns.
+        of_runs: of each run its accuracies by task, and its figures by name.
         printed: the paper's table of these columns, if it has one.
     """
     rows: list[Cells] = []
