@@ -1,4 +1,4 @@
-# make run            set up .venv (minutes, once), then the quick benchmark and the example
+# make run            set up .venv (minutes, once), then the quick benchmark, and MiniCVIT with LoRA and with SMoLoRA
 # make test           ruff and all tests that need neither a GPU nor patience
 # make test-slow      the tests marked slow
 # make test-triton36  kernel tests with Triton 3.6.0, the version that goes with torch 2.11
@@ -22,12 +22,19 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip --disable-pip-version-check $(PIP_FLAGS) install
 
+# MiniCVIT goes on where it was stopped, and what is finished is not done again.
 run: $(VENV)/.run
 	@touch $(VENV)/.started
 	$(PY) bench/fused_vs_naive.py --quick
-	$(PY) examples/drop_in.py
+	@for method in seqlora smolora; do \
+		echo && echo "== MiniCVIT: $$method"; \
+		$(VENV)/bin/smolora train recipes/minicvit_run.yaml --method $$method --output runs/minicvit-$$method; \
+	done
+	@echo && $(VENV)/bin/smolora report runs/minicvit-seqlora runs/minicvit-smolora --output runs/minicvit-report --cases 3
 	@echo && echo "Written by this run:" && \
-		find bench examples -type f -newer $(VENV)/.started ! -name '*.pyc' | sort
+		find bench/results data/minicvit/contact_sheets runs -newer $(VENV)/.started \
+			\( -path '*/stage-*' -o -path '*/cases' \) -prune -o \
+			-newer $(VENV)/.started \( -name '*.md' -o -name '*.json' -o -name '*.png' \) -print | sort
 
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

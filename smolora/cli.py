@@ -29,18 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand: 0 if it did its work, 1 after an error that it names, 2 for arguments it cannot read."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="smolora", description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, help_text) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        if argv[:1] == [name]:
-            implementation = importlib.import_module(module)
-            implementation.add_arguments(command)
-            command.set_defaults(run=implementation.run)
-    args = parser.parse_args(argv)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, (_, text) in COMMANDS.items()}
+    if not argv or argv[0] not in COMMANDS:
+        parser.parse_args(argv)  # exits: with help, or with an error
+    name = argv[0]
+    implementation = importlib.import_module(COMMANDS[name][0])
+    implementation.add_arguments(parsers[name])
+    args = parsers[name].parse_intermixed_args(argv[1:])  # key=value may stand before options and after them
     try:
-        return args.run(args)
+        return implementation.run(args)
     except (OSError, ValueError) as error:
-        print(f"smolora {args.command}: error: {error}", file=sys.stderr)
+        print(f"smolora {name}: error: {error}", file=sys.stderr)
         return 1
 
 

@@ -151,11 +151,23 @@ def cut(tokens: int, instances: int, cu_seqlens: Tensor | None) -> Blocks:
     return Blocks(number, length, instance, count, token, place[:tokens])
 
 
-def by_expert(blocks: Tensor, experts: int, chosen: Tensor) -> Tensor:
-    """Sum (N, c, ...) into (experts, ...) by the chosen expert (N, c), as one product in a fixed order."""
-    member = torch.arange(experts, device=chosen.device)[:, None] == chosen.reshape(1, -1)
-    flat = blocks.flatten(0, 1).flatten(1)
-    return (member.to(flat.dtype) @ flat).reshape(experts, *blocks.shape[2:])
+def members(routes: Tensor, experts: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """For each branch in use, 1 where a chosen expert is the expert and 0 elsewhere: (experts, N, b, c).
+
+    Args:
+        routes: (N, b, c).
+        experts: how many each branch in use has.
+        dtype: of the result.
+    """
+    if len(experts) == 2:  # counted through, IF experts after those of VU
+        routes = routes + torch.arange(0, 2 * experts[0], experts[0], device=routes.device)[:, None]
+    number = torch.arange(sum(experts), device=routes.device).view(-1, 1, 1, 1)
+    return (number == routes).to(dtype).split(experts)
+
+
+def by_expert(member: Tensor, chosen: Tensor) -> Tensor:
+    """Sum (N, b, c, ...) into (experts, ...), as one product in a fixed order; `member` is a branch's."""
+    return torch.tensordot(member, chosen, 3)
 
 
 # ---------------------------------------------------------------------------------------------------- routing and mix
@@ -192,8 +204,8 @@ def mix(h: Tensor, w: Tensor, gates: Tensor, fusion: str) -> Tensor:
     """The lead (N, L), I . x_vu - I . x_if of Eq. 8, from h (N, L, b, c, r), the chosen w (N, b, c, r) and gates."""
     if fusion != "adaptive":
         return h.new_full(h.shape[:2], FIXED_LEAD[fusion])
-    signed = (w * gates[..., None]) * h.new_tensor([1.0, -1.0])[:, None, None]
-    return torch.einsum("nlx,nx->nl", h.flatten(2), signed.flatten(1))
+    score = (h * (w * gates[..., None])[:, None]).sum((3, 4))
+    return score[..., 0] - score[..., 1]
 
 
 def shares(lead: Tensor, fusion: str) -> Tensor:
@@ -202,24 +214,25 @@ def shares(lead: Tensor, fusion: str) -> Tensor:
 
 
 def mix_backward(
-    p: Tensor, h: Tensor, w: Tensor, gates: Tensor, lead: Tensor, fusion: str
+    p: Tensor, h: Tensor, w: Tensor, gates: Tensor, share: Tensor, fusion: str, need_gates: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The derivative of mix and of the gating, from p = s B^T g (N, L, b, c, r).
+    """The derivative of mix and of the gating, from p = s B^T g (N, L, b, c, r) and the shares (N, L, b).
 
     Returns:
         dh (N, L, b, c, r); c = sum over tokens of the score's gradient times q h (N, b, c, r), which carries it to B
-        and I; and the gates' gradient (N, b, c).
+        and I, empty unless the fusion is adaptive; and the gates' gradient (N, b, c), empty if it is not needed.
     """
-    share = shares(lead, fusion)[..., None, None]  # (N, L, b, 1, 1)
-    q = gates[:, None, :, :, None]
-    if fusion != "adaptive":
-        dgates = (share * p * h).sum((1, 4))
-        return q * share * p, h.new_zeros((h.shape[0], *h.shape[2:])), dgates
-    ph = (q * p * h).sum((3, 4))  # (N, L, 2)
-    delta = torch.sigmoid(lead) * torch.sigmoid(-lead) * (ph[..., 0] - ph[..., 1])  # (N, L)
-    delta = torch.stack([delta, -delta], -1)[..., None, None]
-    gated = share * p + delta * w[:, None]
-    return q * gated, (delta * q * h).sum(1), (gated * h).sum((1, 4))
+    q = gates[:, None, ..., None]
+    gated = share[..., None, None] * p
+    c = h.new_empty(0)
+    if fusion == "adaptive":
+        qh = q * h
+        ph = (p * qh).sum((3, 4))  # (N, L, 2)
+        delta = share.prod(-1) * (ph[..., 0] - ph[..., 1])  # (N, L)
+        delta = torch.stack([delta, -delta], -1)[..., None, None]
+        gated = gated.addcmul_(delta, w[:, None])
+        c = (delta * qh).sum(1)
+    return q * gated, c, (gated * h).sum((1, 4)) if need_gates else h.new_empty(0)
 
 
 # ---------------------------------------------------------------------------------------------------------- the passes
@@ -229,6 +242,8 @@ def _routed(
     route_mask: Tensor | None, tokens: int, instances: int, blocks: Blocks, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Which places route, 1 or 0 (N, L), and how many do in each instance (n, 1), at least 1."""
+    if route_mask is None and blocks.token is None:
+        return like.new_ones((blocks.number, blocks.length)), like.new_full((instances, 1), max(blocks.length, 1))
     routed = like.new_ones(tokens) if route_mask is None else route_mask.to(like.dtype)
     routed = blocks.split(routed)
     return routed, blocks.gather(routed.sum(1, keepdim=True)).clamp(min=1)
@@ -241,19 +256,21 @@ def routed_tokens(
     return _routed(route_mask, tokens, instances, cut(tokens, instances, cu_seqlens), like)[1]
 
 
+def _picked(experts: tuple[Tensor, Tensor], routes: Tensor, fusion: str, dtype: torch.dtype) -> list[Tensor]:
+    """For each branch in use its chosen experts (N, c, ...), rounded to the compute dtype; routes (N, b, c)."""
+    chosen = zip((experts[branch] for branch in active_streams(fusion)), routes.unbind(1), strict=True)
+    return [e.index_select(0, route.reshape(-1)).to(dtype).view(*route.shape, *e.shape[1:]) for e, route in chosen]
+
+
 def _chosen_A(A: tuple[Tensor, Tensor], routes: Tensor, fusion: str, dtype: torch.dtype) -> Tensor:
     """The chosen down projections (N, b, c r, d), rounded to the compute dtype; routes (N, b, c)."""
-    parts = [a for a, used in zip(A, branches(fusion), strict=True) if used]
-    picked = [a.index_select(0, routes[:, slot].flatten()).to(dtype) for slot, a in enumerate(parts)]
-    picked = [a.view(routes.shape[0], 1, routes.shape[2] * a.shape[1], a.shape[2]) for a in picked]
-    return torch.cat(picked, 1).to(accurate_dtype(dtype))
+    picked = torch.stack(_picked(A, routes, fusion, dtype), 1)
+    return picked.flatten(2, 3).to(accurate_dtype(dtype))
 
 
 def _chosen_B(B: tuple[Tensor, Tensor], routes: Tensor, fusion: str, dtype: torch.dtype) -> Tensor:
     """The chosen up projections side by side (N, k, b c r), rounded to the compute dtype; routes (N, b, c)."""
-    parts = [b for b, used in zip(B, branches(fusion), strict=True) if used]
-    picked = [b.index_select(0, routes[:, slot].flatten()).to(dtype) for slot, b in enumerate(parts)]
-    picked = [b.view(*routes.shape[::2], *b.shape[1:]).transpose(1, 2).flatten(2) for b in picked]
+    picked = [b.transpose(1, 2).flatten(2) for b in _picked(B, routes, fusion, dtype)]
     return torch.cat(picked, -1).to(accurate_dtype(dtype))
 
 
@@ -261,7 +278,7 @@ def _chosen_w(w: Tensor, routes: Tensor, num_vu: int, fusion: str) -> Tensor | N
     """The chosen rows of w (N, b, c, r); None unless the fusion is adaptive."""
     if fusion != "adaptive":
         return None
-    rows = routes + torch.tensor([0, num_vu], device=routes.device, dtype=routes.dtype)[:, None]
+    rows = routes + torch.arange(0, 2 * num_vu, num_vu, device=routes.device)[:, None]
     return w.index_select(0, rows.flatten()).view(*routes.shape, w.shape[1])
 
 
@@ -273,9 +290,9 @@ def _keep(seed: Tensor, tokens: int, d: int, threshold: int, fusion: str, blocks
     return torch.stack([blocks.split(mask) for mask in masks])
 
 
-def _fused(h: Tensor, lead: Tensor, gates: Tensor, scaling: float, fusion: str) -> Tensor:
+def _fused(h: Tensor, share: Tensor, gates: Tensor, scaling: float) -> Tensor:
     """What B is multiplied with, s (alpha q h_vu | beta q h_if): (N, L, b c r)."""
-    return (h * (scaling * shares(lead, fusion)[..., None] * gates[:, None])[..., None]).flatten(2)
+    return (h * (scaling * share[..., None] * gates[:, None])[..., None]).flatten(2)
 
 
 def route_shrink(
@@ -321,19 +338,22 @@ def route_shrink(
     if given_routes is not None:
         routes, gates = given_routes.clone(), given_gates.to(accurate, copy=True)
     else:
-        z = [x.new_zeros((instances, router.shape[0]), dtype=accurate) for router in (vu_router, if_router)]
         use_vu, use_if = branches(fusion)
+        z_vu, z_if = (
+            None if used else x.new_zeros((instances, router.shape[0]), dtype=accurate)
+            for used, router in ((use_vu, vu_router), (use_if, if_router))
+        )
         if use_vu:
             routed, count = _routed(route_mask, x.shape[0], instances, blocks, x_blocks)
             seen = x_blocks  # a NaN in the padding is nobody's, but 0 times it is one
             if route_mask is not None:
                 seen = x_blocks.masked_fill(routed[..., None] == 0, 0)
             mean = blocks.gather(torch.bmm(routed[:, None], seen)[:, 0]) / count
-            z[0] = mean @ vu_router.to(accurate).mT
+            z_vu = mean @ vu_router.to(accurate).mT
         if use_if:
-            z[1] = instruction.to(accurate) @ if_router.to(accurate).mT
-        logits = torch.cat(z, 1)
-        chosen = [choose(branch, top_k) for branch, used in zip(z, (use_vu, use_if), strict=True) if used]
+            z_if = instruction.to(accurate) @ if_router.to(accurate).mT
+        logits = torch.cat([z_vu, z_if], 1)
+        chosen = [choose(z, top_k) for z, used in ((z_vu, use_vu), (z_if, use_if)) if used]
         routes, gates = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
     A = _chosen_A((vu_A, if_A), blocks.spread(routes), fusion, x.dtype)
     if threshold:
@@ -349,8 +369,8 @@ def route_shrink(
             (B.to(x.dtype).to(accurate), I.to(x.dtype).to(accurate))
             for B, I in ((vu_B, vu_importance), (if_B, if_importance))
         ]
-        # einsum, since the last bits of the matrix-vector product I @ B depend on where in memory B lies
-        w = scaling * torch.cat([torch.einsum("ekr,k->er", B, I) for B, I in rounded])
+        # no matrix-vector product: its last bits depend on where in memory B lies
+        w = scaling * torch.cat([(B * I[:, None]).sum(1) for B, I in rounded])
     return h, w, routes, gates, logits, mean if need_mean else x.new_empty((0, 0), dtype=accurate)
 
 
@@ -377,7 +397,7 @@ def fuse_expand(
     blocks = cut(h.shape[0], instances, cu_seqlens)
     routes, gates, h = blocks.spread(routes), blocks.spread(gates), blocks.split(h)
     lead = mix(h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, fusion)
-    u = _fused(h, lead, gates, scaling, fusion)
+    u = _fused(h, shares(lead, fusion), gates, scaling)
     B = _chosen_B((vu_B, if_B), routes, fusion, dtype)
     base = None if weight is None else torch.nn.functional.linear(x, weight, bias)
     return _accumulate(base, u, B.mT, blocks, dtype), blocks.join(lead)
@@ -420,32 +440,47 @@ def grad_output(
     """
     accurate = accurate_dtype(g.dtype)
     blocks = cut(h.shape[0], instances, cu_seqlens)
-    routes, gates, lead, h = blocks.spread(routes), blocks.spread(gates), blocks.split(lead), blocks.split(h)
+    routes, gates, h = blocks.spread(routes), blocks.spread(gates), blocks.split(h)
+    share = shares(blocks.split(lead), fusion)
     g_blocks = blocks.split(g).to(accurate)
-    need_c = fusion == "adaptive" and (need_vu_B or need_if_B or need_importance)
-    dh, dgates = g.new_empty(0, dtype=accurate), g.new_empty(0, dtype=accurate)
+    streams = active_streams(fusion)
+    used = _span([(need_vu_B, need_if_B)[branch] for branch in streams])
+    need_importance = need_importance and fusion == "adaptive"
+    need_c = need_importance or (fusion == "adaptive" and used is not None)
+    dh = dgates = g.new_empty(0, dtype=accurate)
     dB = [B.new_empty(0) for B in (vu_B, if_B)]
     dI = [importance.new_empty(0) for importance in (vu_importance, if_importance)]
     if need_dh or need_c or need_gates:
         B = _chosen_B((vu_B, if_B), routes, fusion, g.dtype)
         p = torch.bmm(g_blocks, B).mul_(scaling).view_as(h)
-        dh, c, dgates = mix_backward(p, h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, lead, fusion)
+        dh, c, dgates = mix_backward(
+            p, h, _chosen_w(w, routes, vu_B.shape[0], fusion), gates, share, fusion, need_gates
+        )
         dh = blocks.join(dh) if need_dh else g.new_empty(0, dtype=accurate)
-        dgates = blocks.gather(dgates) if need_gates else g.new_empty(0, dtype=accurate)
-    if need_vu_B or need_if_B:
-        partial = torch.bmm(g_blocks.mT, _fused(h, lead, gates, scaling, fusion))
-        partial = partial.view(*partial.shape[:2], *h.shape[2:]).permute(2, 0, 3, 1, 4)  # (b, N, c, k, r)
-    for slot, branch in enumerate(active_streams(fusion)):
-        B, importance = ((vu_B, vu_importance), (if_B, if_importance))[branch]
-        c_e = by_expert(c[:, slot], B.shape[0], routes[:, slot]) if need_c else None  # (E, r)
-        if (need_vu_B, need_if_B)[branch]:
-            grad = by_expert(partial[slot], B.shape[0], routes[:, slot])
+        dgates = blocks.gather(dgates) if need_gates else dgates
+    if need_importance:
+        by_branch = (c.flatten(2)[..., None] * torch.eye(2, dtype=accurate, device=c.device)[:, None]).flatten(1, 2)
+        both = scaling * torch.bmm(B, by_branch).sum(0)  # (k, 2)
+        dI = [grad.contiguous().to(like.dtype) for grad, like in zip(both.unbind(1), dI, strict=True)]
+    if used is not None:
+        # u^T g: g^T u would take half as long again
+        partial = torch.bmm(_fused(h[:, :, used], share[..., used], gates[:, used], scaling).mT, g_blocks)
+        partial = partial.view(blocks.number, used.stop - used.start, *h.shape[3:], g.shape[1])  # (N, b, c, r, k)
+        member = members(routes, tuple((vu_B, if_B)[branch].shape[0] for branch in streams), accurate)
+        for slot in range(len(streams))[used]:
+            branch = streams[slot]
+            grad = by_expert(member[slot][:, :, used], partial)  # (E, r, k)
             if need_c:
-                grad += scaling * importance.to(accurate)[:, None] * c_e[:, None, :]
-            dB[branch] = grad.to(B.dtype)
-        if need_importance and need_c:
-            dI[branch] = (scaling * torch.einsum("ekr,er->k", B.to(accurate), c_e)).to(importance.dtype)
+                importance = (vu_importance, if_importance)[branch].to(accurate)
+                grad.addcmul_(by_expert(member[slot], c)[..., None], importance, value=scaling)
+            dB[branch] = grad.mT.contiguous().to(dB[branch].dtype)
     return dh, *dB, *dI, dgates
+
+
+def _span(needed: list[bool]) -> slice | None:
+    """The branches that are needed, as a slice of those in use; None if none is."""
+    slots = [slot for slot, need in enumerate(needed) if need]
+    return slice(slots[0], slots[-1] + 1) if slots else None
 
 
 def grad_input(
@@ -479,8 +514,12 @@ def grad_input(
     blocks = cut(dh.shape[0], instances, cu_seqlens)
     tokens, d = dh.shape[0], vu_A.shape[2]
     dh, routes = blocks.split(dh).flatten(3), blocks.spread(routes)  # (N, L, b, c r)
-    scale = 256 / (256 - threshold)
-    keep = _keep(seed, tokens, d, threshold, fusion, blocks, accurate) if threshold else None
+    streams = active_streams(fusion)
+    used = _span([(need_vu_A, need_if_A)[branch] for branch in streams])
+    keep = None
+    if threshold:
+        keep = _keep(seed, tokens, d, threshold, fusion, blocks, accurate)
+        dh = (dh * (256 / (256 - threshold))).permute(2, 0, 1, 3).contiguous()  # (b, N, L, c r)
     dx = dh.new_empty(0, dtype=dtype)
     dA = [A.new_empty(0) for A in (vu_A, if_A)]
     if need_dx:
@@ -489,20 +528,24 @@ def grad_input(
         if keep is None:
             dx = _accumulate(base, dh.flatten(2), A.flatten(1, 2), blocks, dtype)
         else:
-            parts = [torch.bmm(dh[:, :, slot] * scale, A[:, slot]) for slot in range(len(keep))]
+            parts = torch.bmm(dh.flatten(0, 1), A.transpose(0, 1).flatten(0, 1)).view_as(keep)
             dx = parts[0].mul_(keep[0])
             dx = blocks.join(dx if len(parts) == 1 else dx.addcmul_(parts[1], keep[1]))
             dx = (dx if base is None else dx.add_(base)).to(dtype)
         if dmean is not None:
             routed, _ = _routed(route_mask, tokens, instances, blocks, dh)
             dx += blocks.join(routed[..., None] * blocks.spread(dmean)[:, None])
-    if need_vu_A or need_if_A:
+    if used is not None:
         x_blocks = blocks.split(x).to(accurate)
-        for slot, branch in enumerate(active_streams(fusion)):
-            if not (need_vu_A, need_if_A)[branch]:
-                continue
-            A = (vu_A, if_A)[branch]
-            x_kept = x_blocks if keep is None else keep[slot].mul_(x_blocks)
-            partial = torch.bmm(dh[:, :, slot].mT, x_kept).view(*routes.shape[::2], *A.shape[1:])
-            dA[branch] = by_expert(partial, A.shape[0], routes[:, slot]).mul_(scale).to(A.dtype)
+        if keep is None:
+            partial = torch.bmm(dh[:, :, used].flatten(2).mT, x_blocks)
+            partial = partial.view(blocks.number, used.stop - used.start, routes.shape[2], *vu_A.shape[1:])
+        else:
+            partial = torch.bmm(dh[used].flatten(0, 1).mT, keep[used].mul_(x_blocks).flatten(0, 1))
+            partial = partial.view(used.stop - used.start, blocks.number, routes.shape[2], *vu_A.shape[1:])
+            partial = partial.transpose(0, 1)
+        member = members(routes, tuple((vu_A, if_A)[branch].shape[0] for branch in streams), accurate)
+        for slot in range(len(streams))[used]:
+            branch = streams[slot]
+            dA[branch] = by_expert(member[slot][:, :, used], partial).to(dA[branch].dtype)
     return dx, *dA

@@ -88,5 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.cases < 0:
         raise ValueError(f"--cases must be 0 or more, got {args.cases}")
-    print(write_report(args.runs, args.output, cases_per_task=args.cases))
+    path = write_report(args.runs, args.output, cases_per_task=args.cases)
+    print(path.read_text().split("\n## ")[1])  # what it comes to, after the last stage
+    print(path)
     return 0
