@@ -61,10 +61,8 @@ class Request(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--recipe", nargs="+", metavar=("RECIPE", "key=value"),
-        help="ask what a recipe asks (see recipes/), with changes to it; the options below are short for some",
-    )  # fmt: skip
+    add("--recipe", help="ask what a recipe asks (see recipes/); the options below are short for changes to it")
+    add("overrides", nargs="*", metavar="key=value", help="further changes to the recipe: data.root=DIR, ...")
     add("--model", help="the base: a LLaVA of transformers, with its tokenizer and image processor")
     add("--adapter", help="folder of a PEFT adapter on it")
     add(
@@ -142,6 +140,8 @@ def folder_name(path: str | Path) -> str:
 
 def by_options(args: argparse.Namespace) -> Request:
     """Tasks of the benchmark by their names."""
+    if args.overrides:
+        raise ValueError(f"{args.overrides[0]} changes a recipe, which must be given by --recipe")
     for name in ("model", "task", "annotations", "images"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} must be given, or a --recipe that says it")
@@ -178,14 +178,14 @@ def by_recipe(args: argparse.Namespace) -> Request:
     saved = said.get("instruction") == "saved"
     if saved:
         del said["instruction"]
-    path, *overrides = args.recipe
-    recipe = load_recipe(path, [*overrides, *(f"{SHORT[name]}={json.dumps(value)}" for name, value in said.items())])
+    short = [f"{SHORT[name]}={json.dumps(value)}" for name, value in said.items()]
+    recipe = load_recipe(args.recipe, [*args.overrides, *short])
     known = {task.name: task for task in recipe.all_tasks}
     for name in args.task or ():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--task must be one of {path}'s tasks, {', '.join(known)}, got {name!r}{hint}")
+            raise ValueError(f"--task must be one of {args.recipe}'s tasks, {', '.join(known)}, got {name!r}{hint}")
     asked = [known[name] for name in dict.fromkeys(args.task or known)]
     tasks = [
         Task(task.name, task.benchmark_name, recipe.test_file(task), recipe.images(task), recipe.annotations(task))

@@ -115,6 +115,8 @@ def test_what_no_option_says_is_asked_for(base_folder, tmp_path, capsys):
     for given, missing in (([], "model"), (["--model", str(base_folder)], "task")):
         assert cli.main(["evaluate", "--output", str(tmp_path), *given]) == 1
         assert f"--{missing} must be given, or a --recipe that says it" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--output", str(tmp_path), "data.root=x"]) == 1
+    assert "data.root=x changes a recipe, which must be given by --recipe" in capsys.readouterr().err
 
 
 def test_names_of_models():
@@ -166,7 +168,8 @@ def test_recipe(recipe, base_folder, adapter_folder, released, tmp_path, capsys)
 def test_recipe_with_changes(recipe, base_folder, tmp_path):
     """By `key=value` and by the options that are short for it; a task by its name."""
     command = by_recipe(recipe, tmp_path / "out", "evaluation.max_new_tokens=3", "name=other")
-    assert cli.main([*command, "--task", "objects", "--protocol", "standard", "--padding", "released"]) == 0
+    options = ["--task", "objects", "--protocol", "standard", "--padding", "released"]
+    assert cli.main([*command, *options, "evaluation.workers=0"]) == 0
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert list(scores) == ["objects"] and scores["objects"]["protocol"] == "standard"
     run = json.loads((tmp_path / "out" / "answers" / "objects.info.json").read_text())["run"]
