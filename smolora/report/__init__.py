@@ -55,7 +55,7 @@ def _about(runs: Sequence[Run]) -> str:
     """What each run is, in a line."""
     lines = []
     for run in runs:
-        versions = ", ".join(f"{name} {version}" for name, version in (run.results.get("versions") or {}).items())
+        versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         line = f"- {run.name}: {run.benchmark}, {run.setting}-type instructions, protocol {run.protocol}"
         lines.append(line + (f"; {versions}" if versions else ""))
     return "\n".join(lines)
