@@ -16,8 +16,8 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: run test test-kernels test-csrc test-rest test-slow test-triton36 kernels gpu gpu-tests gpu-sanitizer \
-        gpu-bench gpu-models
+.PHONY: run test test-kernels test-csrc test-train test-rest test-slow test-triton36 kernels \
+        gpu gpu-tests gpu-sanitizer gpu-bench gpu-models
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -40,7 +40,7 @@ run: $(VENV)/.run
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc test-train
 
 # two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
 test-kernels:
@@ -49,8 +49,12 @@ test-kernels:
 test-csrc:
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/csrc
 
+test-train:
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/smolora/train
+
 test-rest:
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --ignore tests/kernels --ignore tests/csrc --benchmark-skip
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --benchmark-skip \
+		--ignore tests/kernels --ignore tests/csrc --ignore tests/smolora/train
 
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/pytest tests -m slow

@@ -224,7 +224,7 @@ class Recipe:
 
     def adapter_config(self, **changes: Any) -> SMoLoRAConfig:
         """The configuration of `adapter`."""
-        return SMoLoRAConfig(**{**self.adapter, "task_type": "CAUSAL_LM", **changes})
+        return SMoLoRAConfig(**{**self.adapter, **changes})
 
     def train_file(self, task: TaskRecipe) -> Path:
         """Where a task's training file is."""
