@@ -1,4 +1,4 @@
-# make run            set up .venv (minutes, once), then the quick benchmark and the example
+# make run            set up .venv (minutes, once), then the quick benchmark, and MiniCVIT with LoRA and with SMoLoRA
 # make test           ruff and all tests that need neither a GPU nor patience
 # make test-slow      the tests marked slow
 # make test-triton36  kernel tests with Triton 3.6.0, the version that goes with torch 2.11
@@ -16,23 +16,31 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: run test test-kernels test-csrc test-rest test-slow test-triton36 kernels gpu gpu-tests gpu-sanitizer gpu-bench
+.PHONY: run test test-kernels test-csrc test-train test-rest test-slow test-triton36 kernels \
+        gpu gpu-tests gpu-sanitizer gpu-bench gpu-models
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip --disable-pip-version-check $(PIP_FLAGS) install
 
+# MiniCVIT goes on where it was stopped, and what is finished is not done again.
 run: $(VENV)/.run
 	@touch $(VENV)/.started
 	$(PY) bench/fused_vs_naive.py --quick
-	$(PY) examples/drop_in.py
+	@for method in seqlora smolora; do \
+		echo && echo "== MiniCVIT: $$method"; \
+		$(VENV)/bin/smolora train recipes/minicvit_run.yaml --method $$method --output runs/minicvit-$$method; \
+	done
+	@echo && $(VENV)/bin/smolora report runs/minicvit-seqlora runs/minicvit-smolora --output runs/minicvit-report --cases 3
 	@echo && echo "Written by this run:" && \
-		find bench examples -type f -newer $(VENV)/.started ! -name '*.pyc' | sort
+		find bench/results data/minicvit/contact_sheets runs -newer $(VENV)/.started \
+			\( -path '*/stage-*' -o -path '*/cases' \) -prune -o \
+			-newer $(VENV)/.started \( -name '*.md' -o -name '*.json' -o -name '*.png' \) -print | sort
 
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc test-train
 
 # two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
 test-kernels:
@@ -41,8 +49,12 @@ test-kernels:
 test-csrc:
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/csrc
 
+test-train:
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/smolora/train
+
 test-rest:
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --ignore tests/kernels --ignore tests/csrc --benchmark-skip
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --benchmark-skip \
+		--ignore tests/kernels --ignore tests/csrc --ignore tests/smolora/train
 
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/pytest tests -m slow
@@ -114,7 +126,7 @@ gpu:
 	$(GPU) $(PIP_INSTALL) -c .venv-gpu/torch.txt --no-build-isolation -e '.[test]' 2> /dev/null || \
 	$(GPU) $(PIP_INSTALL) -c .venv-gpu/torch.txt -e '.[test]'
 	@mkdir -p $(OUT)
-	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory --keep-going -j1 gpu-tests gpu-sanitizer gpu-bench
+	@PYTHONUNBUFFERED=1 $(MAKE) --no-print-directory --keep-going -j1 gpu-tests gpu-sanitizer gpu-bench gpu-models
 
 gpu-tests:
 	PYTHONSAFEPATH=1 $(GPU) -m pytest tests -m gpu 2>&1 | tee $(OUT)/gpu-tests.log
@@ -134,3 +146,8 @@ gpu-sanitizer:
 
 gpu-bench:
 	$(GPU) bench/fused_vs_naive.py --preset llava-7b --output $(OUT) 2>&1 | tee $(OUT)/gpu-bench.log
+
+# a training step and answers of a whole LLaVA-7B with random weights
+gpu-models:
+	$(GPU) bench/train_step.py --preset llava-7b --output $(OUT) 2>&1 | tee $(OUT)/gpu-train-step.log
+	$(GPU) bench/evaluate.py --preset llava-7b --output $(OUT) 2>&1 | tee $(OUT)/gpu-evaluate.log

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "train": ("smolora.train.cli", "Train on a stream of tasks by a recipe, and evaluate after each."),
-    "evaluate": ("smolora.evaluate.tasks", "Answer the benchmark's questions with a model, and score the answers."),
+    "evaluate": ("smolora.evaluate.cli", "Answer the benchmark's questions with a model, and score the answers."),
     "score": ("smolora.evaluate.score", "Score a file of answers: the dataset's metric and MIF."),
     "metrics": ("smolora.evaluate.matrix", "Compute AP, MAP, BWT and MIF from an accuracy matrix."),
     "report": ("smolora.report", "Write a report on one run or several: tables, figures, cases."),

@@ -91,11 +91,20 @@ def read_questions(path: Path, *, skip: Collection[int] = (), broken: list[Skipp
         except ValueError as error:
             if broken is None:
                 raise
-            broken.append(Skipped(index, None, str(error)))
+            broken.append(Skipped(index, _own_id(record, seen), str(error)))
             continue
         seen[name] = index
         questions.append(question)
     return questions
+
+
+def _own_id(record: Any, seen: Collection[str]) -> int | str | None:
+    """The question id of a malformed record, if it has one and no record before it has the same."""
+    try:
+        question_id = _question_id(_object(record, ""), "")
+    except ValueError:
+        return None
+    return None if str(question_id) in seen else question_id
 
 
 def _question(index: int, record: Any, where: str) -> Question:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from ..data.format import Question, read_json, read_questions
 from . import rules
-from .rules import Item, Metric, Rule, each, of_group
+from .rules import Item, Metric, Rule, each
 
 PROTOCOLS = ("smolora", "standard")
 
@@ -65,7 +65,8 @@ class Scoring:
     metric: str  # its name in what is printed
     score: Metric
     follows: Rule
-    parts: Mapping[str, Metric] = field(default_factory=dict)  # printed beside it
+    groups: tuple[str, ...] = ()  # of items, each scored by itself too
+    further: Mapping[str, Metric] = field(default_factory=dict)  # other metrics of the same answers, printed beside it
     metric_of_one: str | None = None  # its name where every item has a single reference
 
 
@@ -221,18 +222,13 @@ def _annotators(path: Path, key: str | None, by: str) -> dict[str, tuple[str, ..
 # ---- the table
 
 RELEASED_CAPTION = Scoring("cider", rules.released_cider, rules.released_follows_sentence)
-CAPTION = Scoring("cider_d", rules.cider_d, rules.follows_sentence, {"cider": rules.plain_cider})
+CAPTION = Scoring("cider_d", rules.cider_d, rules.follows_sentence, further={"cider": rules.plain_cider})
 VQA = Scoring("vqa_accuracy", each(rules.soft_vqa), rules.follows_word, metric_of_one="accuracy")
 ACCURACY = Scoring("accuracy", each(rules.exact), rules.follows_word)
 
 
 def _released(right: Callable[[Item, str], float]) -> Scoring:
     return Scoring("accuracy", each(right), rules.released_follows_word)
-
-
-def _by_group(scoring: Scoring) -> Scoring:
-    parts = {group: of_group(scoring.score, group) for group in ("binary", "open")}
-    return Scoring(scoring.metric, scoring.score, scoring.follows, parts)
 
 
 CENTRE_CROP: dict[str, Any] = {"max_new_tokens": 1024, "released_square": False}  # one of the released two scripts
@@ -265,7 +261,11 @@ DATASETS: dict[str, Dataset] = {
         "test.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP, instruction_row=3
     ),
     "GQA": Dataset(
-        "test.json", gqa, _by_group(_released(rules.released_full_stop)), _by_group(ACCURACY), instruction_row=4
+        "test.json",
+        gqa,
+        replace(_released(rules.released_full_stop), groups=("binary", "open")),
+        replace(ACCURACY, groups=("binary", "open")),
+        instruction_row=4,
     ),
     "VQAv2": Dataset(
         "val.json",

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -34,6 +32,7 @@ from transformers import GenerationConfig
 from ..data.format import Question, Skipped, read_json, read_questions
 from ..data.images import BrokenImageError, ImageTransform
 from ..data.prompts import PromptEncoder, pad
+from .parts import Parts, same_run, write_whole
 from .routing import RoutingRecorder, summary, tally
 from .score import skipped_path
 
@@ -73,6 +72,37 @@ class Job(NamedTuple):
     images: Path  # the folder that the records' image paths start in
     output: Path  # the answers file
     model_id: str
+    instructions: str | None = None  # what instruction embeddings are made of, where there is a choice
+
+
+def read_whole_questions(
+    file: Path, images: Path, *, skip_broken: bool = False
+) -> tuple[list[Question], list[Skipped]]:
+    """The questions of a test file whose images, if they have one, are there.
+
+    Args:
+        file: the test file.
+        images: the folder that its records' image paths start in.
+        skip_broken: pass over what is malformed or lacks its image.
+
+    Returns:
+        The questions, and what was passed over.
+
+    Raises:
+        ValueError: something is malformed or lacks its image; file and index are named.
+    """
+    skipped: list[Skipped] = []
+    questions = []
+    for question in read_questions(file, broken=skipped if skip_broken else None):
+        path = _image_path(question, images)
+        if path is None or path.is_file():
+            questions.append(question)
+            continue
+        reason = f"{file}: record {question.index}: there is no image {path}"
+        if not skip_broken:
+            raise ValueError(reason)
+        skipped.append(Skipped(question.index, question.question_id, reason))
+    return questions, skipped
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -133,13 +163,11 @@ def generate_answers(
     run = _identity(job, settings, transform, model, embed is not None)
     if job.output.exists():
         info = read_json(_info_path(job.output))
-        _same_run(info["run"], run, job.output)
+        same_run(info["run"], run, job.output)
         if state.is_main_process:
             Parts(job.output, run).remove()  # a run that was killed between its last two steps left them
         return info
-    skipped: list[Skipped] = []
-    questions = read_questions(job.questions, broken=skipped if settings.skip_broken else None)
-    questions = [q for q in questions if _has_its_image(q, job, skipped if settings.skip_broken else None)]
+    questions, skipped = read_whole_questions(job.questions, job.images, skip_broken=settings.skip_broken)
     prompts = [encoder.prompt(q.text, q.image is not None) for q in questions]
     plan = plan_batches([encoder.length(prompt) for prompt in prompts], settings.token_budget)
     # batches of another plan would not be these; an image that is there now was missing then, or another tokenizer
@@ -284,92 +312,7 @@ def _image_path(question: Question, folder: Path) -> Path | None:
     return None if question.image is None else folder / question.image
 
 
-def _has_its_image(question: Question, job: Job, skipped: list[Skipped] | None) -> bool:
-    """Whether a question's image is there, if it has one: a missing one is known before anything runs.
-
-    Raises:
-        ValueError: it is missing, and there is no list to put it on.
-    """
-    path = _image_path(question, job.images)
-    if path is None or path.is_file():
-        return True
-    reason = f"{job.questions}: record {question.index}: there is no image {path}"
-    if skipped is None:
-        raise ValueError(reason)
-    skipped.append(Skipped(question.index, question.question_id, reason))
-    return False
-
-
 # ---- files
-
-
-class Parts:
-    """What the processes of a run have written so far: a line a batch, a file a process.
-
-    Args:
-        output: the answers file that they will become.
-        run: what the run is; parts of another are refused.
-    """
-
-    def __init__(self, output: Path, run: dict[str, Any]) -> None:
-        self.folder = output.with_name(output.name + ".parts")
-        self.run = run
-
-    def read(self) -> dict[int, dict[str, Any]]:
-        """The batches that are there, by number.
-
-        Raises:
-            ValueError: they belong to a run with other settings, or a file is broken elsewhere than at its end.
-        """
-        done = {}
-        for path in sorted(self.folder.glob("*.jsonl")):
-            for line in _whole_lines(path):
-                try:
-                    content = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path} is broken ({error}): remove it") from error
-                if "run" in content:
-                    _same_run(content["run"], self.run, self.folder)
-                else:
-                    done[content["batch"]] = content
-        return done
-
-    def writer(self, process: int) -> _Writer:
-        """Appends to the file of one process."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return _Writer(self.folder / f"process-{process}.jsonl", self.run)
-
-    def remove(self) -> None:
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder)
-
-
-class _Writer:
-    """Appends lines, each on the disk before the next begins; what a killed process tore is cut off."""
-
-    def __init__(self, path: Path, run: dict[str, Any]) -> None:
-        self.path, self.run = path, run
-
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        kept = b"".join(_whole_lines(self.path)) if self.path.exists() else b""
-        self.file = self.path.open("r+b" if self.path.exists() else "wb")
-        self.file.truncate(len(kept))
-        self.file.seek(len(kept))
-        if not kept:
-            self._write({"run": self.run})
-        return self._write
-
-    def _write(self, content: dict[str, Any]) -> None:
-        self.file.write(json.dumps(content).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def _merge(
@@ -383,13 +326,15 @@ def _merge(
         for line in lines
         for (position, _), layers in zip(line["answers"], line["routes"], strict=bool(line["routes"]))
     }
-    if skipped:
-        _write_lines(skipped_path(job.output), (record._asdict() for record in skipped))
-    if routes:
-        _write_lines(
-            job.output.with_suffix(".routes.jsonl"),
-            ({"question_id": questions[p].question_id, "layers": routes[p]} for p in sorted(routes)),
-        )
+    of_samples = [{"question_id": questions[p].question_id, "layers": routes[p]} for p in sorted(routes)]
+    for path, records in (
+        (skipped_path(job.output), [record._asdict() for record in skipped]),
+        (job.output.with_suffix(".routes.jsonl"), of_samples),
+    ):
+        if records:
+            _write_lines(path, records)
+        else:
+            path.unlink(missing_ok=True)  # of a run whose answers were removed: they are not of these
     info = {
         "run": run,
         "count": len(texts),
@@ -417,16 +362,6 @@ def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def _info_path(output: Path) -> Path:
     return output.with_suffix(".info.json")
 
@@ -442,6 +377,7 @@ def _identity(
         "weights": _digest(model),
         "square_images": transform.square,
         "instruction_embeds": embedded,
+        "instructions": job.instructions,
         **{name: value for name, value in asdict(settings).items() if name != "image_workers"},
     }
 
@@ -455,9 +391,3 @@ def _digest(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(values.double().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _same_run(found: dict[str, Any], run: dict[str, Any], where: Path) -> None:
-    different = [f"{name} {found.get(name)!r}, now {run[name]!r}" for name in run if found.get(name) != run[name]]
-    if different:
-        raise ValueError(f"{where} belongs to another run ({'; '.join(different)}): remove it or name another output")

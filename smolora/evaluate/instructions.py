@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from peft import PeftConfig
 from torch import Tensor
 
 from ..config import INSTRUCTION_FILE, SMoLoRAConfig
@@ -15,6 +14,7 @@ from ..data.instructions import MULTI_TYPE, SINGLE_TYPE
 from ..instruction import InstructionEncoder, instruction_of, read_instruction_embeddings
 from .datasets import find_dataset
 from .generate import Embed
+from .tasks import Task
 
 SOURCES = ("sample", "task_mean", "saved")
 
@@ -24,38 +24,27 @@ def known_instructions(task: str) -> tuple[str, ...]:
     return SINGLE_TYPE.get(task, ()) + MULTI_TYPE.get(task, ())
 
 
-def instruction_embeds(
+def embeds_of_texts(
     source: str,
-    config: PeftConfig,
-    adapter: str | Path,
+    config: SMoLoRAConfig,
     questions: Mapping[str, Sequence[Question]],
     encoder: str | Path | None = None,
-) -> dict[str, Embed] | None:
-    """For each task what makes the instruction embeddings of its questions; None for adapters that take none.
+) -> dict[str, Embed]:
+    """For each task of the benchmark what makes the instruction embeddings of its questions.
 
     Args:
         source: "sample", the instruction at each question's end; "task_mean", the mean over the different ones among a
-            task's questions (the released multi-type); "saved", the rows saved with the adapter, one a task.
+            task's questions (the released multi-type).
         config: the adapter's.
-        adapter: its folder, with `instruction_embeddings.safetensors` for "saved".
         questions: of each task.
         encoder: folder of a sentence encoder; None for the packaged all-MiniLM-L6-v2.
 
     Raises:
-        FileNotFoundError: there is no sentence encoder, or the adapter's folder has no embeddings.
-        ValueError: `source` is unknown, the embeddings are not of the adapter's size, or a task has no row.
+        FileNotFoundError: there is no sentence encoder.
+        ValueError: the embeddings are not of the adapter's size.
     """
-    if source not in SOURCES:
-        raise ValueError(f"instruction must be one of {', '.join(map(repr, SOURCES))}, got {source!r}")
-    if not isinstance(config, SMoLoRAConfig):
-        return None
-    if source == "saved":
-        path = Path(adapter) / INSTRUCTION_FILE
-        embeddings, _ = read_instruction_embeddings(path)
-        _check_size(embeddings.shape[1], config, str(path))
-        return {task: _constant(_row(embeddings, task, path)) for task in questions}
     encoder = InstructionEncoder(encoder)
-    _check_size(encoder.dim, config, "the sentence encoder")
+    check_size(encoder.dim, config, "the sentence encoder")
     embeds = {}
     for task, asked in questions.items():
         embeds[task] = partial(_of_each, encoder, known_instructions(task))
@@ -65,22 +54,44 @@ def instruction_embeds(
     return embeds
 
 
-def _of_each(encoder: InstructionEncoder, templates: Sequence[str], texts: Sequence[str]) -> Tensor:
-    return encoder.encode([instruction_of(text, templates) for text in texts])
+def saved_embeds(config: SMoLoRAConfig, adapter: str | Path, tasks: Sequence[Task]) -> dict[str, Embed]:
+    """For each task the row that is saved with the adapter for its dataset, as released.
+
+    Args:
+        config: the adapter's.
+        adapter: its folder, with `instruction_embeddings.safetensors`.
+        tasks: which ones.
+
+    Raises:
+        FileNotFoundError: the adapter's folder has no embeddings.
+        ValueError: they are not of the adapter's size, or a task has no row.
+    """
+    path = Path(adapter) / INSTRUCTION_FILE
+    embeddings, _ = read_instruction_embeddings(path)
+    check_size(embeddings.shape[1], config, str(path))
+    embeds = {}
+    for task in tasks:
+        row = find_dataset(task.dataset).instruction_row
+        if row is None or row >= len(embeddings):
+            raise ValueError(f"{task.name} needs row {row} of {path}, which has {len(embeddings)}")
+        embeds[task.name] = _constant(embeddings[row])
+    return embeds
 
 
-def _check_size(size: int, config: SMoLoRAConfig, source: str) -> None:
+def check_size(size: int, config: SMoLoRAConfig, source: str) -> None:
+    """Whether embeddings fit an adapter.
+
+    Raises:
+        ValueError: they do not; the message has both sizes.
+    """
     if size != config.instruction_dim:
         raise ValueError(
             f"{source} has embeddings of size {size}, the adapter's instruction_dim is {config.instruction_dim}"
         )
 
 
-def _row(embeddings: Tensor, task: str, path: Path) -> Tensor:
-    row = find_dataset(task).instruction_row
-    if row is None or row >= len(embeddings):
-        raise ValueError(f"{task} needs row {row} of {path}, which has {len(embeddings)}")
-    return embeddings[row]
+def _of_each(encoder: InstructionEncoder, templates: Sequence[str], texts: Sequence[str]) -> Tensor:
+    return encoder.encode([instruction_of(text, templates) for text in texts])
 
 
 def _constant(embedding: Tensor) -> Embed:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def continual_metrics(
         mif: instruction following, of the matrix's form; without it every MIF is None.
         method: "dirlora" for an adapter a task: a_kj is a_jj (only the last cell of each row is read, or the single
             row), there is no MAP, and BWT is 0.
-        allow_missing: cells may be None and stages may be missing; every figure that needs one of them is None.
+        allow_missing: cells may be None, rows may end early and stages may be missing; every figure that needs one of
+            the cells is None.
 
     Returns:
         One entry a stage under "AP", "MAP", "BWT" and "MIF". BWT is None after the first stage; a single row has
@@ -71,28 +73,26 @@ def _rows(
     """The rows as floats, checked; those of an adapter a task filled up from the diagonal."""
     if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) for row in rows):
         raise ValueError(f"{name} must be a list of rows, got {rows!r}")
-    n = len(tasks)
     if method not in (None, "dirlora"):
         raise ValueError(f"method must be 'dirlora' or left out, got {method!r}")
-    single = _is_single(rows, tasks)
+    n = len(tasks)
     if len(rows) > n:
         raise ValueError(f"{name} has {len(rows)} rows for {n} tasks")
-    for k, row in enumerate(rows, 1):
-        expected = n if single else k
-        if len(row) != expected:
-            raise ValueError(f"{name}, row {k}: must have {expected} cells, got {len(row)}")
+    single = _is_single(rows, tasks)
+    lengths = [n] if single else list(range(1, n + 1))
+    for k, (row, length) in enumerate(zip(rows, lengths, strict=False), 1):
+        if len(row) > length or (len(row) < length and not allow_missing):
+            raise ValueError(f"{name}, row {k}: must have {length} cells, got {len(row)}")
         for j, cell in enumerate(row, 1):
             if cell is not None and (
                 not isinstance(cell, (int, float)) or isinstance(cell, bool) or not math.isfinite(cell)
             ):
                 raise ValueError(f"{name}, row {k}, column {j} ({tasks[j - 1]}): must be a number, got {cell!r}")
     if method == "dirlora":
-        diagonal = list(rows[0]) if single else [row[-1] for row in rows]
-        rows = [diagonal[: k + 1] for k in range(len(diagonal))]
-        single = False
-    filled = [list(row) for row in rows]
-    if not single:
-        filled += [[None] * k for k in range(len(rows) + 1, n + 1)]
+        diagonal = rows[0] if single else [row[k] if k < len(row) else None for k, row in enumerate(rows)]
+        rows, lengths = [diagonal[:k] for k in range(1, len(diagonal) + 1)], list(range(1, n + 1))
+    # a stage that is missing, or a row's end, are cells of None
+    filled = [[*row, *[None] * (length - len(row))] for row, length in zip_longest(rows, lengths, fillvalue=())]
     missing = [
         f"row {k}, column {j} ({tasks[j - 1]})"
         for k, row in enumerate(filled, 1)
@@ -137,12 +137,19 @@ def run(args: argparse.Namespace) -> int:
             content["tasks"],
             content["matrix"],
             content.get("mif"),
-            method="dirlora" if content.get("method") == "dirlora" else None,
+            method="dirlora" if str(content.get("method")).lower() == "dirlora" else None,
             allow_missing=args.allow_missing,
         )
     except ValueError as error:
         raise ValueError(f"{args.matrix}: {error}") from error
-    print(json.dumps(figures) if args.json else _table(content["tasks"], figures))
+    if args.json:
+        print(json.dumps(figures))
+        return 0
+    print(_table(content["tasks"], figures))
+    from .paper import disagreements_with
+
+    for disagreement in disagreements_with(content["tasks"], content["matrix"]):
+        print(f"the paper's tables disagree: {disagreement}")
     return 0
 
 

@@ -42,16 +42,6 @@ def each(right: Callable[[Item, str], float]) -> Metric:
     return metric
 
 
-def of_group(metric: Metric, group: str) -> Metric:
-    """The metric over the items of one group."""
-
-    def part(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
-        scores = metric(items, texts)
-        return [score if item.group == group else None for item, score in zip(items, scores, strict=True)]
-
-    return part
-
-
 # ---- one answer
 
 

@@ -22,16 +22,20 @@ class Score:
     score: float
     mif: float
     count: int  # questions that the score is the mean of
-    parts: dict[str, float | None] = field(default_factory=dict)  # None: no question of that part
+    groups: dict[str, float | None] = field(default_factory=dict)  # the score of each; None: no question is in it
+    further: dict[str, float] = field(default_factory=dict)  # other metrics
     skipped: int = 0  # left out since they could not be asked
 
     def as_dict(self) -> dict[str, str | float | int | None]:
         """What `smolora score --json` prints."""
         content = {name: getattr(self, name) for name in ("dataset", "protocol", "metric", "score", "mif", "count")}
-        return content | self.parts | ({"skipped": self.skipped} if self.skipped else {})
+        return content | self.groups | ({"skipped": self.skipped} if self.skipped else {})
 
     def __str__(self) -> str:
-        figures = [f"{self.metric} {self.score:.2f}", *(f"{n} {_two(v)}" for n, v in self.parts.items())]
+        figures = [
+            f"{self.metric} {self.score:.2f}",
+            *(f"{n} {_two(v)}" for n, v in (self.groups | self.further).items()),
+        ]
         figures += [f"MIF {self.mif:.2f}", f"{self.count} answers"] + [f"{self.skipped} skipped"] * bool(self.skipped)
         return f"{self.dataset} (protocol {self.protocol}): " + ", ".join(figures)
 
@@ -84,10 +88,11 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
         score=_percent(counted),
         mif=_percent([scoring.follows(item, text) for item, text in zip(items, given, strict=True)]),
         count=len(counted),
-        parts={
-            name: _percent([value for value in metric(items, given) if value is not None])
-            for name, metric in scoring.parts.items()
+        groups={
+            group: _percent([value for item, value in zip(items, scores, strict=True) if item.group == group])
+            for group in scoring.groups
         },
+        further={name: _percent(metric(items, given)) for name, metric in scoring.further.items()},
         skipped=len(left_out),
     )
 

@@ -55,7 +55,7 @@ def _about(runs: Sequence[Run]) -> str:
     """What each run is, in a line."""
     lines = []
     for run in runs:
-        versions = ", ".join(f"{name} {version}" for name, version in (run.results.get("versions") or {}).items())
+        versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         line = f"- {run.name}: {run.benchmark}, {run.setting}-type instructions, protocol {run.protocol}"
         lines.append(line + (f"; {versions}" if versions else ""))
     return "\n".join(lines)
@@ -88,5 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.cases < 0:
         raise ValueError(f"--cases must be 0 or more, got {args.cases}")
-    print(write_report(args.runs, args.output, cases_per_task=args.cases))
+    path = write_report(args.runs, args.output, cases_per_task=args.cases)
+    print(path.read_text().split("\n## ")[1])  # what it comes to, after the last stage
+    print(path)
     return 0

@@ -28,7 +28,7 @@ def case_tables(folder: Path, runs: Sequence[Run], count: int) -> dict[str, str]
     tables, data = {}, []
     for task in dict.fromkeys(task for run in runs for task in run.tasks):
         having = [run for run in runs if task in run.tasks]
-        source = next((run for run in having if task in (run.results.get("tests") or {})), None)
+        source = next((run for run in having if task in run.tests), None)
         if source is None:
             continue
         test = source.tests[task]

@@ -43,30 +43,27 @@ REQUIRED = ("method", "benchmark", "setting", "protocol", "tasks", "stages", "ma
 
 @dataclass(frozen=True)
 class Run:
-    """One run, read and checked."""
+    """One run, read and checked; see the module."""
 
     folder: Path
     name: str  # in figures and tables: the method, and the folder where several runs have one
-    results: dict[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        """What `results.json` has under `name`."""
-        try:
-            return self.results[name]
-        except KeyError:
-            raise AttributeError(name) from None
+    method: str
+    benchmark: str
+    setting: str
+    protocol: str
+    tasks: list[str]
+    stages: list[str]
+    matrix: list[list[float | None]]
+    figures: dict[str, list[float | None]]  # AP, MAP, BWT, MIF: one entry a stage
+    downstream: dict[str, dict[str, Any]]
+    tests: dict[str, dict[str, str]]
+    versions: dict[str, str]
+    experts: int | None  # of both branches together; None for a method that has none
 
     @property
     def last(self) -> dict[str, float | None]:
         """AP, MAP, BWT and MIF after the last stage."""
-        return {figure: self.results[figure][-1] for figure in FIGURES}
-
-    @property
-    def experts(self) -> int | None:
-        """Experts of both branches together; None for a method that has none."""
-        adapter = (self.results.get("config") or {}).get("adapter") or {}
-        counts = [adapter.get("num_vu_experts"), adapter.get("num_if_experts")]
-        return sum(counts) if all(isinstance(count, int) for count in counts) else None
+        return {figure: values[-1] for figure, values in self.figures.items()}
 
     def accuracy(self, stage: int, task: str) -> float | None:
         """Of a task after a stage (from 0); None where it was not evaluated."""
@@ -86,7 +83,7 @@ class Run:
     def routing(self) -> dict[str, list[dict[str, Any]]]:
         """The last evaluation's routes, alpha and beta by task, downstream tasks too; empty without adapters."""
         folders = [(self.stages[-1], self.tasks)]
-        folders += [(part["folder"], part["tasks"]) for part in (self.results.get("downstream") or {}).values()]
+        folders += [(part["folder"], part["tasks"]) for part in self.downstream.values()]
         found = {}
         for folder, tasks in folders:
             for task in tasks:
@@ -103,12 +100,24 @@ def read_runs(folders: list[Path]) -> list[Run]:
     Raises:
         ValueError: a folder holds no finished run; what its `results.json` lacks is named.
     """
-    results = [_read(folder) for folder in folders]
-    methods = [content["method"] for content in results]
+    contents = [_read(folder) for folder in folders]
+    methods = [content["method"] for content in contents]
     return [
-        Run(folder, method if methods.count(method) == 1 else f"{method} ({folder.resolve().name})", content)
-        for folder, method, content in zip(folders, methods, results, strict=True)
+        Run(
+            folder,
+            method if methods.count(method) == 1 else f"{method} ({folder.resolve().name})",
+            **{name: content[name] for name in REQUIRED if name not in FIGURES},
+            figures={name: content[name] for name in FIGURES},
+            **{name: content.get(name) or {} for name in ("downstream", "tests", "versions")},
+            experts=_experts((content.get("config") or {}).get("adapter") or {}),
+        )
+        for folder, method, content in zip(folders, methods, contents, strict=True)
     ]
+
+
+def _experts(adapter: dict[str, Any]) -> int | None:
+    counts = [adapter.get("num_vu_experts"), adapter.get("num_if_experts")]
+    return sum(counts) if all(isinstance(count, int) for count in counts) else None
 
 
 def _read(folder: Path) -> dict[str, Any]:

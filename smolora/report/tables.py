@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..evaluate import paper
 from ..evaluate.matrix import FIGURES
@@ -23,53 +24,57 @@ def markdown(header: Sequence[str], rows: Sequence[Cells]) -> str:
 def final_table(path: Path, runs: Sequence[Run]) -> str:
     """After the last stage, in the form of the paper's Table 1, with the paper's rows where they compare."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    rows: list[Cells] = []
-    for setting in dict.fromkeys(run.setting for run in runs):
-        if tuple(tasks) == paper.UPSTREAM and all(_comparable(run) for run in runs):
-            for method, row in paper.TABLE_1[setting].items():
-                rows.append([f"{method}, paper", setting, *row.accuracy, *(getattr(row, f) for f in FIGURES)])
-        for run in runs:
-            if run.setting == setting:
-                last = len(run.stages) - 1
-                accuracy = [run.accuracy(last, task) if task in run.tasks else None for task in tasks]
-                rows.append([run.name, setting, *accuracy, *(run.last[f] for f in FIGURES)])
-    header = ["run", "instructions", *tasks, *FIGURES]
-    write_csv(path, header, rows)
-    return markdown(header, rows)
+    rows = [(run, {task: run.accuracy(len(run.stages) - 1, task) for task in run.tasks}, run.last) for run in runs]
+    return _beside_the_paper(path, tasks, FIGURES, rows, paper.TABLE_1 if tuple(tasks) == paper.UPSTREAM else None)
 
 
 def downstream_tables(folder: Path, runs: Sequence[Run]) -> dict[str, str]:
     """For each downstream evaluation a table in the form of the paper's Tables 2 and 3."""
-    names = list(dict.fromkeys(name for run in runs for name in run.results.get("downstream") or {}))
+    printed = {"zero-shot": (paper.TABLE_2, paper.ZERO_SHOT), "few-shot": (paper.TABLE_3, paper.FEW_SHOT)}
     tables = {}
-    for name in names:
-        parts = [
-            (run, run.results["downstream"][name]) for run in runs if name in (run.results.get("downstream") or {})
-        ]
+    for name in dict.fromkeys(name for run in runs for name in run.downstream):
+        parts = [(run, run.downstream[name]) for run in runs if name in run.downstream]
         tasks = list(dict.fromkeys(task for _, part in parts for task in part["tasks"]))
-        published, places = {
-            "zero-shot": (paper.TABLE_2, paper.ZERO_SHOT),
-            "few-shot": (paper.TABLE_3, paper.FEW_SHOT),
-        }.get(name, ({}, ()))
-        rows: list[Cells] = []
-        for setting in dict.fromkeys(run.setting for run, _ in parts):
-            if tuple(tasks) == places and all(_comparable(run) for run, _ in parts):
-                for method, row in published[setting].items():
-                    rows.append([f"{method}, paper", setting, *row.accuracy, row.AP, row.MIF])
-            for run, part in parts:
-                if run.setting == setting:
-                    accuracy = dict(zip(part["tasks"], part["accuracy"], strict=True))
-                    rows.append([run.name, setting, *map(accuracy.get, tasks), part["AP"], part["MIF"]])
-        header = ["run", "instructions", *tasks, "AP", "MIF"]
-        write_csv(folder / f"downstream-{name}.csv", header, rows)
-        tables[name] = markdown(header, rows)
+        rows = [(run, dict(zip(part["tasks"], part["accuracy"], strict=True)), part) for run, part in parts]
+        table, columns = printed.get(name, (None, None))
+        tables[name] = _beside_the_paper(
+            folder / f"downstream-{name}.csv", tasks, ("AP", "MIF"), rows, table if tuple(tasks) == columns else None
+        )
     return tables
+
+
+def _beside_the_paper(
+    path: Path,
+    tasks: Sequence[str],
+    figures: Sequence[str],
+    of_runs: Sequence[tuple[Run, Mapping[str, float | None], Mapping[str, Any]]],
+    printed: Mapping[str, Mapping[str, paper.Row]] | None,
+) -> str:
+    """A table of runs, by the type of their instructions, under the paper's rows if all of them compare with it.
+
+    Args:
+        path: of the CSV file.
+        tasks, figures: its columns.
+        of_runs: of each run its accuracies by task, and its figures by name.
+        printed: the paper's table of these columns, if it has one.
+    """
+    rows: list[Cells] = []
+    for setting in dict.fromkeys(run.setting for run, *_ in of_runs):
+        if printed is not None and all(_comparable(run) for run, *_ in of_runs):
+            for method, row in printed[setting].items():
+                rows.append([f"{method}, paper", setting, *row.accuracy, *(getattr(row, name) for name in figures)])
+        for run, accuracy, values in of_runs:
+            if run.setting == setting:
+                rows.append([run.name, setting, *map(accuracy.get, tasks), *(values[name] for name in figures)])
+    header = ["run", "instructions", *tasks, *figures]
+    write_csv(path, header, rows)
+    return markdown(header, rows)
 
 
 def stage_table(path: Path, runs: Sequence[Run]) -> str:
     """AP, MAP, BWT and MIF after each stage of each run."""
     rows: list[Cells] = [
-        [run.name, stage.removeprefix("stage-"), *(run.results[figure][k] for figure in FIGURES)]
+        [run.name, stage.removeprefix("stage-"), *(run.figures[figure][k] for figure in FIGURES)]
         for run in runs
         for k, stage in enumerate(run.stages)
     ]

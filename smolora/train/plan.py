@@ -61,7 +61,7 @@ def _stage(stage: Stage, counts: dict[str, tuple[int, int]], recipe: Recipe) -> 
         "train": train,
         "test": sum(counts[task.name][1] for task in own),
         "asked": sum(counts[task.name][1] for task in stage.test),
-        "steps": steps_of(train, recipe) if train else 0,
+        "steps": steps_of(train, recipe.training.batch_size, recipe.epochs(stage.train)) if train else 0,
     }
 
 

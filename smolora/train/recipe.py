@@ -100,6 +100,7 @@ class TaskRecipe:
         images: where its image paths start; None for `data.images`.
         instructions: its instruction texts, which are found at the end of its prompts; without them the benchmark's
             own are looked for, else an instruction is a prompt's last line.
+        epochs: of a stage that trains this task alone, such as one of few shots; None for `training.epochs`.
     """
 
     name: str
@@ -108,6 +109,7 @@ class TaskRecipe:
     dataset: str | None = None
     images: str | None = None
     instructions: list[str] = field(default_factory=list)
+    epochs: float | None = None
 
     @property
     def benchmark_name(self) -> str:
@@ -215,9 +217,14 @@ class Recipe:
         """Upstream and downstream tasks."""
         return [*self.tasks, *(task for tasks in self.downstream.values() for task in tasks)]
 
+    def epochs(self, tasks: Sequence[TaskRecipe]) -> float:
+        """Of a stage that trains these tasks."""
+        own = tasks[0].epochs if len(tasks) == 1 else None
+        return self.training.epochs if own is None else own
+
     def adapter_config(self, **changes: Any) -> SMoLoRAConfig:
         """The configuration of `adapter`."""
-        return SMoLoRAConfig(**{**self.adapter, "task_type": "CAUSAL_LM", **changes})
+        return SMoLoRAConfig(**{**self.adapter, **changes})
 
     def train_file(self, task: TaskRecipe) -> Path:
         """Where a task's training file is."""
@@ -467,10 +474,14 @@ def _check(recipe: Recipe) -> None:
     for name, value, low in limits:
         if value is not None and value < low:
             raise ValueError(f"{name} must be at least {low}, got {value}")
-    for name in ("epochs", "learning_rate", "projector_learning_rate"):
-        value = getattr(training, name)
+    positive = [(f"training.{name}", getattr(training, name)) for name in ("learning_rate", "projector_learning_rate")]
+    positive += [
+        ("training.epochs", training.epochs),
+        *((f"epochs of {task.name}", task.epochs) for task in recipe.all_tasks),
+    ]
+    for name, value in positive:
         if value is not None and value <= 0:
-            raise ValueError(f"training.{name} must be positive, got {value}")
+            raise ValueError(f"{name} must be positive, got {value}")
     if training.weight_decay < 0:
         raise ValueError(f"training.weight_decay must not be negative, got {training.weight_decay}")
     if not 0 <= training.warmup_ratio < 1:

@@ -175,8 +175,9 @@ class Run:
         samples = self.samples(stage, kept)
         self.method.prepare(model, stage, kept)
         folder = place / "checkpoints"
-        steps = steps_of(len(samples), self.recipe)
-        arguments = training_arguments(self.recipe, folder, steps, seed, self.state.device.type != "cpu")
+        epochs = self.recipe.epochs(stage.train)
+        steps = steps_of(len(samples), self.recipe.training.batch_size, epochs)
+        arguments = training_arguments(self.recipe, folder, epochs, steps, seed, self.state.device.type != "cpu")
         whole = whole_checkpoints(folder)
         resume = whole[-1] if whole else None
         self.state.wait_for_everyone()  # all have looked before anything is removed or written

@@ -67,14 +67,15 @@ class TrainingStoppedError(ValueError):
     """Training cannot go on; the message names the last good checkpoint."""
 
 
-def training_arguments(recipe: Recipe, folder: Path, steps: int, seed: int, on_gpu: bool) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, folder: Path, epochs: float, steps: int, seed: int, on_gpu: bool
+) -> TrainingArguments:
     """The arguments of a stage's training.
 
     Args:
         recipe: the run.
         folder: for checkpoints.
-        steps: of the stage.
-        seed: of the stage.
+        epochs, steps, seed: of the stage.
         on_gpu: whether there is an accelerator to train on.
 
     Raises:
@@ -95,7 +96,7 @@ def training_arguments(recipe: Recipe, folder: Path, steps: int, seed: int, on_g
             **training.arguments,
         },
         output_dir=str(folder),
-        num_train_epochs=training.epochs,
+        num_train_epochs=epochs,
         per_device_train_batch_size=training.per_device_batch_size,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
@@ -302,6 +303,6 @@ class ContinualTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-def steps_of(samples: int, recipe: Recipe) -> int:
+def steps_of(samples: int, batch_size: int, epochs: float) -> int:
     """Optimiser steps of a stage with this many samples."""
-    return math.ceil(-(-samples // recipe.training.batch_size) * recipe.training.epochs)
+    return math.ceil(-(-samples // batch_size) * epochs)

@@ -168,7 +168,11 @@ class Generation:
             self.image_to_sample = self.image_to_sample.repeat_interleave(copies, 0) * copies
 
     def step(self, inputs: dict[str, Any], image_tokens: Tensor | None) -> Call:
-        """The call of the next forward."""
+        """The call of the next forward.
+
+        Raises:
+            ValueError: it is the first one, and has a part of the prompt alone.
+        """
         tokens = token_input(inputs)
         rows, count = tokens.shape[:2]
         cache = inputs.get("past_key_values")
@@ -176,6 +180,11 @@ class Generation:
         if cache is not None:
             start = self.position if self.kept is not None else int(cache.get_seq_length())
             self.position = start + count
+        if self.kept is None and not start and count < self.length:
+            raise ValueError(
+                "prefill_chunk_size must be left out with SMoLoRA adapters, which route a prompt as a whole: the first "
+                f"forward has {count} of its {self.length} tokens"
+            )
         if self.kept is None and start:  # goes on from a cache the caller has: what is new is this call's prompt
             self.length = max(self.length, start + count)
         prompt = None

@@ -25,6 +25,7 @@ from transformers.utils import TransformersKwargs
 from ..config import SMoLoRAConfig
 from ..routing import Chosen
 from .call import MISSING, Call, Generation, checked_map, token_input
+from .loading import LoadEntry
 from .together import BESIDE, Ahead
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class RoutingContext:
         ]
         if hasattr(model, "generate"):
             model.generate = GenerateEntry(model)
+        if hasattr(model, "_load_pretrained_model"):
+            model._load_pretrained_model = LoadEntry(model)
 
     def install_anchor(self, decoder: nn.Module) -> None:
         """Have the text decoder tie in the image adapters where a batch has no image; see `_anchor_images`."""
@@ -100,7 +103,8 @@ class RoutingContext:
         model = self.model
         for handle in self._handles:
             handle.remove()
-        model.__dict__.pop("generate", None)
+        for name in ("generate", "_load_pretrained_model"):
+            model.__dict__.pop(name, None)
         for module in model.modules():
             module.__dict__.pop(CONTEXT, None)
 

@@ -1,9 +1,12 @@
-"""The tuner: SMoLoRA as a PEFT method."""
+"""The tuner: SMoLoRA as a PEFT method, and what it shares with other methods for linear layers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method, resolve_quantization_backend
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from ..config import SMOLORA, SMoLoRAConfig
 from .context import CONTEXT, RoutingContext
 from .layer import NO_MERGE, SMoLoRALayer, SMoLoRALinear
+from .loading import PREFIX, check_names
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS = {
@@ -21,7 +25,60 @@ DEFAULT_TARGETS = {
 }
 
 
-class SMoLoRAModel(BaseTuner):
+class LinearTuner(BaseTuner):
+    """A method for linear layers, possibly quantised, whose adapters are never merged into them."""
+
+    target_module_mapping = DEFAULT_TARGETS
+    no_merge: str  # why
+
+    def new_layer(self, target: nn.Module, adapter_name: str, config: PeftConfig, key: str) -> nn.Module:
+        """The layer that is put in the place of `target`, which is called `key`."""
+        raise NotImplementedError
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        backend = resolve_quantization_backend(base)
+        if not isinstance(base, nn.Linear) and (backend is None or backend.layer_type != "linear"):
+            raise TypeError(
+                f"target_modules must name linear layers (torch.nn.Linear, possibly quantised), but {current_key} is "
+                f"{type(base).__name__}"
+            )
+        layer = self.new_layer(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(self.no_merge)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT would take off the arguments and nobody would look at.
+
+        Raises:
+            ValueError: an adapter is named for each sample.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names must be left out: all samples of a batch go through the active adapters (see "
+                f"set_adapter), got {kwargs['adapter_names']!r}"
+            )
+        yield
+
+
+class SMoLoRAModel(LinearTuner):
     """A model with SMoLoRA adapters; `peft.get_peft_model` makes it.
 
     The model's forward and `generate` take two keywords more:
@@ -36,46 +93,21 @@ class SMoLoRAModel(BaseTuner):
 
     prefix = "smolora_"
     tuner_layer_cls = SMoLoRALayer
-    target_module_mapping = DEFAULT_TARGETS
+    no_merge = NO_MERGE
 
     def _pre_injection_hook(self, model: nn.Module, config: SMoLoRAConfig, adapter_name: str) -> None:
         if CONTEXT not in model.__dict__:
             RoutingContext(model).install()
 
-    def _create_and_replace(
-        self,
-        peft_config: SMoLoRAConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(target, SMoLoRALayer):
-            target.update_layer(adapter_name, peft_config)
-            return
+    def new_layer(self, target: nn.Module, adapter_name: str, config: SMoLoRAConfig, key: str) -> SMoLoRALinear:
+        context: RoutingContext = getattr(self.model, CONTEXT)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        backend = resolve_quantization_backend(base)
-        if not isinstance(base, nn.Linear) and (backend is None or backend.layer_type != "linear"):
-            raise TypeError(
-                f"target_modules must name linear layers (torch.nn.Linear, possibly quantised), but {current_key} is "
-                f"{type(base).__name__}"
-            )
-        context = getattr(self.model, CONTEXT)
         takes_images = _takes_images(self.model, base)
         if takes_images:
             context.install_anchor(_text_decoder(self.model))
-        layer = SMoLoRALinear(
-            target, adapter_name, peft_config, context=context, key=current_key, takes_images=takes_images
-        )
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-        context.layers[current_key] = layer
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(NO_MERGE)
+        layer = SMoLoRALinear(target, adapter_name, config, context=context, key=key, takes_images=takes_images)
+        context.layers[key] = layer
+        return layer
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are float32, or of the base's dtype if `autocast_adapter_dtype` is False."""
@@ -99,19 +131,11 @@ class SMoLoRAModel(BaseTuner):
         """The checkpoint's tensors under the model's names.
 
         Raises:
-            KeyError: tensors of the adapter are missing, or there are some that the model has no place for. PEFT by
-                itself warns of the former and ignores the latter.
+            KeyError: see `check_names`.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        prefix = "base_model.model."
-        places = {name.removeprefix(prefix) for name in model.state_dict()}
-        wanted = {
-            name for name in places if f".smolora_experts.{adapter_name}." in f".{name}"
-        }  # fmt: skip
-        found = {name.removeprefix(prefix) for name in remapped}
-        missing, unknown = sorted(wanted - found), sorted(found - places)
-        if missing or unknown:
-            raise KeyError(f"adapter checkpoint: missing {missing}, unknown {unknown}")
+        places = {name.removeprefix(PREFIX) for name in model.state_dict()}
+        check_names(model, adapter_name, remapped, [n for n in remapped if n.removeprefix(PREFIX) not in places])
         return remapped
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import register_peft_method, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..config import register_peft_type
-from .model import DEFAULT_TARGETS
+from .model import LinearTuner
 
 MOELORA = register_peft_type("MOELORA")
 NO_MERGE = "MoELoRA cannot be merged into the base: the experts' weights depend on the token"
@@ -158,39 +158,15 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
         return "moelora." + super().__repr__()
 
 
-class MoELoRAModel(BaseTuner):
+class MoELoRAModel(LinearTuner):
     """A model with MoELoRA adapters; `peft.get_peft_model` makes it."""
 
     prefix = "moelora_"
     tuner_layer_cls = MoELoRALinear
-    target_module_mapping = DEFAULT_TARGETS
+    no_merge = NO_MERGE
 
-    def _create_and_replace(
-        self,
-        peft_config: MoELoRAConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(target, MoELoRALinear):
-            target.update_layer(adapter_name, peft_config)
-            return
-        backend = resolve_quantization_backend(target)
-        if not isinstance(target, nn.Linear) and (backend is None or backend.layer_type != "linear"):
-            raise TypeError(
-                f"target_modules must name linear layers (torch.nn.Linear, possibly quantised), but {current_key} is "
-                f"{type(target).__name__}"
-            )
-        layer = MoELoRALinear(target, adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(NO_MERGE)
+    def new_layer(self, target: nn.Module, adapter_name: str, config: MoELoRAConfig, key: str) -> MoELoRALinear:
+        return MoELoRALinear(target, adapter_name, config)
 
 
 if MOELORA not in PEFT_TYPE_TO_TUNER_MAPPING:

@@ -2,16 +2,14 @@
 
 import copy
 import importlib.metadata
-import json
 import pickle
 import sys
 
 import peft
 import pytest
 import torch
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 import smolora
@@ -20,30 +18,21 @@ from smolora.tuner import SMoLoRALinear, SMoLoRAModel
 from tiny_llava import (
     ADAPTED,
     FFN,
+    PARAMETERS,
     adapted,
     batch,
     embeddings,
     fill_adapters,
+    logits,
     tiny_config,
-    tiny_llama,
     tiny_llava,
+    trainable,
 )  # fmt: skip
-
-PARAMETERS = ("vu_A", "vu_B", "if_A", "if_B", "vu_router", "if_router", "vu_importance", "if_importance")
 
 
 def adapted_names(model):
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return {name for name, module in base.named_modules() if isinstance(module, SMoLoRALinear)}
-
-
-def logits(model, seed=0, **extra):
-    with torch.no_grad():
-        return model(**batch(), instruction_embeds=embeddings(2, seed), **extra).logits
-
-
-def trainable(model):
-    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
@@ -131,152 +120,6 @@ def test_dtypes(dtype):
     assert model(**inputs, instruction_embeds=embeddings(2)).logits.dtype == dtype
 
 
-# ----------------------------------------------------------------------------------------------------- saving, loading
-
-
-def test_save_and_load(tmp_path):
-    config = tiny_config(
-        r=3, top_k=2, lora_dropout=0.25, route_over="valid", decode_routing="token", fusion="mean",
-        router_grad="straight_through", num_vu_experts=2, num_if_experts=5,
-    )  # fmt: skip
-    model = adapted(config)
-    model.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors",
-    ]  # fmt: skip
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert tensors.keys() == {
-        f"base_model.model.{layer}.smolora_experts.{name}" for layer in ADAPTED for name in PARAMETERS
-    }
-    loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path)
-    saved = {**config.to_dict(), "inference_mode": True, "base_model_name_or_path": ""}
-    assert {**loaded.peft_config["default"].to_dict(), "base_model_name_or_path": ""} == saved
-    assert not trainable(loaded)
-    assert torch.equal(logits(loaded), logits(model))
-    for name, value in loaded.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llava(), tmp_path, adapter_name="other")), logits(model))
-
-
-def test_loaded_for_training(tmp_path):
-    adapted().save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(tiny_llava(), tmp_path, is_trainable=True)
-    assert trainable(model) == trainable(adapted())
-
-
-def test_low_cpu_mem_usage(tmp_path):
-    model = adapted()
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path, low_cpu_mem_usage=True)
-    assert not any(p.is_meta for p in loaded.parameters())
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def test_low_cpu_mem_usage_does_not_round(tmp_path):
-    """The way through the base's dtype would take float32 weights through bfloat16."""
-    model = adapted()
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_llava(dtype=torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
-    want = {n: p for n, p in model.state_dict().items() if "smolora" in n}
-    assert want.keys() == {n for n in loaded.state_dict() if "smolora" in n}
-    assert all(torch.equal(loaded.state_dict()[n], p) for n, p in want.items())
-
-
-@pytest.mark.parametrize("auto", [AutoPeftModelForCausalLM, AutoPeftModel])
-def test_auto_peft_model(tmp_path, auto):
-    """By task, where transformers maps the model to it, and by the class that the configuration names."""
-    base = tiny_llama() if auto is AutoPeftModelForCausalLM else tiny_llava()
-    base.save_pretrained(tmp_path / "base")
-    base = type(base).from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, tiny_config(task_type="CAUSAL_LM" if auto is AutoPeftModelForCausalLM else None))
-    fill_adapters(model)
-    model.eval().save_pretrained(tmp_path / "adapter")
-    loaded = auto.from_pretrained(tmp_path / "adapter")
-    assert type(loaded.get_base_model()) is type(base)
-    inputs = {**batch((5, 9), (0, 0)), "instruction_embeds": embeddings(2)}
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-
-
-def test_modules_to_save(tmp_path):
-    model = get_peft_model(tiny_llava(), tiny_config(modules_to_save=["lm_head"], exclude_modules=["linear_1"])).eval()
-    fill_adapters(model)
-    head = "base_model.model.lm_head.modules_to_save.default.weight"
-    assert head in trainable(model)
-    with torch.no_grad():
-        model.get_parameter(head).mul_(1.5)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
-    with model.disable_adapter(), torch.no_grad():
-        assert torch.equal(model(**batch()).logits, tiny_llava()(**batch()).logits)
-
-
-def damaged(folder, change):
-    """The adapter's file after `change` of its tensors."""
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-KEY = "base_model.model.model.language_model.layers.0.mlp.up_proj.smolora_experts.vu_A"
-DAMAGE = {
-    "missing": (lambda t: t.pop(KEY), KeyError, r"missing .*up_proj.smolora_experts.default.vu_A"),
-    "a whole layer missing": (
-        lambda t: [t.pop(k) for k in list(t) if "linear_2" in k], KeyError, "missing .*linear_2"
-    ),
-    "extra": (lambda t: t.update({KEY + "x": torch.zeros(3)}), KeyError, "unknown .*vu_Ax"),
-    "of another model": (lambda t: t.update({"lora_A": torch.zeros(3)}), KeyError, "unknown .*lora_A"),
-    "wrong shape": (lambda t: t.update({KEY: t[KEY][:1].clone()}), RuntimeError, "up_proj.*vu_A"),
-    "zero size": (lambda t: t.update({KEY: torch.zeros(0)}), RuntimeError, "up_proj.*vu_A"),
-    "another adapter's": (
-        lambda t: [t.update({k.replace("smolora_experts.", "lora_")[:-1]: t.pop(k)}) for k in list(t)],
-        KeyError, "missing .*unknown",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", DAMAGE)
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_damaged_checkpoint_is_refused(tmp_path, what, low_cpu_mem_usage):
-    """PEFT by itself warns of missing tensors and ignores unknown ones."""
-    adapted().save_pretrained(tmp_path)
-    change, error, message = DAMAGE[what]
-    damaged(tmp_path, change)
-    with pytest.raises(error, match=message):
-        PeftModel.from_pretrained(tiny_llava(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
-def test_a_truncated_checkpoint_is_refused(tmp_path, keep):
-    adapted().save_pretrained(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(Exception, match=r"(?i)safetensor|header|incomplete"):
-        PeftModel.from_pretrained(tiny_llava(), tmp_path)
-
-
-def test_a_pickle_with_code_is_refused(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return print, ("code of a checkpoint ran",)
-
-    model = adapted()
-    model.save_pretrained(tmp_path, safe_serialization=False)
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llava(), tmp_path)), logits(model))
-    torch.save({KEY: Code()}, tmp_path / "adapter_model.bin")
-    with pytest.raises(ValueError, match="could run code"):
-        PeftModel.from_pretrained(tiny_llava(), tmp_path)
-
-
-def test_an_unknown_config_value_is_refused(tmp_path):
-    adapted().save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "fusion": "sum"}))
-    with pytest.raises(ValueError, match=r"fusion must be one of.*'sum'"):
-        PeftModel.from_pretrained(tiny_llava(), tmp_path)
-
-
 # ------------------------------------------------------------------------------------------------ without a PeftModel
 
 
@@ -338,6 +181,43 @@ def test_several_adapters():
     model.delete_adapter("default")
     with torch.no_grad():  # PEFT's own forward wants an active adapter
         assert torch.equal(model.base_model.model(**batch()).logits, tiny_llava()(**batch()).logits)
+
+
+def test_several_adapters_generate():
+    """One after the other, together, and none of them: each as by itself, with a cache and without."""
+    inputs, e = batch((5, 9), (2, 1)), embeddings(2)
+
+    def tokens(model, **options):
+        return model.generate(**inputs, max_new_tokens=5, do_sample=False, **options)
+
+    model = adapted()
+    first = tokens(model, instruction_embeds=e)
+    model.add_adapter("second", tiny_config(r=2, top_k=2, target_modules=["gate_proj", "linear_1"]))
+    fill_adapters(model, seed=5)
+    model.base_model.set_adapter(["default", "second"])
+    both = tokens(model, instruction_embeds=e)
+    assert torch.equal(tokens(model, instruction_embeds=e, use_cache=False), both)
+    with model.disable_adapter():
+        assert torch.equal(tokens(model), tokens(tiny_llava()))
+        assert torch.equal(tokens(model, num_beams=2), tokens(tiny_llava(), num_beams=2))
+    assert torch.equal(tokens(model, instruction_embeds=e), both)
+    model.set_adapter("second")
+    second = tokens(model, instruction_embeds=e)
+    assert len({tuple(found.flatten().tolist()) for found in (first, second, both)}) == 3
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    fill_adapters(model)
+    assert torch.equal(tokens(model, instruction_embeds=e), first)
+
+
+def test_an_adapter_for_each_sample_is_refused():
+    """PEFT takes `adapter_names` off the arguments, so that nobody would look at it."""
+    model = adapted()
+    model.add_adapter("second", tiny_config(r=2))
+    options = {"instruction_embeds": embeddings(2), "adapter_names": ["default", "second"]}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"adapter_names must be left out.*got \['default', 'second'\]"):
+            call(**batch(), **options)
 
 
 @pytest.mark.parametrize(

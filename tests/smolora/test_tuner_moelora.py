@@ -111,6 +111,8 @@ def test_merging_is_refused():
     model = get_peft_model(tiny_llava(), config())
     with pytest.raises(ValueError, match="depend on the token"):
         model.merge_and_unload()
+    with pytest.raises(ValueError, match="adapter_names must be left out"):
+        model(**batch(), adapter_names=["default", "default"])
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,24 @@ def test_recomputation_gives_the_same_gradients(how, dropout):
     assert_same(found[1], found[0])
 
 
+@pytest.mark.parametrize("how", ["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("images", [(0, 0), (0, 2), (2, 1)])
+@pytest.mark.parametrize("embedded", [False, True], ids=["input_ids", "inputs_embeds"])
+def test_recomputation_of_any_images(how, images, embedded):
+    """Samples without an image, batches without any, several in one; embeddings with an explicit map."""
+    found = []
+    for name in (None, how):
+        model, inputs = recomputing(name), batch((5, 9), images, **ANSWER)
+        if embedded:
+            inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+            if sum(images):
+                inputs["image_to_sample"] = torch.repeat_interleave(torch.arange(2), torch.tensor(images))
+        model(**inputs, instruction_embeds=embeddings(2), use_cache=False).loss.backward()
+        found.append(gradients(model))
+    assert_same(found[1], found[0])
+    assert any("projector" in parameter for parameter in found[0])
+
+
 ORDERS = {
     "sum": lambda first, second: (first + second).backward(),
     "in order": lambda first, second: (first.backward(), second.backward()),

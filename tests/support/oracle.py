@@ -15,6 +15,7 @@ PARAMETERS = ("vu_A", "vu_B", "if_A", "if_B", "vu_router", "if_router", "vu_impo
 # what rounding alone costs where the eager reference happens to be lucky: relative errors, measured as a few units in
 # the last place of the outputs; float32 sums run in another order than the reference's
 FLOOR = {torch.float64: 1e-11, torch.float32: 1e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}  # relative, between two orders of the same sums
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,13 @@ def error(value: Tensor, truth: Tensor) -> float:
         return float("inf")
     norm = truth.norm().item()
     return (value - truth).norm().item() / (norm or 1.0)
+
+
+def agree(got: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    """The same results by name, each within the bound of `error`."""
+    assert got.keys() == expected.keys()
+    errors = {name: error(got[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= bound, errors
 
 
 def along(value: Tensor, truth: Tensor) -> float:

@@ -21,6 +21,7 @@ PATCHES = 4  # tokens of an image
 VOCABULARY = 64
 INSTRUCTION_DIM = 12
 FFN = ("gate_proj", "up_proj", "down_proj")
+PARAMETERS = ("vu_A", "vu_B", "if_A", "if_B", "vu_router", "if_router", "vu_importance", "if_importance")
 ADAPTED = [f"model.language_model.layers.{i}.mlp.{name}" for i in range(2) for name in FFN] + [
     f"model.multi_modal_projector.linear_{i}" for i in (1, 2)
 ]
@@ -119,3 +120,14 @@ def batch(lengths=(5, 9), images=None, seed: int = 0, answer: int = 0) -> dict[s
 def embeddings(rows: int, seed: int = 0) -> Tensor:
     """Instruction embeddings (rows, INSTRUCTION_DIM)."""
     return torch.randn(rows, INSTRUCTION_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: torch.nn.Module, seed: int = 0, **extra) -> Tensor:
+    """Of one batch, by the embeddings of a seed."""
+    with torch.no_grad():
+        return model(**batch(), instruction_embeds=embeddings(2, seed), **extra).logits
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    """The names of the parameters that train."""
+    return {name for name, p in model.named_parameters() if p.requires_grad}

@@ -20,7 +20,6 @@ class SeqLoRA(Method):
         return LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=self.recipe.adapter_config().lora_dropout,
             target_modules=self.targets(base), exclude_modules=self.recipe.adapter.get("exclude_modules"),
-            task_type="CAUSAL_LM",
         )  # fmt: skip
 
 

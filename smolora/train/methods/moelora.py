@@ -25,7 +25,6 @@ class MoELoRA(Method):
         return MoELoRAConfig(
             r=rank // experts, lora_alpha=alpha / experts, lora_dropout=config.lora_dropout, num_experts=experts,
             target_modules=self.targets(base), exclude_modules=self.recipe.adapter.get("exclude_modules"),
-            task_type="CAUSAL_LM",
         )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:

@@ -32,26 +32,26 @@ def test_questions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "match"),
+    ("record", "match", "own_id"),
     [
-        ("text", "record 1: must be an object, got 'text'"),
-        ({"text": "q"}, "record 1: question_id must be a number or a string, got None"),
-        ({"question_id": True, "text": "q"}, "question_id must be a number or a string, got True"),
-        ({"question_id": 1}, "record 1: text must be a string, got None"),
-        ({"question_id": 1, "text": "q", "image": 3}, "image must be a path, or be left out, got 3"),
-        ({"question_id": 1, "text": "q", "image": ""}, "image must be a path, or be left out, got ''"),
-        ({"question_id": 1, "text": "q", "answer": []}, "answer must be a string or a list of strings"),
-        ({"question_id": 1, "text": "q", "answer": [1]}, "answer must be a string or a list of strings"),
-        ({"question_id": "0", "text": "q"}, "record 1: question_id 0 is that of record 0 too"),
+        ("text", "record 1: must be an object, got 'text'", None),
+        ({"text": "q"}, "record 1: question_id must be a number or a string, got None", None),
+        ({"question_id": True, "text": "q"}, "question_id must be a number or a string, got True", None),
+        ({"question_id": 1}, "record 1: text must be a string, got None", 1),
+        ({"question_id": 1, "text": "q", "image": 3}, "image must be a path, or be left out, got 3", 1),
+        ({"question_id": 1, "text": "q", "image": ""}, "image must be a path, or be left out, got ''", 1),
+        ({"question_id": 1, "text": "q", "answer": []}, "answer must be a string or a list of strings", 1),
+        ({"question_id": 1, "text": "q", "answer": [1]}, "answer must be a string or a list of strings", 1),
+        ({"question_id": "0", "text": "q"}, "record 1: question_id 0 is that of record 0 too", None),
     ],
 )
-def test_broken_questions_are_named_or_listed(tmp_path, record, match):
+def test_broken_questions_are_named_or_listed(tmp_path, record, match, own_id):
     path = write(tmp_path / "val.json", [{"question_id": 0, "text": "q"}, record, {"question_id": 2, "text": "q"}])
     with pytest.raises(ValueError, match=match):
         read_questions(path)
     broken = []
     assert [question.index for question in read_questions(path, broken=broken)] == [0, 2]
-    assert [(record.index, record.question_id) for record in broken] == [(1, None)] and str(path) in broken[0].reason
+    assert [(b.index, b.question_id) for b in broken] == [(1, own_id)] and str(path) in broken[0].reason
     assert [question.index for question in read_questions(path, skip={1})] == [0, 2]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -44,3 +46,28 @@ def transform(base_folder):
 def questions(tmp_path_factory):
     """12 questions, the last 3 without an image."""
     return small_llava.write_questions(tmp_path_factory.mktemp("questions"), 12, without_image=3)
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tmp_path_factory):
+    """The adapter of the fixture `model`, with seven instruction embeddings."""
+    model = small_llava.small_adapter(small_llava.small_llava())
+    config = model.peft_config["default"]
+    config.instruction_embeddings = torch.randn(7, 384, generator=torch.Generator().manual_seed(3))
+    folder = tmp_path_factory.mktemp("adapter") / "trained"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """VQAv2 and ImageNet in the released tree, six questions each, three of them without an image."""
+    root = tmp_path_factory.mktemp("benchmark")
+    for task, name in (("VQAv2", "val.json"), ("ImageNet", "test.json")):
+        path = small_llava.write_questions(root / task, 6, name=name, without_image=3, seed=len(task))
+        records = json.loads(path.read_text())
+        for record in records:
+            if "image" in record:
+                record["image"] = f"{task}/{record['image']}"
+        path.write_text(json.dumps(records))
+    return root

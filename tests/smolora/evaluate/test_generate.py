@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -142,6 +143,14 @@ def test_routing_is_saved(generate, questions, model):
     first = [sample["layers"][-1] for sample in samples]
     assert [sum(entry["vu"] == [e] for entry in first) for e in range(3)] == layers[-1]["vu"]
     assert sum(entry["alpha"] for entry in first) / 12 == pytest.approx(layers[-1]["alpha"])
+
+
+def test_progress(generate, questions, capsys):
+    """Samples done of how many, samples a second, and the time left."""
+    generate(questions)
+    shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    last = [line for line in shown if line.startswith("VQAv2: ")][-1]
+    assert re.search(r"12/12 \[\d+:\d+<\d+:\d+, .*sample", last), last
 
 
 # ---- interrupted
@@ -356,7 +365,7 @@ def test_skip_broken_counts_and_lists(generate, broken):
     output = generate(broken, settings=settings)
     assert [answer.question_id for answer in read_answers(output)] == [0, 5]
     skipped = read(skipped_path(output))
-    assert [(record["index"], record["question_id"]) for record in skipped] == [(1, 1), (2, 2), (3, None), (4, None)]
+    assert [(record["index"], record["question_id"]) for record in skipped] == [(1, 1), (2, 2), (3, None), (4, 4)]
     assert all(f"record {record['index']}" in record["reason"] for record in skipped)
     assert info(output)["skipped"] == 4 and info(output)["count"] == 2
     result = score("VQAv2", [broken.parent], output)
@@ -366,6 +375,20 @@ def test_skip_broken_counts_and_lists(generate, broken):
     clean = broken.with_name("clean.json")
     clean.write_text(json.dumps([whole[0], whole[-1]]))
     assert [line["text"] for line in read(generate(clean, "clean.jsonl"))] == [line["text"] for line in read(output)]
+
+
+def test_what_an_earlier_run_skipped_is_not_left_out(generate, broken):
+    """Its answers were removed, the data repaired: all of it is asked and scored."""
+    repair(broken, 1)
+    settings = replace(BATCHED, skip_broken=True, routes_per_sample=True)
+    output = generate(broken, settings=settings)
+    assert skipped_path(output).exists() and score("VQAv2", [broken.parent], output).skipped == 1
+    output.unlink()
+    Image.new("RGB", (20, 20)).save(broken.parent / json.loads(broken.read_text())[1]["image"])
+    output = generate(broken)
+    result = score("VQAv2", [broken.parent], output)
+    assert (result.count, result.skipped) == (6, 0)
+    assert not skipped_path(output).exists() and not output.with_suffix(".routes.jsonl").exists()
 
 
 # ---- batches

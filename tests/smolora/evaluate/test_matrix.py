@@ -113,6 +113,17 @@ def test_missing_stages():
     assert figures["AP"] == [80, 65, None] and figures["BWT"] == [None, -10, None]
 
 
+def test_rows_that_end_early():
+    short = [[80.0], [70.0], [50.0, 40.0, 90.0]]
+    with pytest.raises(ValueError, match="matrix, row 2: must have 2 cells, got 1"):
+        continual_metrics(TASKS, short)
+    figures = continual_metrics(TASKS, short, [[90.0], [], [90.0] * 3], allow_missing=True)
+    assert figures["AP"] == [80, None, 60] and figures["BWT"] == [None, -10, None]
+    assert figures["MIF"] == [90, None, 90]
+    with pytest.raises(ValueError, match="matrix, row 1: must have 1 cells, got 2"):
+        continual_metrics(TASKS, [[80.0, 1.0], *MATRIX[1:]], allow_missing=True)
+
+
 @pytest.mark.parametrize(
     ("tasks", "matrix", "mif", "match"),
     [
@@ -150,3 +161,24 @@ def test_command(tmp_path, capsys):
     path.write_text("[]")
     assert cli.main(["metrics", str(path)]) == 1
     assert "must hold an object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("table", "expected"), [(paper.TABLE_5, ["VQAv2: 64.61", "AP: 46.21"]), (paper.TABLE_6, [])])
+def test_command_lists_where_the_papers_tables_disagree(tmp_path, capsys, table, expected):
+    path = tmp_path / "matrix.json"
+    path.write_text(json.dumps({"tasks": list(paper.UPSTREAM), "matrix": table["single"]}))
+    assert cli.main(["metrics", str(path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "disagree" in line]
+    assert len(lines) == len(expected)
+    for line, words in zip(lines, expected, strict=True):
+        assert line.startswith(f"the paper's tables disagree: Table 1, single-type, SeqLoRA, {words}, but ")
+
+
+def test_command_for_an_adapter_a_task(tmp_path, capsys):
+    """With the matrix's form, or the run's results, whose method says it."""
+    path = tmp_path / "results.json"
+    for method in ("dirlora", "DirLoRA"):
+        path.write_text(json.dumps({"tasks": TASKS, "matrix": [[80, 60, 90]], "method": method}))
+        assert cli.main(["metrics", str(path), "--json"]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["AP"][:2] == [80, 70] and figures["MAP"] == [None] * 3 and figures["BWT"] == [None, 0, 0]

@@ -13,7 +13,7 @@ import pytest
 
 from smolora import cli
 from smolora.evaluate import cider, ptb, rules, vqa
-from smolora.evaluate.datasets import DATASETS
+from smolora.evaluate.datasets import ACCURACY, DATASETS, Dataset, Scoring, one_answer
 from smolora.evaluate.rules import Item
 from smolora.evaluate.score import score, skipped_path
 
@@ -87,12 +87,13 @@ def test_standard_scores_are_labelled_and_differ(dataset):
     assert 0 < result.score < 1000 and 0 < result.mif < 100
 
 
-def test_an_empty_answer_is_wrong_in_standard(tmp_path):
-    for dataset in ("ImageNet", "VQAv2", "Places365", "OCRVQA", "VizWiz"):
-        answers = vqa_files(tmp_path, ["dog", ""], ["", " "])
-        (tmp_path / "test.json").write_text((tmp_path / "val.json").read_text())
-        result = score(dataset, [tmp_path], answers, "standard")
-        assert (result.score, result.mif) == (0, 0)
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_answer_is_wrong_in_standard(tmp_path, dataset, text):
+    lines = [json.loads(line) for line in (GOLDEN / dataset / "answers.jsonl").read_text().splitlines()]
+    answers = write_lines(tmp_path / "answers.jsonl", [{**line, "text": text} for line in lines])
+    result = score(dataset, [GOLDEN], answers, "standard")
+    assert (result.score, result.mif) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,64 @@ def test_unknown_dataset_and_protocol():
         score("TextVQA", [Path("nowhere")], "x")
 
 
+def test_skipped_scienceqa_questions_are_not_wrong(tmp_path):
+    """Its questions are known from another file, by their ids; one that was not answered at all is wrong."""
+    for path in (GOLDEN / "ScienceQA").iterdir():
+        shutil.copy(path, tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    whole = golden("ScienceQA")
+    write_lines(answers, lines[1:])
+    assert score("ScienceQA", [tmp_path], answers).count == whole.count
+    write_lines(skipped_path(answers), [{"question_id": lines[0]["question_id"], "index": 0, "reason": "image"}])
+    result = score("ScienceQA", [tmp_path], answers)
+    assert (result.count, result.skipped) == (whole.count - 1, 1)
+
+
+def test_a_new_dataset_is_one_entry(tmp_path, monkeypatch):
+    entry = Dataset("val.json", one_answer, ACCURACY, Scoring("length", lambda items, texts: [1.0], lambda i, t: True))
+    monkeypatch.setitem(DATASETS, "Mine", entry)
+    answers = vqa_files(tmp_path, ["dog"], ["Dog."])
+    assert score("Mine", [tmp_path], answers).as_dict() == {
+        "dataset": "Mine", "protocol": "smolora", "metric": "accuracy", "score": 100, "mif": 100, "count": 1,
+    }  # fmt: skip
+    assert score("Mine", [tmp_path], answers, "standard").metric == "length"
+
+
 # ---- command line
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("protocol", ["smolora", "standard"])
+def test_json_has_these_keys_and_no_others(dataset, protocol, capsys):
+    command = ["score", "--dataset", dataset, "--annotations", str(GOLDEN), "--protocol", protocol, "--json"]
+    assert cli.main([*command, "--answers", str(GOLDEN / dataset / "answers.jsonl")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    groups = ["binary", "open"] if dataset == "GQA" else []
+    assert list(result) == ["dataset", "protocol", "metric", "score", "mif", "count", *groups]
+    assert (result["dataset"], result["protocol"]) == (dataset, protocol)
+
+
+def test_command_with_two_trees(tmp_path, capsys):
+    """The question file in one, the dataset's own file in the other; captions' second metric is printed too."""
+    for tree, name in (("ours", "test.json"), ("theirs", "testdev_balanced_questions.json")):
+        (tmp_path / tree / "GQA").mkdir(parents=True)
+        shutil.copy(GOLDEN / "GQA" / name, tmp_path / tree / "GQA")
+    command = ["score", "--dataset", "GQA", "--answers", str(GOLDEN / "GQA" / "answers.jsonl"), "--json"]
+    trees = ["--annotations", str(tmp_path / "ours"), "--annotations", str(tmp_path / "theirs")]
+    assert cli.main([*command, *trees]) == 0
+    assert json.loads(capsys.readouterr().out) == golden("GQA").as_dict()
+    assert cli.main([*command, *trees[:2]]) == 1
+    assert "GQA needs testdev_balanced_questions.json" in capsys.readouterr().err
+
+
+def test_captions_have_both_metrics(capsys):
+    answers = str(GOLDEN / "TextCaps" / "answers.jsonl")
+    command = ["score", "--dataset", "TextCaps", "--annotations", str(GOLDEN), "--answers", answers]
+    assert cli.main([*command, "--protocol", "standard"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("TextCaps (protocol standard): cider_d 301.94, cider ")
+    assert f"cider {golden('TextCaps', 'standard').further['cider']:.2f}," in printed
 
 
 def test_command_prints_json(capsys):

@@ -93,3 +93,10 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     runs = [write_run(folder / "a", MATRIX), write_run(folder / "b", MATRIX, method="seqlora")]
     return write_report(runs, cases_per_task=3).parent
+
+
+@pytest.fixture(scope="session")
+def several(tmp_path_factory):
+    """The report of two runs that differ in the number of experts."""
+    folder = tmp_path_factory.mktemp("several")
+    return write_report([write_run(folder / f"e{n}", MATRIX, experts=n) for n in (2, 4)]).parent

@@ -35,6 +35,14 @@ def test_one_run(one):
         assert f"({picture})" in text and (one / picture).with_suffix(".csv").is_file()
 
 
+def test_every_figure_has_its_data_beside_it(one, two, several):
+    for folder in (one, two, several):
+        pictures = list(folder.glob("*.png"))
+        assert len(pictures) >= 4 and (folder / "report.md").read_text().count(".png)") >= len(pictures)
+        for picture in pictures:
+            assert len(read_csv(picture.with_suffix(".csv"))) > 1, picture
+
+
 def test_csv_holds_what_the_figures_show(one):
     found = {(row["task"], int(row["stage"])): float(row["accuracy"]) for row in read_csv(one / "accuracy.csv")}
     assert found == {(TASKS[j], k + 1): value for k, row in enumerate(MATRIX) for j, value in enumerate(row)}
@@ -96,6 +104,13 @@ def test_figures_against_the_number_of_experts(make_run, tmp_path):
     assert [run.name for run in runs] == ["smolora (e2)", "smolora (e4)", "smolora (e8)"]
 
 
+def test_runs_of_different_sizes_are_drawn_against_each_other(several):
+    assert "(experts.png)" in (several / "report.md").read_text()
+    rows = [row for row in read_csv(several / "experts.csv") if row["figure"] == "MIF"]
+    assert [(row["experts"], row["value"]) for row in rows] == [("2", "90.0"), ("4", "90.0")]
+    assert {path.name for path in several.glob("routing-*.png")} == {"routing-smolora-e2.png", "routing-smolora-e4.png"}
+
+
 def test_downstream(make_run, tmp_path):
     accuracy = {"folder": "downstream-zero-shot", "tasks": list(paper.ZERO_SHOT), "accuracy": [30.0, 20.0, 40.0]}
     folder = make_run("a", MATRIX, downstream={"zero-shot": {**accuracy, "mif": [90.0] * 3, "AP": 30.0, "MIF": 90.0}})
@@ -136,7 +151,8 @@ def test_cases(two):
     [
         (lambda c: c.pop("stages"), "lacks stages"),
         (lambda c: c["stages"].pop(), "stages must name 3 folders, got 2"),
-        (lambda c: c["matrix"][1].pop(), "matrix, row 2: must have 2 cells"),
+        (lambda c: c["matrix"][1].pop(), r"AP of stage 2 is 65.0, but None by the matrix"),
+        (lambda c: c["matrix"][1].append(1.0), "matrix, row 2: must have 2 cells, got 3"),
         (lambda c: c["AP"].__setitem__(1, 1.0), r"AP of stage 2 is 1.0, but 65.0 by the matrix"),
     ],
 )
@@ -156,3 +172,14 @@ def test_command(make_run, capsys, tmp_path):
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "is no finished run: it has no results.json" in capsys.readouterr().err
     assert cli.main(["report", str(folder), "--cases", "-1"]) == 1
+
+
+def test_command_shows_so_many_cases(make_run, tmp_path):
+    runs = [str(make_run(name, MATRIX, method=name)) for name in ("seqlora", "smolora")]
+    assert cli.main(["report", *runs, "--cases", "2", "--output", str(tmp_path / "out")]) == 0
+    rows = read_csv(tmp_path / "out" / "cases.csv")
+    for task in TASKS:
+        assert len({row["question_id"] for row in rows if row["task"] == task}) == 2
+    assert "## Cases" in (tmp_path / "out" / "report.md").read_text()
+    assert cli.main(["report", *runs, "--output", str(tmp_path / "without")]) == 0
+    assert "## Cases" not in (tmp_path / "without" / "report.md").read_text()

@@ -48,12 +48,21 @@ def run_of(folder: Path) -> tuple[dict, list[float], dict[str, torch.Tensor]]:
     return results, losses, adapters
 
 
+FSDP2 = (
+    "training.arguments.fsdp=true",
+    "training.arguments.fsdp_config={version: 2, auto_wrap_policy: TRANSFORMER_BASED_WRAP, "
+    "transformer_layer_cls_to_wrap: [LlamaDecoderLayer], state_dict_type: FULL_STATE_DICT, "
+    "cpu_ram_efficient_loading: false}",
+)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("sharded", [(), FSDP2], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("method", ["smolora", "seqlora"])
-def test_two_ranks_equal_one(world, tmp_path, method):
+def test_two_ranks_equal_one(world, tmp_path, method, sharded):
     """Without dropout, whose masks differ from process to process: losses, adapters, answers and scores."""
     overrides = [*SAME, f"method={method}", "training.learning_rate=1e-3", "downstream={}"]
-    launch(world, *overrides, f"output={tmp_path / 'two'}")
+    launch(world, *overrides, *sharded, f"output={tmp_path / 'two'}")
     Run(load_recipe(world, [*overrides, f"output={tmp_path / 'one'}"]))()
     (two, losses, adapters), (one, expected, wanted) = run_of(tmp_path / "two"), run_of(tmp_path / "one")
     assert len(losses) == len(expected) == 6

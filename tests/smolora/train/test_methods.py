@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from peft import AutoPeftModel
 
 from small_llava import small_llava
 from smolora.train.methods import METHODS, Method
@@ -69,6 +70,9 @@ def test_runs(short, method, tmp_path):
     assert results["training"].keys() == (set() if method == "zeroshot" else set(results["stages"]))
     for content in results["training"].values():
         assert content["steps"] == (2 if method == "multitask" else 1)
+    for stage in results["training"]:
+        loaded = AutoPeftModel.from_pretrained(tmp_path / "run" / stage / "adapter")  # finds the base by itself
+        assert loaded.get_base_model().config.model_type == "llava"
 
 
 def test_room_for_other_methods(short, tmp_path, monkeypatch):

@@ -47,6 +47,14 @@ def test_overrides_stand_before_options_and_after_them(world, capsys):
     assert steps == [6, 3, 3]
 
 
+def test_a_task_has_epochs_of_its_own(world, capsys):
+    plan = dry_run(capsys, str(world), "downstream.few-shot.0.epochs=5", "tasks.1.epochs=3")
+    assert [stage["steps"] for stage in plan["stages"]] == [6, 9]
+    assert plan["downstream"][-1]["steps"] == 5
+    together = dry_run(capsys, str(world), "tasks.1.epochs=3", "--method", "multitask")
+    assert [stage["steps"] for stage in together["stages"]] == [12], "of a stage that trains it alone"
+
+
 @pytest.mark.parametrize(
     ("method", "stages"),
     [

@@ -80,6 +80,7 @@ def test_overrides(path, override, get, value):
         ("training.epochs=two", r"training.epochs must be a number, got 'two'"),
         ("training.epochs=.inf", r"training.epochs must be a finite number"),
         ("training.epochs=0", r"training.epochs must be positive, got 0"),
+        ("tasks.0.epochs=-1", r"epochs of \w+ must be positive, got -1"),
         ("training.batch_size=2.5", r"training.batch_size must be an integer, got 2.5"),
         ("training.batch_size=0", r"training.batch_size must be at least 1, got 0"),
         ("training.activation_checkpointing=1", r"training.activation_checkpointing must be true or false, got 1"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from smolora import cli
 from smolora.report import write_report
 from smolora.train.recipe import load_recipe
 from smolora.train.run import Run
@@ -106,6 +107,21 @@ def test_what_a_run_leaves(killed):
 def test_report_reads_a_run(killed, tmp_path):
     text = write_report([killed / "run-whole"], tmp_path).read_text()
     assert "ImageNet" in text and "few-shot" in text
+
+
+def test_the_evaluator_gives_a_runs_answers_by_its_recipe(killed, tmp_path):
+    """`smolora evaluate --recipe` on the last stage's adapter: what the run answered after that stage."""
+    stage = killed / "run-whole/stage-2-Flickr30k"
+    command = ["evaluate", "--recipe", str(killed / "recipe.yaml"), "--adapter", str(stage / "adapter")]
+    tasks = ["--task", "ImageNet", "--task", "Flickr30k", "--task", "OCRVQA"]
+    model = ["--model-id", "small/stage-2-Flickr30k", "--device", "cpu"]
+    assert cli.main([*command, *tasks, *model, "--output", str(tmp_path)]) == 0
+    for name in ("ImageNet", "Flickr30k"):
+        assert (tmp_path / f"answers/{name}.jsonl").read_bytes() == (stage / f"answers/{name}.jsonl").read_bytes()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores.items() >= json.loads((stage / "scores.json").read_text()).items()
+    zero_shot = json.loads((killed / "run-whole/downstream-zero-shot/scores.json").read_text())
+    assert scores["OCRVQA"] == zero_shot["OCRVQA"]
 
 
 def test_a_finished_run_is_not_redone(killed, capsys):

@@ -22,7 +22,7 @@ def trainer(short):
         run.load_parts()
         stage = run.method.stages()[0]
         model = run.method.start(run.base(), None)
-        arguments = training_arguments(run.recipe, run.folder / "checkpoints", 100, 0, False)
+        arguments = training_arguments(run.recipe, run.folder / "checkpoints", 1, 100, 0, False)
         return ContinualTrainer(run.recipe, run.method, run.samples(stage, []), None, model=model, args=arguments)
 
     return make

@@ -1,0 +1,210 @@
+"""`smolora evaluate`: which model is asked what, said by a recipe or by options."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from ..backends import use_backend
+from ..config import SMoLoRAConfig
+from ..data.format import Skipped, read_questions
+from ..data.images import ImageTransform
+from ..data.prompts import PromptEncoder
+from .datasets import DATASETS, PROTOCOLS
+from .generate import Embed, GenerationSettings, process_state
+from .instructions import SOURCES, check_size, embeds_of_texts, saved_embeds
+from .tasks import PADDINGS, Task, check_tasks, evaluate_tasks
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+SHORT = {  # option: what of a recipe it changes
+    "model": "model.path",
+    "dtype": "model.dtype",
+    "annotations": "data.annotations",
+    "images": "data.images",
+    "instruction": "instructions.embed",
+    "encoder": "instructions.encoder",
+    "max_new_tokens": "evaluation.max_new_tokens",
+    "token_budget": "evaluation.token_budget",
+    "image_workers": "evaluation.workers",
+    "padding": "evaluation.padding",
+    "protocol": "evaluation.protocol",
+}
+DEFAULTS = {  # of options, where no recipe says it
+    "dtype": "auto", "instruction": "sample", "token_budget": GenerationSettings.token_budget,
+    "image_workers": GenerationSettings.image_workers, "padding": "all", "protocol": "smolora",
+}  # fmt: skip
+
+
+class Request(NamedTuple):
+    """Which model is asked what, and how."""
+
+    model: str
+    dtype: str
+    tasks: list[Task]
+    embed: Callable[[SMoLoRAConfig], Mapping[str, Embed]]  # by task, for an adapter of this configuration
+    instructions: str  # what it makes embeddings of
+    settings: GenerationSettings
+    max_new_tokens: int | None
+    padding: str
+    protocol: str
+    backend: str = "auto"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--recipe", help="ask what a recipe asks (see recipes/); the options below are short for changes to it")
+    add("overrides", nargs="*", metavar="key=value", help="further changes to the recipe: data.root=DIR, ...")
+    add("--model", help="the base: a LLaVA of transformers, with its tokenizer and image processor")
+    add("--adapter", help="folder of a PEFT adapter on it")
+    add(
+        "--task", action="append",
+        help=f"one of {', '.join(DATASETS)}, or with --recipe of its tasks (default: all); may be given several times",
+    )  # fmt: skip
+    add(
+        "--annotations", action="append", metavar="DIR",
+        help="folder with the tasks' files, or with a subfolder for each; may be given several times",
+    )  # fmt: skip
+    add("--images", metavar="DIR", help="folder that the records' image paths start in")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for answers and scores")
+    add("--model-id", help="the model's name in the answers (default: the adapter's or the model's folder)")
+    add(
+        "--instruction", choices=SOURCES,
+        help="what the adapter routes by: each question's own instruction, the mean of a task's, or the rows saved "
+        f"with the adapter, one a task, as released (default: {DEFAULTS['instruction']})",
+    )  # fmt: skip
+    add("--encoder", metavar="DIR", help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)")
+    add("--dtype", choices=DTYPES, help="of the base (default: as its folder has it)")
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
+    add("--max-new-tokens", type=int, help="of an answer (default: as released, 1024 for four tasks and 128 for six)")
+    add(
+        "--token-budget", type=int,
+        help=f"tokens of a batch's prompts, padding and image included (default: {DEFAULTS['token_budget']})",
+    )  # fmt: skip
+    add("--image-workers", type=int, help=f"default: {DEFAULTS['image_workers']}")
+    add(
+        "--padding", choices=PADDINGS,
+        help="pad images to a square for all tasks, as in training, or for the released six "
+        f"(default: {DEFAULTS['padding']})",
+    )  # fmt: skip
+    add("--protocol", choices=PROTOCOLS, help=f"of the scores (default: {DEFAULTS['protocol']})")
+    add("--skip-broken", action="store_true", help="leave out broken records and images, count and list them")
+    add("--routes", action="store_true", help="save the routes, alpha and beta of every sample")
+
+
+def run(args: argparse.Namespace) -> int:
+    request = by_options(args) if args.recipe is None else by_recipe(args)
+    check_tasks(request.tasks, request.protocol, skip_broken=args.skip_broken)
+    state = process_state(on_cpu=args.device == "cpu")
+    model = AutoModelForImageTextToText.from_pretrained(request.model, dtype=request.dtype)
+    encoder = PromptEncoder.for_model(AutoTokenizer.from_pretrained(request.model), model.config)
+    embed = None
+    if args.adapter:
+        try:
+            model = PeftModel.from_pretrained(model, args.adapter)
+        except (KeyError, RuntimeError) as error:  # tensors that are missing, unknown or of another shape
+            raise ValueError(f"--adapter {args.adapter} does not fit {request.model}: {error}") from error
+        if isinstance(model.active_peft_config, SMoLoRAConfig):
+            embed = request.embed(model.active_peft_config)
+    with use_backend(request.backend):
+        scores = evaluate_tasks(
+            model.to(state.device).eval(), encoder, ImageTransform.from_pretrained(request.model), request.tasks,
+            output=args.output, model_id=args.model_id or folder_name(args.adapter or request.model), embed=embed,
+            instructions=None if embed is None else request.instructions, settings=request.settings,
+            max_new_tokens=request.max_new_tokens, padding=request.padding, protocol=request.protocol,
+        )  # fmt: skip
+    if state.is_main_process:
+        for name, score in scores.items():
+            print(score if name == score.dataset else f"{name}: {score}")
+    return 0
+
+
+def folder_name(path: str | Path) -> str:
+    """What a model's folder is called: of an adapter that the trainer saved, the stage it is in."""
+    path = Path(path).resolve()
+    return path.parent.name if path.name == "adapter" else path.name
+
+
+def by_options(args: argparse.Namespace) -> Request:
+    """Tasks of the benchmark by their names."""
+    if args.overrides:
+        raise ValueError(f"{args.overrides[0]} changes a recipe, which must be given by --recipe")
+    for name in ("model", "task", "annotations", "images"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name} must be given, or a --recipe that says it")
+    said = {name: getattr(args, name) for name in SHORT if getattr(args, name) is not None}
+    options = argparse.Namespace(**{**dict.fromkeys(SHORT), **DEFAULTS, **said})
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    folders, images = [Path(folder) for folder in options.annotations], Path(options.images)
+    tasks = [Task.of_benchmark(name, folders, images) for name in dict.fromkeys(args.task)]
+
+    def embed(config: SMoLoRAConfig) -> Mapping[str, Embed]:
+        if options.instruction == "saved":
+            return saved_embeds(config, args.adapter, tasks)
+        broken: list[Skipped] | None = [] if args.skip_broken else None
+        questions = {task.name: read_questions(task.questions, broken=broken) for task in tasks}
+        return embeds_of_texts(options.instruction, config, questions, options.encoder)
+
+    return Request(
+        options.model, options.dtype, tasks, embed, f"{options.instruction}, encoder {options.encoder}",
+        GenerationSettings(
+            token_budget=options.token_budget, image_workers=options.image_workers, skip_broken=args.skip_broken,
+            routes_per_sample=args.routes,
+        ),
+        options.max_new_tokens, options.padding, options.protocol,
+    )  # fmt: skip
+
+
+def by_recipe(args: argparse.Namespace) -> Request:
+    """What a recipe's run asks: all its tasks, or those that are named."""
+    from ..train.data import Instructions
+    from ..train.recipe import load_recipe
+
+    said = {name: getattr(args, name) for name in SHORT if getattr(args, name) is not None}
+    saved = said.get("instruction") == "saved"
+    if saved:
+        del said["instruction"]
+    short = [f"{SHORT[name]}={json.dumps(value)}" for name, value in said.items()]
+    recipe = load_recipe(args.recipe, [*args.overrides, *short])
+    known = {task.name: task for task in recipe.all_tasks}
+    for name in args.task or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--task must be one of {args.recipe}'s tasks, {', '.join(known)}, got {name!r}{hint}")
+    asked = [known[name] for name in dict.fromkeys(args.task or known)]
+    tasks = [
+        Task(task.name, task.benchmark_name, recipe.test_file(task), recipe.images(task), recipe.annotations(task))
+        for task in asked
+    ]
+
+    def embed(config: SMoLoRAConfig) -> Mapping[str, Embed]:
+        if saved:
+            return saved_embeds(config, args.adapter, tasks)
+        instructions = Instructions(recipe)
+        check_size(instructions.encoder.dim, config, "the sentence encoder")
+        return {task.name: partial(instructions.embed, task) for task in asked}
+
+    evaluation = recipe.evaluation
+    return Request(
+        recipe.model.path, recipe.model.dtype, tasks, embed, "saved" if saved else str(recipe.instructions),
+        GenerationSettings(
+            token_budget=evaluation.token_budget, image_workers=evaluation.workers, skip_broken=args.skip_broken,
+            routes_per_sample=args.routes,
+        ),
+        evaluation.max_new_tokens, evaluation.padding, evaluation.protocol, recipe.backend,
+    )  # fmt: skip

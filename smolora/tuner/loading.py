@@ -1,0 +1,83 @@
+"""Adapters read from the disk: whole, or refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checkpoint import read_tensors
+from ..config import INSTRUCTION_FILE, SMoLoRAConfig
+
+PREFIX = "base_model.model."  # of names in a PEFT model and its checkpoints
+
+
+def check_names(model: nn.Module, adapter_name: str, found: Iterable[str], unknown: Iterable[str]) -> None:
+    """Whether a checkpoint has all tensors of an adapter, and no others.
+
+    Args:
+        model: has the adapter.
+        adapter_name: of the adapter.
+        found: the checkpoint's names, with the adapter's name in them or without.
+        unknown: those that the model has no place for.
+
+    Raises:
+        KeyError: tensors are missing or unknown. PEFT and transformers by themselves warn of the former and ignore the
+            latter.
+    """
+    within = f".smolora_experts.{adapter_name}."
+    found = {name.removeprefix(PREFIX).replace(within, ".smolora_experts.") for name in found}
+    wanted = (name.removeprefix(PREFIX) for name in model.state_dict() if within in name)
+    missing = sorted(name for name in wanted if name.replace(within, ".smolora_experts.") not in found)
+    unknown = sorted(name.removeprefix(PREFIX) for name in unknown)
+    if missing or unknown:
+        raise KeyError(f"adapter checkpoint: missing {missing}, unknown {unknown}")
+
+
+def check_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Whether a checkpoint's tensors are of the adapter's sizes.
+
+    Raises:
+        ValueError: one is not; transformers by itself refuses it without its name.
+    """
+    shapes = {
+        name.removeprefix(PREFIX).replace(f".smolora_experts.{adapter_name}.", ".smolora_experts."): parameter.shape
+        for name, parameter in model.named_parameters()
+    }
+    for name, tensor in tensors.items():
+        shape = shapes.get(name.removeprefix(PREFIX))
+        if shape is not None and shape.numel() and tensor.shape != shape:  # a partitioned parameter is empty
+            raise ValueError(f"adapter checkpoint: {name!r} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+class LoadEntry:
+    """What `load_adapter` of transformers reads tensors with, for a model with adapters.
+
+    It refers to the model by attribute, so that a copied model gets its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, and besides the instruction embeddings that a default needs.
+
+        Raises:
+            KeyError, ValueError: a file is broken, or tensors are missing, unknown or of another shape.
+        """
+        name, config = list(self.model.peft_config.items())[-1]  # the adapter that was just put in
+        load = type(self.model)._load_pretrained_model
+        if not isinstance(config, SMoLoRAConfig):
+            return load(*args, **kwargs)
+        tensors = dict(kwargs.get("state_dict") or {})
+        for file in kwargs.get("checkpoint_files") or ():
+            tensors.update(read_tensors(file)[0])
+        check_shapes(self.model, name, tensors)
+        result = load(*args, **kwargs)
+        check_names(self.model, name, tensors, result[0].unexpected_keys)
+        folder = kwargs["load_config"].pretrained_model_name_or_path
+        if config.default_instruction is not None and folder is not None and os.path.isdir(folder):
+            config.load_instruction_embeddings(os.path.join(folder, INSTRUCTION_FILE))
+        return result
