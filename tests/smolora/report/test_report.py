@@ -168,7 +168,9 @@ def test_broken_runs_are_named(make_run, change, match):
 def test_command(make_run, capsys, tmp_path):
     folder = make_run("a", [[10.0, 20.0, 30.0]], method="zeroshot")
     assert cli.main(["report", str(folder), "--output", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.md")
+    *table, path = capsys.readouterr().out.splitlines()
+    assert path == str(tmp_path / "out" / "report.md")
+    assert table[0] == "After the last stage" and any("20.00" in line for line in table)
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "is no finished run: it has no results.json" in capsys.readouterr().err
     assert cli.main(["report", str(folder), "--cases", "-1"]) == 1
