@@ -57,7 +57,7 @@ def accuracy_over_stages(path: Path, runs: Sequence[Run]) -> None:
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
     figure.supxlabel("stage", fontsize=9)
-    figure.supylabel("accuracy, %", fontsize=9)
+    figure.supylabel("score (%; captions: CIDEr)", fontsize=9)
     _legend(figure, panels)
     _save(figure, path)
     write_csv(path.with_suffix(".csv"), ("run", "task", "stage", "accuracy"), rows)
