@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: run test test-kernels test-csrc test-train test-rest test-slow test-triton36 kernels \
+.PHONY: run test test-kernels test-csrc test-train test-quantised test-rest test-slow test-triton36 kernels \
         gpu gpu-tests gpu-sanitizer gpu-bench gpu-models
 
 VENV := .venv
@@ -40,7 +40,7 @@ run: $(VENV)/.run
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc test-train
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc test-train test-quantised
 
 # two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
 test-kernels:
@@ -106,6 +106,18 @@ $(TRITON36)/.ready: $(VENV)/.dev
 	@echo "== $(TRITON36): triton 3.6.0 and numpy < 2.4 over $(VENV)"
 	@$(call overlay,$(TRITON36),$(PY))
 	@$(TRITON36)/bin/python $(PIP_INSTALL) --no-deps --ignore-installed triton==3.6.0 'numpy<2.4'
+	@touch $@
+
+QUANTISED := .venv-quantised
+
+# not in .venv, where it would print a line in every program
+test-quantised: $(QUANTISED)/.ready
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(QUANTISED)/bin/python -m pytest tests/smolora/test_tuner_training.py tests/examples -k 'quantised or qlora'
+
+$(QUANTISED)/.ready: $(VENV)/.dev
+	@echo "== $(QUANTISED): bitsandbytes over $(VENV)"
+	@$(call overlay,$(QUANTISED),$(PY))
+	@$(QUANTISED)/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt bitsandbytes
 	@touch $@
 
 # ---- GPU: over the packages of $(PYTHON) if its torch sees a GPU, else over .venv; neither is changed
