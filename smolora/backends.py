@@ -114,6 +114,17 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = before
 
 
+def check_backend(name: str) -> None:
+    """Whether a backend that a program will use later can run here.
+
+    Raises:
+        ValueError: it cannot, or there is no such backend.
+    """
+    obstacle = _obstacle(_checked(name, "backend"))
+    if obstacle is not None:
+        raise ValueError(f"backend {name!r} cannot run: {obstacle}")
+
+
 def backend_info() -> dict[str, Any]:
     """What would run, and why the others would not.
 

@@ -172,9 +172,11 @@ def write_instruction_embeddings(
         texts: for each row its text, several texts for a row that is their mean, or None where it is not known.
 
     Raises:
-        ValueError: the embeddings are no rows of finite numbers, or there are not as many texts.
+        ValueError: the embeddings are no rows of finite numbers, there are not as many texts, or the path is neither.
     """
     path = Path(path)
+    if not path.is_dir() and path.suffix != ".safetensors":
+        raise ValueError(f"path must be a .safetensors file or an existing folder, got {path}")
     if embeddings.dim() != 2 or not embeddings.numel() or not embeddings.is_floating_point():
         raise ValueError(
             f"embeddings must be floating point of shape (rows, e), got {embeddings.dtype} of {tuple(embeddings.shape)}"
@@ -228,7 +230,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "one row, the mean of its texts",
     )  # fmt: skip
     source.add_argument("--show", metavar="FILE", help="print the rows of a file written before")
-    parser.add_argument("--output", metavar="FILE", help=f"where to write; in a folder: {INSTRUCTION_FILE}")
+    parser.add_argument(
+        "--output", metavar="PATH", help=f"a .safetensors file, or a folder to write {INSTRUCTION_FILE} into"
+    )
     parser.add_argument("--model", metavar="DIR", help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)")
     parser.add_argument("--normalize", action="store_true", help="scale every embedding to length 1")
 

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from ..backends import use_backend
+from ..backends import check_backend, use_backend
 from ..config import SMoLoRAConfig
 from ..data.format import Skipped, read_questions
 from ..data.images import ImageTransform
@@ -106,7 +106,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU that torch sees, and there is none: leave it out, or --device cpu")
+    if args.adapter and not Path(args.adapter, "adapter_config.json").is_file():
+        raise ValueError(
+            "--adapter must be the folder of a PEFT adapter (of a run: RUN_DIR/stage-.../adapter), "
+            f"got {args.adapter}, which has no adapter_config.json"
+        )
     request = by_options(args) if args.recipe is None else by_recipe(args)
+    check_backend(request.backend)
     check_tasks(request.tasks, request.protocol, skip_broken=args.skip_broken)
     state = process_state(on_cpu=args.device == "cpu")
     model = AutoModelForImageTextToText.from_pretrained(request.model, dtype=request.dtype)

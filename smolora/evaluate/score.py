@@ -25,6 +25,7 @@ class Score:
     groups: dict[str, float | None] = field(default_factory=dict)  # the score of each; None: no question is in it
     further: dict[str, float] = field(default_factory=dict)  # other metrics
     skipped: int = 0  # left out since they could not be asked
+    missing: int = 0  # without an answer, which is wrong
 
     def as_dict(self) -> dict[str, str | float | int | None]:
         """What `smolora score --json` prints."""
@@ -36,7 +37,9 @@ class Score:
             f"{self.metric} {self.score:.2f}",
             *(f"{n} {_two(v)}" for n, v in (self.groups | self.further).items()),
         ]
-        figures += [f"MIF {self.mif:.2f}", f"{self.count} answers"] + [f"{self.skipped} skipped"] * bool(self.skipped)
+        figures += [f"MIF {self.mif:.2f}", f"{self.count} answers"]
+        figures += [f"{self.missing} of them missing, counted as wrong"] * bool(self.missing)
+        figures += [f"{self.skipped} skipped"] * bool(self.skipped)
         return f"{self.dataset} (protocol {self.protocol}): " + ", ".join(figures)
 
 
@@ -94,6 +97,7 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
         },
         further={name: _percent(metric(items, given)) for name, metric in scoring.further.items()},
         skipped=len(left_out),
+        missing=len(missing),
     )
 
 

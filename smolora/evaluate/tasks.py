@@ -132,6 +132,8 @@ def evaluate_tasks(
         )  # fmt: skip
         scores[task.name] = score(task.dataset, task.annotations, answers, protocol)
     if PartialState().is_main_process:
-        content = {name: result.as_dict() for name, result in scores.items()}
-        write_whole(output / "scores.json", json.dumps(content, indent=1) + "\n")
+        path = output / "scores.json"
+        content = json.loads(path.read_text()) if path.exists() else {}  # of other tasks, asked before
+        content.update((name, result.as_dict()) for name, result in scores.items())
+        write_whole(path, json.dumps(content, indent=1) + "\n")
     return scores

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from ..backends import check_backend
 from ..data.format import Conversation, Question, read_conversations, read_questions
 from ..evaluate.datasets import Files
 from ..evaluate.score import find_dataset
@@ -32,8 +33,10 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "devices", "accumulation"; "memory", an estimate (None while the base model is not there).
 
     Raises:
-        ValueError: paths are missing (all are named), records are malformed, or the batch does not fit the devices.
+        ValueError: paths are missing (all are named), records are malformed, the batch does not fit the devices, or the
+            backend cannot run here.
     """
+    check_backend(recipe.backend)
     checker = _Checker(recipe)
     method = METHODS[recipe.method](recipe)
     devices = int(os.environ.get("WORLD_SIZE", 1))

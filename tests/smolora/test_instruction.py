@@ -204,6 +204,11 @@ def test_files_of_other_writers(tmp_path: Path):
     assert read_instruction_embeddings(tmp_path / "a.safetensors")[1] == [None, None]
 
 
+def test_a_file_of_another_kind_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"must be a \.safetensors file or an existing folder, got .*rows\.bin"):
+        write_instruction_embeddings(tmp_path / "rows.bin", torch.ones(2, 3), ["a", "b"])
+
+
 @pytest.mark.parametrize(
     ("embeddings", "texts", "words"),
     [

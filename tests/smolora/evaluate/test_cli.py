@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -52,6 +53,15 @@ def test_answers_by_other_instructions_are_another_run(base_folder, adapter_fold
     assert "belongs to another run (instructions 'saved, " in capsys.readouterr().err
 
 
+def test_a_task_more_joins_the_others_scores(base_folder, released, tmp_path):
+    command = arguments(base_folder, released, tmp_path)
+    assert cli.main(command) == 0
+    before = json.loads((tmp_path / "scores.json").read_text())
+    place = command.index("--task")
+    assert cli.main([*command[:place], *command[place + 2 :]]) == 0  # ImageNet alone
+    assert json.loads((tmp_path / "scores.json").read_text()) == before and before.keys() == {"VQAv2", "ImageNet"}
+
+
 def test_command_without_an_adapter(base_folder, released, tmp_path):
     assert cli.main(arguments(base_folder, released, tmp_path / "out", "--model-id", "base")) == 0
     info = json.loads((tmp_path / "out" / "answers" / "VQAv2.info.json").read_text())
@@ -79,8 +89,13 @@ def test_command_skips_what_is_broken(base_folder, released, tmp_path, capsys):
         (["--task", "vqa"], "dataset must be one of .*got 'vqa'; did you mean VQAv2"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--token-budget", "0"], "token_budget must be an integer of at least 1, got 0"),
+        (["--adapter", "nope"], "--adapter must be the folder of a PEFT adapter .*got nope"),
+        pytest.param(
+            ["--device", "cuda"], "--device cuda needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
-)
+)  # fmt: skip
 def test_wrong_arguments_are_named(base_folder, released, tmp_path, capsys, change, match):
     assert cli.main(arguments(base_folder, released, tmp_path, *change)) == 1
     error = capsys.readouterr().err

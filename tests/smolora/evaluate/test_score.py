@@ -326,7 +326,9 @@ def test_skipped_scienceqa_questions_are_not_wrong(tmp_path):
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     whole = golden("ScienceQA")
     write_lines(answers, lines[1:])
-    assert score("ScienceQA", [tmp_path], answers).count == whole.count
+    result = score("ScienceQA", [tmp_path], answers)
+    assert (result.count, result.missing) == (whole.count, 1)
+    assert str(result).endswith(f"{whole.count} answers, 1 of them missing, counted as wrong")
     write_lines(skipped_path(answers), [{"question_id": lines[0]["question_id"], "index": 0, "reason": "image"}])
     result = score("ScienceQA", [tmp_path], answers)
     assert (result.count, result.skipped) == (whole.count - 1, 1)

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from smolora.cli import main
 from smolora.train import prepare
@@ -89,6 +90,13 @@ def test_everything_that_is_missing_is_named(world, capsys):
 def test_refused(world, capsys, overrides, message):
     assert main(["train", str(world), *overrides, "--dry-run"]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_run_is_named(world, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["train", str(world), "backend=cuda", "--dry-run"]) == 1
+    assert "backend 'cuda' cannot run: " in capsys.readouterr().err
 
 
 def test_images_are_looked_for(world, tmp_path, capsys):
