@@ -33,7 +33,7 @@ run: $(VENV)/.run
 	done
 	@echo && $(VENV)/bin/smolora report runs/minicvit-seqlora runs/minicvit-smolora --output runs/minicvit-report --cases 3
 	@echo && echo "Written by this run:" && \
-		find bench/results data/minicvit/contact_sheets runs -newer $(VENV)/.started \
+		find bench/results data/minicvit/contact_sheets runs \
 			\( -path '*/stage-*' -o -path '*/cases' \) -prune -o \
 			-newer $(VENV)/.started \( -name '*.md' -o -name '*.json' -o -name '*.png' \) -print | sort
 
