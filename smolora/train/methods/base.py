@@ -81,7 +81,7 @@ class Method:
 
     def adapter(self, base: nn.Module) -> PeftConfig | None:
         """The configuration of a new adapter; None for a method without."""
-        raise NotImplementedError
+        raise NotImplementedError  # every method says it: there is no default
 
     def start(self, base: nn.Module, previous: Path | None) -> nn.Module:
         """The model that a stage trains.
