@@ -10,6 +10,9 @@ at all where there is none. In the environment:
     TORCH_CUDA_ARCH_LIST  build for these, as in "8.0;9.0a;12.0+PTX"
     CUDA_HOME             where nvcc is, else nvcc on PATH, else /usr/local/cuda
     MAX_JOBS              compilers at a time
+
+`smolora._cpu`, dropout's masks for the CPU, is built by the C++ compiler; where there is none, torch computes the same
+masks several times slower.
 """
 
 import os
@@ -122,11 +125,14 @@ def plan() -> tuple[Path, list[str]] | None:
 
 
 class NinjaBuild(build_ext):
-    """Builds the extension with ninja: what did not change since the last time is not built again."""
+    """Builds the CUDA extension with ninja: what did not change since the last time is not built again."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
+        if ext.name == "smolora._cpu":
+            ext.include_dirs.append(pybind11.get_include())
+            return super().build_extension(ext)
         nvcc, architectures = ext.plan
         names = " ".join(architectures)
         folder = Path(self.build_temp).absolute() / "csrc"
@@ -175,10 +181,11 @@ def ninja() -> str:
 
 
 planned = plan()
-extensions = []
+cpu = Extension("smolora._cpu", ["csrc/dropout.cpp"], extra_compile_args=["-std=c++17", "-O3"], optional=True)
+extensions = [cpu]
 if planned is not None:
     extensions.append(Extension("smolora._C", SOURCES))
-    extensions[0].plan = planned
+    extensions[1].plan = planned
 
 setup(
     packages=[*find_packages(include=["smolora", "smolora.*"]), "smolora.kernels"],

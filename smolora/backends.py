@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import cuda
+from . import cuda, rank_space
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -131,14 +131,16 @@ def backend_info() -> dict[str, Any]:
     Returns:
         "requested": by `use_backend` or SMOLORA_BACKEND. "active": the backend for float32 tensors of each device type
         (None where the requested one cannot run). "backends": for each, whether it is "available", the "reason" if
-        not, and the "version" of what it needs; of the CUDA kernels also the "driver" and "architectures", and when
-        "auto" takes them.
+        not, and the "version" of what it needs. Of torch, whether "dropout" masks on a CPU come from compiled code,
+        as they do where the installation found a C++ compiler, or, the same ones several times slower, from torch. Of
+        the CUDA kernels the "driver" and "architectures", and when "auto" takes them.
     """
     backends = {}
     for name in BACKENDS[1:]:
         reason = _obstacle(name)
         backends[name] = {"available": reason is None, "reason": reason}
     backends["torch"]["version"] = torch.__version__
+    backends["torch"]["dropout"] = "compiled" if rank_space.compiled else "not compiled: slow on a CPU"
     backends["triton"]["version"] = metadata.version("triton") if _HAS_TRITON else None
     backends["triton"]["interpreted"] = _interpreted()
     backends["cuda"] |= cuda.info()

@@ -19,12 +19,19 @@ into blocks of one instance each, so that every product is one batched matrix pr
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .common import FIXED_LEAD, accurate_dtype, active_streams, branches, wanted
+
+try:
+    compiled: ModuleType | None = importlib.import_module("._cpu", __package__)
+except ImportError:  # no C++ compiler where smolora was built
+    compiled = None
 
 LOW = 0xFFFFFFFF
 
@@ -40,11 +47,17 @@ def keep_masks(
     byte `column % 16` of its output is compared with `threshold`.
     """
     device, blocks = seed.device, -(-columns // 16)
+    masks = torch.empty((len(streams), rows, 16 * blocks), dtype=dtype, device=device)
+    if compiled is not None and device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        key = int(seed) % 2**64
+        for mask, stream in zip(masks, streams, strict=True):
+            address, is_double = mask.data_ptr(), dtype == torch.float64
+            compiled.keep_mask(address, is_double, rows * blocks, blocks, stream, key, threshold)
+        return masks[..., :columns]
     # a CPU goes through some rows at a time, so that ten rounds of a counter find it in the cache
     step = max(1, rows)
     if device.type == "cpu":
         step = max(1, 32768 * torch.get_num_threads() // max(1, len(streams) * blocks))
-    masks = torch.empty((len(streams), rows, 16 * blocks), dtype=dtype, device=device)
     column = torch.arange(blocks, device=device)
     stream = torch.tensor(streams, device=device)[:, None, None]
     for start in range(0, rows, step):

@@ -59,8 +59,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         captured = {}
         monkeypatch.setattr(setuptools, "setup", lambda **keywords: captured.update(keywords))
         runpy.run_path(str(ROOT / "setup.py"))
-        extensions = captured["ext_modules"]
-        return extensions[0].plan[1] if extensions else None
+        plans = {extension.name: getattr(extension, "plan", None) for extension in captured["ext_modules"]}
+        assert plans.pop("smolora._cpu") is None  # in any case
+        return plans["smolora._C"][1] if plans else None
 
     return setup
 
@@ -163,7 +164,8 @@ def test_sdist_and_wheel(tmp_path: Path):
     assert {name for name in missing if not name.startswith("smolora.egg-info")} == set()
     inside = set(zipfile.ZipFile(wheel).namelist())
     modules = {f"smolora/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/*.py")}
-    assert modules | {f"smolora/_C{sysconfig.get_config_var('EXT_SUFFIX')}"} <= inside
+    extensions = {f"smolora/{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_C", "_cpu")}
+    assert modules | extensions <= inside
     assert not any(name.startswith(("kernels/", "csrc/", "tests/", "bench/")) for name in inside)
 
 

@@ -77,13 +77,24 @@ def test_philox_known_answer(seed: int, row: int, stream: int, words: str):
     assert philox_bytes(seed, row + 1, 16, stream)[row].tobytes() == expected
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", [0, 7, 2**62 + 3, -1])
-def test_masks_are_those_of_the_reference(seed: int):
-    """Two implementations of one random stream, over more columns than a counter block has."""
-    masks = rank_space.keep_masks(torch.tensor([seed]), 9, 41, 64, (0, 1), torch.bool)
-    for stream, mask in enumerate(masks):
-        assert torch.equal(mask, torch.from_numpy(philox_bytes(seed % 2**64, 9, 41, stream) >= 64))
-    assert not torch.equal(*masks)
+def test_masks_are_those_of_the_reference(
+    seed: int, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Three implementations of one random stream, over more columns than a counter block has."""
+    if not compiled:
+        monkeypatch.setattr(rank_space, "compiled", None)
+    elif rank_space.compiled is None:
+        pytest.skip("smolora was installed without a C++ compiler")
+    for rows, columns in ((9, 41), (1, 16), (0, 16), (70, 1040)):
+        masks = rank_space.keep_masks(torch.tensor([seed]), rows, columns, 64, (0, 1), dtype)
+        for stream, mask in enumerate(masks):
+            assert torch.equal(
+                mask, torch.from_numpy(philox_bytes(seed % 2**64, rows, columns, stream) >= 64).to(dtype)
+            )
+        assert rows == 0 or not torch.equal(*masks)
 
 
 def test_dropout_keeps_what_it_says():
