@@ -32,6 +32,7 @@ import torch
 import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..backends import use_backend
 from ..data.images import ImageTransform
@@ -219,6 +220,7 @@ class Run:
             part.replace(self.adapter(stage))
         self.state.wait_for_everyone()
         del model, trainer
+        unset_hf_deepspeed_config()  # else ZeRO-3 would partition the next base model too, which is whole when it is asked
         _free()
 
     def tidy(self, stage: Stage) -> None:

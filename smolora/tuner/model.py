@@ -125,6 +125,36 @@ class SMoLoRAModel(LinearTuner):
         return super().unload()
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SMoLoRAConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors among those of a state dict.
+
+        What `Trainer` gathers under DeepSpeed's ZeRO-3 lacks frozen parameters: the routers are added.
+
+        Raises:
+            KeyError: a router is missing, and this process has only a part of it.
+        """
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for name, parameter in model.named_parameters() if tensors else ():
+            whole = getattr(parameter, "ds_numel", None)  # of a parameter that ZeRO-3 partitions
+            if whole is None or name in tensors or f".smolora_experts.{adapter_name}." not in name:
+                continue
+            if parameter.numel() != whole:
+                raise KeyError(
+                    f"state_dict has no {name!r}, which is frozen, and ZeRO-3 has left a part of it here: set "
+                    f"stage3_param_persistence_threshold of DeepSpeed's zero_optimization to more than {whole}, and "
+                    "routers are kept whole"
+                )
+            tensors[name] = parameter.detach().cpu()
+        return tensors
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SMoLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

@@ -47,6 +47,21 @@ def test_save_and_load(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llava(), tmp_path, adapter_name="other")), logits(model))
 
 
+def test_frozen_routers_that_zero_3_left_out(tmp_path):
+    """The state dict of `Trainer` under ZeRO-3 has no frozen parameters: the routers are saved, or an error is raised."""
+    model = adapted()
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("_router")}
+    routers = {name: p for name, p in model.named_parameters() if name.endswith("_router")}
+    for parameter in routers.values():
+        parameter.ds_numel = parameter.numel()  # as DeepSpeed marks what it partitions
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llava(), tmp_path)), logits(model))
+    name, parameter = routers.popitem()
+    parameter.ds_numel += 1
+    with pytest.raises(KeyError, match=f"{name}.*stage3_param_persistence_threshold"):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
 def test_loaded_for_training(tmp_path):
     adapted().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(tiny_llava(), tmp_path, is_trainable=True)

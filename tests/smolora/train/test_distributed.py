@@ -54,13 +54,19 @@ FSDP2 = (
     "transformer_layer_cls_to_wrap: [LlamaDecoderLayer], state_dict_type: FULL_STATE_DICT, "
     "cpu_ram_efficient_loading: false}",
 )
+ZERO3 = (
+    "training.arguments.deepspeed={zero_optimization: {stage: 3}, "
+    "train_micro_batch_size_per_gpu: auto, gradient_accumulation_steps: auto, gradient_clipping: auto}",
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [(), FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharded", [(), FSDP2, ZERO3], ids=["ddp", "fsdp2", "zero3"])
 @pytest.mark.parametrize("method", ["smolora", "seqlora"])
 def test_two_ranks_equal_one(world, tmp_path, method, sharded):
     """Without dropout, whose masks differ from process to process: losses, adapters, answers and scores."""
+    if sharded == ZERO3:
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     overrides = [*SAME, f"method={method}", "training.learning_rate=1e-3", "downstream={}"]
     launch(world, *overrides, *sharded, f"output={tmp_path / 'two'}")
     Run(load_recipe(world, [*overrides, f"output={tmp_path / 'one'}"]))()
