@@ -16,10 +16,11 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: run test test-kernels test-csrc test-train test-quantised test-rest test-slow test-triton36 kernels \
+.PHONY: run test test-kernels test-csrc test-train test-optional test-rest test-slow test-triton36 kernels \
         gpu gpu-tests gpu-sanitizer gpu-bench gpu-models
 
 VENV := .venv
+OPTIONAL := .venv-optional
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip --disable-pip-version-check $(PIP_FLAGS) install
 
@@ -40,7 +41,7 @@ run: $(VENV)/.run
 test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc test-train test-quantised
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc test-train test-optional
 
 # two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
 test-kernels:
@@ -56,8 +57,8 @@ test-rest:
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --benchmark-skip \
 		--ignore tests/kernels --ignore tests/csrc --ignore tests/smolora/train
 
-test-slow: $(VENV)/.dev
-	$(VENV)/bin/pytest tests -m slow
+test-slow: $(OPTIONAL)/.ready
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(OPTIONAL)/bin/python -m pytest tests -m slow
 
 kernels: $(VENV)/.run
 	$(PY) bench/kernel_report.py
@@ -108,16 +109,15 @@ $(TRITON36)/.ready: $(VENV)/.dev
 	@$(TRITON36)/bin/python $(PIP_INSTALL) --no-deps --ignore-installed triton==3.6.0 'numpy<2.4'
 	@touch $@
 
-QUANTISED := .venv-quantised
+# what smolora works with and does not need; not in .venv, where some of it would print a line in every program
+test-optional: $(OPTIONAL)/.ready
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(OPTIONAL)/bin/python -m pytest tests/smolora/test_tuner_training.py \
+		tests/smolora/test_tuner_distributed.py tests/examples -k 'quantised or qlora or sft or zero_3'
 
-# not in .venv, where it would print a line in every program
-test-quantised: $(QUANTISED)/.ready
-	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(QUANTISED)/bin/python -m pytest tests/smolora/test_tuner_training.py tests/examples -k 'quantised or qlora'
-
-$(QUANTISED)/.ready: $(VENV)/.dev
-	@echo "== $(QUANTISED): bitsandbytes over $(VENV)"
-	@$(call overlay,$(QUANTISED),$(PY))
-	@$(QUANTISED)/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt bitsandbytes
+$(OPTIONAL)/.ready: $(VENV)/.dev
+	@echo "== $(OPTIONAL): bitsandbytes, deepspeed and trl over $(VENV)"
+	@$(call overlay,$(OPTIONAL),$(PY))
+	@$(OPTIONAL)/bin/python $(PIP_INSTALL) -c constraints.txt bitsandbytes deepspeed trl
 	@touch $@
 
 # ---- GPU: over the packages of $(PYTHON) if its torch sees a GPU, else over .venv; neither is changed
