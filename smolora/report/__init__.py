@@ -7,8 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..evaluate.datasets import DATASETS
 from . import cases, figures, tables
 from .layout import Run, read_runs
+
+CAPTIONS = [name for name, dataset in DATASETS.items() if dataset.smolora.metric == "cider"]
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_task: int = 0) -> Path:
@@ -20,7 +23,8 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
         cases_per_task: how many questions of each task to show with all answers.
 
     Returns:
-        The Markdown file; its figures, and the data of all of it as CSV, lie beside it.
+        The Markdown file, with means over runs that differ in their seed alone. Its figures, and the data of all of it
+        as CSV, lie beside it.
 
     Raises:
         ValueError: a folder holds no finished run.
@@ -30,6 +34,15 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
     output.mkdir(parents=True, exist_ok=True)
     parts = [f"# {' and '.join(run.name for run in found)}", _about(found)]
     parts += ["## After the last stage", tables.final_table(output / "final.csv", found)]
+    captions = [task for task in found[0].tasks if task in CAPTIONS]
+    if captions and len(captions) < len(found[0].tasks):
+        parts.append(
+            f"Accuracies in percent, {' and '.join(captions)} in CIDEr as released, where a reference itself gives "
+            "1000. AP, MAP and BWT average both, as the paper's do: captions weigh most."
+        )
+    over_seeds = tables.seeds_table(output / "seeds.csv", found)
+    if over_seeds:
+        parts += ["## Over seeds", "After the last stage, mean ± standard deviation of a sample.", over_seeds]
     for name, table in tables.downstream_tables(output, found).items():
         parts += [f"## Downstream, {name}", table]
     parts += ["## Stage by stage", tables.stage_table(output / "stages.csv", found)]
@@ -57,6 +70,9 @@ def _about(runs: Sequence[Run]) -> str:
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         line = f"- {run.name}: {run.benchmark}, {run.setting}-type instructions, protocol {run.protocol}"
+        line += "".join(
+            f", {key} {value}" for key, value in (("recipe", run.recipe), ("seed", run.seed)) if value is not None
+        )
         lines.append(line + (f"; {versions}" if versions else ""))
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@
 One evaluation without stages (zero-shot, multitask) has one folder for its single row, `stage-0-zeroshot` or
 `stage-1-multitask`. `results.json` holds one object:
 
+    name          optional, of the recipe
     method        the row's name: "smolora", "seqlora", ...
     benchmark     "CVIT", "MiniCVIT", ...: the paper's rows are shown beside a run on "CVIT" alone
     setting       "single" or "multi", the instructions' type
@@ -24,12 +25,14 @@ One evaluation without stages (zero-shot, multitask) has one folder for its sing
     AP, MAP, BWT, MIF      one entry a stage
     downstream    optional, {"zero-shot": {"folder", "tasks", "accuracy", "mif", "AP", "MIF"}, ...}
     tests         {task: {"questions": its test file, "images": the folder of its images}}, paths from RUN_DIR
-    config        the recipe; of its `adapter` the report reads num_vu_experts and num_if_experts
+    config        the recipe; the report reads its seed and, of its `adapter`, num_vu_experts and num_if_experts. Runs
+                  of one recipe that differ in the seed alone are averaged
     versions, timing       of packages; in seconds, tokens/s and bytes
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +62,9 @@ class Run:
     tests: dict[str, dict[str, str]]
     versions: dict[str, str]
     experts: int | None  # of both branches together; None for a method that has none
+    recipe: str | None  # its name
+    seed: int | None
+    settings: str  # all else of the recipe, to compare
 
     @property
     def last(self) -> dict[str, float | None]:
@@ -110,9 +116,17 @@ def read_runs(folders: list[Path]) -> list[Run]:
             figures={name: content[name] for name in FIGURES},
             **{name: content.get(name) or {} for name in ("downstream", "tests", "versions")},
             experts=_experts((content.get("config") or {}).get("adapter") or {}),
+            recipe=content.get("name"),
+            seed=(content.get("config") or {}).get("seed"),
+            settings=_settings(content),
         )
         for folder, method, content in zip(folders, methods, contents, strict=True)
     ]
+
+
+def _settings(content: dict[str, Any]) -> str:
+    config = {key: value for key, value in (content.get("config") or {}).items() if key not in ("seed", "output")}
+    return json.dumps([content["method"], content["benchmark"], content["tasks"], config], sort_keys=True)
 
 
 def _experts(adapter: dict[str, Any]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,44 @@ def stage_table(path: Path, runs: Sequence[Run]) -> str:
     header = ["run", "after stage", *FIGURES]
     write_csv(path, header, rows)
     return markdown(header, rows)
+
+
+def seeds_table(path: Path, runs: Sequence[Run]) -> str | None:
+    """After the last stage, mean and standard deviation over runs that differ in their seed alone; None without such.
+
+    Args:
+        path: of the CSV file, which has a line for each mean and deviation (of a sample).
+        runs: all of them; a run with no other of its kind is left out.
+    """
+    kinds: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.seed is not None:
+            kinds.setdefault(run.settings, []).append(run)
+    kinds = {kind: alike for kind, alike in kinds.items() if len({run.seed for run in alike}) > 1}
+    if not kinds:
+        return None
+    tasks = list(dict.fromkeys(task for alike in kinds.values() for run in alike for task in run.tasks))
+    rows: list[Cells] = []
+    data: list[Cells] = []
+    for alike in kinds.values():
+        title: Cells = [alike[0].recipe, alike[0].method, alike[0].setting, ", ".join(str(run.seed) for run in alike)]
+        cells: Cells = []
+        for name in [*tasks, *FIGURES]:
+            found = [
+                run.last[name] if name in FIGURES else run.accuracy(len(run.stages) - 1, name)
+                for run in alike
+                if name in FIGURES or name in run.tasks
+            ]
+            if not found or None in found:
+                cells.append(None)
+                continue
+            mean, deviation = statistics.mean(found), statistics.stdev(found)
+            cells.append(f"{mean:.2f} ± {deviation:.2f}")
+            data.append([*title, name, mean, deviation])
+        rows.append([*title, *cells])
+    header = ["recipe", "method", "instructions", "seeds"]
+    write_csv(path, [*header, "figure", "mean", "standard deviation"], data)
+    return markdown([*header, *tasks, *FIGURES], rows)
 
 
 def _comparable(run: Run) -> bool:

@@ -220,7 +220,7 @@ class Run:
             part.replace(self.adapter(stage))
         self.state.wait_for_everyone()
         del model, trainer
-        unset_hf_deepspeed_config()  # else ZeRO-3 would partition the next base model too, which is whole when it is asked
+        unset_hf_deepspeed_config()  # else ZeRO-3 would partition the next base model, which is whole when it is asked
         _free()
 
     def tidy(self, stage: Stage) -> None:

@@ -284,12 +284,13 @@ class ContinualTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer`'s, which under DeepSpeed's ZeRO-3 would leave out what is frozen, so that all routers are kept."""
-        adapter = getattr(self.accelerator.unwrap_model(self.model), "base_model", None)
-        prefix = getattr(adapter, "prefix", None)
-        frozen = [p for name, p in self.model.named_parameters() if prefix and prefix in name and not p.requires_grad]
+        """As `Trainer`'s, which under DeepSpeed's ZeRO-3 leaves out what is frozen: not the routers here."""
+        frozen = []
+        if self.is_deepspeed_enabled:
+            prefix = self.accelerator.unwrap_model(self.model).base_model.prefix
+            frozen = [p for name, p in self.model.named_parameters() if prefix in name and not p.requires_grad]
         try:
-            for parameter in frozen if self.is_deepspeed_enabled else ():
+            for parameter in frozen:
                 parameter.requires_grad_(True)
             super().save_model(output_dir, _internal_call)
         finally:

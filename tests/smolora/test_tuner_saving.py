@@ -48,7 +48,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_frozen_routers_that_zero_3_left_out(tmp_path):
-    """The state dict of `Trainer` under ZeRO-3 has no frozen parameters: the routers are saved, or an error is raised."""
+    """The state dict of `Trainer` under ZeRO-3 has no frozen parameters: routers are saved, or an error is raised."""
     model = adapted()
     state = {name: value for name, value in model.state_dict().items() if not name.endswith("_router")}
     routers = {name: p for name, p in model.named_parameters() if name.endswith("_router")}

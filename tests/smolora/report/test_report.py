@@ -165,6 +165,27 @@ def test_broken_runs_are_named(make_run, change, match):
         write_report([folder])
 
 
+def test_means_over_seeds(make_run, tmp_path):
+    """Runs that differ in the seed alone, by hand: 50, 40, 150 and 60, 40, 170 after the last stage."""
+
+    def run(name: str, seed: int, last: list[float], **adapter) -> Path:
+        config = {"seed": seed, "output": name, "adapter": {"r": 8, **adapter}}
+        folder = make_run(name, [[80.0], [70.0, 60.0], last], config=config)
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps({**results, "name": "small"}))
+        return folder
+
+    runs = [run("a", 0, [50.0, 40.0, 150.0]), run("b", 1, [60.0, 40.0, 170.0]), run("c", 2, [0.0, 0.0, 0.0], r=9)]
+    text = write_report(runs, tmp_path / "out").read_text()
+    assert "| small | smolora | single | 0, 1 | 55.00 ± 7.07 | 40.00 ± 0.00 | 160.00 ± 14.14 | 85.00 ± 7.07 |" in text
+    rows = {row["figure"]: row for row in read_csv(tmp_path / "out/seeds.csv")}
+    assert float(rows["AP"]["mean"]) == 85 and float(rows["AP"]["standard deviation"]) == pytest.approx(50**0.5)
+    assert rows.keys() == {*TASKS, "AP", "MAP", "BWT", "MIF"}
+    assert "recipe small, seed 1" in text and "captions weigh most" in text
+    text = write_report([runs[0], runs[2]], tmp_path / "alone").read_text()
+    assert "Over seeds" not in text and not (tmp_path / "alone/seeds.csv").exists()
+
+
 def test_command(make_run, capsys, tmp_path):
     folder = make_run("a", [[10.0, 20.0, 30.0]], method="zeroshot")
     assert cli.main(["report", str(folder), "--output", str(tmp_path / "out")]) == 0
