@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -319,4 +320,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     assemble(args.language, args.vision, args.projector, args.output)
     print(f"wrote {args.output}")
+    if not any(Path(args.language, name).exists() for name in TOKENIZER_FILES):
+        print(f"it has no tokenizer, since {args.language} has none: training and evaluation need one", file=sys.stderr)
     return 0

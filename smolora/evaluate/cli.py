@@ -114,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
             f"got {args.adapter}, which has no adapter_config.json"
         )
     request = by_options(args) if args.recipe is None else by_recipe(args)
+    if not Path(request.model, "config.json").is_file():
+        raise ValueError(f"--model must be the folder of a LLaVA, got {request.model}, which has no config.json")
     check_backend(request.backend)
     check_tasks(request.tasks, request.protocol, skip_broken=args.skip_broken)
     state = process_state(on_cpu=args.device == "cpu")

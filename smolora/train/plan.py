@@ -85,7 +85,10 @@ class _Checker:
     def task(self, task: TaskRecipe) -> tuple[int, int]:
         """How many training samples and questions a task has."""
         recipe = self.recipe
-        dataset = find_dataset(task.benchmark_name)
+        try:
+            dataset = find_dataset(task.benchmark_name)
+        except ValueError as error:
+            raise ValueError(f"task {task.name!r}: {error} (or give the task a `dataset`)") from error
         train, test = recipe.train_file(task), recipe.test_file(task)
         if test.name != dataset.questions:
             raise ValueError(

@@ -356,7 +356,10 @@ def _build(cls: type, content: Any, where: str) -> Any:
 
 def _unknown(name: str, key: str, where: str, known: Iterable[str]) -> str:
     """What is said of an unknown key: the nearest one of its section, else of the whole recipe."""
-    near = difflib.get_close_matches(key, list(known), 1, 0.6)
+    known = list(known)
+    near = difflib.get_close_matches(key, known, 1, 0.6)
+    # "dropout" is a part of lora_dropout, "rank" the long name of r, and lr has learning_rate's initials
+    near += [k for k in known if key in k or key.startswith(k) or key == "".join(word[0] for word in k.split("_"))]
     if near:
         nearest = f"{where}.{near[0]}" if where else near[0]
     else:

@@ -491,5 +491,6 @@ def test_wrong_folders(tmp_path: Path, capsys: pytest.CaptureFixture):
     command = ["assemble", "--language", LANGUAGE, "--vision", VISION, "--projector", PROJECTOR, "--output"]
     assert cli.main([*map(str, command), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert "it has no tokenizer" in capsys.readouterr().err
     assert cli.main([*map(str, command), str(tmp_path / "out")]) == 1
     assert "output must be a new or empty folder" in capsys.readouterr().err

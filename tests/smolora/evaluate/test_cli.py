@@ -89,6 +89,7 @@ def test_command_skips_what_is_broken(base_folder, released, tmp_path, capsys):
         (["--task", "vqa"], "dataset must be one of .*got 'vqa'; did you mean VQAv2"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--token-budget", "0"], "token_budget must be an integer of at least 1, got 0"),
+        (["--model", "nope"], "--model must be the folder of a LLaVA, got nope"),
         (["--adapter", "nope"], "--adapter must be the folder of a PEFT adapter .*got nope"),
         pytest.param(
             ["--device", "cuda"], "--device cuda needs a GPU",

@@ -82,7 +82,7 @@ def test_everything_that_is_missing_is_named(world, capsys):
     ("overrides", "message"),
     [
         (["training.per_device_batch_size=3"], "training.batch_size must be a multiple"),
-        (["tasks.0.dataset=ImagNet"], "did you mean ImageNet"),
+        (["tasks.0.dataset=ImagNet"], "got 'ImagNet'; did you mean ImageNet?"),
         (["tasks.0.test=ImageNet/train.json"], "ImageNet.test must be named test.json"),
         (["trainin.epochs=3"], "did you mean 'training'"),
     ],
@@ -90,6 +90,11 @@ def test_everything_that_is_missing_is_named(world, capsys):
 def test_refused(world, capsys, overrides, message):
     assert main(["train", str(world), *overrides, "--dry-run"]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_task_of_no_known_dataset_is_named(world, capsys):
+    assert main(["train", str(world), "tasks.0.name=Birds", "--dry-run"]) == 1
+    assert "task 'Birds': dataset must be one of ScienceQA" in capsys.readouterr().err
 
 
 def test_a_backend_that_cannot_run_is_named(world, capsys):
