@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 import smolora.layer
 from smolora.common import active_streams
 from smolora.reference import smolora_forward
+from smolora.train.recipe import load_recipe
 from smolora.train.run import Run
+
+ROOT = Path(__file__).parents[3]
 
 
 def reference_linear(
@@ -88,4 +92,14 @@ def test_same_curve(short, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_same_curve_over_200_steps(short, tmp_path, monkeypatch):
     recipe = short(*QUICK, "training.epochs=50", "training.learning_rate=3e-3")
+    assert_same_curve(recipe, tmp_path, monkeypatch, 200)
+
+
+@pytest.mark.slow
+def test_same_curve_on_minicvit(tmp_path, monkeypatch):
+    """The first stage as `make run` trains it: 200 steps, then ScienceQA's 100 questions."""
+    made = (ROOT / "data/minicvit-base/model.safetensors").is_file()
+    monkeypatch.chdir(ROOT if made else tmp_path)  # else both are made there, which takes minutes
+    recipe = load_recipe(ROOT / "recipes/minicvit_run.yaml", ["training.logging_steps=1", "training.save_steps=999"])
+    recipe = dataclasses.replace(recipe, tasks=recipe.tasks[:1])
     assert_same_curve(recipe, tmp_path, monkeypatch, 200)
