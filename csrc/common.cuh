@@ -73,6 +73,7 @@ __device__ __forceinline__ float rounded(float v) {
 // A warp's product of `count` elements of a from the i-th on with those of b from the j-th on.
 __device__ __forceinline__ float warp_dot(const Weight& a, int64_t i, const Weight& b, int64_t j, int64_t count) {
   float sum = 0;
+#pragma unroll 4
   for (int64_t c = threadIdx.x % 32; c < count; c += 32) sum += weight_at(a, i + c) * weight_at(b, j + c);
   return warp_sum(sum);
 }

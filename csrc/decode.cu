@@ -210,6 +210,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
         const float share = sigmoid(p.use_vu && slot < K ? lead : -lead);
         u[g * columns + c] = u[g * columns + c] * (static_cast<float>(p.scaling) * share * my_gates[slot]);
       }
+      __syncwarp();  // the next instance's routes take the place of these
     }
     __syncthreads();
     auto y = global<T>(p.y);
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
       const int64_t at = (begin + g) * p.k + output;
       float sum = p.add ? to_float(y[at]) : 0.0f;
       for (int slot = 0; slot < slots; ++slot) {
-        const Weight B = p.use_vu && slot < K ? p.vu_B : p.if_B;
+        const Weight& B = p.use_vu && slot < K ? p.vu_B : p.if_B;
         const int64_t source = (experts[g * slots + slot] * p.k + output) * r;
         for (int rank = 0; rank < r; rank += 4) {
           float v[4];

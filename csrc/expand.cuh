@@ -104,29 +104,39 @@ __global__ void __launch_bounds__(kExpandThreads, 1) expand_kernel(Expand p) {
       }
       __syncwarp();
     }
-    const float scale = 256.0f / static_cast<float>(256 - p.threshold);
+    // f(row of the tile, column, number) of all that a thread has
+    const auto for_each = [&](auto f) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = m + lane / 4 + half * 8;
-      const bool routed = p.dmean != nullptr && row < rows &&
-                          (p.mask == nullptr || global<const uint8_t>(p.mask)[row0 + row]);
-#pragma unroll
-      for (int j = 0; j < BLOCKS; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = j * 16 + i / 2 * 8 + lane % 4 * 2 + i % 2, at = half * 2 + i % 2;
-          float v = acc[0][j][i / 2][at];
-          if (DROPS) {
-            v = keep[row * BLOCKS + j] >> column % 16 & 1 ? v : 0.0f;
-            v += keep[(BT + row) * BLOCKS + j] >> column % 16 & 1 ? acc[DROPS ? 1 : 0][j][i / 2][at] : 0.0f;
-            v *= scale;
-          }
-          if (p.bias != nullptr && l + column < p.L) v += to_float(global<const T>(p.bias)[l + column]);
-          if (routed && l + column < p.L) v += global<const float>(p.dmean)[span.instance * p.L + l + column];
-          staged[row * BL + column] = from_float<T>(v);
-        }
+      for (int at = 0; at < BLOCKS * 8; ++at) {
+        const int j = at / 8, half = at / 4 % 2, i = at % 4;
+        f(m + lane / 4 + half * 8, j * 16 + i / 2 * 8 + lane % 4 * 2 + i % 2, acc[0][j][i / 2][half * 2 + i % 2],
+          acc[DROPS ? 1 : 0][j][i / 2][half * 2 + i % 2]);
       }
+    };
+    if (DROPS) {
+      const float scale = 256.0f / static_cast<float>(256 - p.threshold);
+      for_each([&](int row, int column, float& v, float other) {
+        v = keep[row * BLOCKS + column / 16] >> column % 16 & 1 ? v : 0.0f;
+        v += keep[(BT + row) * BLOCKS + column / 16] >> column % 16 & 1 ? other : 0.0f;
+        v *= scale;
+      });
     }
+    if (p.bias != nullptr) {
+      for_each([&](int, int column, float& v, float) {
+        if (l + column < p.L) v += to_float(global<const T>(p.bias)[l + column]);
+      });
+    }
+    if (p.dmean != nullptr) {
+      for_each([&](int row, int column, float& v, float) {
+        const bool routed = row < rows && (p.mask == nullptr || global<const uint8_t>(p.mask)[row0 + row]);
+        if (routed && l + column < p.L) v += global<const float>(p.dmean)[span.instance * p.L + l + column];
+      });
+    }
+    // 16 bytes of a row lie where neither a quad's numbers nor the reads below share a bank with the next row's
+    const auto spot = [](int row, int column) {
+      return row * BL + (column / kChunk<T> ^ row % 8) * kChunk<T> + column % kChunk<T>;
+    };
+    for_each([&](int row, int column, float& v, float) { staged[spot(row, column)] = from_float<T>(v); });
     __syncwarp();
     constexpr int CHUNKS = BL / kChunk<T>;  // of a row
     const bool aligned = p.L % kChunk<T> == 0 && is_aligned(p.out, 16);
@@ -135,9 +145,9 @@ __global__ void __launch_bounds__(kExpandThreads, 1) expand_kernel(Expand p) {
       const int64_t valid = row < rows ? min(p.L - l - column, static_cast<int64_t>(kChunk<T>)) : 0;
       auto out = global<T>(p.out) + ((row0 + row) * p.L + l + column);
       if (aligned && valid == kChunk<T>) {
-        *view<uint4>(out) = *view<const uint4>(Ptr<const T>(staged + row * BL + column));
+        *view<uint4>(out) = *view<const uint4>(Ptr<const T>(staged + spot(row, column)));
       } else {
-        for (int e = 0; e < valid; ++e) out[e] = staged[row * BL + column + e];
+        for (int e = 0; e < valid; ++e) out[e] = staged[spot(row, column) + e];
       }
     }
     __syncwarp();

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "smolora.h"
+
 #ifdef SMOLORA_EMULATE
 #include "emulate/emulate.h"
 #else
@@ -134,11 +136,12 @@ inline void check(cudaError_t status, const char* what) {
   }
 }
 
-// Lets a kernel have more shared memory than a block gets unasked.
+// Lets a kernel have more shared memory than a block gets unasked: always the same, so that a launch with less takes
+// nothing from one that is captured in a graph.
 template <class... P>
 void allow_shared(const char* name, void (*kernel)(P...), size_t shared) {
   if (shared <= 48 * 1024) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits::kSharedMemory), name);
 }
 
 // Launches a kernel; an error is thrown with its name. An empty grid is no launch.

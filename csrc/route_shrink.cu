@@ -33,10 +33,11 @@ __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
       const int64_t length = p.cu != nullptr ? cu[i + 1] - start : p.T / p.n;
       int64_t first = p.mask == nullptr ? 0 : length, count = p.mask == nullptr ? length : 0;
       if (p.mask != nullptr) {
-        for (int64_t t = thread; t < length; t += kThreads) {
-          if (!global<const uint8_t>(p.mask)[start + t]) continue;
-          first = min(first, t);
-          ++count;
+#pragma unroll 8
+        for (int64_t t = thread; t < length; t += kThreads) {  // without a branch, so that loads need not wait
+          const bool routes = global<const uint8_t>(p.mask)[start + t];
+          first = routes ? min(first, t) : first;
+          count += routes;
         }
         tokens[thread] = first;
         tokens[kThreads + thread] = count;

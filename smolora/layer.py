@@ -212,8 +212,8 @@ class SMoLoRAExperts(nn.Module):
             x=x.reshape(-1, x.shape[-1]).to(dtype).contiguous(),
             instruction=None if instruction is None else instruction.contiguous(), instances=instances,
             threshold=threshold, top_k=config.top_k, scaling=config.scaling, fusion=config.fusion, backend=backend,
-            route_mask=None if route_mask is None else route_mask.reshape(-1).contiguous(), cu_seqlens=cu_seqlens,
-            routes=routes, gates=gates, seed=seed,
+            route_mask=None if route_mask is None else route_mask.reshape(-1).contiguous(),
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(), routes=routes, gates=gates, seed=seed,
         )  # fmt: skip
 
     @property

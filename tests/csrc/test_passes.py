@@ -50,6 +50,15 @@ def test_parameters_of_another_dtype(parameters: torch.dtype, device: str):
     assert not complaints(got, truth, eager, bfloat16)
 
 
+def test_strided_boundaries(device: str):
+    """`cu_seqlens` may be a column of a table."""
+    layer, batch = build(plain.but(lengths=(5, 0, 17, 1)), float32, device)
+    table = torch.stack([batch.keywords["cu_seqlens"], torch.full_like(batch.keywords["cu_seqlens"], 9)], 1)
+    with smolora.use_backend("cuda"):
+        expected = layer(batch.x, **batch.keywords)
+        assert torch.equal(layer(batch.x, **{**batch.keywords, "cu_seqlens": table[:, 0]}), expected)
+
+
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 DECODING = [
@@ -61,6 +70,7 @@ DECODING = [
     plain.but(fusion="vu", r=1), plain.but(fusion="if", r=128), plain.but(fusion="mean", r=24),
     plain.but(B=7, mask=True, bias=False, shared=True),
     plain.but(B=33, given=True, M=9, N=7, r=48),
+    plain.but(B=9, given=True, fusion="mean"), plain.but(B=9, given=True, top_k=2, M=5),  # a warp's second instance
 ]  # fmt: skip
 
 
@@ -449,9 +459,9 @@ def test_graph_replays_equal_eager(S: int):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("S", [1, 70])
-def test_no_host_synchronisation(S: int):
-    layer, batch = build(plain.but(dropout=0.1, mask=True, top_k=2, S=S), bfloat16, "cuda")
+@pytest.mark.parametrize("layout", [dict(S=1), dict(S=70), dict(lengths=(5, 0, 70))], ids=str)
+def test_no_host_synchronisation(layout: dict):
+    layer, batch = build(plain.but(dropout=0.1, mask=True, top_k=2, **layout), bfloat16, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(layer, batch, "cuda")

@@ -29,9 +29,10 @@ def test_small_and_odd(case):
     torch.cuda.synchronize()
 
 
-def test_no_host_synchronisation():
+@pytest.mark.parametrize("layout", [{}, dict(lengths=(5, 0, 70))], ids=str)
+def test_no_host_synchronisation(layout: dict):
     """Forward and backward never wait for the GPU, with routing, dropout and a mask."""
-    layer, batch = build(plain.but(dropout=0.1, mask=True, top_k=2), bfloat16, "cuda")
+    layer, batch = build(plain.but(dropout=0.1, mask=True, top_k=2, **layout), bfloat16, "cuda")
     run(layer, batch, "triton")  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
