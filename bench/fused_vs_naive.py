@@ -76,6 +76,15 @@ class Run:
     card: roofline.Card
     rows: list[Row] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    def drop(self, what: str, error: Exception) -> None:
+        """Leave something out for a reason; unless it is the lack of memory, the run fails for it at its end."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self.skipped[what] = "out of device memory"
+            return
+        self.skipped[what] = str(error) if isinstance(error, WrongResult) else f"{type(error).__name__}: {error}"
+        self.failed.append(self.skipped[what])
 
     def late(self, what: str) -> bool:
         """Whether the time budget is spent; what is then left out is said."""
@@ -104,7 +113,7 @@ class Run:
 
 
 def checked(run: Run, case: Case, peers: dict[str, Peer], batch: Batch) -> dict[str, Errors]:
-    """Errors of every peer; one that does not fit in memory is dropped from `peers`, with the reason."""
+    """Errors of every peer; one that is wrong, fails or does not fit in memory leaves `peers`, with the reason."""
     layer = next(iter(peers.values())).layer
     expected = {}
     errors = {}
@@ -114,9 +123,9 @@ def checked(run: Run, case: Case, peers: dict[str, Peer], batch: Batch) -> dict[
             expected[peer.formula] = expect(peer.formula, layer, batch)
         try:
             errors[name] = check(name, peer, batch, expected[peer.formula])
-        except torch.OutOfMemoryError:
+        except Exception as error:  # a kernel that does not compile raises anything: the others are measured
             del peers[name]
-            run.skipped[f"{name} ({case.name}, T {batch.x.shape[0] * batch.x.shape[1]})"] = "out of device memory"
+            run.drop(f"{name} ({case.name}, T {batch.x.shape[0] * batch.x.shape[1]})", error)
     gc.collect()
     return errors
 
@@ -227,7 +236,11 @@ def measure_decode(run: Run, case: Case, layer: Layer, peers: dict[str, Peer], s
                 replay()
             else:
                 replay, y = step, step()
-            errors[name] = check_step(name, peer, y, expected[peer.formula])
+            try:
+                errors[name] = check_step(name, peer, y, expected[peer.formula])
+            except WrongResult as error:
+                run.drop(f"{name} ({case.name}, decode)", error)
+                continue
             jobs.append(Job(name, (lambda _, replay=replay: replay(),)))
         timings = run.time(f"{case.name}: decoding {sequences}", jobs)
         times = {name: total for name, (_, total) in timings.items()}
@@ -419,27 +432,24 @@ def main(argv: list[str] | None = None) -> None:
         "miniters": 0,
         "mininterval": 0.2 if sys.stderr.isatty() else 10,  # seconds: a log file gets a line now and then
     }
-    try:
-        with tqdm(**progress) as bar:
-            bar.set_description(f"{'ceilings of this machine':<40}")
-            ceiling = ceilings(device, getattr(torch, cases[0].dtype), clock, group_seconds / 2)
-            card = roofline.Card("measured", ceiling.bandwidth, ceiling.rate)
-            run = Run(
-                device=device,
-                clock=clock,
-                names=names,
-                group_seconds=group_seconds,
-                deadline=began + budget,
-                rounds=args.rounds,
-                bar=bar,
-                environment=environment,
-                card=card,
-                skipped=skipped,
-            )
-            for case in cases:
-                measure_case(run, case, decode, sweep if case is cases[0] else ())
-    except WrongResult as error:
-        sys.exit(f"refused to time a wrong result. {error}")
+    with tqdm(**progress) as bar:
+        bar.set_description(f"{'ceilings of this machine':<40}")
+        ceiling = ceilings(device, getattr(torch, cases[0].dtype), clock, group_seconds / 2)
+        card = roofline.Card("measured", ceiling.bandwidth, ceiling.rate)
+        run = Run(
+            device=device,
+            clock=clock,
+            names=names,
+            group_seconds=group_seconds,
+            deadline=began + budget,
+            rounds=args.rounds,
+            bar=bar,
+            environment=environment,
+            card=card,
+            skipped=skipped,
+        )
+        for case in cases:
+            measure_case(run, case, decode, sweep if case is cases[0] else ())
 
     print_results(run, cases)
     print(
@@ -464,6 +474,8 @@ def main(argv: list[str] | None = None) -> None:
         title = f"{environment['device']}, {cases[0].describe()}"
         report.plot(folder / f"{stem}.png", swept, title)
         print(f"plot: {folder / f'{stem}.png'}")
+    if run.failed:
+        sys.exit("refused to time what is wrong or fails. " + "; ".join(run.failed))
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ class Fused(Peer):
         return self.module(batch.x, instruction=batch.instruction)
 
     def step(self, batch: Batch) -> Tensor:
-        return self.module(batch.x, routes=batch.routes)
+        return self.module(batch.x, routes=batch.chosen)
 
     def train(self, mode: bool) -> None:
         self.module.train(mode)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from shapes import Case
+from smolora.routing import Chosen
 
 SCALING = 2.0  # lora_alpha / r in the paper's setting
 INSTRUCTION_DIM = 384
@@ -38,6 +40,12 @@ class Batch:
     dy: Tensor
     instruction: Tensor
     routes: tuple[Tensor, Tensor]
+
+    @cached_property
+    def chosen(self) -> Chosen:
+        """The routes as a model keeps them from its prompt, ready for the passes."""
+        routes = torch.stack(self.routes, 1)[..., None].int()
+        return Chosen(routes, torch.ones_like(routes, dtype=torch.float32))
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:

@@ -129,7 +129,10 @@ def test_command_refuses_to_time_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setitem(PEERS, "gathered", lambda layer: Written(layer, scaled))
     with pytest.raises(SystemExit, match=r"refused.*gathered: relative error of y .* is \d\.\d\de-03"):
         fused_vs_naive.main([*FLAGS, "--peers", "linear,gathered", "--output", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())  # of the others, and why one is missing
+    assert {row["peer"] for row in result["rows"]} == {"linear"}
+    assert all("relative error of y" in reason for what, reason in result["not_measured"].items() if "gathered" in what)
 
 
 def test_interleave_times_every_job_in_every_round():

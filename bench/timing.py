@@ -14,6 +14,7 @@ from torch import Tensor
 
 WARM_UP = 1  # untimed runs of every job; the check before has compiled what there is to compile
 MAX_ROUNDS = 200
+SLEEP = 5_000_000  # cycles of a GPU, 3 ms: longer than the host takes to queue a layer's forward and backward
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class CudaClock:
     def sample(self, job: Job) -> list[torch.cuda.Event]:
         state = None
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(job.stages) + 1)]
-        self.evict.zero_()  # also keeps the device busy while the host queues what follows
+        self.evict.zero_()
+        torch.cuda._sleep(SLEEP)  # the host queues what follows meanwhile, or its launches would be timed
         marks[0].record()
         for stage, mark in zip(job.stages, marks[1:], strict=True):
             state = stage(state)

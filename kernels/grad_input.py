@@ -27,7 +27,7 @@ def load_A(A_ptr, p_routes, slot, rank, o_d, m_d, d, K: tl.constexpr, R: tl.cons
     return tl.load(p_a, mask=((slot < K) & (rank < R))[:, None] & m_d[None, :], other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "S"])
 def grad_input_kernel(
     x_ptr,  # (T, d)
     dh_ptr,  # (T, b, K, R)
