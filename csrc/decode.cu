@@ -54,6 +54,21 @@ __device__ uint64_t users_of(const Decode& p, int e) {
   return users;
 }
 
+// sum + a row of B, as the compute dtype has it, times r numbers; 16 of the row are on their way at a time.
+template <class T, class W>
+__device__ __forceinline__ float add_row(float sum, Ptr<const W> row, Ptr<const float> with, int r, bool aligned) {
+  for (int rank = 0; rank < r; rank += 16) {
+    float v[4][4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) four_at(v[j], row, rank + j * 4, r - rank - j * 4, aligned);
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      if (rank + j < r) sum += rounded<T>(v[j / 4][j % 4]) * with[rank + j];
+    }
+  }
+  return sum;
+}
+
 // A warp's product of one row of A, or of the router, with a slice of every token that needs it.
 template <class T>
 __device__ void dot_item(const Decode& p, const Items& items, int64_t row, int64_t slice, int lane,
@@ -222,13 +237,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
       for (int slot = 0; slot < slots; ++slot) {
         const Weight& B = p.use_vu && slot < K ? p.vu_B : p.if_B;
         const int64_t source = (experts[g * slots + slot] * p.k + output) * r;
-        for (int rank = 0; rank < r; rank += 4) {
-          float v[4];
-          four_at(v, B, source + rank, r - rank, aligned);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            if (rank + j < r) sum += rounded<T>(v[j]) * u[g * columns + slot * r + rank + j];
-          }
+        const Ptr<const float> with = u + (g * columns + slot * r);
+        switch (B.dtype) {
+          case kFloat32: sum = add_row<T>(sum, global<const float>(B.data) + source, with, r, aligned); break;
+          case kFloat16: sum = add_row<T>(sum, global<const fp16>(B.data) + source, with, r, aligned); break;
+          case kBfloat16: sum = add_row<T>(sum, global<const bf16>(B.data) + source, with, r, aligned); break;
+          default:
+            for (int rank = 0; rank < r; ++rank) sum += rounded<T>(weight_at(B, source + rank)) * with[rank];
         }
       }
       y[at] = from_float<T>(sum);

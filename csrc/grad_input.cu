@@ -12,27 +12,41 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Grid (blocks of r L, M + N).
+// Grid (blocks of r L, M + N). Which chunks an expert was chosen in, each thread asks of one chunk, for all.
 __global__ void __launch_bounds__(kThreads, 1) collect_kernel(Collect p) {
+  Arena arena;
+  auto slots = arena.take<int>(kThreads);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const bool vu = blockIdx.y < p.M;
   const int64_t expert = vu ? blockIdx.y : blockIdx.y - p.M;
   const Weight out = vu ? p.out[0] : p.out[1];
-  if (i >= p.r * p.L || out.data == nullptr) return;
+  if (out.data == nullptr) return;
   const int64_t rank = p.by_column ? i / p.L : i % p.r, l = p.by_column ? i % p.L : i / p.r;
   const int64_t b = p.use_vu + p.use_if, slot0 = vu ? 0 : b - 1;
   const int RP = rank_columns(p.r);
   const auto routes = global<const int>(p.routes);
   const auto part = global<const float>(p.part);
   float sum = 0;
-  for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
-    const int64_t owner = global<const int>(p.owner)[chunk];
-    for (int64_t j = 0; owner >= 0 && j < p.K; ++j) {
-      if (routes[(owner * b + slot0) * p.K + j] != expert) continue;
-      const int64_t column = (chunk * b * p.K + slot0 * p.K + j) * RP + rank;
-      sum += part[p.by_column ? column * p.L + l : (column / 16 * p.L + l) * 16 + column % 16];
+  for (int64_t first = 0; first < p.chunks; first += kThreads) {
+    const int64_t asked = first + threadIdx.x, owner = asked < p.chunks ? global<const int>(p.owner)[asked] : -1;
+    int slot = 0;  // the first with the expert; given routes may have it several times
+    while (slot < p.K && (owner < 0 || routes[(owner * b + slot0) * p.K + slot] != expert)) ++slot;
+    __syncthreads();
+    slots[threadIdx.x] = slot;
+    __syncthreads();
+    const int count = static_cast<int>(min(p.chunks - first, static_cast<int64_t>(kThreads)));
+#pragma unroll 4
+    for (int chunk = 0; chunk < count; ++chunk) {
+      for (int64_t j = slots[chunk]; j < p.K && i < p.r * p.L; ++j) {
+        if (j > slots[chunk] && routes[(global<const int>(p.owner)[first + chunk] * b + slot0) * p.K + j] != expert) {
+          continue;
+        }
+        const int64_t column = ((first + chunk) * b * p.K + slot0 * p.K + j) * RP + rank;
+        sum += part[p.by_column ? column * p.L + l : (column / 16 * p.L + l) * 16 + column % 16];
+      }
     }
   }
+  if (i >= p.r * p.L) return;
   sum *= static_cast<float>(p.scale);
   if (p.factor != nullptr) {
     sum += weight_at(vu ? p.addend[0] : p.addend[1], l) * global<const float>(p.factor)[blockIdx.y * p.r + rank];
@@ -44,8 +58,8 @@ __global__ void __launch_bounds__(kThreads, 1) collect_kernel(Collect p) {
 
 void collect(const Collect& p) {
   launch("collect", collect_kernel,
-         dim3(static_cast<unsigned>(cdiv(p.r * p.L, kThreads)), static_cast<unsigned>(p.M + p.N)), kThreads, 0,
-         p.stream, false, p);
+         dim3(static_cast<unsigned>(cdiv(p.r * p.L, kThreads)), static_cast<unsigned>(p.M + p.N)), kThreads,
+         kThreads * sizeof(int), p.stream, false, p);
 }
 
 void grad_input(const GradInput& p) {

@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kSumThreads = 512;  // few blocks, and long sums
 constexpr int kWarps = kThreads / 32;
 
 // Grid (tiles): a warp has every fourth token of a tile of an instance.
@@ -75,11 +76,11 @@ __global__ void __launch_bounds__(kThreads, 1) mix_backward_kernel(GradOutput p)
 }
 
 // Grid (M + N if c is needed, n b K if the gates' gradient is): an expert's c, then an instance's slot.
-__global__ void __launch_bounds__(kThreads, 1) sum_tiles_kernel(GradOutput p, int64_t tiles) {
+__global__ void __launch_bounds__(kSumThreads, 1) sum_tiles_kernel(GradOutput p, int64_t tiles) {
   const int64_t b = p.use_vu + p.use_if, K = p.K, r = p.r, E = p.need_c ? p.M + p.N : 0;
   Arena arena;
-  auto scratch = arena.take<float>(kThreads);
-  const int groups = kThreads / static_cast<int>(r);  // a thread has a rank of every groups-th tile
+  auto scratch = arena.take<float>(kSumThreads);
+  const int groups = kSumThreads / static_cast<int>(r);  // a thread has a rank of every groups-th tile
   const int group = threadIdx.x / r, rank = threadIdx.x % r;
   const auto owners = global<const int>(p.tile_owner);
   const bool of_expert = blockIdx.x < E;
@@ -102,14 +103,16 @@ __global__ void __launch_bounds__(kThreads, 1) sum_tiles_kernel(GradOutput p, in
   }
   scratch[threadIdx.x] = sum;
   __syncthreads();
-  if (of_expert && threadIdx.x < r) {
+  if (threadIdx.x < r) {
     float total = 0;
     for (int g = 0; g < groups; ++g) total += scratch[g * r + threadIdx.x];
-    global<float>(p.c)[item * r + threadIdx.x] = static_cast<float>(p.scaling) * total;
+    scratch[threadIdx.x] = total;
+    if (of_expert) global<float>(p.c)[item * r + threadIdx.x] = static_cast<float>(p.scaling) * total;
   }
+  __syncthreads();
   if (!of_expert && threadIdx.x == 0) {
     float total = 0;
-    for (int i = 0; i < groups * r; ++i) total += scratch[i];
+    for (int i = 0; i < r; ++i) total += scratch[i];
     global<float>(p.dgates)[item] = total;
   }
 }
@@ -197,8 +200,8 @@ void grad_output(const GradOutput& p) {
     launch("mix_backward", mix_backward_kernel, dim3(static_cast<unsigned>(tiles)), kThreads, shared, p.stream, false,
            p);
     const int64_t sums = (p.need_c ? p.M + p.N : 0) + (p.need_gates ? p.n * slots : 0);
-    launch("sum_tiles", sum_tiles_kernel, dim3(static_cast<unsigned>(sums)), kThreads, kThreads * 4, p.stream, false,
-           p, tiles);
+    launch("sum_tiles", sum_tiles_kernel, dim3(static_cast<unsigned>(sums)), kSumThreads, kSumThreads * 4, p.stream,
+           false, p, tiles);
   }
   Collect c;
   static_cast<Layout&>(c) = p;

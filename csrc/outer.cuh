@@ -69,11 +69,18 @@ __global__ void __launch_bounds__(kOuterThreads, 1) outer_kernel(Outer p) {
   const auto load = [&](int step) {
     const int64_t t = start + step * BT;
     auto s_tile = s_tiles + step % kStages * TILES * BT * COLUMNS;
-    for (int i = thread; i < BT * TILES * 8; i += kOuterThreads) {
-      const int row = i / (TILES * 8), tile = i / 8 % TILES, column = i % 8 * kChunk<T>;
-      const int64_t l = l0 + tile * COLUMNS + column;
-      load_chunk<T>(s_tile + (tile * BT * COLUMNS + place<T>(row, column)), s + ((t + row) * p.L + l),
-                    t + row < end ? p.L - l : 0, aligned);
+    if (aligned && t + BT <= end && l0 + BL <= p.L) {
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile) {
+        load_tile<BT, kOuterThreads, T>(s_tile + tile * BT * COLUMNS, s + (t * p.L + l0 + tile * COLUMNS), p.L);
+      }
+    } else {
+      for (int i = thread; i < BT * TILES * 8; i += kOuterThreads) {
+        const int row = i / (TILES * 8), tile = i / 8 % TILES, column = i % 8 * kChunk<T>;
+        const int64_t l = l0 + tile * COLUMNS + column;
+        load_chunk<T>(s_tile + (tile * BT * COLUMNS + place<T>(row, column)), s + ((t + row) * p.L + l),
+                      t + row < end ? p.L - l : 0, aligned);
+      }
     }
     auto u_tile = u_tiles + step % kStages * SIDE * BT * COLUMNS;
     for (int i = thread; i < BT * SIDE * 8; i += kOuterThreads) {

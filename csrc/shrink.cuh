@@ -65,25 +65,33 @@ __global__ void __launch_bounds__(kShrinkThreads, 1) shrink_kernel(Shrink p) {
   const int64_t begin = blockIdx.y * slice, end = min(p.L, begin + slice);
   const int steps = begin < end ? static_cast<int>(cdiv(end - begin, COLUMNS)) : 0;
   const bool aligned = p.L % kChunk<T> == 0 && is_aligned(p.s, 16);
+  const bool whole = aligned && row0 >= span.start && row0 + BT <= span.end;
   const auto s = global<const T>(p.s);
   __syncthreads();
 
   const auto load = [&](int step) {
     const int64_t c = begin + step * COLUMNS;
     auto s_tile = s_tiles + step % kStages * BT * COLUMNS;
-    for (int i = thread; i < BT * 8; i += kShrinkThreads) {
-      const int row = i / 8, column = i % 8 * kChunk<T>;
-      const int64_t token = row0 + row;
-      const bool inside = token >= span.start && token < span.end;
-      load_chunk<T>(s_tile + place<T>(row, column), s + (token * p.L + c + column), inside ? p.L - c - column : 0,
-                    aligned);
+    if (whole && c + COLUMNS <= p.L) {
+      load_tile<BT, kShrinkThreads, T>(s_tile, s + (row0 * p.L + c), p.L);
+    } else {
+      for (int i = thread; i < BT * 8; i += kShrinkThreads) {
+        const int row = i / 8, column = i % 8 * kChunk<T>;
+        const int64_t token = row0 + row;
+        const bool inside = token >= span.start && token < span.end;
+        load_chunk<T>(s_tile + place<T>(row, column), s + (token * p.L + c + column), inside ? p.L - c - column : 0,
+                      aligned);
+      }
     }
-    auto w_tile = w_tiles + step % kStages * UNITS * 16 * COLUMNS;
-    for (int i = thread; i < count * 16 * 8; i += kShrinkThreads) {
-      const int row = i / 8, column = i % 8 * kChunk<T>, u = row / 16;
-      const auto w = global<const T>(u < vu_count ? p.weights.vu : p.weights.other);
-      load_chunk<T>(w_tile + place<T>(row, column), w + (source[u] + row % 16 * p.weights.row + c + column),
-                    p.width - c - column, true);
+    static_assert(kShrinkThreads == 16 * 8);  // a chunk of a unit each
+    const int row = thread / 8, column = thread % 8 * kChunk<T>;
+    auto w_tile = w_tiles + (step % kStages * UNITS * 16 * COLUMNS + place<T>(row, column));
+    const int64_t from = row * p.weights.row + c + column, valid = p.width - c - column;
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+      if (u >= count) break;
+      const auto w = global<const T>(u < vu_count ? p.weights.vu : p.weights.other) + (source[u] + from);
+      load_chunk<T>(w_tile + u * 16 * COLUMNS, w, valid, true);
     }
   };
   const auto draw = [&](int step) {

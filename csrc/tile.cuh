@@ -35,6 +35,19 @@ __device__ __forceinline__ void load_chunk(Ptr<T> to, Ptr<const T> from, int64_t
   }
 }
 
+// Brings a tile of ROWS whole rows in, `stride` elements apart. A thread has the same column in all of its rows, so that
+// it finds once where it reads and writes.
+template <int ROWS, int THREADS, class T>
+__device__ __forceinline__ void load_tile(Ptr<T> tile, Ptr<const T> from, int64_t stride) {
+  constexpr int STEP = THREADS / 8;
+  static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "rows of a thread are permuted alike");
+  const int row = threadIdx.x / 8, column = threadIdx.x % 8 * kChunk<T>;
+  const Ptr<T> to = tile + place<T>(row, column);
+  const Ptr<const T> mine = from + (row * stride + column);
+#pragma unroll
+  for (int i = 0; i < ROWS / STEP; ++i) cp_async16(to + i * STEP * kColumns<T>, mine + i * STEP * stride);
+}
+
 // The left operand of a product, 16 rows by 16 of what is summed over.
 template <class T>
 struct Left {
