@@ -58,8 +58,8 @@ void read(Fields& fields, Layout& p) {
   FIELD(threshold);
 }
 void read(Fields& fields, Decode& p) {
-  FIELD(d), FIELD(k), FIELD(e), FIELD(route), FIELD(add), FIELD(x), FIELD(mask), FIELD(instruction), FIELD(vu_A);
-  FIELD(if_A), FIELD(vu_B), FIELD(if_B), FIELD(vu_router), FIELD(if_router), FIELD(vu_importance);
+  FIELD(d), FIELD(k), FIELD(e), FIELD(route), FIELD(add), FIELD(outputs), FIELD(x), FIELD(mask), FIELD(instruction);
+  FIELD(vu_A), FIELD(if_A), FIELD(vu_B), FIELD(if_B), FIELD(vu_router), FIELD(if_router), FIELD(vu_importance);
   FIELD(if_importance), FIELD(given_routes), FIELD(given_gates), FIELD(routes), FIELD(gates), FIELD(logits);
   FIELD(lead), FIELD(y), FIELD(h_part), FIELD(z_part), FIELD(z_if), FIELD(w_part);
 }
@@ -118,8 +118,9 @@ PYBIND11_MODULE(SMOLORA_MODULE, m) {
   define<GradInput>(m, "grad_input", grad_input);
   const auto limit = [&m](const char* name, int value) { m.attr(name) = value; };
   limit("DECODE_INPUTS", limits::kDecodeInputs);
-  limit("DECODE_OUTPUTS", limits::kDecodeOutputs);
-  limit("DECODE_NUMBERS", limits::kDecodeNumbers);
+  limit("DECODE_WEIGHTS", limits::kDecodeWeights);
+  limit("DECODE_MIXED", limits::kDecodeMixed);
+  limit("DECODE_ROUTES", limits::kDecodeRoutes);
   limit("DECODE_PROJECTIONS", limits::kDecodeProjections);
   limit("TILE", limits::kTile);
   limit("MIX_TILE", limits::kMixTile);

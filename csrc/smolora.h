@@ -14,9 +14,12 @@
 namespace limits {
 
 constexpr int kDecodeInputs = 512;    // inputs that a warp multiplies with a row of A in decode
-constexpr int kDecodeOutputs = 512;   // outputs in a part of w in decode
-constexpr int kDecodeNumbers = 8192;  // float32 numbers of each of two kinds that a block of decode holds
 constexpr int kDecodeProjections = 4;  // that one launch of decode serves
+// What a block of decode has room for: numbers of w, (M + N) r; of rank space and of y at a time, at least those of one
+// instance, b K r (r up to a multiple of 4) and a slice of k; routes, n b K, and experts by slots, K (M + N).
+constexpr int kDecodeWeights = 8192;
+constexpr int kDecodeMixed = 6144;
+constexpr int kDecodeRoutes = 1024;
 constexpr int kTile = 64;             // tokens of a tile in the shrink and the expand
 constexpr int kMixTile = 16;          // tokens of a tile in mix's gradient
 constexpr int kRouteInputs = 512;     // inputs in a part of the VU router's logits
@@ -57,6 +60,7 @@ struct Decode : Layout {
   int64_t d = 0, k = 0, e = 0;
   int64_t route = 0;                       // else routes and gates are given, and only copied
   int64_t add = 0;                         // y has the base's output in it
+  int64_t outputs = 64;                    // of a slice of k: a multiple of 64
   const void* x = nullptr;                 // (n, d) T
   const uint8_t* mask = nullptr;           // (n,) or null: whether the token routes
   Weight instruction;                      // (n, e)
@@ -71,10 +75,10 @@ struct Decode : Layout {
   float* logits = nullptr;                 // (n, M + N) out, if it routes
   float* lead = nullptr;                   // (n,) out
   void* y = nullptr;                       // (n, k) T, in and out
-  float* h_part = nullptr;                 // (slices of d, n, (M + N) r)
+  float* h_part = nullptr;                 // (slices of d, n, M + N, r)
   float* z_part = nullptr;                 // (slices of d, n, M)
   float* z_if = nullptr;                   // (n, N)
-  float* w_part = nullptr;                 // (slices of k, (M + N) r)
+  float* w_part = nullptr;                 // (slices of k, M + N, r)
 };
 
 // x -> rank space.

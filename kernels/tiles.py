@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_ONE_PASS_COLUMNS = 128  # of all VU experts: up to here one pass over x computes them all
+MAX_DECODE_OUTPUTS = 512  # of a block of CUDA's decode
 MAX_ONE_READ_COLUMNS = 64  # chosen ones of both branches: up to here one read of g gives p and dB
 
 
@@ -130,6 +131,11 @@ def prepare_rows(r: int) -> int:
 def collect_rows(r: int) -> int:
     """Rows of every B whose gradient a program of `_collect_B` adds up."""
     return 1024 // rank_columns(r)
+
+
+def decode_outputs(k: int) -> int:
+    """Outputs of a slice of k in CUDA's decode: at most 64 slices where they are not too long, a part of w each."""
+    return min(MAX_DECODE_OUTPUTS, 64 * cdiv(k, 64 * 64))
 
 
 def splits(tiles: int, length: int, block: int, processors: int) -> int:

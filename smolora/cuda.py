@@ -36,7 +36,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 
 OTHER_DTYPE = 4
 COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have; in float32 the last would spill
 MAX_DECODE_INSTANCES = 64
-MAX_DECODE_EXPERTS, MAX_DECODE_SLOTS = 256, 64
+MAX_DECODE_EXPERTS = 256
 MAX_MIX_NUMBERS = 2048  # of a token in rank space, b K r, that a warp holds in mix's gradient
 
 
@@ -409,8 +409,13 @@ def decodes(
     slots, experts, r = sum(branches(fusion)) * top_k, vu_A.shape[0] + if_A.shape[0], vu_A.shape[1]
     if not one_token or threshold or torch.is_grad_enabled():
         return False
-    fits = slots <= MAX_DECODE_SLOTS and experts <= MAX_DECODE_EXPERTS
-    return fits and max(experts * r, slots * (r + 1)) <= extension.DECODE_NUMBERS
+    routes = max(instances * slots, experts * top_k)
+    return (
+        experts <= MAX_DECODE_EXPERTS
+        and routes <= extension.DECODE_ROUTES
+        and experts * r <= extension.DECODE_WEIGHTS
+        and slots * -(-r // 4) * 4 + tiles.MAX_DECODE_OUTPUTS <= extension.DECODE_MIXED
+    )
 
 
 def decode(
@@ -450,18 +455,18 @@ def decode(
         y = x.new_empty((n, k)) if weight[i] is None else torch.nn.functional.linear(x, weight[i], bias[i])
         routes, gates, logits = new_routing(x, n, M + N if route else 0, top_k, fusion)
         lead = logits.new_empty(n)
-        slices, parts = tiles.cdiv(d, extension.DECODE_INPUTS), tiles.cdiv(k, extension.DECODE_OUTPUTS)
+        slices, outputs = tiles.cdiv(d, extension.DECODE_INPUTS), tiles.decode_outputs(k)
         results.append((y, routes, gates, logits, lead))
         calls.append(dict(
             **_layout(x.dtype, n, n, top_k, r, M, N, fusion, scaling), d=d, k=k, e=if_router[i].shape[1], route=route,
-            add=weight[i] is not None, x=x, mask=route_mask, instruction=instruction, vu_A=vu_A[i], if_A=if_A[i],
+            add=weight[i] is not None, outputs=outputs, x=x, mask=route_mask, instruction=instruction, vu_A=vu_A[i], if_A=if_A[i],
             vu_B=vu_B[i], if_B=if_B[i], vu_router=vu_router[i], if_router=if_router[i],
             vu_importance=vu_importance[i], if_importance=if_importance[i],
             given_routes=None if route else given_routes[i].contiguous(),
             given_gates=None if route else given_gates[i].float().contiguous(), routes=routes, gates=gates,
             logits=logits, lead=lead, y=y, h_part=lead.new_empty((slices, n, (M + N) * r)),
             z_part=lead.new_empty((slices, n, M)), z_if=lead.new_empty((n, N)),
-            w_part=lead.new_empty((parts, (M + N) * r)),
+            w_part=lead.new_empty((tiles.cdiv(k, outputs), (M + N) * r)),
         ))  # fmt: skip
     _run("decode", x, *calls)
     return tuple(map(list, zip(*results, strict=True)))

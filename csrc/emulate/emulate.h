@@ -350,6 +350,7 @@ inline uint32_t bits_of_float(float v) {
 }
 
 inline float to_float(float v) { return v; }
+inline float to_float(double v) { return static_cast<float>(v); }
 inline float to_float(bf16 v) { return float_of_bits(static_cast<uint32_t>(v.bits) << 16); }
 inline float to_float(fp16 v) {
   const uint32_t exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
@@ -472,6 +473,18 @@ inline float shuffle_xor(float v, int lanes) {
   return float_of_bits(w.out[lane][0]);
 }
 
+inline uint32_t ballot(bool yes) {
+  emulate::Warp& w = emulate::warp();
+  const int lane = emulate::lane();
+  w.in[lane][0] = yes;
+  emulate::collective("ballot", [](emulate::Warp& w) {
+    uint32_t bits = 0;
+    for (int l = 0; l < 32; ++l) bits |= w.in[l][0] << l;
+    for (int l = 0; l < 32; ++l) w.out[l][0] = bits;
+  });
+  return w.out[lane][0];
+}
+
 inline void __syncthreads() { emulate::sync_block(); }
 inline void __syncwarp() {
   emulate::collective("__syncwarp", [](emulate::Warp&) {});
@@ -485,6 +498,8 @@ inline uint32_t bytes_at_least(uint32_t a, uint32_t b) {
   for (int i = 0; i < 32; i += 8) out |= (a >> i & 255) >= (b >> i & 255) ? 255u << i : 0;
   return out;
 }
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
+inline int __ffsll(long long v) { return __builtin_ffsll(v); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
 
 template <class... P>
