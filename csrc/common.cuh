@@ -27,28 +27,28 @@ __device__ __forceinline__ float weight_at(Weight w, int64_t i) {
   }
 }
 
-// Elements i to i + 3 as they are, zeros from the `count`-th on; `aligned`: they start where one load can take them.
+// Four elements in one load, from where they are aligned to it.
 template <class T>
-__device__ __forceinline__ void take_four(T (&v)[4], Ptr<const T> p, int64_t i, int64_t count, bool aligned) {
-  if (sizeof(T) > 4 || !aligned || count < 4) {
+__device__ __forceinline__ void take_four(T (&v)[4], Ptr<const T> from) {
+  using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;
+  const Four four = *view<const Four>(from);
+  const T* element = reinterpret_cast<const T*>(&four);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = j < count ? p[i + j] : T();
-  } else {
-    using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;
-    const Four four = *view<const Four>(p + i);
-    const T* element = reinterpret_cast<const T*>(&four);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = element[j];
-  }
+  for (int j = 0; j < 4; ++j) v[j] = element[j];
 }
 
-// The same in float32.
+// Elements i to i + 3 in float32, zeros from the `count`-th on; `aligned`: they start where one load can take them.
 template <class T>
 __device__ __forceinline__ void four_at(float (&v)[4], Ptr<const T> p, int64_t i, int64_t count, bool aligned) {
-  T four[4];
-  take_four(four, p, i, count, aligned);
+  if (!aligned || count < 4) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) v[j] = to_float(four[j]);
+    for (int j = 0; j < 4; ++j) v[j] = j < count ? to_float(p[i + j]) : 0.0f;
+  } else {
+    T four[4];
+    take_four(four, p + i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = to_float(four[j]);
+  }
 }
 __device__ __forceinline__ void four_at(float (&v)[4], Weight w, int64_t i, int64_t count, bool aligned) {
   switch (w.dtype) {
@@ -218,17 +218,6 @@ __device__ __forceinline__ int instance_of(int64_t token, Ptr<const int> cu, boo
 inline int64_t tile_count(const Layout& p, int64_t BT, int64_t slack) {
   if (p.n == 0) return 0;
   return p.cu != nullptr ? p.T / BT + slack * p.n : p.n * ((p.T / p.n + slack * BT - 1) / BT);
-}
-
-// Calls f with a zero of a weight's dtype.
-template <class F>
-__device__ __forceinline__ void with_weight(int64_t dtype, F f) {
-  switch (dtype) {
-    case kFloat32: f(float()); break;
-    case kFloat16: f(fp16()); break;
-    case kBfloat16: f(bf16()); break;
-    default: f(double());
-  }
 }
 
 // Calls f with a zero of the compute dtype.

@@ -56,7 +56,6 @@ class Arena {
 };
 
 __device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(double v) { return static_cast<float>(v); }
 __device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(fp16 v) { return __half2float(v); }
 
@@ -127,7 +126,7 @@ __device__ __forceinline__ void cp_async_wait() {
 __device__ __forceinline__ float shuffle_xor(float v, int lanes) { return __shfl_xor_sync(0xFFFFFFFFu, v, lanes); }
 
 // Bit l: whether lane l says so.
-__device__ __forceinline__ uint32_t ballot(bool yes) { return __ballot_sync(0xFFFFFFFFu, yes); }
+__device__ __forceinline__ uint32_t lanes_where(bool yes) { return __ballot_sync(0xFFFFFFFFu, yes); }
 
 // Per byte: 0xFF where a >= b, else 0.
 __device__ __forceinline__ uint32_t bytes_at_least(uint32_t a, uint32_t b) { return __vcmpgeu4(a, b); }

@@ -350,7 +350,6 @@ inline uint32_t bits_of_float(float v) {
 }
 
 inline float to_float(float v) { return v; }
-inline float to_float(double v) { return static_cast<float>(v); }
 inline float to_float(bf16 v) { return float_of_bits(static_cast<uint32_t>(v.bits) << 16); }
 inline float to_float(fp16 v) {
   const uint32_t exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
@@ -473,7 +472,7 @@ inline float shuffle_xor(float v, int lanes) {
   return float_of_bits(w.out[lane][0]);
 }
 
-inline uint32_t ballot(bool yes) {
+inline uint32_t lanes_where(bool yes) {
   emulate::Warp& w = emulate::warp();
   const int lane = emulate::lane();
   w.in[lane][0] = yes;
