@@ -177,6 +177,7 @@ gpu-bench:
 		--peers linear,official,gathered,peft_lora,peft_lora_fp32,torch,triton,cuda 2>&1 | tee $(OUT)/gpu-bench.log
 	$(ON_GPU) bench/fused_vs_naive.py --preset llava-7b --case gate/up --decode none --no-sweep --time-budget 90 \
 		--output $(OUT)/compiled --peers linear,triton,compiled 2>&1 | tee $(OUT)/gpu-bench-compiled.log
+	$(ON_GPU) bench/passes.py --preset llava-7b --time-budget 60 --output $(OUT) 2>&1 | tee $(OUT)/gpu-bench-passes.log
 
 # a training step of a whole LLaVA-7B with random weights
 gpu-train:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from accuracy import Errors, check, expect
-from fused_vs_naive import unavailable
 from peers import PEERS, Peer
 from problem import Batch, Layer, draw_batch, draw_layer
+from runs import unavailable
 from shapes import PRESETS
 from timing import Clock, clock_for
 

@@ -13,103 +13,26 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
-import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import report
 import roofline
-import smolora
 from accuracy import Errors, WrongResult, check, check_step, expect, forward_backward
-from peers import OURS, PEERS, Peer
+from peers import PEERS, Peer
 from problem import Batch, Layer, draw_batch, draw_layer
 from report import MODES, Row
+from runs import Run, choose_cases, choose_device, free_memory, positive, progress, unavailable
 from shapes import ITEM_BYTES, PRESETS, Case
-from timing import (
-    Clock,
-    Job,
-    Timing,
-    capture,
-    ceilings,
-    clock_for,
-    interleave,
-    kept_for_backward,
-    peak,
-)
+from timing import Job, Timing, capture, ceilings, clock_for, kept_for_backward, peak
 
-CPU_TOKENS = (2, 128)  # batch and sequence to which a GPU's preset is cut on a CPU
 LAYER_GROUPS = 4
+CHANGES = ("d", "k", "r", "vu", "if_", "batch", "seq", "dtype", "dropout")  # flags that replace what a preset has
 SWEEP = (1 / 16, 1 / 4, 1, 2)  # of the case's sequence length
-
-
-def unavailable(name: str, device: torch.device, dtype: str) -> str | None:
-    """Why this peer cannot be measured here; None if it can."""
-    if name == "peft_lora_fp32" and dtype == "float32":
-        return "the same as peft_lora: the compute dtype is float32"
-    if name.startswith("compiled") and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        return "torch.compile needs a C++ compiler on a CPU, and none was found"
-    if name == "triton" and device.type == "cpu":
-        return "Triton's interpreter on a CPU is no measurement"
-    if name in OURS:
-        return smolora.backend_info()["backends"][name]["reason"]
-    return None
-
-
-@dataclass
-class Run:
-    """One invocation: what all measurements share, and what they leave."""
-
-    device: torch.device
-    clock: Clock
-    names: list[str]
-    group_seconds: float  # time for one interleaved group of repeats; a layer's takes LAYER_GROUPS of them
-    deadline: float
-    rounds: int | None
-    bar: tqdm
-    environment: Row
-    card: roofline.Card
-    rows: list[Row] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
-
-    def drop(self, what: str, error: Exception) -> None:
-        """Leave something out for a reason; unless it is the lack of memory, the run fails for it at its end."""
-        if isinstance(error, torch.OutOfMemoryError):
-            self.skipped[what] = "out of device memory"
-            return
-        self.skipped[what] = str(error) if isinstance(error, WrongResult) else f"{type(error).__name__}: {error}"
-        self.failed.append(self.skipped[what])
-
-    def late(self, what: str) -> bool:
-        """Whether the time budget is spent; what is then left out is said."""
-        if time.perf_counter() < self.deadline:
-            return False
-        self.skipped[what] = "the time budget was spent"
-        return True
-
-    def say(self, what: str) -> None:
-        self.bar.set_description(f"{what:<40}", refresh=False)
-        self.bar.update(0)
-
-    def time(self, what: str, jobs: list[Job], groups: int = 1) -> dict[str, list[Timing]]:
-        """`interleave` within this run's budget, shown as a step of its progress."""
-        self.say(what)
-        timings = interleave(
-            jobs,
-            self.clock,
-            groups * self.group_seconds,
-            min_rounds=5 if groups > 1 else 3,
-            rounds=self.rounds,
-            on_round=lambda done: self.say(f"{what}, round {done}"),
-        )
-        self.bar.update(groups)
-        return timings
 
 
 def checked(run: Run, case: Case, peers: dict[str, Peer], batch: Batch) -> dict[str, Errors]:
@@ -162,7 +85,7 @@ def row_head(run: Run, case: Case, name: str, peer: Peer, batch: Batch, kind: st
     }
 
 
-def measure_layer(run: Run, case: Case, layer: Layer, peers: dict[str, Peer]) -> None:
+def measure_layer(run: Run, card: roofline.Card, case: Case, layer: Layer, peers: dict[str, Peer]) -> None:
     """Forward, backward and both; memory; shares of `linear` and of the floor."""
     batch = draw_batch(layer, case.batch, case.seq)
     errors = checked(run, case, peers, batch)
@@ -181,8 +104,8 @@ def measure_layer(run: Run, case: Case, layer: Layer, peers: dict[str, Peer]) ->
         mine, theirs = own(name, mode), own("official", mode)
         return theirs.median / mine.median if theirs and mine and mine.median > 0 else None
 
-    floors = {mode: seconds * 1e3 for mode, seconds in roofline.layer_seconds(case, run.card).items()}
-    gemm = roofline.base(case)["base forward"].seconds(run.card) * 1e3
+    floors = {mode: seconds * 1e3 for mode, seconds in roofline.layer_seconds(case, card).items()}
+    gemm = roofline.base(case)["base forward"].seconds(card) * 1e3
     for name, peer in peers.items():
         live = replace(batch, x=batch.x.detach().requires_grad_())
         with peer.scope():
@@ -275,52 +198,21 @@ def measure_sweep(run: Run, case: Case, layer: Layer, peers: dict[str, Peer], fa
                 run.rows.append(head | {"both": timings[name][-1].summary(), "error": asdict(errors[name])})
 
 
-def measure_case(run: Run, case: Case, decode: list[int], sweep: tuple[float, ...]) -> None:
+def measure_case(run: Run, card: roofline.Card, case: Case, decode: list[int], sweep: tuple[float, ...]) -> None:
     """All there is to measure about one shape."""
     if run.late(case.name):
         return
     torch.compiler.reset()
     layer = draw_layer(case, run.device)
     peers = {name: PEERS[name](layer) for name in run.names}
-    measure_layer(run, case, layer, peers)
+    measure_layer(run, card, case, layer, peers)
     for sequences in decode:
         if not run.late(f"{case.name}, decoding {sequences}"):
             measure_decode(run, case, layer, peers, sequences)
     if sweep:
         measure_sweep(run, case, layer, peers, sweep)
     del layer, peers
-    gc.collect()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def choose_cases(args: argparse.Namespace, device: torch.device) -> tuple[list[Case], str | None]:
-    """The shapes that the flags ask for, and what a reader must know about them."""
-    changes = {
-        name: getattr(args, name)
-        for name in ("d", "k", "r", "vu", "if_", "batch", "seq", "dtype", "dropout")
-        if getattr(args, name) is not None
-    }
-    name = args.preset or "small"
-    cases = PRESETS[name]
-    if args.case:
-        cases = [case for case in cases if case.name in args.case]
-    if "d" in changes or "k" in changes:
-        cases = [replace(cases[0], name="custom", ffn=0)]
-    note = None
-    if device.type == "cpu":
-        note = "Measured on a CPU: these figures say nothing about a GPU."
-        load, cores = os.getloadavg()[0], os.cpu_count()
-        if load > cores / 2:
-            note += f" Other programs are busy on it (load {load:.1f} on {cores} cores): expect wide spreads."
-    if device.type == "cpu" and name != "small":
-        batch, seq = CPU_TOKENS
-        note += (
-            f" The preset {name} is cut to {batch}x{seq} tokens (from {cases[0].batch}x{cases[0].seq}) in float32"
-            f" (from {cases[0].dtype}), unless flags say otherwise."
-        )
-        cases = [replace(case, batch=batch, seq=seq, dtype="float32") for case in cases]
-    return [replace(case, **changes) for case in cases], note
+    free_memory(run.device)
 
 
 def choose_peers(args: argparse.Namespace, device: torch.device, dtype: str) -> tuple[list[str], dict[str, str]]:
@@ -362,14 +254,6 @@ def print_results(run: Run, cases: list[Case]) -> None:
         print(f"not measured: {what}: {why}")
 
 
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="shapes to measure (default: small)")
@@ -403,18 +287,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     args = parse(argv)
-    on_gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch sees no GPU on this machine")
-    device = torch.device("cuda" if on_gpu else "cpu")
-    cases, note = choose_cases(args, device)
-    if not cases:
-        sys.exit(f"--case: no such shape; known: {', '.join(case.name for case in PRESETS[args.preset or 'small'])}")
+    device = choose_device(args.device)
+    changes = {name: value for name in CHANGES if (value := getattr(args, name)) is not None}
+    cases, note = choose_cases(args.preset or "small", args.case, changes, device)
     names, skipped = choose_peers(args, device, cases[0].dtype)
     if args.decode == "none":
         decode = []
     else:
-        decode = [int(n) for n in args.decode.split(",")] if args.decode else [1, 8, 64] if on_gpu else [1]
+        default = "1,8,64" if device.type == "cuda" else "1"
+        decode = [int(n) for n in (args.decode or default).split(",")]
     sweep = () if args.no_sweep else SWEEP
     budget = args.time_budget or (90.0 if args.quick else 330.0)
     clock = clock_for(device)
@@ -426,13 +307,7 @@ def main(argv: list[str] | None = None) -> None:
 
     groups = len(cases) * (LAYER_GROUPS + len(decode)) + max(len(sweep) - 1, 0)
     group_seconds = budget / (3 * groups)  # the rest: references, checks, warm-up and compilation
-    progress = {
-        "total": groups,
-        "bar_format": "{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}]",
-        "miniters": 0,
-        "mininterval": 0.2 if sys.stderr.isatty() else 10,  # seconds: a log file gets a line now and then
-    }
-    with tqdm(**progress) as bar:
+    with progress(groups) as bar:
         bar.set_description(f"{'ceilings of this machine':<40}")
         ceiling = ceilings(device, getattr(torch, cases[0].dtype), clock, group_seconds / 2)
         card = roofline.Card("measured", ceiling.bandwidth, ceiling.rate)
@@ -445,19 +320,17 @@ def main(argv: list[str] | None = None) -> None:
             rounds=args.rounds,
             bar=bar,
             environment=environment,
-            card=card,
             skipped=skipped,
         )
         for case in cases:
-            measure_case(run, case, decode, sweep if case is cases[0] else ())
+            measure_case(run, card, case, decode, sweep if case is cases[0] else ())
 
     print_results(run, cases)
     print(
         f"this machine: copy {card.bandwidth / 1e9:.1f} GB/s, {cases[0].dtype} product {card.rate / 1e12:.2f} TFLOP/s; "
         "'of floor' is the time these two allow for the counted bytes and operations, over the time measured"
     )
-    folder = args.output or Path(__file__).parent / "results" / report.folder_name(environment["device"])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = report.results_folder(args.output, environment)
     stem = args.preset or ("small" if cases[0].name == "small" else "custom")
     content = {
         "environment": environment,

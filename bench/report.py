@@ -55,11 +55,18 @@ def folder_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
+def results_folder(asked: Path | None, environment: Row) -> Path:
+    """The folder of the results, made where it is missing: the one asked for, else bench/results/<device>."""
+    path = asked or Path(__file__).parent / "results" / folder_name(environment["device"])
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def label(peer: str) -> str:
     return f"smolora {peer}" if peer in OURS else peer
 
 
-def _spread(timing: Row) -> str:
+def spread(timing: Row) -> str:
     return f"{timing['median']:.4g} ({timing['p20']:.4g}-{timing['p80']:.4g})"
 
 
@@ -79,7 +86,7 @@ def layer_table(rows: list[Row]) -> str:
         error = row["error"]
         lines.append(
             f"{label(row['peer']):<20}"
-            + "".join(f"{_spread(row[mode]):>27}" for mode in MODES)
+            + "".join(f"{spread(row[mode]):>27}" for mode in MODES)
             + f"{_number(row['times_linear']['both'], '.2f'):>9}{_number(_median(row['own_ms']['both']), '.2f'):>9}"
             + f"{_number(row['official_own_over_own']['both'], '.1f'):>10}{_number(row['of_floor']['both'], '.0%'):>9}"
             + f"{row['kept_bytes'] / 1e6:>9.1f}{_number(_mega(row['peak_bytes']), '.1f'):>9}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from shapes import PRESETS, Case
 
-FLOAT = 4  # bytes of h, alpha, w, p, and of a float32 gradient
+FLOAT = 4  # bytes of h, alpha, dh, and of a float32 gradient
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,21 @@ class Work:
         return max(self.bytes / card.bandwidth, self.flops / card.rate)
 
 
+def shrink_columns(case: Case) -> int:
+    """Columns of rank space that `route_shrink` computes: the chosen experts', or with one read all VU experts'."""
+    return 2 * case.r if _two_reads(case) else case.vu * case.r + case.r
+
+
+def _two_reads(case: Case) -> bool:
+    return case.vu * case.r > 128
+
+
 def _route_shrink(case: Case) -> Work:
     """h and the router's sums from one read of x; beyond 128 columns a second read for the chosen expert is cheaper."""
     T, d, r, item = case.tokens, case.d, case.r, case.item
-    one_read = case.vu * r <= 128
-    columns = case.vu * r + r if one_read else 2 * r  # of h; the router's own come on top
+    columns = shrink_columns(case)  # the router's own come on top
     weights = (case.vu * r + case.vu + r) * d * item  # vu_A, R_vu, one if_A
-    reads = (1 if one_read else 2) * T * d * item
+    reads = (2 if _two_reads(case) else 1) * T * d * item
     return Work(reads + weights + T * columns * FLOAT, 2 * T * d * (columns + case.vu))
 
 
@@ -61,13 +69,13 @@ def adapter(case: Case) -> dict[str, Work]:
     T, d, k, r, item = case.tokens, case.d, case.k, case.r, case.item
     chosen = min(case.batch, case.vu) + min(case.batch, case.if_)  # experts that some instance uses
     A, B = chosen * r * d, chosen * r * k  # elements
-    rank = T * 2 * r * FLOAT  # h, or p
+    rank = T * 2 * r * FLOAT  # h, or dh
     alpha = T * FLOAT
     return {
         "route_shrink": _route_shrink(case),
         "fuse_expand": Work(rank + alpha + B * item + T * k * item, 2 * T * k * 2 * r),
         "grad_output": Work(T * k * item + rank + alpha + B * item + rank + B * FLOAT, 2 * 2 * T * k * 2 * r),
-        "grad_input": Work(T * d * item + 2 * rank + A * item + T * d * item + A * FLOAT, 2 * 2 * T * d * 2 * r),
+        "grad_input": Work(T * d * item + rank + A * item + T * d * item + A * FLOAT, 2 * 2 * T * d * 2 * r),
     }
 
 

@@ -58,6 +58,8 @@ class Job:
 class CpuClock:
     """Wall time. Nothing is evicted between runs: activations of the shapes of interest outgrow a core's cache."""
 
+    exposed = 0
+
     def sample(self, job: Job) -> list[float]:
         state = None
         marks = [time.perf_counter()]
@@ -74,12 +76,16 @@ class CpuClock:
 
 
 class CudaClock:
-    """Device events around the stages, with an L2 cache that holds nothing of theirs when the first one starts."""
+    """Device events around the stages, with an L2 cache that holds nothing of theirs when the first one starts.
+
+    `exposed` counts the samples that began before the host had queued all of them, so that its launches are in them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
         self.evict = torch.empty(3 * max(l2, 32 << 20), dtype=torch.int8, device=device)
+        self.exposed = 0
 
     def sample(self, job: Job) -> list[torch.cuda.Event]:
         state = None
@@ -90,6 +96,7 @@ class CudaClock:
         for stage, mark in zip(job.stages, marks[1:], strict=True):
             state = stage(state)
             mark.record()
+        self.exposed += marks[0].query()
         return marks
 
     def milliseconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:

@@ -36,6 +36,7 @@ import smolora
 from peers import TRAINED, official
 from problem import INSTRUCTION_DIM, SCALING
 from report import Row
+from runs import choose_device
 from smolora.tuner.model import DEFAULT_TARGETS
 from timing import Job, clock_for, interleave, kept_for_backward, peak
 
@@ -369,10 +370,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    on_gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch sees no GPU on this machine")
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = choose_device(args.device)
     shape = PRESETS[args.preset]
     if device.type == "cpu" and shape.hidden > 1024:
         sys.exit(f"--preset {shape.name} needs a GPU")
@@ -390,9 +388,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(rows))
     for what, why in skipped.items():
         print(f"not measured: {what}: {why}")
-    folder = args.output or Path(__file__).parent / "results" / report.folder_name(environment["device"])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"train_step_{shape.name}.json"
+    path = report.results_folder(args.output, environment) / f"train_step_{shape.name}.json"
     content = {"environment": environment, "agreement": error, "not_measured": skipped, "rows": rows}
     report.write_json(path, content)
     print(f"rows: {path}")
