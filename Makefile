@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .PHONY: run test test-kernels test-csrc test-train test-optional test-rest test-slow test-triton36 kernels \
-        gpu gpu-setup gpu-tests gpu-sanitizer gpu-bench gpu-train gpu-evaluate
+        gpu gpu-setup gpu-tests gpu-sanitizer gpu-bench gpu-train gpu-decode gpu-evaluate
 
 VENV := .venv
 OPTIONAL := .venv-optional
@@ -129,7 +129,8 @@ SEES_GPU := -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 SANITIZERS := memcheck synccheck racecheck
 
 gpu: gpu-setup
-	@$(MAKE) --no-print-directory --keep-going -j1 gpu-tests gpu-sanitizer gpu-bench gpu-train gpu-evaluate
+	@$(MAKE) --no-print-directory --keep-going -j1 gpu-tests gpu-sanitizer gpu-bench gpu-train gpu-decode \
+		gpu-evaluate
 
 gpu-setup:
 	@python=$(PYTHON); \
@@ -184,6 +185,11 @@ gpu-train:
 	@mkdir -p $(OUT)
 	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(ON_GPU) bench/train_step.py --preset llava-7b --seconds 60 \
 		--output $(OUT) 2>&1 | tee $(OUT)/gpu-train.log
+
+# and one decode step of it, captured in a graph
+gpu-decode:
+	@mkdir -p $(OUT)
+	$(ON_GPU) bench/decode_step.py --preset llava-7b --seconds 60 --output $(OUT) 2>&1 | tee $(OUT)/gpu-decode.log
 
 # and its answers, one by one and in batches
 gpu-evaluate:

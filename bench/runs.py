@@ -122,7 +122,7 @@ class Run:
             self.skipped[what] = "out of device memory"
             return
         self.skipped[what] = str(error) if isinstance(error, WrongResult) else f"{type(error).__name__}: {error}"
-        self.failed.append(self.skipped[what])
+        self.failed.append(f"{what}: {self.skipped[what]}")
 
     def late(self, what: str) -> bool:
         """Whether the time budget is spent; what is then left out is said."""

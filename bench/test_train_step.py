@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import train_step
-from train_step import PEERS, PRESETS, check, main, make_base, make_batch, targets
+import whole_model
+from train_step import PEERS, check, main, make_batch
+from whole_model import PRESETS, make_base, targets
 
 CPU = torch.device("cpu")
 
@@ -19,7 +21,7 @@ def test_smolora_and_the_released_algorithm_agree():
 
 @pytest.mark.parametrize("kind", ["vu_B", "if_A", "vu_importance"])
 def test_a_wrong_result_is_refused(monkeypatch, kind):
-    right = train_step.draw_adapter
+    right = whole_model.draw_adapter
     drawn = []
 
     def sometimes_wrong(name, linear, shape):
@@ -29,7 +31,7 @@ def test_a_wrong_result_is_refused(monkeypatch, kind):
             values[kind] = values[kind] * 1.05
         return values
 
-    monkeypatch.setattr(train_step, "draw_adapter", sometimes_wrong)
+    monkeypatch.setattr(whole_model, "draw_adapter", sometimes_wrong)
     with pytest.raises(SystemExit, match="refused to time a wrong result"):
         check(CPU)
 

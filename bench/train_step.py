@@ -13,96 +13,38 @@ on a small float32 model on the same device, logits and gradients.
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
-import os
-import re
 import sys
-import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import report
-import smolora
-from peers import TRAINED, official
-from problem import INSTRUCTION_DIM, SCALING
+from peers import TRAINED
+from problem import INSTRUCTION_DIM
 from report import Row
-from runs import choose_device
-from smolora.tuner.model import DEFAULT_TARGETS
 from timing import Job, clock_for, interleave, kept_for_backward, peak
+from whole_model import (
+    PRESETS,
+    Shape,
+    device_for,
+    make_base,
+    say_if_busy,
+    shared_copy,
+    targets,
+    with_lora,
+    with_official,
+    with_smolora,
+)
 
 MIB, GIB = 2**20, 2**30
 AGREEMENT = 1e-3  # of smolora and official in float32, relative to what the adapter changes
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A LLaVA and a batch: `batch` samples of one image and `text` tokens each."""
-
-    name: str
-    hidden: int
-    ffn: int
-    layers: int
-    heads: int
-    vocabulary: int
-    vision_hidden: int
-    vision_layers: int
-    image: int
-    patch: int
-    batch: int
-    text: int
-    dtype: str
-    r: int = 16
-    experts: int = 4  # of either branch
-    dropout: float = 0.05
-
-    @property
-    def image_tokens(self) -> int:
-        return (self.image // self.patch) ** 2
-
-    @property
-    def tokens(self) -> int:
-        """Of one sample."""
-        return self.image_tokens + self.text
-
-
-PRESETS = {
-    "llava-7b": Shape("llava-7b", 4096, 11008, 32, 32, 32064, 1024, 24, 336, 14, batch=8, text=128, dtype="bfloat16"),
-    # the same proportions: FFN 2.69 times the hidden size, vision a quarter of it, 4.5 image tokens to one of text
-    "small": Shape("small", 512, 1376, 2, 8, 2048, 128, 2, 168, 14, batch=4, text=32, dtype="float32"),
-    "check": Shape("check", 64, 176, 2, 4, 128, 32, 2, 56, 14, batch=3, text=8, dtype="float32", r=4, dropout=0.0),
-}
-
-
-def make_base(shape: Shape, device: torch.device) -> LlavaForConditionalGeneration:
-    """The frozen model, with random weights made on the device."""
-    vision = CLIPVisionConfig(
-        hidden_size=shape.vision_hidden, intermediate_size=4 * shape.vision_hidden,
-        num_hidden_layers=shape.vision_layers, num_attention_heads=max(1, shape.vision_hidden // 64),
-        image_size=shape.image, patch_size=shape.patch,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
-        max_position_embeddings=4096, use_cache=False,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=shape.vocabulary - 1, vision_feature_layer=-2,
-        image_seq_length=shape.image_tokens,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LlavaForConditionalGeneration._from_config(config, dtype=getattr(torch, shape.dtype))
-    return model.requires_grad_(False).train()
 
 
 def make_batch(shape: Shape, device: torch.device) -> dict[str, Tensor]:
@@ -153,11 +95,6 @@ class Peer:
         return sum(t.numel() * t.element_size() for t in [*self.trained, *state] if isinstance(t, Tensor))
 
 
-def shared_copy(base: nn.Module) -> nn.Module:
-    """The same model again, on the same tensors."""
-    return copy.deepcopy(base, {id(t): t for t in [*base.parameters(), *base.buffers()]})
-
-
 def without_embeds(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name != "instruction_embeds"}
 
@@ -169,71 +106,15 @@ def without_adapter(shape: Shape, base: nn.Module, batch: dict[str, Tensor]) -> 
 
 
 def peft_lora(shape: Shape, base: nn.Module, batch: dict[str, Tensor], float32_adapter: bool = False) -> Peer:
-    config = LoraConfig(
-        r=2 * shape.r,
-        lora_alpha=SCALING * 2 * shape.r,
-        lora_dropout=shape.dropout,
-        target_modules=DEFAULT_TARGETS["llava"],
-    )
-    model = get_peft_model(shared_copy(base), config, autocast_adapter_dtype=float32_adapter)
-    return Peer(model, without_embeds(batch))
-
-
-def targets(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that adapters are put on, by name."""
-    chosen = re.compile(DEFAULT_TARGETS["llava"])
-    return {name: module for name, module in model.named_modules() if chosen.fullmatch(name)}
-
-
-def draw_adapter(name: str, linear: nn.Linear, shape: Shape) -> dict[str, Tensor]:
-    """A layer's adapter as in mid-training, the same for every peer: float32, on the layer's device."""
-    d, k, r, e = linear.in_features, linear.out_features, shape.r, shape.experts
-    sizes = {
-        "vu_A": (e, r, d), "vu_B": (e, k, r), "if_A": (e, r, d), "if_B": (e, k, r), "vu_router": (e, d),
-        "if_router": (e, INSTRUCTION_DIM), "vu_importance": (k,), "if_importance": (k,),
-    }  # fmt: skip
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    device = linear.weight.device
-    return {n: torch.randn(s, generator=generator).mul_(s[-1] ** -0.5).to(device) for n, s in sizes.items()}
+    return Peer(with_lora(shape, base, float32_adapter), without_embeds(batch))
 
 
 def fused(shape: Shape, base: nn.Module, batch: dict[str, Tensor]) -> Peer:
-    config = smolora.SMoLoRAConfig(
-        r=shape.r, lora_alpha=SCALING * shape.r, lora_dropout=shape.dropout, num_vu_experts=shape.experts,
-        num_if_experts=shape.experts, instruction_dim=INSTRUCTION_DIM, route_over="all",
-    )  # fmt: skip
-    model = get_peft_model(shared_copy(base), config)
-    with torch.no_grad():
-        for name, linear in targets(base).items():
-            experts = model.get_submodule(f"base_model.model.{name}").smolora_experts["default"]
-            for kind, values in draw_adapter(name, linear, shape).items():
-                getattr(experts, kind).copy_(values)
-    return Peer(model, batch)
-
-
-class OfficialLinear(nn.Module):
-    """The released layer, written out: `peers.official` around a frozen linear layer, in the layer's dtype."""
-
-    def __init__(self, linear: nn.Linear, adapter: dict[str, Tensor], instruction: Tensor, dropout: float) -> None:
-        super().__init__()
-        self.linear, self.instruction, self.dropout = linear, instruction, dropout
-        dtype = linear.weight.dtype
-        self.adapter = nn.ParameterDict({n: nn.Parameter(v.to(dtype), n in TRAINED) for n, v in adapter.items()})
-
-    def forward(self, x: Tensor) -> Tensor:
-        dropout = (lambda x: F.dropout(x, self.dropout)) if self.dropout else None
-        adapter = {name: self.adapter[name] for name in self.adapter}
-        return official(x, self.linear(x), adapter, self.instruction.to(x.dtype), None, dropout)
+    return Peer(with_smolora(shape, base, route_over="all"), batch)
 
 
 def released(shape: Shape, base: nn.Module, batch: dict[str, Tensor]) -> Peer:
-    model = shared_copy(base)
-    for name, linear in targets(base).items():
-        parent, _, child = name.rpartition(".")
-        adapter = draw_adapter(name, linear, shape)
-        wrapped = OfficialLinear(linear, adapter, batch["instruction_embeds"], shape.dropout)
-        setattr(model.get_submodule(parent), child, wrapped)
-    return Peer(model, without_embeds(batch))
+    return Peer(with_official(shape, base, batch["instruction_embeds"]), without_embeds(batch))
 
 
 PEERS: dict[str, Callable[[Shape, nn.Module, dict[str, Tensor]], Peer]] = {
@@ -370,17 +251,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = choose_device(args.device)
     shape = PRESETS[args.preset]
-    if device.type == "cpu" and shape.hidden > 1024:
-        sys.exit(f"--preset {shape.name} needs a GPU")
+    device = device_for(args.device, shape)
     names = args.peers.split(",") if args.peers else list(PEERS)
     if shape.dtype == "float32" and "peft_lora" in names and "peft_lora_fp32" in names:
         names.remove("peft_lora_fp32")  # the same
     environment = report.environment(device)
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    if device.type == "cpu" and (load := os.getloadavg()[0]) > os.cpu_count() / 2:
-        print(f"Other programs are busy (load {load:.1f} on {os.cpu_count()} cores): lean on the ratios alone.")
+    say_if_busy(device)
     error = check(device)
     print(f"smolora and the released algorithm agree to {error:.1e} in float32 (logits, gradients)")
     rows, skipped = measure(shape, names, device, args.seconds, environment)

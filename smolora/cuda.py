@@ -459,8 +459,8 @@ def decode(
         results.append((y, routes, gates, logits, lead))
         calls.append(dict(
             **_layout(x.dtype, n, n, top_k, r, M, N, fusion, scaling), d=d, k=k, e=if_router[i].shape[1], route=route,
-            add=weight[i] is not None, outputs=outputs, x=x, mask=route_mask, instruction=instruction, vu_A=vu_A[i], if_A=if_A[i],
-            vu_B=vu_B[i], if_B=if_B[i], vu_router=vu_router[i], if_router=if_router[i],
+            add=weight[i] is not None, outputs=outputs, x=x, mask=route_mask, instruction=instruction, vu_A=vu_A[i],
+            if_A=if_A[i], vu_B=vu_B[i], if_B=if_B[i], vu_router=vu_router[i], if_router=if_router[i],
             vu_importance=vu_importance[i], if_importance=if_importance[i],
             given_routes=None if route else given_routes[i].contiguous(),
             given_gates=None if route else given_gates[i].float().contiguous(), routes=routes, gates=gates,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Call:
         instruction: (B, e), or (e,) for all; None if it is missing, which the first layer that needs it says.
         valid: bool (B, S), the tokens that are no padding; None for all.
         prompt: bool (B, S), the tokens that `route_over="prompt"` averages; None for all.
-        image_tokens: (B,), placeholders of images in each sample; None if unknown.
+        ids: (B, S), in which `image_token` stands for a part of an image; None if either is unknown.
         image_to_sample: (images,), the sample of each image, where it is given.
         kept: the routes of the forward that this one continues, by layer and adapter; None if it continues none.
         active: whether its forward is running.
@@ -65,7 +66,8 @@ class Call:
         *,
         valid: Tensor | None = None,
         prompt: Tensor | None = None,
-        image_tokens: Tensor | None = None,
+        ids: Tensor | None = None,
+        image_token: int | None = None,
         image_to_sample: Tensor | None = None,
         kept: dict[tuple[str, str], Chosen] | None = None,
     ) -> None:
@@ -77,7 +79,7 @@ class Call:
             everything = torch.ones_like(prompt) if valid is None else valid
             prompt = torch.where(prompt.any(1, keepdim=True), prompt, everything)
         self.prompt = valid if prompt is None else prompt
-        self.image_tokens = image_tokens
+        self.ids, self.image_token = ids, image_token
         self.image_to_sample = image_to_sample
         self.kept = kept
         self.active = True
@@ -102,6 +104,13 @@ class Call:
         if mask is not None and mask.device != x.device:
             mask = mask.to(x.device)
         return {"instruction": instruction, "route_mask": mask}
+
+    @cached_property
+    def image_tokens(self) -> Tensor | None:
+        """The placeholders of images in each sample (B,); None if unknown. Counted where there are images."""
+        if self.ids is None or self.image_token is None:
+            return None
+        return (self.ids == self.image_token).sum(1)
 
     def _instruction(self, rows: int, images: bool) -> Tensor:
         """The embedding of each row (rows, e), or (e,) for all of them."""
@@ -147,9 +156,13 @@ class Call:
 class Generation:
     """State of one `generate()` call: what its forwards share."""
 
-    def __init__(self, instruction: Tensor | None, image_to_sample: Tensor | None) -> None:
+    def __init__(
+        self, instruction: Tensor | None, image_to_sample: Tensor | None, image_token: int | None, keeps_routes: bool
+    ) -> None:
         self.instruction = instruction
         self.image_to_sample = image_to_sample
+        self.image_token = image_token
+        self.keeps_routes = keeps_routes  # every adapter those of the prompt
         self.mask: Tensor | None = None  # (B, length), of the prompt; None if nothing is padded
         self.length = 0  # of the prompt
         self.position = 0  # tokens in the cache
@@ -167,7 +180,7 @@ class Generation:
         if self.image_to_sample is not None:
             self.image_to_sample = self.image_to_sample.repeat_interleave(copies, 0) * copies
 
-    def step(self, inputs: dict[str, Any], image_tokens: Tensor | None) -> Call:
+    def step(self, inputs: dict[str, Any]) -> Call:
         """The call of the next forward.
 
         Raises:
@@ -187,15 +200,15 @@ class Generation:
             )
         if self.kept is None and start:  # goes on from a cache the caller has: what is new is this call's prompt
             self.length = max(self.length, start + count)
-        prompt = None
-        if start + count > self.length:
+        prompt = valid = None
+        routed = self.kept is None or not self.keeps_routes
+        if routed and start + count > self.length:
             position = torch.arange(start, start + count, device=tokens.device)
             prompt = (position < self.length).expand(rows, count)
-        valid = None
-        if self.mask is not None:
+        if routed and self.mask is not None:
             valid = nn.functional.pad(self.mask.bool(), (0, max(0, start + count - self.mask.shape[1])), value=True)
             valid = valid[:, start : start + count].to(tokens.device)
         return Call(
-            self.instruction, valid=valid, prompt=prompt, image_tokens=image_tokens,
+            self.instruction, valid=valid, prompt=prompt, ids=inputs.get("input_ids"), image_token=self.image_token,
             image_to_sample=self.image_to_sample, kept=self.kept,
         )  # fmt: skip

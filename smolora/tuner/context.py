@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.utils import TransformersKwargs
 
 from ..config import SMoLoRAConfig
@@ -38,11 +38,35 @@ IGNORED_LABEL = -100
 
 
 class _Started:
-    """What a cache was started with: the instruction and the routes."""
+    """What a cache was started with, the instruction and the routes, and the length that our last forward left it."""
 
     def __init__(self, instruction: Tensor | None, kept: dict[tuple[str, str], Chosen]) -> None:
         self.instruction = instruction
         self.kept = kept
+        self._left: tuple[Tensor, int] | None = None
+
+    def leave(self, length: Any) -> None:
+        """Remember a length that is a tensor, by its version, which writing in place raises."""
+        if isinstance(length, Tensor) and not length.is_inference():  # those count no versions
+            self._left = length, length._version
+
+    def goes_on(self, length: Any) -> bool:
+        """Whether nobody has written the length since: no reset, so there are tokens."""
+        return self._left is not None and self._left[0] is length and self._left[1] == length._version
+
+
+def _in_place(before: _Started | None, kept: dict[tuple[str, str], Chosen]) -> dict[tuple[str, str], Chosen]:
+    """Copies of the routes, written over those that a cache was started with before where they are like these.
+
+    A static cache that is reset and started anew stays where it is, and a captured step that reads it goes on with the
+    new prompt. So it has to find the new prompt's routes where it reads the old ones.
+    """
+    if kept and before is not None and before.kept.keys() == kept.keys():
+        old, new = tree_leaves(before.kept), tree_leaves(kept)
+        if all(a.shape == b.shape and a.is_inference() == b.is_inference() for a, b in zip(old, new, strict=True)):
+            torch._foreach_copy_(old, new)
+            return before.kept
+    return tree_map(torch.clone, kept)
 
 
 class RoutingContext:
@@ -143,7 +167,7 @@ class RoutingContext:
     def begin(self, inputs: dict[str, Any], own: dict[str, Any]) -> None:
         """Set the call of a forward, from its arguments by name."""
         if self.generation is not None and self.generation.kept is not None:
-            self.call = self.generation.step(inputs, self._count_image_tokens(inputs))
+            self.call = self.generation.step(inputs)
             return
         configs = self.configs()
         if not configs:
@@ -152,7 +176,7 @@ class RoutingContext:
             return
         if self.generation is not None:
             self._need(self.generation.instruction, configs)
-            self.call = self.generation.step(inputs, self._count_image_tokens(inputs))
+            self.call = self.generation.step(inputs)
             return
         tokens = token_input(inputs)
         batch = None if tokens is None else tokens.shape[0]
@@ -164,12 +188,13 @@ class RoutingContext:
         self._need(instruction, configs)
         image_to_sample = checked_map(own["image_to_sample"], batch)
         masks = {}
-        if tokens is not None and any(c.route_over != "all" for c in configs):
-            masks = self._masks(inputs, *tokens.shape[:2], labelled=any(c.route_over == "prompt" for c in configs))
+        over = {c.route_over for c in configs if started is None or c.decode_routing != "prompt"}
+        if tokens is not None and over - {"all"}:
+            masks = self._masks(inputs, *tokens.shape[:2], labelled="prompt" in over)
         if started is None:
             self.forget()
         self.call = Call(
-            instruction, image_tokens=self._count_image_tokens(inputs), image_to_sample=image_to_sample,
+            instruction, ids=inputs.get("input_ids"), image_token=self._image_token, image_to_sample=image_to_sample,
             kept=None if started is None else started.kept, **masks,
         )  # fmt: skip
 
@@ -182,21 +207,23 @@ class RoutingContext:
         call.active = False
         if output is None:  # the forward failed
             return
-        generation = self.generation
-        if call.kept is None:
-            cache = getattr(output, "past_key_values", None)
-            if generation is not None or cache is not None:
-                kept = {
-                    (layer.smolora_key, name): layer.smolora_experts[name].last_chosen()
-                    for layer in self.layers.values()
-                    if not layer.takes_images
-                    for name in layer.active_in_layer()
-                    if layer.smolora_experts[name].has_routed
-                }
-                if generation is not None:
-                    generation.kept = kept
-                else:
-                    self._started[cache] = _Started(call.instruction, kept)
+        generation, cache = self.generation, getattr(output, "past_key_values", None)
+        if call.kept is None and (generation is not None or cache is not None):
+            kept = {
+                (layer.smolora_key, name): layer.smolora_experts[name].last_chosen()
+                for layer in self.layers.values()
+                if not layer.takes_images
+                for name in layer.active_in_layer()
+                if layer.smolora_experts[name].has_routed
+            }
+            if generation is not None:
+                generation.kept = kept
+            else:
+                if getattr(cache, "is_compileable", False) and not torch.is_grad_enabled():
+                    kept = _in_place(self._started.get(cache), kept)
+                self._started[cache] = _Started(call.instruction, kept)
+        if generation is None and getattr(cache, "is_compileable", False) and cache in self._started:
+            self._started[cache].leave(cache.get_seq_length())
         if torch.is_grad_enabled():
             for tensor in tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -248,9 +275,13 @@ class RoutingContext:
 
     def _started_by(self, cache: Any, configs: list[SMoLoRAConfig]) -> _Started | None:
         """What the cache of a forward was started with; None if it is new or empty."""
-        if cache is None or not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()) == 0:
+        if cache is None or not hasattr(cache, "get_seq_length"):
             return None
-        started = self._started.get(cache)
+        started, length = self._started.get(cache), cache.get_seq_length()
+        if started is not None and started.goes_on(length):
+            return started
+        if int(length) == 0:  # of a static cache a tensor, whose value waits for the device and cannot be captured
+            return None
         if started is None and any(c.decode_routing == "prompt" for c in configs):
             raise RuntimeError(
                 "past_key_values holds tokens, and no forward of this model with these adapters started it, so there "
@@ -280,13 +311,6 @@ class RoutingContext:
             prompt = labels == IGNORED_LABEL
         return {"valid": valid, "prompt": prompt}
 
-    def _count_image_tokens(self, inputs: dict[str, Any]) -> Tensor | None:
-        """The placeholders of images in each sample (B,)."""
-        ids = inputs.get("input_ids")
-        if ids is None or self._image_token is None:
-            return None
-        return (ids == self._image_token).sum(1)
-
     # ------------------------------------------------------------------------------------------------------- generate
 
     @contextmanager
@@ -301,10 +325,11 @@ class RoutingContext:
         instruction = self.instruction(own["instruction_embeds"], configs, batch)
         image_to_sample = checked_map(own["image_to_sample"], batch)
         self.forget()
-        self.generation = generation = Generation(instruction, image_to_sample)
+        keeps_routes = all(c.decode_routing == "prompt" for c in configs)
+        self.generation = generation = Generation(instruction, image_to_sample, self._image_token, keeps_routes)
         # images may be encoded before the first forward, and before the samples are repeated for beams
         self.call = Call(
-            instruction, image_tokens=self._count_image_tokens(inputs), image_to_sample=image_to_sample
+            instruction, ids=inputs.get("input_ids"), image_token=self._image_token, image_to_sample=image_to_sample
         )  # fmt: skip
         expand = self.model._expand_inputs_for_generation
 

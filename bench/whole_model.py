@@ -1,0 +1,179 @@
+"""A whole LLaVA with random weights, and the adapters that benchmarks put on it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import sys
+import zlib
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import smolora
+from peers import TRAINED, official
+from problem import INSTRUCTION_DIM, SCALING
+from runs import choose_device
+from smolora.tuner.model import DEFAULT_TARGETS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaVA and a batch: `batch` samples of one image and `text` tokens each."""
+
+    name: str
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    vocabulary: int
+    vision_hidden: int
+    vision_layers: int
+    image: int
+    patch: int
+    batch: int
+    text: int
+    dtype: str
+    r: int = 16
+    experts: int = 4  # of either branch
+    dropout: float = 0.05
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.image // self.patch) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """Of one sample."""
+        return self.image_tokens + self.text
+
+
+PRESETS = {
+    "llava-7b": Shape("llava-7b", 4096, 11008, 32, 32, 32064, 1024, 24, 336, 14, batch=8, text=128, dtype="bfloat16"),
+    # the same proportions: FFN 2.69 times the hidden size, vision a quarter of it, 4.5 image tokens to one of text
+    "small": Shape("small", 512, 1376, 2, 8, 2048, 128, 2, 168, 14, batch=4, text=32, dtype="float32"),
+    "check": Shape("check", 64, 176, 2, 4, 128, 32, 2, 56, 14, batch=3, text=8, dtype="float32", r=4, dropout=0.0),
+}
+
+
+def make_base(shape: Shape, device: torch.device) -> LlavaForConditionalGeneration:
+    """The frozen model, with random weights made on the device."""
+    vision = CLIPVisionConfig(
+        hidden_size=shape.vision_hidden, intermediate_size=4 * shape.vision_hidden,
+        num_hidden_layers=shape.vision_layers, num_attention_heads=max(1, shape.vision_hidden // 64),
+        image_size=shape.image, patch_size=shape.patch,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
+        max_position_embeddings=4096, use_cache=False,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=shape.vocabulary - 1, vision_feature_layer=-2,
+        image_seq_length=shape.image_tokens,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration._from_config(config, dtype=getattr(torch, shape.dtype))
+    return model.requires_grad_(False).train()
+
+
+def shared_copy(base: nn.Module) -> nn.Module:
+    """The same model again, on the same tensors."""
+    return copy.deepcopy(base, {id(t): t for t in [*base.parameters(), *base.buffers()]})
+
+
+def targets(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that adapters are put on, by name."""
+    chosen = re.compile(DEFAULT_TARGETS["llava"])
+    return {name: module for name, module in model.named_modules() if chosen.fullmatch(name)}
+
+
+def draw_adapter(name: str, linear: nn.Linear, shape: Shape) -> dict[str, Tensor]:
+    """A layer's adapter as in mid-training, the same for every peer: float32, on the layer's device.
+
+    B is small enough that 32 layers of it do not make noise of what 16 bits round off.
+    """
+    d, k, r, e = linear.in_features, linear.out_features, shape.r, shape.experts
+    sizes = {
+        "vu_A": (e, r, d), "vu_B": (e, k, r), "if_A": (e, r, d), "if_B": (e, k, r), "vu_router": (e, d),
+        "if_router": (e, INSTRUCTION_DIM), "vu_importance": (k,), "if_importance": (k,),
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    device = linear.weight.device
+    scales = {n: s[-1] ** -0.5 * (0.3 if n.endswith("_B") else 1.0) for n, s in sizes.items()}
+    return {n: torch.randn(s, generator=generator).mul_(scales[n]).to(device) for n, s in sizes.items()}
+
+
+def with_lora(shape: Shape, base: nn.Module, float32_adapter: bool = False) -> PeftModel:
+    """PEFT's LoRA of rank 2r on the base."""
+    config = LoraConfig(
+        r=2 * shape.r,
+        lora_alpha=SCALING * 2 * shape.r,
+        lora_dropout=shape.dropout,
+        target_modules=DEFAULT_TARGETS["llava"],
+    )
+    return get_peft_model(shared_copy(base), config, autocast_adapter_dtype=float32_adapter)
+
+
+def with_smolora(shape: Shape, base: nn.Module, **options: str) -> PeftModel:
+    """This package's tuner on the base; `options` of its configuration."""
+    config = smolora.SMoLoRAConfig(
+        r=shape.r, lora_alpha=SCALING * shape.r, lora_dropout=shape.dropout, num_vu_experts=shape.experts,
+        num_if_experts=shape.experts, instruction_dim=INSTRUCTION_DIM, **options,
+    )  # fmt: skip
+    model = get_peft_model(shared_copy(base), config)
+    with torch.no_grad():
+        for name, linear in targets(base).items():
+            experts = model.get_submodule(f"base_model.model.{name}").smolora_experts["default"]
+            for kind, values in draw_adapter(name, linear, shape).items():
+                getattr(experts, kind).copy_(values)
+    return model
+
+
+class OfficialLinear(nn.Module):
+    """The released layer, written out: `peers.official` around a frozen linear layer, in the layer's dtype."""
+
+    def __init__(self, linear: nn.Linear, adapter: dict[str, Tensor], instruction: Tensor, dropout: float) -> None:
+        super().__init__()
+        self.linear, self.instruction, self.dropout = linear, instruction, dropout
+        dtype = linear.weight.dtype
+        self.adapter = nn.ParameterDict({n: nn.Parameter(v.to(dtype), n in TRAINED) for n, v in adapter.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout = (lambda x: F.dropout(x, self.dropout)) if self.dropout else None
+        adapter = {name: self.adapter[name] for name in self.adapter}
+        return official(x, self.linear(x), adapter, self.instruction.to(x.dtype), None, dropout)
+
+
+def with_official(shape: Shape, base: nn.Module, instruction: Tensor) -> nn.Module:
+    """The released algorithm on the base, for samples of these instructions (B, e)."""
+    model = shared_copy(base)
+    for name, linear in targets(base).items():
+        parent, _, child = name.rpartition(".")
+        adapter = draw_adapter(name, linear, shape)
+        setattr(model.get_submodule(parent), child, OfficialLinear(linear, adapter, instruction, shape.dropout))
+    return model
+
+
+def device_for(asked: str, shape: Shape) -> torch.device:
+    """The device of `--device`.
+
+    Raises:
+        SystemExit: it is not there, or the shape is not for it.
+    """
+    device = choose_device(asked)
+    if device.type == "cpu" and shape.hidden > 1024:
+        sys.exit(f"--preset {shape.name} needs a GPU")
+    return device
+
+
+def say_if_busy(device: torch.device) -> None:
+    """Other programs on a CPU make its times long."""
+    if device.type == "cpu" and (load := os.getloadavg()[0]) > os.cpu_count() / 2:
+        print(f"Other programs are busy (load {load:.1f} on {os.cpu_count()} cores): lean on the ratios alone.")
