@@ -59,7 +59,6 @@ def fuse_expand_kernel(
     BK: tl.constexpr,
     BC: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SPLITS: tl.constexpr,
     VU: tl.constexpr,
     IF: tl.constexpr,
     ADAPTIVE: tl.constexpr,
@@ -67,7 +66,7 @@ def fuse_expand_kernel(
     VARLEN: tl.constexpr,
     IEEE: tl.constexpr,
 ):
-    """Grid (tiles, SPLITS): a program writes one tile of tokens of y over 1 / SPLITS of k."""
+    """Grid (tiles, parts of k): a program writes one tile of tokens of y over a part of k."""
     PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
     STRIDE: tl.constexpr = (VU + IF) * K * R
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -100,7 +99,7 @@ def fuse_expand_kernel(
         if IF:
             b_q = per_slot(p_gates + VU * K, slot, K, 0.0)
             u_i = fused(h_if_ptr, rows, inside, tl.sigmoid(-b_lead), slot, rank, b_q, scaling, K, R, STRIDE).to(dtype)
-    span = tl.cdiv(tl.cdiv(k, BK), SPLITS) * BK
+    span = tl.cdiv(tl.cdiv(k, BK), tl.num_programs(1)) * BK
     for c in range(i_s * span, tl.minimum(k, (i_s + 1) * span), BK):
         o_k = c + tl.arange(0, BK)
         m_k = o_k < k
@@ -170,7 +169,7 @@ def fuse_expand(
             h, w, routes, gates, vu_B, if_B, h if bias is None else bias, routes if cu_seqlens is None else cu_seqlens,
             lead, y, n, T // max(n, 1), k, scaling, FIXED_LEAD.get(fusion, 0.0),
             M=M, R=r, RP=RP, K=top_k, BT=tile.BT, BK=tile.BD, BC=tile.BC,
-            BLOCKS=tiles.cdiv(tiles.next_power(top_k) * RP, tile.BC), SPLITS=splits, VU=use_vu, IF=use_if,
+            BLOCKS=tiles.cdiv(tiles.next_power(top_k) * RP, tile.BC), VU=use_vu, IF=use_if,
             ADAPTIVE=fusion == "adaptive", BIAS=bias is not None, VARLEN=cu_seqlens is not None,
             IEEE=dtype == torch.float32, **tile.options(),
         )  # fmt: skip

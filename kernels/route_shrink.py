@@ -146,7 +146,6 @@ def shrink_kernel(
     BD: tl.constexpr,
     BV: tl.constexpr,
     BI: tl.constexpr,
-    KS: tl.constexpr,
     ALL: tl.constexpr,
     VU: tl.constexpr,
     IF: tl.constexpr,
@@ -158,7 +157,7 @@ def shrink_kernel(
     SLACK: tl.constexpr,
     IEEE: tl.constexpr,
 ):
-    """Grid (tiles, KS, column blocks): a program has one tile of tokens, 1 / KS of d and a block of columns.
+    """Grid (tiles, parts of d, column blocks): a program has one tile of tokens, a part of d and a block of columns.
 
     ALL: the V slots of the VU branch are all experts, 0 to M - 1; else they are the K chosen ones.
     """
@@ -196,7 +195,7 @@ def shrink_kernel(
             routed = tl.load(mask_ptr + rows, mask=inside, other=0) != 0
         b_m = ((tl.arange(0, 16)[:, None] == 0) & routed[None, :]).to(x_ptr.dtype.element_ty)  # [16, BT]
 
-    span = tl.cdiv(tl.cdiv(d, BD), KS) * BD
+    span = tl.cdiv(tl.cdiv(d, BD), tl.num_programs(1)) * BD
     for c in range(i_s * span, tl.minimum(d, (i_s + 1) * span), BD):
         o_d = c + tl.arange(0, BD)
         m_d = o_d < d
@@ -407,7 +406,7 @@ def shrink(
         x, vu_A, if_A, vu_part, if_part, sums_out, x if route_mask is None else route_mask.view(torch.uint8),
         routes if cu_seqlens is None else cu_seqlens, routed, routes, routes if seed is None else seed,
         T, instances, T // max(instances, 1), d, *strides,
-        R=r, RP=RP, V=V, K=top_k, BT=tile.BT, BD=tile.BD, BV=tile.BC, BI=BI, KS=KS, ALL=experts is not None,
+        R=r, RP=RP, V=V, K=top_k, BT=tile.BT, BD=tile.BD, BV=tile.BC, BI=BI, ALL=experts is not None,
         VU=use_vu, IF=use_if, BRANCHES=routes.shape[1], SUM=sums is not None, MASKED=slack == 2,
         VARLEN=cu_seqlens is not None, THRESHOLD=threshold, SLACK=slack, IEEE=x.dtype == torch.float32,
         **tile.options(),

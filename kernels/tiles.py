@@ -139,8 +139,12 @@ def decode_outputs(k: int) -> int:
 
 
 def splits(tiles: int, length: int, block: int, processors: int) -> int:
-    """Programs that share one tile's long axis, so that all of them run at once, two on a processor."""
-    return max(1, min(cdiv(length, block), 2 * processors // max(tiles, 1)))
+    """Programs that share one tile's long axis, so that all of them run at once, two on a processor.
+
+    A power of two, since the kernel that adds up their parts is compiled for each number of them.
+    """
+    fit = max(1, min(cdiv(length, block), 2 * processors // max(tiles, 1)))
+    return 1 << (fit.bit_length() - 1)
 
 
 def chunk_tokens(tokens: int, instances: int, blocks: int, block_tokens: int, processors: int) -> int:

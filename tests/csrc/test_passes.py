@@ -71,6 +71,8 @@ DECODING = [
     plain.but(B=7, mask=True, bias=False, shared=True),
     plain.but(B=33, given=True, M=9, N=7, r=48),
     plain.but(B=9, given=True, fusion="mean"), plain.but(B=9, given=True, top_k=2, M=5),  # a warp's second instance
+    plain.but(B=5, k=4100), plain.but(B=3, k=8200), plain.but(B=2, k=33000, d=64),  # longer slices of k
+    plain.but(B=3, M=128, N=128, r=32, top_k=4, d=64, given=True),  # as much as a block has room for
 ]  # fmt: skip
 
 
@@ -96,6 +98,25 @@ def test_decode(case: Case, dtype: torch.dtype, device: str, monkeypatch: pytest
     for mine, theirs in zip(routing.logits + routing.gates, expected.logits + expected.gates, strict=True):
         assert (mine is None and theirs is None) or error(mine, theirs) < 1e-5
     assert error(routing.alpha, expected.alpha) < (1e-5 if dtype == float32 else 2e-2)
+
+
+@pytest.mark.parametrize("parameters", [bfloat16, float16, torch.float64, "mixed", "unaligned"], ids=str)
+def test_decode_parameters(parameters: torch.dtype | str, device: str):
+    """Of any dtype, of several, or lying where no vector can be loaded."""
+    layer, batch = build(plain.but(S=1, B=5, r=12, d=600, k=300), bfloat16, device)
+    for i, name in enumerate(PARAMETERS):
+        parameter = layer.get_parameter(name)
+        if parameters == "unaligned":
+            room = torch.empty(parameter.numel() + 1, device=device)
+            parameter.data = room[1:].view(parameter.shape).copy_(parameter)
+        else:
+            parameter.data = parameter.data.to(
+                (bfloat16, torch.float64)[i % 2] if parameters == "mixed" else parameters
+            )
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        got = layer(batch.x, **batch.keywords)
+    truth, eager = ({"y": reference(layer, batch, dtype)["y"]} for dtype in (torch.float64, bfloat16))
+    assert not complaints({"y": got}, truth, eager, bfloat16)
 
 
 SEVERAL = [
@@ -156,10 +177,11 @@ def test_decode_together_is_limited(device: str):
 
 
 def test_decode_is_for_inference_of_one_token(device: str, monkeypatch: pytest.MonkeyPatch):
-    """With a gradient, dropout, more tokens or more instances, the four passes run."""
+    """With a gradient, dropout, more tokens, instances or experts, the four passes run."""
     monkeypatch.setattr(cuda, "decode", lambda *_: pytest.fail("decode ran"))
     check(plain.but(S=1), float32, "cuda", device)
-    for case in (plain.but(S=1, dropout=0.1), plain.but(S=2), plain.but(S=1, B=65), plain.but(lengths=(1, 1))):
+    larger = plain.but(S=1, M=200, r=64)  # more than a block has room for
+    for case in (plain.but(S=1, dropout=0.1), plain.but(S=2), plain.but(S=1, B=65), plain.but(lengths=(1, 1)), larger):
         layer, batch = build(case, float32, device)
         with torch.no_grad(), smolora.use_backend("cuda"):
             assert torch.isfinite(layer(batch.x, **batch.keywords)).all()
