@@ -49,6 +49,29 @@ __global__ void unsynchronised(float* p) {  // reads what another thread may not
   a[threadIdx.x] = 1;
   global<float>(p)[threadIdx.x] = a[kThreads - 1 - threadIdx.x];
 }
+__global__ void overwritten() {  // what another thread may still have to read
+  Arena arena;
+  auto a = arena.take<float>(kThreads);
+  a[threadIdx.x] = 1;
+  __syncthreads();
+  const float other = a[kThreads - 1 - threadIdx.x];
+  a[threadIdx.x] = other;
+}
+__global__ void across_warps() {  // a warp's barrier is none of the block
+  Arena arena;
+  auto a = arena.take<float>(kThreads);
+  a[threadIdx.x] = 1;
+  __syncwarp();
+  (void)static_cast<float>(a[threadIdx.x ^ 1]);
+  (void)static_cast<float>(a[threadIdx.x ^ 32]);
+}
+__global__ void by_a_shuffle() {  // which orders no memory
+  Arena arena;
+  auto a = arena.take<float>(kThreads);
+  a[threadIdx.x] = 1;
+  shuffle_xor(1.0f, 1);
+  (void)static_cast<float>(a[threadIdx.x ^ 1]);
+}
 __global__ void unawaited(float* p) {  // reads what a cp.async may not have brought yet
   Arena arena;
   auto a = arena.take<float>(4);
@@ -76,7 +99,10 @@ void emulate_self_test(int which) {
     case 5: return launch<const float*>("past_the_tensor", past_the_tensor, dim3(1), kThreads, 0, nullptr, false, p);
     case 6: return launch<const float*>("misaligned", misaligned, dim3(1), kThreads, 0, nullptr, false, p);
     case 7: return launch("too_much_shared", too_much_shared, dim3(1), kThreads, 0, nullptr, false);
-    case 8: launch<float*>("unsynchronised", unsynchronised, dim3(1), kThreads, shared, nullptr, false, p); break;
+    case 8: return launch<float*>("unsynchronised", unsynchronised, dim3(1), kThreads, shared, nullptr, false, p);
+    case 9: return launch("overwritten", overwritten, dim3(1), kThreads, shared, nullptr, false);
+    case 10: return launch("across_warps", across_warps, dim3(1), kThreads, shared, nullptr, false);
+    case 11: return launch("by_a_shuffle", by_a_shuffle, dim3(1), kThreads, shared, nullptr, false);
     default: launch<float*>("unawaited", unawaited, dim3(1), kThreads, shared, nullptr, false, p);
   }
   for (float v : p) {

@@ -3,7 +3,9 @@
 // Every CUDA thread is a fiber that runs until it waits. Barriers count their arrivals, of a warp, a block or the grid,
 // and collective operations are carried out by the last lane to arrive; when nobody can run and somebody waits, the
 // launch fails and says who waits where. Pointers carry the bounds of the array they came from, and check every access.
-// Shared memory starts as NaN, and a cp.async lands only when it is waited for: until then its target is NaN.
+// Shared memory starts as NaN, and a cp.async lands only when it is waited for: until then its target is NaN. Two threads
+// that touch the same byte of it, one of them writing, with no barrier of both in between are an error: __syncthreads,
+// or __syncwarp in a warp. Other operations of a warp order nothing.
 #pragma once
 
 #include <algorithm>
@@ -78,8 +80,17 @@ struct Fiber {
   std::vector<Copy> copies;              // not yet committed
 };
 
+// Who has last written a byte of shared memory, and who has read it since: threads, and how many barriers of their block
+// and warp they had passed.
+struct Touched {
+  static constexpr int kNobody = -1, kSeveral = -2;
+  int writer = kNobody, reader = kNobody, reading_warp = kNobody;
+  unsigned write_block = 0, write_warp = 0, read_block = 0, read_warp = 0;
+};
+
 struct Warp {
   int arrived = 0;
+  unsigned barriers = 0;
   const char* operation = nullptr;
   uint32_t in[kWarp][8];
   uint32_t out[kWarp][4];
@@ -89,8 +100,10 @@ struct Warp {
 struct Block {
   dim3 id;
   std::vector<char> shared;
+  std::vector<Touched> touched;  // of each byte of `shared`
   std::vector<Warp> warps;
   int arrived = 0, returned = 0;
+  unsigned barriers = 0;
 };
 
 // bounds of the memory that a launch may touch: address -> size
@@ -153,6 +166,7 @@ inline void sync_block() {
   Block& b = block();
   if (++b.arrived == threads_in_block) {
     b.arrived = 0;
+    ++b.barriers;
     release(current->block * threads_in_block, threads_in_block);
   } else {
     wait_for("__syncthreads");
@@ -162,6 +176,7 @@ inline void sync_block() {
 inline void sync_grid() {
   if (++arrived_in_grid == static_cast<int>(blocks.size()) * threads_in_block) {
     arrived_in_grid = 0;
+    for (Block& b : blocks) ++b.barriers;
     release(0, static_cast<int>(blocks.size()) * threads_in_block);
   } else {
     wait_for("grid_barrier");
@@ -225,8 +240,10 @@ inline void run(const char* name, std::vector<dim3> ids, int threads, size_t sha
   for (size_t b = 0; b < ids.size(); ++b) {
     blocks[b].id = ids[b];
     blocks[b].shared.assign(shared + 128, static_cast<char>(0xFF));
+    blocks[b].touched.assign(shared + 128, Touched());
     blocks[b].warps.assign(threads / kWarp, Warp());
     blocks[b].arrived = blocks[b].returned = 0;
+    blocks[b].barriers = 0;
   }
   while (static_cast<int>(fibers.size()) < count) fibers.push_back(std::make_unique<Fiber>());
   for (int i = 0; i < count; ++i) {
@@ -263,7 +280,71 @@ inline void check_access(const char* at, size_t bytes, const char* low, const ch
   if (reinterpret_cast<uintptr_t>(at) % bytes != 0) fail("%zu bytes at a misaligned address", bytes);
 }
 
+// Notes that this thread reads or writes bytes, if they are of shared memory.
+inline void touch(const char* at, size_t bytes, bool writes) {
+  Block& b = block();
+  if (at < b.shared.data() || at >= b.shared.data() + b.shared.size()) return;
+  const int thread = current->index, its_warp = thread / kWarp;
+  const unsigned in_warp = warp().barriers;
+  for (size_t i = 0; i < bytes; ++i) {
+    Touched& t = b.touched[at - b.shared.data() + i];
+    const auto race = [&](const char* other, int who) {
+      char name[32] = "several threads";
+      if (who >= 0) snprintf(name, sizeof name, "thread %d", who);
+      fail("race: shared memory is %s here and %s by %s, with no barrier in between", writes ? "written" : "read",
+           other, name);
+    };
+    if (t.writer != Touched::kNobody && t.writer != thread && t.write_block == b.barriers &&
+        !(t.writer / kWarp == its_warp && t.write_warp < in_warp)) {
+      race("written", t.writer);
+    }
+    if (t.read_block != b.barriers) t.reader = Touched::kNobody;
+    if (!writes) {
+      if (t.reader == Touched::kNobody) {
+        t.reader = thread, t.reading_warp = its_warp;
+      } else if (t.reader != thread) {
+        t.reader = Touched::kSeveral;
+        if (t.reading_warp != its_warp) t.reading_warp = Touched::kSeveral;
+      }
+      t.read_block = b.barriers, t.read_warp = in_warp;
+      continue;
+    }
+    if (t.reader != Touched::kNobody && t.reader != thread && !(t.reading_warp == its_warp && t.read_warp < in_warp)) {
+      race("read", t.reader);
+    }
+    t.writer = thread, t.write_block = b.barriers, t.write_warp = in_warp;
+    t.reader = Touched::kNobody;
+  }
+}
+
 }  // namespace emulate
+
+// An element that a Ptr leads to.
+template <class T>
+class Element {
+ public:
+  explicit Element(T* at) : at_(at) {}
+  operator T() const {
+    emulate::touch(reinterpret_cast<const char*>(at_), sizeof(T), false);
+    return *at_;
+  }
+  Element& operator=(const T& v) {
+    emulate::touch(reinterpret_cast<const char*>(at_), sizeof(T), true);
+    *at_ = v;
+    return *this;
+  }
+  Element& operator=(const Element& other) { return *this = static_cast<T>(other); }
+  Element& operator+=(const T& v) { return *this = *this + v; }
+  T* operator&() const { return at_; }
+
+ private:
+  T* at_;
+};
+
+template <class T>
+T min(T a, const Element<T>& b) {
+  return std::min<T>(a, b);
+}
 
 // A pointer into one array, global or shared.
 template <class T>
@@ -274,12 +355,18 @@ class Ptr {
   template <class U, class = std::enable_if_t<std::is_same_v<T, const U>>>
   Ptr(const Ptr<U>& p) : at_(p.raw()), low_(p.low()), high_(p.high()) {}
 
-  T& operator[](int64_t i) const {
+  // the value, where it cannot be written
+  std::conditional_t<std::is_const_v<T>, std::remove_const_t<T>, Element<T>> operator[](int64_t i) const {
     const char* at = reinterpret_cast<const char*>(at_) + i * static_cast<int64_t>(sizeof(T));
     emulate::check_access(at, sizeof(T), low_, high_);
-    return at_[i];
+    if constexpr (std::is_const_v<T>) {
+      emulate::touch(at, sizeof(T), false);
+      return at_[i];
+    } else {
+      return Element<T>(at_ + i);
+    }
   }
-  T& operator*() const { return (*this)[0]; }
+  auto operator*() const { return (*this)[0]; }
   Ptr operator+(int64_t i) const {
     return Ptr(reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(at_) + i * static_cast<int64_t>(sizeof(T))), low_,
                high_);
@@ -424,6 +511,7 @@ void ldmatrix_x4(uint32_t (&r)[4], Ptr<const T> row) {
   const int lane = emulate::lane();
   w.address[lane] = reinterpret_cast<const char*>(row.raw());
   emulate::check_access(w.address[lane], 16, row.low(), row.high());
+  emulate::touch(w.address[lane], 16, false);
   emulate::collective(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", [](emulate::Warp& w) {
     for (int l = 0; l < 32; ++l) {
       for (int matrix = 0; matrix < 4; ++matrix) {
@@ -444,6 +532,7 @@ void cp_async16(Ptr<T> to, std::common_type_t<Ptr<const T>> from) {
   auto* target = reinterpret_cast<char*>(to.raw());
   emulate::check_access(target, 16, to.low(), to.high());
   emulate::check_access(reinterpret_cast<const char*>(from.raw()), 16, from.low(), from.high());
+  emulate::touch(target, 16, true);
   emulate::Copy copy{target, {}};
   std::memcpy(copy.bytes, from.raw(), 16);
   std::memset(target, 0xFF, 16);
@@ -486,7 +575,7 @@ inline uint32_t lanes_where(bool yes) {
 
 inline void __syncthreads() { emulate::sync_block(); }
 inline void __syncwarp() {
-  emulate::collective("__syncwarp", [](emulate::Warp&) {});
+  emulate::collective("__syncwarp", [](emulate::Warp& w) { ++w.barriers; });
 }
 inline void grid_barrier() { emulate::sync_grid(); }
 inline void __threadfence() {}

@@ -11,7 +11,10 @@ FAULTS = [
     "access of 4 bytes at 256 of an array of 256 bytes",  # of global memory
     "16 bytes at 4 of an array|16 bytes at a misaligned address",
     "takes 4000 bytes more shared memory than it asked for",
-    "NaN from shared memory that nobody had written",  # a missing barrier
+    "race: shared memory is written here and read by thread 31, .* .thread 32 of",  # a missing barrier
+    "race: shared memory is read here and written by thread 63, .* .thread 0 of",  # another one, between read and write
+    "race: shared memory is written here and read by thread 31, .* .thread 63 of",  # a warp's, where it takes the block's
+    "race: shared memory is read here and written by thread 30, .* .thread 31 of",  # a shuffle instead
     "NaN from shared memory that nobody had written",  # a cp.async that nobody waited for
 ]
 
