@@ -134,6 +134,7 @@ PYBIND11_MODULE(SMOLORA_MODULE, m) {
   m.def("allow", [](uintptr_t address, size_t bytes) { emulate_allow(address, bytes); });
   m.def("forget", [] { emulate_forget(); });
   m.def("set_order", [](bool reversed) { emulate_order(reversed); });
+  m.def("leave_out", [](const std::string& file, int line) { emulate_leave_out(file, line); });
   m.def("self_test", [](int which) { emulate_self_test(which); });
 #else
   m.attr("emulated") = false;

@@ -150,7 +150,6 @@ __global__ void __launch_bounds__(kExpandThreads, 1) expand_kernel(Expand p) {
         for (int e = 0; e < valid; ++e) out[e] = staged[spot(row, column) + e];
       }
     }
-    __syncwarp();
 #pragma unroll
     for (int b = 0; b < (DROPS ? 2 : 1); ++b) {
 #pragma unroll

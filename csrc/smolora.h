@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 // Sizes that the kernels are written for, and that the host plans with.
 namespace limits {
@@ -188,5 +189,6 @@ void grad_input(const GradInput& p);
 void emulate_allow(uintptr_t address, size_t bytes);  // memory that launches may touch
 void emulate_forget();
 void emulate_order(bool reversed);  // of threads and blocks
+void emulate_leave_out(const std::string& file, int line);  // a barrier; line 0: none
 void emulate_self_test(int which);  // kernels with a fault each
 #endif

@@ -8,6 +8,10 @@ void emulate_allow(uintptr_t address, size_t bytes) {
 }
 void emulate_forget() { emulate::allowed.clear(); }
 void emulate_order(bool reversed) { emulate::reversed = reversed; }
+void emulate_leave_out(const std::string& file, int line) {
+  emulate::left_out_file = file;
+  emulate::left_out_line = line;
+}
 
 namespace {
 

@@ -13,7 +13,7 @@ FAULTS = [
     "takes 4000 bytes more shared memory than it asked for",
     "race: shared memory is written here and read by thread 31, .* .thread 32 of",  # a missing barrier
     "race: shared memory is read here and written by thread 63, .* .thread 0 of",  # another one, between read and write
-    "race: shared memory is written here and read by thread 31, .* .thread 63 of",  # a warp's, where it takes the block's
+    "race: shared memory is written here and read by thread 31, .* .thread 63 of",  # a warp's for a block's
     "race: shared memory is read here and written by thread 30, .* .thread 31 of",  # a shuffle instead
     "NaN from shared memory that nobody had written",  # a cp.async that nobody waited for
 ]
