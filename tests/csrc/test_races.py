@@ -1,7 +1,6 @@
 """Every barrier of the CUDA C++ sources is needed, and the emulation finds out where one is missing."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +48,8 @@ def test_barrier_is_needed(file: str, line: int, of_grid: bool, emulated):
         right = outputs(case, decodes)
         emulated.leave_out(file, line)
         try:
-            found = of_grid and not all(map(torch.equal, outputs(case, decodes), right))
+            other = outputs(case, decodes)
+            found = of_grid and not all(map(torch.equal, other, right))
         except RuntimeError as error:
             found = not of_grid and re.search(r"race: |access of", str(error))
         finally:
