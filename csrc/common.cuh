@@ -27,14 +27,15 @@ __device__ __forceinline__ float weight_at(Weight w, int64_t i) {
   }
 }
 
-// Four elements in one load, from where they are aligned to it.
+// Four elements as one load brings them.
 template <class T>
-__device__ __forceinline__ void take_four(T (&v)[4], Ptr<const T> from) {
-  using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;
-  const Four four = *view<const Four>(from);
+using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;
+
+template <class T>
+__device__ __forceinline__ void unpack(float (&v)[4], const Four<T>& four) {
   const T* element = reinterpret_cast<const T*>(&four);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) v[j] = element[j];
+  for (int j = 0; j < 4; ++j) v[j] = to_float(element[j]);
 }
 
 // Elements i to i + 3 in float32, zeros from the `count`-th on; `aligned`: they start where one load can take them.
@@ -44,10 +45,7 @@ __device__ __forceinline__ void four_at(float (&v)[4], Ptr<const T> p, int64_t i
 #pragma unroll
     for (int j = 0; j < 4; ++j) v[j] = j < count ? to_float(p[i + j]) : 0.0f;
   } else {
-    T four[4];
-    take_four(four, p + i);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = to_float(four[j]);
+    unpack<T>(v, *view<const Four<T>>(p + i));
   }
 }
 __device__ __forceinline__ void four_at(float (&v)[4], Weight w, int64_t i, int64_t count, bool aligned) {
@@ -77,6 +75,13 @@ __device__ __forceinline__ void set_weight(Weight w, int64_t i, float v) {
 template <class T>
 __device__ __forceinline__ float rounded(float v) {
   return to_float(from_float<T>(v));
+}
+
+// v as the compute dtype has them.
+template <class T>
+__device__ __forceinline__ void round_four(float (&v)[4]) {
+  round_pair<T>(v[0], v[1]);
+  round_pair<T>(v[2], v[3]);
 }
 
 // A warp's product of `count` elements of a from the i-th on with those of b from the j-th on.

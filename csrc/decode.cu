@@ -1,10 +1,10 @@
 // One token an instance, in one launch for all projections of an input: y += the adapter's output.
 //
 // Each projection has blocks of its own. Before the grid's barrier they share out what reads weights alone: A x of the
-// experts somebody uses, router logits, and w = s B^T I, each in parts over slices of d or of k. After it, blocks that
-// own a slice of k add the parts up for all instances, choose, mix and expand. All sums run in an order that neither the
-// number of blocks nor the other projections change. There is little to compute, so what counts is how often a thread
-// waits for memory: loads that do not depend on each other leave together, whatever their number.
+// experts somebody uses, router logits, and w = s B^T I, each in parts over slices of d or of k. After it, a block takes
+// a slice of k for a group of instances: it adds their parts up, chooses, mixes and expands. All sums run in an order
+// that neither the number of blocks nor the other projections change. There is little to compute, so what counts is how
+// often a thread waits for memory: loads that do not depend on each other leave together.
 
 #include "common.cuh"
 #include "grid.cuh"
@@ -17,6 +17,7 @@ constexpr int kSlice = limits::kDecodeInputs;  // 32 lanes of kVectors vectors o
 constexpr int kVectors = kSlice / 128;
 constexpr int kLoads = 8;   // of a thread, on their way together: parts of a sum, rows of B
 constexpr int kTokens = 2;  // that a row of A is multiplied with at a time
+constexpr int kGroup = 16;  // instances that a block expands at a time, at most
 constexpr int kSums = 256;  // numbers of w that a block adds up at a time
 
 struct Projections {
@@ -29,18 +30,20 @@ static_assert(sizeof(Projections) <= 4096);  // what every driver takes for a ke
 struct Sizes {
   int n, K, r, M, N, E, slots;
   int vu_slots;         // slots of the VU branch, which come first
-  int padded, columns;  // a slot's numbers in rank space, up to a multiple of 4, and those of all slots
+  int padded, columns;  // a slot's columns of rank space, and those of all slots
   int masks;            // pairs of a slot and an expert of its branch
-  int group;            // instances that are mixed at a time
   int outputs, k_slices, d_slices;  // outputs of a slice of k
+  int group, groups;                // instances that a block expands at a time, and how many times that is
   __host__ __device__ explicit Sizes(const Decode& p)
       : n(static_cast<int>(p.n)), K(static_cast<int>(p.K)), r(static_cast<int>(p.r)), M(static_cast<int>(p.M)),
         N(static_cast<int>(p.N)), E(M + N), slots(static_cast<int>(p.use_vu + p.use_if) * K),
-        vu_slots(static_cast<int>(p.use_vu) * K), padded((r + 3) / 4 * 4), columns(slots * padded),
+        vu_slots(static_cast<int>(p.use_vu) * K), padded(rank_columns(r)), columns(slots * padded),
         masks(vu_slots * M + (slots - vu_slots) * N), outputs(static_cast<int>(p.outputs)),
         k_slices(static_cast<int>(cdiv(p.k, outputs))), d_slices(static_cast<int>(cdiv(p.d, kSlice))) {
-    const int fit = limits::kDecodeMixed / (columns + outputs);
-    group = fit < 1 ? 1 : fit < n ? fit : n;
+    const int fit = limits::kDecodeMixed / (columns + outputs), ranges = (n + kGroup - 1) / kGroup;
+    const int even = (n + ranges - 1) / ranges;
+    group = fit < 1 ? 1 : fit < even ? fit : even;
+    groups = (n + group - 1) / group;
   }
   // What a projection's blocks share out: slices of k, then rows of A and of the VU router by slices of d, then logits
   // of the IF router. Of A only the rows of experts in use count, which the device alone knows.
@@ -66,64 +69,67 @@ __device__ __forceinline__ float strided_sum(Ptr<const float> from, int count, i
   return sum;
 }
 
-// How elements of a weight are read, four at a time: in one load where its rows allow that, or else one by one, as the
-// dtype has them or in float32.
+// How elements of a weight are read, four at a time: in one load, where all rows of a launch allow that (WIDE), or else
+// one by one.
 template <class W>
 struct Vectors {
-  static constexpr bool kVectors = true;
+  static constexpr int kRows = kLoads;  // on their way together
   using Value = W;
   const void* data;
   __device__ __forceinline__ Vectors of(const Weight& other) const { return {other.data}; }
-  __device__ __forceinline__ void take(W (&v)[4], int64_t i, int count) const {
-    if (count > 0) {  // rows are a multiple of 4 long
-      take_four(v, global<const W>(data) + i);
-    } else {
-      v[0] = v[1] = v[2] = v[3] = W();
-    }
+  __device__ __forceinline__ Four<W> take(int64_t i, int count) const {
+    return count > 0 ? *view<const Four<W>>(global<const W>(data) + i) : Four<W>();  // rows are a multiple of 4 long
   }
 };
 struct Elements {
-  static constexpr bool kVectors = false;
+  static constexpr int kRows = 1;
   using Value = float;
   Weight weight;
   __device__ __forceinline__ Elements of(const Weight& other) const { return {other}; }
-  __device__ __forceinline__ void take(float (&v)[4], int64_t i, int count) const {
+  __device__ __forceinline__ float4 take(int64_t i, int count) const {
+    float v[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) v[j] = j < count ? weight_at(weight, i + j) : 0.0f;
+    return float4{v[0], v[1], v[2], v[3]};
   }
 };
 
-// Calls f with what reads a weight of rows of `length`; `aligned`: what it is read beside allows vectors.
-template <class F>
-__device__ __forceinline__ void with_reader(const Weight& weight, int64_t length, bool aligned, F f) {
-  switch (aligned && length % 4 == 0 && is_aligned(weight.data, 16) ? weight.dtype : kOther) {
-    case kFloat32: return f(Vectors<float>{weight.data});
-    case kFloat16: return f(Vectors<fp16>{weight.data});
-    case kBfloat16: return f(Vectors<bf16>{weight.data});
-    default: return f(Elements{weight});
+bool is_wide(const Decode& p) {
+  bool wide = p.d % 4 == 0 && p.r % 4 == 0 && is_aligned(p.x, 16) && p.vu_B.dtype == p.if_B.dtype;
+  for (const Weight& weight : {p.vu_A, p.if_A, p.vu_B, p.if_B, p.vu_router}) {
+    wide = wide && is_aligned(weight.data, 16) && weight.dtype != kFloat64;
+  }
+  return wide;
+}
+
+// Calls f with what reads a weight.
+template <bool WIDE, class F>
+__device__ __forceinline__ void with_reader(const Weight& weight, F f) {
+  if constexpr (WIDE) {
+    switch (weight.dtype) {
+      case kFloat32: return f(Vectors<float>{weight.data});
+      case kFloat16: return f(Vectors<fp16>{weight.data});
+      default: return f(Vectors<bf16>{weight.data});
+    }
+  } else {
+    f(Elements{weight});
   }
 }
 
 // A warp's product of a slice of one row of A, or of the router, from element `from` on, with those of the tokens in
 // `here`, to out[i * stride]. A token that does not route counts as zeros for the router.
-template <class T, class Reader>
+template <class T, bool WIDE, class Reader>
 __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, int64_t from, bool router, int slice,
                                          uint64_t here, int lane, Ptr<float> out, int stride) {
-  const int count = min(static_cast<int>(p.d) - slice * kSlice, kSlice);
-  const auto x = global<const T>(p.x) + slice * kSlice;
-  float a[kVectors][4];
+  const int count = min(static_cast<int>(p.d) - slice * kSlice, kSlice) - lane * 4;
+  const auto x = global<const T>(p.x) + (slice * kSlice + lane * 4);
+  Four<typename Reader::Value> row[kVectors];
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int c = v * 128 + lane * 4;
-    typename Reader::Value four[4];
-    weight.take(four, from + c, count - c);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[v][i] = router ? to_float(four[i]) : rounded<T>(to_float(four[i]));
-  }
-#pragma unroll 1
-  while (here != 0) {
-    int at[kTokens], many = 0;
-    T t[kTokens][kVectors][4];
+  for (int v = 0; v < kVectors; ++v) row[v] = weight.take(from + lane * 4 + v * 128, count - v * 128);
+  int at[kTokens], many;
+  Four<T> tokens[kTokens][kVectors];
+  const auto take_tokens = [&] {
+    many = 0;
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
       at[j] = here == 0 ? 0 : __ffsll(static_cast<long long>(here)) - 1;
@@ -133,27 +139,42 @@ __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, 
       const auto token = x + at[j] * p.d;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        const int c = v * 128 + lane * 4;
-        if (Reader::kVectors && seen && c < count) {
-          take_four(t[j][v], token + c);
+        const int left = seen ? count - v * 128 : 0;
+        if (WIDE) {
+          tokens[j][v] = left > 0 ? *view<const Four<T>>(token + v * 128) : Four<T>();
         } else {
+          T four[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) t[j][v][i] = !Reader::kVectors && seen && c + i < count ? token[c + i] : T();
+          for (int i = 0; i < 4; ++i) four[i] = i < left ? token[v * 128 + i] : T();
+          tokens[j][v] = *reinterpret_cast<const Four<T>*>(four);
         }
       }
     }
+  };
+  take_tokens();
+  float a[kVectors][4];  // only now, so that row and tokens are on their way together
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    unpack<typename Reader::Value>(a[v], row[v]);
+    if (!router) round_four<T>(a[v]);
+  }
+  for (;;) {
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
       if (j >= many) continue;
       float sum = 0;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
+        float t[4];
+        unpack<T>(t, tokens[j][v]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum += a[v][i] * to_float(t[j][v][i]);
+        for (int i = 0; i < 4; ++i) sum += a[v][i] * t[i];
       }
       sum = warp_sum(sum);
       if (lane == 0) out[at[j] * stride] = sum;
     }
+    if (here == 0) break;
+    take_tokens();
   }
 }
 
@@ -171,25 +192,28 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
     const int count = min(used - base, at_a_time);
     float sum[4] = {0, 0, 0, 0};
     int loaded = 0, load_step = 0, added = 0, add_step = 0;  // experts, and steps of the next one
-    for (int left = count * steps; left > 0; left -= kLoads) {
-      typename Reader::Value v[kLoads][4];
+    for (int left = count * steps; left > 0; left -= Reader::kRows) {
+      Four<typename Reader::Value> v[Reader::kRows];
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
+      for (int j = 0; j < Reader::kRows; ++j) {
         const int expert = list[base + min(loaded, count - 1)], row = load_step * rows + first;
         const bool vu = expert < s.M;
         const Reader B = vu ? vu_B : if_B;
-        B.take(v[j], ((vu ? expert : expert - s.M) * p.k + first_output + row) * r + quad * 4,
-               j < left && row < outputs ? r - quad * 4 : 0);
+        v[j] = B.take(((vu ? expert : expert - s.M) * p.k + first_output + row) * r + quad * 4,
+                      j < left && row < outputs ? r - quad * 4 : 0);
         if (++load_step == steps) load_step = 0, ++loaded;
       }
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
+      for (int j = 0; j < Reader::kRows; ++j) {
         if (j >= left) continue;
         const int row = add_step * rows + first;
         if (row < outputs) {
           const float here = importance[(list[base + added] < s.M ? 0 : s.outputs) + row];
+          float four[4];
+          unpack<typename Reader::Value>(four, v[j]);
+          round_four<T>(four);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[i] += rounded<T>(to_float(v[j][i])) * here;
+          for (int i = 0; i < 4; ++i) sum[i] += four[i] * here;
         }
         if (++add_step < steps) continue;
         for (int lanes = 16; lanes >= quads; lanes /= 2) {
@@ -215,36 +239,50 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
   }
 }
 
-// y of one output for the instances of `taken` (bits from `begin` on), += a slot's share of it; y is y[g * outputs].
+// y of one output, y[g * outputs], += a slot's share of it, for the instances of a group from `begin` on that the thread
+// has, the bits of `taken`.
 template <class T, class Reader>
 __device__ __forceinline__ void expand_slot(const Decode& p, const Sizes& s, const Reader& B, int experts,
-                                            int64_t output, Ptr<const uint64_t> masks, int64_t begin, uint64_t taken,
+                                            int64_t output, Ptr<const uint64_t> masks, int begin, uint64_t taken,
                                             Ptr<const float> u, Ptr<float> y) {
-  for (int e = 0; e < experts; ++e) {
+  for (int e = 0; e < experts; ++e, output += p.k) {  // from row to row of B
     const uint64_t users = masks[e] >> begin & taken;
     if (users == 0) continue;
     for (int rank = 0; rank < s.r; rank += 16) {
-      typename Reader::Value v[4][4];
+      float row[4][4];
+      Four<typename Reader::Value> v[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) B.take(v[j], (e * p.k + output) * s.r + rank + j * 4, s.r - rank - j * 4);
-      for (uint64_t left = users; left != 0; left &= left - 1) {
-        const int g = __ffsll(static_cast<long long>(left)) - 1;
-        float sum = 0;
+      for (int j = 0; j < 4; ++j) v[j] = B.take(output * s.r + rank + j * 4, s.r - rank - j * 4);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (rank + j * 4 >= s.r) continue;
-          const float4 with = *view<const float4>(u + (g * s.columns + rank + j * 4));
-          sum += rounded<T>(to_float(v[j][0])) * with.x + rounded<T>(to_float(v[j][1])) * with.y;
-          sum += rounded<T>(to_float(v[j][2])) * with.z + rounded<T>(to_float(v[j][3])) * with.w;
+      for (int j = 0; j < 4; ++j) {
+        unpack<typename Reader::Value>(row[j], v[j]);
+        round_four<T>(row[j]);
+      }
+      for (uint64_t left = users; left != 0;) {  // two at a time
+        const int one = __ffsll(static_cast<long long>(left)) - 1;
+        left &= left - 1;
+        const int other = left == 0 ? one : __ffsll(static_cast<long long>(left)) - 1;
+        left &= left - 1;
+        float sums[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          sums[i] = 0;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float4 with = *view<const float4>(u + ((i ? other : one) * s.columns + rank + j * 4));
+            sums[i] += row[j][0] * with.x + row[j][1] * with.y;
+            sums[i] += row[j][2] * with.z + row[j][3] * with.w;
+          }
         }
-        y[g * s.outputs] += sum;
+        y[one * s.outputs] += sums[0];
+        if (other != one) y[other * s.outputs] += sums[1];
       }
     }
   }
 }
 
 // A block of a projection, and what it has in shared memory.
-template <class T>
+template <class T, bool WIDE>
 struct Block {
   const Decode& p;
   const Sizes s;
@@ -282,15 +320,15 @@ struct Block {
     return static_cast<int>(min(static_cast<int64_t>(s.outputs), p.k - slice * static_cast<int64_t>(s.outputs)));
   }
 
-  // The masks of routes; a warp a pair.
-  __device__ __forceinline__ void find_masks() const {
+  // The masks of the routes of some instances; a warp a pair.
+  __device__ __forceinline__ void find_masks(int begin, int end) const {
     for (int pair = warp; pair < s.masks; pair += kWarps) {
       const bool vu = pair < s.vu_slots * s.M;
       const int other = pair - s.vu_slots * s.M, slot = vu ? pair / s.M : s.vu_slots + other / s.N;
       const int expert = vu ? pair % s.M : other % s.N;
       uint64_t mask = 0;
-      for (int i = 0; i < s.n; i += 32) {
-        const bool uses = i + lane < s.n && routes[min(i + lane, s.n - 1) * s.slots + slot] == expert;
+      for (int i = begin; i < end; i += 32) {
+        const bool uses = i + lane < end && routes[min(i + lane, end - 1) * s.slots + slot] == expert;
         mask |= static_cast<uint64_t>(lanes_where(uses)) << i;
       }
       if (lane == 0) masks[pair] = mask;
@@ -330,8 +368,7 @@ struct Block {
       take_importance(slice);
       __syncthreads();
     }
-    const bool alike = p.vu_B.dtype == p.if_B.dtype && is_aligned(p.if_B.data, 16);
-    with_reader(p.vu_B, s.r, alike, [&](auto B) {
+    with_reader<WIDE>(p.vu_B, [&](auto B) {
       add_w<T>(p, s, B, B.of(p.if_B), list, *used, slice * static_cast<int64_t>(s.outputs), outputs_of(slice),
                importance, scratch, global<float>(p.w_part) + slice * static_cast<int64_t>(s.E * s.r));
     });
@@ -348,9 +385,9 @@ struct Block {
     const int source = router ? row - rows : (vu ? expert : expert - s.M) * s.r + rank;
     const auto out = router ? global<float>(p.z_part) + (slice * s.n * s.M + source)
                             : global<float>(p.h_part) + (slice * static_cast<int64_t>(s.n * s.E) + expert) * s.r + rank;
-    with_reader(weight, p.d, is_aligned(p.x, 16), [&](auto reader) {
-      dot_item<T>(p, reader, source * p.d + slice * kSlice, router, slice, router ? ~0ull >> (64 - s.n) : users[expert],
-                  lane, out, router ? s.M : s.E * s.r);
+    with_reader<WIDE>(weight, [&](auto reader) {
+      dot_item<T, WIDE>(p, reader, source * p.d + slice * kSlice, router, slice,
+                        router ? ~0ull >> (64 - s.n) : users[expert], lane, out, router ? s.M : s.E * s.r);
     });
   }
 
@@ -370,7 +407,7 @@ struct Block {
         gates[j] = global<const float>(p.given_gates)[j];
       }
       __syncthreads();
-      find_masks();
+      find_masks(0, s.n);
       __syncthreads();
     }
     if (warp == 0) find_users();
@@ -408,9 +445,9 @@ struct Block {
     }
   }
 
-  // Routes and gates; a warp an instance.
-  __device__ __forceinline__ void route() const {
-    for (int i = warp; i < s.n; i += kWarps) {
+  // Routes and gates of some instances; a warp an instance. `writes`: the logits, too.
+  __device__ __forceinline__ void route(int begin, int end, bool writes) const {
+    for (int i = begin + warp; i < end; i += kWarps) {
       for (int e = lane; e < s.E; e += 32) {
         float sum = 0;
         if (e < s.M && p.use_vu) {
@@ -419,7 +456,7 @@ struct Block {
           sum = global<const float>(p.z_if)[i * s.N + e - s.M];
         }
         logits[e] = sum;
-        if (block == 0) global<float>(p.logits)[i * s.E + e] = sum;
+        if (writes) global<float>(p.logits)[i * s.E + e] = sum;
       }
       __syncwarp();
       const int vu = i * s.slots, other = vu + s.vu_slots;
@@ -429,8 +466,8 @@ struct Block {
     }
   }
 
-  // u = s share q h of `count` instances from `begin` on.
-  __device__ __forceinline__ void mix(int begin, int count) const {
+  // u = s share q h of `count` instances from `begin` on. `writes`: their leads, too.
+  __device__ __forceinline__ void mix(int begin, int count, bool writes) const {
     for (int item = threadIdx.x; item < count * s.columns; item += kThreads) {  // h
       const int i = begin + item / s.columns, slot = item % s.columns / s.padded, rank = item % s.padded;
       const int expert = routes[i * s.slots + slot] + (slot < s.vu_slots ? 0 : s.M), stride = s.E * s.r;
@@ -451,7 +488,7 @@ struct Block {
         lead += vu ? score : -score;
       }
       lead = p.adaptive ? warp_sum(lead) : static_cast<float>(p.fixed_lead);
-      if (block == 0 && lane == 0) global<float>(p.lead)[begin + g] = lead;
+      if (writes && lane == 0) global<float>(p.lead)[begin + g] = lead;
       for (int c = lane; c < s.columns; c += 32) {
         const int slot = c / s.padded;
         const float share = sigmoid(slot < s.vu_slots ? lead : -lead);
@@ -461,56 +498,83 @@ struct Block {
     __syncthreads();
   }
 
-  // y of a slice of k for these instances. A thread has an output, and where there are more threads than outputs, some
-  // of the instances.
-  __device__ __forceinline__ void expand(int slice, int begin, int count) const {
-    const int span = min(s.outputs, kThreads), sets = kThreads / span, set = threadIdx.x / span;
+  // Calls f with each of this thread's outputs of an item, a slice of k for a group of instances, and the instances of
+  // it that it has: all, or where there are more threads than outputs, every other, or fourth.
+  template <class F>
+  __device__ __forceinline__ void for_outputs(int item, F f) const {
+    const int slice = item % s.k_slices, span = min(s.outputs, kThreads), sets = kThreads / span;
+    const int set = threadIdx.x / span;
     if (set >= sets) return;
-    const uint64_t taken = ~0ull / ((1ull << sets) - 1) << set & ~0ull >> (64 - count);
     for (int o = threadIdx.x % span; o < outputs_of(slice); o += span) {
-      const int64_t output = slice * static_cast<int64_t>(s.outputs) + o;
-      const auto y = global<T>(p.y) + (begin * p.k + output);
-      for (int g = set; g < count; g += sets) sums[g * s.outputs + o] = p.add ? to_float(y[g * p.k]) : 0.0f;
-      for (int slot = 0; slot < s.slots; ++slot) {
-        const bool vu = slot < s.vu_slots;
-        const auto users_of = masks + (vu ? slot * s.M : s.vu_slots * s.M + (slot - s.vu_slots) * s.N);
-        with_reader(vu ? p.vu_B : p.if_B, s.r, true, [&](auto B) {
-          expand_slot<T>(p, s, B, vu ? s.M : s.N, output, users_of, begin, taken, u + slot * s.padded, sums + o);
-        });
-      }
-      for (int g = set; g < count; g += sets) y[g * p.k] = from_float<T>(sums[g * s.outputs + o]);
+      f(o, slice * static_cast<int64_t>(s.outputs) + o, set, sets);
     }
   }
 
+  __device__ __forceinline__ void take_y(int item) const {
+    const int begin = item / s.k_slices * s.group, count = min(s.group, s.n - begin);
+    for_outputs(item, [&](int o, int64_t output, int set, int sets) {
+      const auto y = global<const T>(p.y) + (begin * p.k + output);
+      for (int g = set; g < count; g += sets) sums[g * s.outputs + o] = p.add ? to_float(y[g * p.k]) : 0.0f;
+    });
+  }
+
+  __device__ __forceinline__ void expand(int item) const {
+    const int begin = item / s.k_slices * s.group, count = min(s.group, s.n - begin);
+    for_outputs(item, [&](int o, int64_t output, int set, int sets) {
+      const uint64_t taken = ~0ull / ((1ull << sets) - 1) << set & ~0ull >> (64 - count);
+      for (int slot = 0; slot < s.slots; ++slot) {
+        const bool vu = slot < s.vu_slots;
+        const auto users_of = masks + (vu ? slot * s.M : s.vu_slots * s.M + (slot - s.vu_slots) * s.N);
+        with_reader<WIDE>(vu ? p.vu_B : p.if_B, [&](auto B) {
+          expand_slot<T>(p, s, B, vu ? s.M : s.N, output, users_of, begin, taken, u + slot * s.padded, sums + o);
+        });
+      }
+      const auto y = global<T>(p.y) + (begin * p.k + output);
+      for (int g = set; g < count; g += sets) y[g * p.k] = from_float<T>(sums[g * s.outputs + o]);
+    });
+  }
+
+  __device__ __forceinline__ bool expands() const { return block < s.k_slices * s.groups; }
+
   __device__ __forceinline__ void after_barrier() const {
     if (p.adaptive) add_up_w();
-    if (p.route) {
-      route();
-      __syncthreads();
-      find_masks();
-    }
-    for (int j = threadIdx.x; block == 0 && j < s.n * s.slots; j += kThreads) {
-      global<int>(p.routes)[j] = routes[j];
-      global<float>(p.gates)[j] = gates[j];
-    }
-    for (int begin = 0; begin < s.n; begin += s.group) {
-      const int count = min(s.group, s.n - begin);
-      mix(begin, count);
-      for (int slice = block; slice < s.k_slices; slice += blocks) expand(slice, begin, count);
-      __syncthreads();  // before the next instances' u
+    int mixed = -1;
+    for (int item = block; item < s.k_slices * s.groups; item += blocks) {
+      const int begin = item / s.k_slices * s.group, end = min(begin + s.group, s.n);
+      if (begin != mixed) {
+        const bool writes = item % s.k_slices == 0;  // the first slice's block tells what was decided
+        if (p.route) {
+          route(begin, end, writes);
+          __syncthreads();
+          find_masks(begin, end);
+        }
+        for (int j = begin * s.slots + threadIdx.x; writes && j < end * s.slots; j += kThreads) {
+          global<int>(p.routes)[j] = routes[j];
+          global<float>(p.gates)[j] = gates[j];
+        }
+        mix(begin, end - begin, writes);
+        mixed = begin;
+      }
+      if (item != block) take_y(item);  // else it was taken before the barrier
+      expand(item);
+      __syncthreads();  // before the next group's masks and u
     }
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_constant__ Projections all) {
+template <class T, bool WIDE>
+__global__ void __launch_bounds__(kThreads, WIDE && sizeof(T) == 2 ? 2 : 1)
+    decode_kernel(const __grid_constant__ Projections all) {
   int mine = 0;  // the block's projection
   while (static_cast<int>(blockIdx.x) >= all.first_block[mine + 1]) ++mine;
-  const int first = all.first_block[mine];
-  const Block<T> block(all.of[mine], blockIdx.x - first, all.first_block[mine + 1] - first);
+  // every other projection counts its blocks from the last, so that the first ones, which have most to do, are on
+  // multiprocessors of their own
+  const int first = all.first_block[mine], end = all.first_block[mine + 1], at = blockIdx.x;
+  const Block<T, WIDE> block(all.of[mine], mine % 2 ? end - 1 - at : at - first, end - first);
   block.before_barrier();
+  if (block.expands()) block.take_y(block.block);
   grid_barrier();
-  if (block.block < block.s.k_slices) block.after_barrier();
+  if (block.expands()) block.after_barrier();
 }
 
 size_t shared_bytes(const Decode& p) {
@@ -532,7 +596,8 @@ void decode(const Decode* projections, int count) {
   const Decode& first = projections[0];
   use_device(static_cast<int>(first.device));
   with_dtype(first.dtype, [&](auto zero) {
-    const auto kernel = decode_kernel<decltype(zero)>;
+    const bool wide = std::all_of(projections, projections + count, is_wide);
+    const auto kernel = wide ? decode_kernel<decltype(zero), true> : decode_kernel<decltype(zero), false>;
     Projections all;
     size_t shared = 0;
     int64_t wanted[limits::kDecodeProjections], total = 0;
@@ -540,7 +605,8 @@ void decode(const Decode* projections, int count) {
       const Decode& p = all.of[i] = projections[i];
       const Sizes s(p);
       shared = std::max(shared, shared_bytes(p));
-      wanted[i] = s.k_slices + s.dots(p, static_cast<int>(p.use_vu * s.M + p.use_if * s.N) * s.r) + s.logits(p);
+      const int experts = static_cast<int>(p.use_vu * s.M + p.use_if * s.N);
+      wanted[i] = s.k_slices * s.groups + s.dots(p, experts * s.r) + s.logits(p);
       total += wanted[i];
     }
     const int64_t blocks = std::min<int64_t>(resident_blocks("decode", kernel, kThreads, shared), total);

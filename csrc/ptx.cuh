@@ -74,6 +74,20 @@ __device__ __forceinline__ fp16 from_float<fp16>(float v) {
   return __float2half_rn(v);
 }
 
+// Two numbers as T has them, by one conversion where T has 16 bits: single ones go through a slower unit.
+template <class T>
+__device__ __forceinline__ void round_pair(float&, float&) {}
+template <>
+__device__ __forceinline__ void round_pair<bf16>(float& a, float& b) {
+  const float2 pair = __bfloat1622float2(__floats2bfloat162_rn(a, b));
+  a = pair.x, b = pair.y;
+}
+template <>
+__device__ __forceinline__ void round_pair<fp16>(float& a, float& b) {
+  const float2 pair = __half22float2(__floats2half2_rn(a, b));
+  a = pair.x, b = pair.y;
+}
+
 // d += a b, one 16x8 tile: a (16, 16) by rows, b (16, 8) by columns, in the registers that the PTX manual lays out.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

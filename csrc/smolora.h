@@ -17,7 +17,7 @@ namespace limits {
 constexpr int kDecodeInputs = 512;    // inputs that a warp multiplies with a row of A in decode
 constexpr int kDecodeProjections = 4;  // that one launch of decode serves
 // What a block of decode has room for: numbers of w, (M + N) r; of rank space and of y at a time, at least those of one
-// instance, b K r (r up to a multiple of 4) and a slice of k; routes, n b K, and experts by slots, K (M + N).
+// instance, b K RP and a slice of k; routes, n b K, and experts by slots, K (M + N).
 constexpr int kDecodeWeights = 8192;
 constexpr int kDecodeMixed = 6144;
 constexpr int kDecodeRoutes = 1024;

@@ -414,7 +414,7 @@ def decodes(
         experts <= MAX_DECODE_EXPERTS
         and routes <= extension.DECODE_ROUTES
         and experts * r <= extension.DECODE_WEIGHTS
-        and slots * -(-r // 4) * 4 + tiles.MAX_DECODE_OUTPUTS <= extension.DECODE_MIXED
+        and slots * rank_columns(r) + tiles.MAX_DECODE_OUTPUTS <= extension.DECODE_MIXED
     )
 
 

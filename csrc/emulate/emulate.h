@@ -484,6 +484,11 @@ inline fp16 from_float<fp16>(float v) {
 }
 
 template <class T>
+void round_pair(float& a, float& b) {
+  a = to_float(from_float<T>(a)), b = to_float(from_float<T>(b));
+}
+
+template <class T>
 float half_of_word(uint32_t word, int which) {
   return to_float(T{static_cast<uint16_t>(which ? word >> 16 : word)});
 }

@@ -18,8 +18,8 @@ BARRIERS = [
 ]
 DECODING = [
     plain.but(B=9, d=600, k=1100, top_k=2),  # several slices of d and k, and of k for a block
-    plain.but(B=9, d=600, k=1100, given=True),
-    plain.but(B=64, M=3, N=3, r=64, k=70),  # several groups of instances, and of numbers of w
+    plain.but(B=20, d=600, k=1100, given=True),  # several groups of instances
+    plain.but(B=64, M=3, N=3, r=64, k=70),  # and of numbers of w
 ]
 TRAINING = [
     plain.but(B=2, S=65, d=130, k=270, dropout=0.1, mask=True),  # two tiles an instance
