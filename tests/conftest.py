@@ -9,6 +9,7 @@ import torch
 
 if not torch.cuda.is_available():  # before any kernel is imported: Triton decides then
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may give other bits the next time
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not survive the forks of some tests
 
 
