@@ -143,7 +143,7 @@ __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, 
         if (WIDE) {
           tokens[j][v] = left > 0 ? *view<const Four<T>>(token + v * 128) : Four<T>();
         } else {
-          T four[4];
+          alignas(16) T four[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) four[i] = i < left ? token[v * 128 + i] : T();
           tokens[j][v] = *reinterpret_cast<const Four<T>*>(four);
