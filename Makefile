@@ -3,7 +3,8 @@
 # make test-slow      the tests marked slow
 # make test-triton36  kernel tests with Triton 3.6.0, the version that goes with torch 2.11
 # make kernels        static report: every kernel and tile compiled for every architecture
-# make gpu            everything that needs a GPU, logs and results under $(OUT)
+# make gpu            everything that needs a GPU, logs and results under $(OUT); in parts: gpu-setup, then gpu-tests,
+#                     gpu-sanitizer, gpu-bench, gpu-train, gpu-decode, gpu-evaluate
 #
 # PYTHON=python3.12 picks the interpreter, PIP_FLAGS= shows what pip does.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPImageProcessorPil
 
-from report import environment, folder_name, write_json
+from report import environment, results_folder, write_json
 from small_llava import embed_questions, small_adapter, small_llava, small_tokenizer, write_questions
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import PromptEncoder
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; the fastest counts")
     parser.add_argument("--new-tokens", type=int, default=4, help="tokens of an answer (VQA: a word or two)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/<device>)")
     args = parser.parse_args()
     preset = PRESETS[args.preset]
     with tempfile.TemporaryDirectory() as folder:
@@ -112,9 +112,9 @@ def main() -> None:
     for way, rate in row["samples_per_second"].items():
         print(f"{way:<12}{rate:>10.2f} samples/s")
     print(f"batched / one by one: {row['speedup']:.2f}x; equal answers: {row['equal_answers']:.1%}")
-    folder = args.output / folder_name(machine["device"])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"evaluate-{args.preset}.json", {"machine": machine, "preset": args.preset, **row})
+    path = results_folder(args.output, machine) / f"evaluate-{args.preset}.json"
+    write_json(path, {"machine": machine, "preset": args.preset, **row})
+    print(f"row: {path}")
 
 
 if __name__ == "__main__":
