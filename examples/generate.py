@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from tiny import save_tiny_llava, squares
+from tiny import SENTENCE, save_tiny_llava, squares
 from transformers import LlavaForConditionalGeneration
 
 import smolora
@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> list[str]:
     ]
     inputs = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left")
     inputs = inputs.to(device, dtype=model.dtype)
-    embeds = smolora.InstructionEncoder().encode_prompts(prompts).to(device)
+    encoder = smolora.InstructionEncoder(templates=[SENTENCE])  # instructions of several lines have to be known
+    embeds = encoder.encode_prompts(prompts).to(device)
     new = model.generate(**inputs, instruction_embeds=embeds, max_new_tokens=options.tokens, do_sample=False)
     answers = processor.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for prompt, answer in zip(prompts, answers, strict=True):
