@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,9 @@ from whole_model import (
     PRESETS,
     OfficialLinear,
     Shape,
+    chosen_peers,
     device_for,
+    flags,
     make_base,
     say_if_busy,
     shared_copy,
@@ -266,18 +267,11 @@ def table(rows: list[Row]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="model (default: %(default)s)")
-    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS)}")
+    parser = flags(__doc__, "model", PEERS, 60.0)
     parser.add_argument("--sequences", help="comma-separated numbers of sequences (default: 1,8,64; on a CPU 1,4)")
     parser.add_argument("--prompt", type=positive, default=128, help="tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="to spend on timing, about (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/<device>)")
     args = parser.parse_args(argv)
-    unknown = set((args.peers or "").split(",")) - {*PEERS, ""}
-    if unknown:
-        parser.error(f"--peers: {', '.join(sorted(unknown))} unknown; known: {', '.join(PEERS)}")
+    args.peers = chosen_peers(parser, args.peers, PEERS)
     try:
         args.sequences = [positive(n) for n in args.sequences.split(",")] if args.sequences else None
     except (ValueError, argparse.ArgumentTypeError):
@@ -291,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     device = device_for(args.device, shape)
     numbers = args.sequences or ([1, 8, 64] if device.type == "cuda" else [1, 4])
     names, skipped = [], {}
-    for name in args.peers.split(",") if args.peers else PEERS:
+    for name in args.peers:
         if reason := unavailable(name, device, shape.dtype):
             skipped[name] = reason
         else:

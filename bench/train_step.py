@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -33,7 +32,9 @@ from timing import Job, clock_for, interleave, kept_for_backward, peak
 from whole_model import (
     PRESETS,
     Shape,
+    chosen_peers,
     device_for,
+    flags,
     make_base,
     say_if_busy,
     shared_copy,
@@ -236,16 +237,9 @@ def table(rows: list[Row]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="model and batch (default: %(default)s)")
-    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS)}")
-    parser.add_argument("--seconds", type=float, default=90.0, help="to spend on timing, about (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/<device>)")
+    parser = flags(__doc__, "model and batch", PEERS, 90.0)
     args = parser.parse_args(argv)
-    unknown = set((args.peers or "").split(",")) - {*PEERS, ""}
-    if unknown:
-        parser.error(f"--peers: {', '.join(sorted(unknown))} unknown; known: {', '.join(PEERS)}")
+    args.peers = chosen_peers(parser, args.peers, PEERS)
     return args
 
 
@@ -253,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     shape = PRESETS[args.preset]
     device = device_for(args.device, shape)
-    names = args.peers.split(",") if args.peers else list(PEERS)
+    names = args.peers
     if shape.dtype == "float32" and "peft_lora" in names and "peft_lora_fp32" in names:
         names.remove("peft_lora_fp32")  # the same
     environment = report.environment(device)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 import re
 import sys
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -159,6 +162,27 @@ def with_official(shape: Shape, base: nn.Module, instruction: Tensor) -> nn.Modu
         adapter = draw_adapter(name, linear, shape)
         setattr(model.get_submodule(parent), child, OfficialLinear(linear, adapter, instruction, shape.dropout))
     return model
+
+
+def flags(description: str, preset: str, peers: Iterable[str], seconds: float) -> argparse.ArgumentParser:
+    """A parser with the flags that the benchmarks of whole models share; `preset` says what a preset sets."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="small", help=f"{preset} (default: %(default)s)")
+    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(peers)}")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help="to spend on timing, about (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/<device>)")
+    return parser
+
+
+def chosen_peers(parser: argparse.ArgumentParser, asked: str | None, peers: Iterable[str]) -> list[str]:
+    """The peers of `--peers`, all of them if it is left out."""
+    names = asked.split(",") if asked else list(peers)
+    if unknown := set(names) - set(peers):
+        parser.error(f"--peers: {', '.join(sorted(unknown))} unknown; known: {', '.join(peers)}")
+    return names
 
 
 def device_for(asked: str, shape: Shape) -> torch.device:

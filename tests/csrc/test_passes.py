@@ -312,8 +312,8 @@ def test_rounding(dtype: torch.dtype, device: str):
     assert torch.equal(y.view(n), h.view(n).to(dtype))
 
 
-def test_golden(device: str):
-    """y and every gradient of the released code's own autograd."""
+def test_golden(device: str, monkeypatch: pytest.MonkeyPatch):
+    """y and every gradient of the released code's own autograd; y from decoding its tokens, too."""
     with safe_open(GOLDEN / "layer_fp32_e8.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
         m = {key: int(float(value)) for key, value in file.metadata().items()}
@@ -344,6 +344,14 @@ def test_golden(device: str):
     assert all(value.norm() > 0 for value in expected.values())
     errors = {name: error(got[name], expected[name]) for name in expected}
     assert max(errors.values()) < 1e-5, errors
+    routes = [branch.repeat_interleave(x.shape[1]) for branch in layer.last_routing().routes]  # a token by itself
+    tokens = x.detach().flatten(0, 1)[:, None]
+    monkeypatch.setattr(cuda, "route_shrink", lambda *_: pytest.fail("decoding went through the passes"))
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        for start in range(0, len(tokens), cuda.MAX_DECODE_INSTANCES):
+            part = slice(start, start + cuda.MAX_DECODE_INSTANCES)
+            decoded = layer(tokens[part], routes=(routes[0][part], routes[1][part]))
+            assert error(decoded[:, 0].cpu(), tensors["y"].flatten(0, 1)[part]) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
