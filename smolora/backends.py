@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import cuda, rank_space
+from .engine import cuda_passes as cuda, philox
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -140,7 +140,7 @@ def backend_info() -> dict[str, Any]:
         reason = _obstacle(name)
         backends[name] = {"available": reason is None, "reason": reason}
     backends["torch"]["version"] = torch.__version__
-    backends["torch"]["dropout"] = "compiled" if rank_space.compiled else "not compiled: slow on a CPU"
+    backends["torch"]["dropout"] = "compiled" if philox.compiled else "not compiled: slow on a CPU"
     backends["triton"]["version"] = metadata.version("triton") if _HAS_TRITON else None
     backends["triton"]["interpreted"] = _interpreted()
     backends["cuda"] |= cuda.info()

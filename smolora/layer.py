@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import cuda
 from .backends import resolve_backend
-from .common import accurate_dtype, active_streams, branches
 from .config import SMoLoRAConfig, dropout_threshold
-from .ops import decode_linears, smolora_linear
+from .engine.function import mixture_linear
 from .routing import Chosen, Routing
+from .spec import Bank, Dropout, Mixed, Router, Slots, Tokens, accurate_dtype
 
+ACTIVE = {"adaptive": (0, 1), "mean": (0, 1), "vu": (0,), "if": (1,)}
 OFFICIAL_KEY = re.compile(
     r"(?P<kind>lora_[AB]|lora_vu_gate|lora_ins_gate|lora_fc_[AB])(?:\.(?!lora[AB]\.)(?!weight$)[^.]+)?"
     r"(?:\.lora(?P<letter>[AB])\.(?P<expert>\d+)(?:\.mlp)?)?\.weight"
@@ -112,7 +112,7 @@ class SMoLoRAExperts(nn.Module):
 
     def freeze(self) -> None:
         """Freeze what the configuration gives no gradient; everything else trains."""
-        use_vu, use_if = branches(self.config.fusion)
+        use_vu, use_if = [b in ACTIVE[self.config.fusion] for b in (0, 1)]
         for name, parameter in self.named_parameters(recurse=False):
             learns = (use_vu if name.startswith("vu") else use_if) and parameter.is_floating_point()
             if name.endswith("router"):
@@ -156,65 +156,60 @@ class SMoLoRAExperts(nn.Module):
                 on a GPU when the environment variable SMOLORA_CHECK is 1, since reading them waits for the GPU.
             RuntimeError: the backend that was asked for cannot run.
         """
-        inputs = self._inputs(x, instruction, route_mask, cu_seqlens, routes, gates)
-        tokens, instruction = inputs.pop("x"), inputs.pop("instruction")
-        plain = base is not None and is_plain_linear(base, tokens.dtype)
-        y, *last = smolora_linear(
-            tokens, *self._weights(), instruction, **inputs, router_grad=self.config.router_grad,
-            weight=base.weight if plain else None, bias=base.bias if plain else None,
-        )  # fmt: skip
-        if base is not None and not plain:
-            y = y.add_(base(x).view_as(y))
-        return self.finish(x, (y, *last))
-
-    def _weights(self) -> tuple[Tensor, ...]:
-        """The parameters in the order of `smolora_linear`."""
-        return (
-            self.vu_A, self.vu_B, self.if_A, self.if_B, self.vu_router, self.if_router, self.vu_importance,
-            self.if_importance,
-        )  # fmt: skip
-
-    def finish(self, x: Tensor, result: tuple[Tensor, ...]) -> Tensor:
-        """The output for x, of what `smolora_linear` gave; keeps what was decided."""
-        y, *last, lead = result
-        self._last = (*last, lead if self.keep_alpha else None)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def _inputs(
-        self,
-        x: Tensor,
-        instruction: Tensor | None = None,
-        route_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        routes: Chosen | tuple[Tensor | None, Tensor | None] | None = None,
-        gates: tuple[Tensor | None, Tensor | None] | None = None,
-    ) -> dict[str, Any]:
-        """The arguments of `smolora_linear` that a call decides, from those of `forward`, checked."""
-        config = self.config
-        instances = self._check(x, instruction, route_mask, cu_seqlens, routes, gates)
-        dtype = compute_dtype(x)
+        num_seqs = self._check(x, instruction, route_mask, cu_seqlens, routes, gates)
+        config, dtype = self.config, compute_dtype(x)
         backend = resolve_backend(x.device.type, dtype)
         threshold = self._threshold if self.training else 0
         seed = None
         if threshold:  # on the device: nothing waits for it, and a recomputed forward draws the same
             seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-        if routes is None:
-            if config.fusion == "vu":
-                instruction = None
-            elif instruction.dim() == 1:
-                instruction = instruction.expand(instances, -1)
-        else:
+        slots = None
+        if routes is not None:
             if not isinstance(routes, Chosen):
-                routes = self._given(routes, gates, instances, accurate_dtype(dtype))
-            routes, gates = routes
+                routes = self._given(routes, gates, num_seqs, accurate_dtype(dtype))
+            slots, instruction = Slots(*routes), None
+        elif config.fusion == "vu":
             instruction = None
-        return dict(
-            x=x.reshape(-1, x.shape[-1]).to(dtype).contiguous(),
-            instruction=None if instruction is None else instruction.contiguous(), instances=instances,
-            threshold=threshold, top_k=config.top_k, scaling=config.scaling, fusion=config.fusion, backend=backend,
-            route_mask=None if route_mask is None else route_mask.reshape(-1).contiguous(),
-            cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(), routes=routes, gates=gates, seed=seed,
-        )  # fmt: skip
+        elif instruction.dim() == 1:
+            instruction = instruction.expand(num_seqs, -1)
+        plain = base is not None and is_plain_linear(base, dtype)
+        learn = slots is None and config.routers_learn
+        mixed = mixture_linear(
+            x.reshape(-1, x.shape[-1]).to(dtype).contiguous(),
+            self.banks(),
+            tokens=Tokens(
+                num_seqs,
+                None if cu_seqlens is None else cu_seqlens.contiguous(),
+                None if route_mask is None else route_mask.reshape(-1).contiguous(),
+            ),
+            slots=slots,
+            routers=self.routers() if slots is None else (),
+            top_k=config.top_k,
+            gate_grad=("all" if config.router_grad == "straight_through" else "chosen") if learn else None,
+            mix="smolora" if config.fusion == "adaptive" else "weighted",
+            instruction=None if instruction is None else instruction.contiguous(),
+            scaling=config.scaling / 2 if config.fusion == "mean" else config.scaling,
+            dropout=Dropout(threshold, seed),
+            backend=backend,
+            weight=base.weight if plain else None,
+            bias=base.bias if plain else None,
+        )
+        y = mixed.y
+        if base is not None and not plain:
+            y = y.add_(base(x).view_as(y))
+        self._last = mixed._replace(y=None)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def banks(self) -> list[Bank]:
+        banks = [
+            Bank(self.vu_A, self.vu_B, 0, self.vu_importance),
+            Bank(self.if_A, self.if_B, 1, self.if_importance),
+        ]
+        return {"vu": banks[:1], "if": banks[1:]}.get(self.config.fusion, banks)
+
+    def routers(self) -> list[Router]:
+        routers = [Router(self.vu_router, True), Router(self.if_router, False)]
+        return {"vu": routers[:1], "if": routers[1:]}.get(self.config.fusion, routers)
 
     @property
     def has_routed(self) -> bool:
@@ -233,18 +228,18 @@ class SMoLoRAExperts(nn.Module):
         """
         if self._last is None:
             raise RuntimeError("last_routing() needs a forward first")
-        routes, gates, logits, lead = self._last
+        _, routes, gates, logits, lead = self._last
         pair: dict[str, list[Tensor | None]] = {"routes": [None, None], "logits": [None, None], "gates": [None, None]}
-        M = self.config.num_vu_experts
-        for slot, branch in enumerate(active_streams(self.config.fusion)):
+        experts = [bank.B.shape[0] for bank in self.banks()]
+        for slot, branch in enumerate(ACTIVE[self.config.fusion]):
             pair["routes"][branch] = routes[:, slot, 0] if self.config.top_k == 1 else routes[:, slot]
             pair["gates"][branch] = gates[:, slot]
-            if logits.shape[1]:
-                pair["logits"][branch] = logits[:, :M] if branch == 0 else logits[:, M:]
+            if logits is not None:
+                pair["logits"][branch] = logits.split(experts, 1)[slot]
         return Routing(
             *(tuple(values) for values in pair.values()),
-            None if lead is None else torch.sigmoid(lead),
-            None if lead is None else torch.sigmoid(-lead),
+            torch.sigmoid(lead) if self.keep_alpha else None,
+            torch.sigmoid(-lead) if self.keep_alpha else None,
         )
 
     def last_chosen(self) -> Chosen:
@@ -255,7 +250,7 @@ class SMoLoRAExperts(nn.Module):
         """
         if self._last is None:
             raise RuntimeError("last_chosen() needs a forward first")
-        return Chosen(*self._last[:2])
+        return Chosen(*self._last[1:3])
 
     def extra_repr(self) -> str:
         c = self.config
@@ -343,7 +338,7 @@ class SMoLoRAExperts(nn.Module):
                 continue
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError(f"{name} must be a pair (VU, IF), got {type(pair).__name__}")
-            for branch in active_streams(self.config.fusion):
+            for branch in ACTIVE[self.config.fusion]:
                 value = pair[branch]
                 shapes = ((instances,), (instances, top_k)) if top_k == 1 else ((instances, top_k),)
                 if not isinstance(value, Tensor) or tuple(value.shape) not in shapes:
@@ -364,39 +359,6 @@ class SMoLoRAExperts(nn.Module):
         if gates is None:
             return Chosen(chosen, torch.full(chosen.shape, 1 / top_k, dtype=dtype, device=chosen.device))
         return Chosen(chosen, torch.stack(picked["gates"], 1).to(dtype))
-
-
-def decode_together(
-    x: Tensor, layers: Sequence[tuple[SMoLoRAExperts, nn.Linear, Mapping[str, Any]]]
-) -> list[tuple[Tensor, ...]] | None:
-    """One token an instance through adapted plain layers that share x, in one launch.
-
-    Args:
-        x: (B, 1, d).
-        layers: experts, the plain base under them, and the arguments of their forward besides, of which only routes
-            and gates may differ between layers.
-
-    Returns:
-        what `SMoLoRAExperts.finish` takes to make the output of each; None if no launch takes these layers.
-    """
-    first = layers[0][0]
-    c = first.config
-    if any(experts.config is not c or (experts.training and experts._threshold) for experts, *_ in layers):
-        return None
-    inputs = [experts._inputs(x, **arguments) for experts, _, arguments in layers]
-    call = inputs[0]  # the others have the same, but for routes and gates
-    if call["backend"] != "cuda" or not cuda.decodes(
-        call["x"], call["instances"], call["cu_seqlens"], call["threshold"], c.top_k, c.fusion, first.vu_A, first.if_A
-    ):
-        return None
-    given = call["routes"] is not None
-    return decode_linears(
-        call["x"], call["instruction"], [experts._weights() for experts, *_ in layers],
-        [(base.weight, base.bias) for _, base, _ in layers], instances=call["instances"], top_k=c.top_k,
-        scaling=c.scaling, fusion=c.fusion, backend=call["backend"], route_mask=call["route_mask"],
-        routes=[each["routes"] for each in inputs] if given else [],
-        gates=[each["gates"] for each in inputs] if given else [],
-    )  # fmt: skip
 
 
 class FusedSMoLoRA(SMoLoRAExperts):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SMoLoRAConfig
-from ..ops import CHECK_ENVIRONMENT
+from ..engine.ops import CHECK_ENVIRONMENT
 from ..routing import Chosen
 
 MISSING = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import resolve_backend
-from ..layer import SMoLoRAExperts, compute_dtype, decode_together, has_hooks, is_local, is_plain_linear
+from ..layer import SMoLoRAExperts, compute_dtype, has_hooks, is_local, is_plain_linear
 
 if TYPE_CHECKING:
     from .call import Call
@@ -82,7 +82,7 @@ def decoded_together(layer: SMoLoRALayer, name: str, x: Tensor) -> Tensor | None
     states = [state_of(each, name, x) for each in (layer, other)]
     if states[0] is None or states[1] is None:
         return None
-    results = decode_together(
+    results = NotImplemented(
         x, [(each.smolora_experts[name], each.base_layer, each.arguments(x, name)) for each in (layer, other)]
     )
     if results is None:

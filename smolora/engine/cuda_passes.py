@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import FIXED_LEAD, branches, empty_if, new_rank_space, new_routing, wanted
-from .kernels import tiles
+from ..kernels import tiles
 
 try:
-    extension: ModuleType | None = importlib.import_module("._C", __package__)
+    extension: ModuleType | None = importlib.import_module("smolora._C")
     _missing = ""
 except ModuleNotFoundError:  # which `from . import _C` would not raise
     extension = None

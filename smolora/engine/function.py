@@ -1,0 +1,271 @@
+"""A linear layer with a mixture of low-rank experts on it, under autograd.
+
+Differentiation lives in a thin `autograd.Function` around the four operators of `ops.py`, which torch.compile traces
+through. Following x: `mixture_linear` -> `_Mixture.forward` -> `ops.route_shrink` -> `torch_passes.route_shrink`, or
+the pass of that name in `kernels/` or `csrc/` (`ops.BACKENDS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..spec import Bank, Dropout, Mixed, Router, Slots, Tokens
+from . import torch_passes
+from .ops import fuse_expand, grad_input, grad_output, route_shrink, without_autocast
+
+
+class _Options(NamedTuple):
+    """What `_Mixture` needs besides tensors."""
+
+    banks: int
+    num_seqs: int
+    streams: list[int]
+    threshold: int
+    router_reads_x: list[bool]
+    top_k: int
+    gate: str
+    gate_grad: str | None  # the softmax whose gradient the routers get; None: they get none
+    scaling: float
+    mix: str
+    backend: str
+    keep_x: bool
+
+
+class _Mixture(torch.autograd.Function):
+    """Forward and backward over the four passes. What it returns besides y is not differentiable.
+
+    Saved for backward, besides parameters: x if an A or a token router trains (else nothing of x's size), h, the
+    scores, and what a sequence has. Nothing saved is written to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        options: _Options,
+        route_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        ids: Tensor | None,
+        router_rows: Tensor | None,
+        seed: Tensor | None,
+        base_weight: Tensor | None,
+        base_bias: Tensor | None,
+        trained: tuple[Tensor, ...],
+        x: Tensor,
+        slot_weights: Tensor | None,
+        scores: Tensor | None,
+        instruction: Tensor | None,
+        token_router: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        o = options
+        A, B, importance, routers = _split(parameters, o)
+        h, w, routed_ids, routed_weights, logits, mean, token_logits = route_shrink(
+            x, o.num_seqs, cu_seqlens, route_mask, instruction, ids, A, B, importance, routers, o.router_reads_x,
+            router_rows, token_router, seed, o.streams, o.threshold, o.top_k, o.gate, o.scaling, o.mix,
+            o.gate_grad is not None and any(o.router_reads_x), o.backend,
+        )  # fmt: skip
+        if routers:
+            ids, slot_weights = routed_ids, routed_weights
+        if token_router is not None:
+            scores = token_logits
+        y, fused = fuse_expand(
+            h, w, ids, slot_weights, scores, B, o.num_seqs, cu_seqlens, o.scaling, o.mix, x.dtype,
+            None if base_weight is None else x, base_weight, base_bias, o.backend,
+        )  # fmt: skip
+        if o.mix == "smolora":
+            scores = fused
+        ctx.save_for_backward(
+            x if o.keep_x else None, h, w, ids, slot_weights, scores, logits, mean, route_mask, cu_seqlens, router_rows,
+            seed, base_weight, instruction, token_router, *trained, *parameters,
+        )  # fmt: skip
+        ctx.options, ctx.dtype, ctx.num_trained = o, x.dtype, len(trained)
+        decided = (routed_ids, routed_weights, logits, token_logits, fused)
+        ctx.mark_non_differentiable(*decided)
+        return y, *decided
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        (
+            x, h, w, ids, slot_weights, scores, logits, mean, route_mask, cu_seqlens, router_rows, seed, base_weight,
+            instruction, token_router, *rest,
+        ) = ctx.saved_tensors  # fmt: skip
+        o, trained, parameters = ctx.options, rest[: ctx.num_trained], rest[ctx.num_trained :]
+        A, B, importance, routers = _split(parameters, o)
+        need_x, need_weights, need_scores, need_instruction, need_token_router, *need_parameters = (
+            ctx.needs_input_grad[9:]
+        )  # fmt: skip
+        need_A, need_B, need_I, need_routers = _split(need_parameters, o)
+        dy = dy.contiguous()
+        learn = o.gate_grad is not None and (need_x or need_instruction or any(need_routers))
+        through_tokens = token_router is not None and (need_x or need_token_router)
+        need_dh = need_x or any(need_A)
+        dh, dB, dI, dslot_weights, dscores = grad_output(
+            dy, h, w, ids, slot_weights, scores, B, importance, trained, o.num_seqs, cu_seqlens, o.scaling, o.mix,
+            need_dh, need_B, any(need_I), need_weights or learn, need_scores or through_tokens, o.backend,
+        )  # fmt: skip
+        dx = dinstruction = dtoken_router = dmean = None
+        drouters: list[Tensor | None] = [None] * len(routers)
+        if learn:
+            with without_autocast(dy.device.type):
+                drouters, dmean, dinstruction = _routers_backward(
+                    dslot_weights, slot_weights, ids, logits, mean, instruction, routers, router_rows, o
+                )
+                if dmean is not None:
+                    dmean = dmean / torch_passes.routed_tokens(route_mask, h.shape[0], o.num_seqs, cu_seqlens, mean)
+        dA: list[Tensor | None] = [None] * len(A)
+        if need_dh or need_token_router:
+            dx, dA, dtoken_router = grad_input(
+                x, dh, ids, A, token_router, dscores if through_tokens else None, o.num_seqs, cu_seqlens, route_mask,
+                dmean if need_x else None, seed, o.streams, o.threshold, ctx.dtype, need_x, need_A, need_token_router,
+                None if base_weight is None else dy, base_weight, o.backend,
+            )  # fmt: skip
+        gradients = (dx, dslot_weights, dscores, dinstruction, dtoken_router, *dA, *dB, *dI, *drouters)
+        kept = [grad if need else None for grad, need in zip(gradients, ctx.needs_input_grad[9:], strict=True)]
+        return *(None,) * 9, *kept
+
+
+def _split(parameters: Sequence[Any], options: _Options) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Split what there is a parameter into A, B, importance vectors and routers of the banks."""
+    b = options.banks
+    importance = b if options.mix == "smolora" else 0
+    parameters = list(parameters)
+    return (
+        parameters[:b],
+        parameters[b : 2 * b],
+        parameters[2 * b : 2 * b + importance],
+        parameters[2 * b + importance :],
+    )
+
+
+def _routers_backward(
+    dslot_weights: Tensor,
+    slot_weights: Tensor,
+    ids: Tensor,
+    logits: Tensor,
+    mean: Tensor,
+    instruction: Tensor | None,
+    routers: list[Tensor],
+    rows: Tensor | None,
+    options: _Options,
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Return the gradients of the routers, of the mean that they saw, and of the instruction."""
+    drouters, dmean, dinstruction, start = [], None, None, 0
+    for bank, (router, reads_x) in enumerate(zip(routers, options.router_reads_x, strict=True)):
+        z = logits[:, start : start + router.shape[-2]]
+        start += router.shape[-2]
+        dz = torch_passes.choose_backward(
+            dslot_weights[:, bank], slot_weights[:, bank], ids[:, bank], z, options.gate_grad
+        )
+        seen = mean if reads_x else instruction.to(dz.dtype)
+        weight = router.to(dz.dtype)
+        if rows is None:
+            drouter, dseen = dz.mT @ seen, dz @ weight
+        else:
+            # a product, since adding rows up by index has no fixed order
+            one_hot = (rows == torch.arange(router.shape[0], device=rows.device)[:, None]).to(dz.dtype)
+            drouter = (one_hot @ (dz[..., None] * seen[:, None]).flatten(1)).view_as(router)
+            dseen = torch.bmm(dz[:, None], weight.index_select(0, rows))[:, 0]
+        drouters.append(drouter.to(router.dtype))
+        if reads_x:
+            dmean = dseen if dmean is None else dmean + dseen
+        else:
+            dseen = dseen.to(instruction.dtype)
+            dinstruction = dseen if dinstruction is None else dinstruction + dseen
+    return drouters, dmean, dinstruction
+
+
+def mixture_linear(
+    x: Tensor,
+    banks: Sequence[Bank],
+    *,
+    tokens: Tokens,
+    scaling: float,
+    backend: str,
+    mix: str = "weighted",
+    slots: Slots | None = None,
+    routers: Sequence[Router] = (),
+    top_k: int = 0,
+    gate: str = "chosen",
+    gate_grad: str | None = None,
+    token_router: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    instruction: Tensor | None = None,
+    dropout: Dropout = Dropout(),  # noqa: B008
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Mixed:
+    """Apply a mixture of low-rank experts to tokens, with or without the linear layer under it.
+
+    Args:
+        x: (T, d), contiguous, in the compute dtype; a `weight` (k, d) and `bias` (k,) are frozen and have it too.
+        banks: experts, of any floating dtype; all banks have the same rank, k, and number of slots.
+        tokens: sequences and their routed tokens, contiguous.
+        scaling: s.
+        backend: "torch", "triton" or "cuda".
+        mix: "weighted": c is the slot's weight, or `token_weights` (T, K), of one bank; both may need a gradient.
+            "softmax": c is softmax(R x) over all experts, R being `token_router` (E, d). "smolora": Eq. 8 and 9 of
+            SMoLoRA over two banks.
+        slots: given experts. Without them, and without `routers`, every expert of the bank has a slot, in order.
+        routers: of each bank, which choose `top_k` experts; weights are the softmax over the chosen logits, or with
+            `gate` "all" over all of them.
+        gate_grad: the softmax whose gradient the routers get, "chosen" or "all"; None for none.
+        instruction: (n, e), contiguous, for routers that do not read x.
+        dropout: of the input of A. Routers see x without it.
+
+    Returns:
+        y (T, k), the mixture's alone without `weight`, and what was decided.
+    """
+    ids = slot_weights = None
+    if slots is not None:
+        ids, slot_weights = slots
+        if ids is not None and slot_weights is not None and mix == "weighted":
+            slot_weights = slot_weights.masked_fill(ids < 0, 0)  # an empty slot
+    A, B = [bank.A for bank in banks], [bank.B for bank in banks]
+    importance = [bank.importance for bank in banks] if mix == "smolora" else []
+    trained = tuple(bank.trained for bank in banks if bank.trained is not None)
+    trains = [*A, *(() if token_router is None else (token_router,))]
+    rows = [router.rows for router in routers if router.rows is not None]
+    options = _Options(
+        banks=len(banks),
+        num_seqs=tokens.num_seqs,
+        streams=[bank.stream for bank in banks],
+        threshold=dropout.threshold,
+        router_reads_x=[router.reads_x for router in routers],
+        top_k=top_k,
+        gate=gate,
+        gate_grad=gate_grad if routers else None,
+        scaling=scaling,
+        mix=mix,
+        backend=backend,
+        keep_x=torch.is_grad_enabled() and any(p.requires_grad for p in trains),
+    )
+    y, routed_ids, routed_weights, logits, token_logits, fused = _Mixture.apply(
+        options,
+        tokens.route_mask,
+        tokens.cu_seqlens,
+        ids,
+        rows[0] if rows else None,
+        dropout.seed,
+        weight,
+        bias,
+        trained,
+        x,
+        slot_weights,
+        token_weights,
+        instruction,
+        token_router,
+        *A,
+        *B,
+        *importance,
+        *(router.weight for router in routers),
+    )
+    if routers:
+        ids, slot_weights = routed_ids, routed_weights
+    scores = fused if mix == "smolora" else token_weights if token_router is None else token_logits
+    return Mixed(y, ids, slot_weights, logits if routers else None, scores)
