@@ -10,7 +10,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..config import SMoLoRAConfig
-from ..layer import SMoLoRAExperts
+from ..methods.smolora import SMoLoRAExperts
 from .context import RoutingContext
 from .together import decoded_together
 

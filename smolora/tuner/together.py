@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import resolve_backend
-from ..layer import SMoLoRAExperts, compute_dtype, has_hooks, is_local, is_plain_linear
+from ..methods.base import compute_dtype, has_hooks, is_local, is_plain_linear
 
 if TYPE_CHECKING:
     from .call import Call
