@@ -54,6 +54,16 @@ def is_plain_linear(base: nn.Module, dtype: torch.dtype) -> bool:
     return all(p is None or (is_local(p) and p.dtype == dtype and not p.requires_grad) for p in parameters)
 
 
+class Decision:
+    """Takes what one forward decided, for callers that may run several at a time.
+
+    Attributes:
+        last: routes, gates, logits and lead.
+    """
+
+    last: tuple[Tensor | None, ...]
+
+
 class SMoLoRAExperts(nn.Module):
     """The parameters of one adapter on one linear layer, and the forward that uses them (Eq. 4 to 9).
 
@@ -131,6 +141,7 @@ class SMoLoRAExperts(nn.Module):
         routes: Chosen | tuple[Tensor | None, Tensor | None] | None = None,
         gates: tuple[Tensor | None, Tensor | None] | None = None,
         base: nn.Module | None = None,
+        decision: Decision | None = None,
     ) -> Tensor:
         """The adapted layer's output, or the adapter's alone without a `base`.
 
@@ -146,6 +157,7 @@ class SMoLoRAExperts(nn.Module):
                 Or what `last_chosen()` gave, which has the gates in it.
             gates: weights of the chosen experts (VU, IF), (n, top_k) each, with `routes`; by default 1 / top_k.
             base: the linear layer under the adapter, whose output is in y.
+            decision: takes what is decided.
 
         Returns:
             y, of x's shape with k in place of d.
@@ -165,7 +177,7 @@ class SMoLoRAExperts(nn.Module):
         )  # fmt: skip
         if base is not None and not plain:
             y = y.add_(base(x).view_as(y))
-        return self.finish(x, (y, *last))
+        return self.finish(x, (y, *last), decision)
 
     def _weights(self) -> tuple[Tensor, ...]:
         """The parameters in the order of `smolora_linear`."""
@@ -174,10 +186,12 @@ class SMoLoRAExperts(nn.Module):
             self.if_importance,
         )  # fmt: skip
 
-    def finish(self, x: Tensor, result: tuple[Tensor, ...]) -> Tensor:
+    def finish(self, x: Tensor, result: tuple[Tensor, ...], decision: Decision | None = None) -> Tensor:
         """The output for x, of what `smolora_linear` gave; keeps what was decided."""
         y, *last, lead = result
         self._last = (*last, lead if self.keep_alpha else None)
+        if decision is not None:
+            decision.last = (*last, lead)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _inputs(
@@ -233,7 +247,10 @@ class SMoLoRAExperts(nn.Module):
         """
         if self._last is None:
             raise RuntimeError("last_routing() needs a forward first")
-        routes, gates, logits, lead = self._last
+        return self.routing(*self._last)
+
+    def routing(self, routes: Tensor, gates: Tensor, logits: Tensor, lead: Tensor | None) -> Routing:
+        """What a forward decided, branch by branch; alpha and beta are in it if `lead` is given."""
         pair: dict[str, list[Tensor | None]] = {"routes": [None, None], "logits": [None, None], "gates": [None, None]}
         M = self.config.num_vu_experts
         for slot, branch in enumerate(active_streams(self.config.fusion)):

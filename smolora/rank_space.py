@@ -404,7 +404,8 @@ def fuse_expand(
 def _accumulate(base: Tensor | None, left: Tensor, right: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """base (T, columns) + left (N, L, j) @ right (N, j, columns), in place where base has the shape and precision."""
     if base is not None and blocks.token is None and base.dtype == left.dtype:
-        return base.view(blocks.number, blocks.length, base.shape[1]).baddbmm_(left, right).view(base.shape)
+        base.view(blocks.number, blocks.length, base.shape[1]).baddbmm_(left, right)
+        return base
     out = left.new_empty(left.shape[0] * left.shape[1], right.shape[2])
     torch.bmm(left, right, out=out.view(*left.shape[:2], right.shape[2]))
     out = out if blocks.place is None else out.index_select(0, blocks.place)
