@@ -58,6 +58,16 @@ class Batch(NamedTuple):
     backend: str
 
 
+class Decision:
+    """Takes what one forward decided, for callers that may run several at a time.
+
+    Attributes:
+        last: what it decided, without y.
+    """
+
+    last: Mixed
+
+
 class MixtureExperts(nn.Module):
     """The parameters of one adapter on one linear layer, and the forward that uses them.
 
@@ -155,7 +165,15 @@ class MixtureExperts(nn.Module):
         )
         return Batch(x.reshape(-1, x.shape[-1]).to(dtype).contiguous(), tokens, resolve_backend(x.device.type, dtype))
 
-    def mix(self, x: Tensor, batch: Batch, banks: list[Bank], base: nn.Module | None, **how: Any) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        batch: Batch,
+        banks: list[Bank],
+        base: nn.Module | None,
+        decision: Decision | None,
+        **how: Any,
+    ) -> Tensor:
         """Run the engine, and keep what it decided.
 
         Args:
@@ -163,6 +181,7 @@ class MixtureExperts(nn.Module):
             batch: what `batch` made of it.
             banks, how: as in `engine.function.mixture_linear`.
             base: the linear layer under the adapter, whose output is in y; None for the adapter's alone.
+            decision: takes what is decided.
 
         Returns:
             y, of x's shape with k in place of d.
@@ -182,7 +201,7 @@ class MixtureExperts(nn.Module):
         y = mixed.y
         if base is not None and not plain:
             y = y.add_(base(x).view_as(y))
-        return self.finish(x, mixed._replace(y=y))
+        return self.finish(x, mixed._replace(y=y), decision)
 
     def _dropout(self, device: torch.device) -> Dropout:
         """Draw the masks' seed, on the device: nothing waits for it, and a recomputed forward draws the same."""
@@ -190,10 +209,11 @@ class MixtureExperts(nn.Module):
             return Dropout()
         return Dropout(self._threshold, torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device))
 
-    def finish(self, x: Tensor, mixed: Mixed) -> Tensor:
+    def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
         """Keep what was decided, and give the output the shape of x."""
-        decided = (None if t is None else t.detach() for t in mixed[1:])
-        self._last = Mixed(None, *decided)
+        self._last = Mixed(None, *(None if t is None else t.detach() for t in mixed[1:]))
+        if decision is not None:
+            decision.last = self._last
         return mixed.y.view(*x.shape[:-1], self.out_features)
 
     @property

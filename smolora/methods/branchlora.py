@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import MixtureConfig, check_choice, check_int
 from ..spec import Bank, Router, Slots, Tokens, accurate_dtype
-from .base import DropIn, Mixture, MixtureExperts
+from .base import Decision, DropIn, Mixture, MixtureExperts
 from .checks import check_ids, check_task, check_tensor
 from .routedlora import SlotRouting
 
@@ -116,6 +116,7 @@ class BranchLoRAExperts(MixtureExperts):
         route_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         base: nn.Module | None = None,
+        decision: Decision | None = None,
     ) -> Tensor:
         """Return the adapted layer's output, or the adapter's alone without a `base`.
 
@@ -126,6 +127,7 @@ class BranchLoRAExperts(MixtureExperts):
             route_mask: bool, x's shape without d: the tokens that a router may see (default: all).
             cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
             base: the linear layer under the adapter, whose output is in y.
+            decision: takes what is decided.
 
         Returns:
             y, of x's shape with k in place of d.
@@ -138,7 +140,7 @@ class BranchLoRAExperts(MixtureExperts):
         frozen = None if not self._any_frozen else ~self.frozen_branches
         banks = [Bank(self.A[None], self.B, trained=frozen)]
         if routes is not None:
-            return self.mix(x, batch, banks, base, slots=self._given(routes, batch))
+            return self.mix(x, batch, banks, base, decision, slots=self._given(routes, batch))
         n = batch.tokens.num_seqs
         if task is None:
             raise ValueError(f"task must be given, an int or int of shape ({n},): the router is the task's; got None")
@@ -149,7 +151,9 @@ class BranchLoRAExperts(MixtureExperts):
             router = Router(self.router, True, rows)
         gate = "chosen" if self.config.renormalize else "all"
         seen = batch._replace(tokens=seen_tokens(batch.tokens, batch.x.shape[0], self.config.router_input, x.device))
-        y = self.mix(x, seen, banks, base, routers=[router], top_k=self.config.top_k, gate=gate, gate_grad=gate)
+        y = self.mix(
+            x, seen, banks, base, decision, routers=[router], top_k=self.config.top_k, gate=gate, gate_grad=gate
+        )
         number = torch.arange(self.config.num_branches, device=x.device)
         self._usage += (self._last.ids.reshape(-1, 1) == number).sum(0)
         return y

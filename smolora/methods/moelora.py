@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import MixtureConfig, check_int
-from ..spec import Bank
-from .base import DropIn, Mixture, MixtureExperts
+from ..spec import Bank, Mixed
+from .base import Decision, DropIn, Mixture, MixtureExperts
 from .released import load_released
 
 
@@ -48,13 +48,21 @@ class MoELoRAExperts(MixtureExperts):
         E, r, d, k = self.config.num_experts, self.config.r, self.in_features, self.out_features
         return {"A": (E, r, d), "B": (E, k, r), "router": (E, d)}
 
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, base: nn.Module | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        base: nn.Module | None = None,
+        decision: Decision | None = None,
+    ) -> Tensor:
         """Return the adapted layer's output, or the adapter's alone without a `base`.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
             cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
             base: the linear layer under the adapter, whose output is in y.
+            decision: takes what is decided.
 
         Returns:
             y, of x's shape with k in place of d.
@@ -64,7 +72,7 @@ class MoELoRAExperts(MixtureExperts):
             RuntimeError: the backend that was asked for cannot run.
         """
         banks = [Bank(self.A, self.B)]
-        return self.mix(x, self.batch(x, cu_seqlens), banks, base, mix="softmax", token_router=self.router)
+        return self.mix(x, self.batch(x, cu_seqlens), banks, base, decision, mix="softmax", token_router=self.router)
 
     def finish(self, x: Tensor, mixed: Any) -> Tensor:
         return super().finish(

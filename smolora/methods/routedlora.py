@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import MixtureConfig, check_int
 from ..spec import Bank, Slots, accurate_dtype
-from .base import DropIn, Mixture, MixtureExperts
+from .base import Decision, DropIn, Mixture, MixtureExperts
 from .checks import check_ids, check_tensor, reads_values
 
 
@@ -63,6 +63,7 @@ class RoutedLoRAExperts(MixtureExperts):
         *,
         cu_seqlens: Tensor | None = None,
         base: nn.Module | None = None,
+        decision: Decision | None = None,
     ) -> Tensor:
         """Return the adapted layer's output, or the adapter's alone without a `base`.
 
@@ -72,6 +73,7 @@ class RoutedLoRAExperts(MixtureExperts):
             weights: floating point (n, c), theirs, which may need a gradient; by default 1.
             cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
             base: the linear layer under the adapter, whose output is in y.
+            decision: takes what is decided.
 
         Returns:
             y, of x's shape with k in place of d.
@@ -82,7 +84,7 @@ class RoutedLoRAExperts(MixtureExperts):
         """
         batch = self.batch(x, cu_seqlens)
         slots = self._slots(experts, weights, batch)
-        return self.mix(x, batch, [Bank(self.A, self.B)], base, slots=slots)
+        return self.mix(x, batch, [Bank(self.A, self.B)], base, decision, slots=slots)
 
     def _slots(self, experts: Tensor, weights: Tensor | None, batch: Any) -> Slots:
         """Check the slots, and leave out those that are empty in every sequence, where looking waits for no device."""

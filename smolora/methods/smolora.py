@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..config import SMoLoRAConfig
 from ..routing import Chosen, Routing
-from ..spec import Bank, Router, Slots, accurate_dtype
-from .base import DropIn, Mixture, MixtureExperts
+from ..spec import Bank, Mixed, Router, Slots, accurate_dtype
+from .base import Decision, DropIn, Mixture, MixtureExperts
 from .checks import check_ids, check_tensor
 from .released import load_released
 
@@ -79,6 +79,7 @@ class SMoLoRAExperts(MixtureExperts):
         routes: Chosen | tuple[Tensor | None, Tensor | None] | None = None,
         gates: tuple[Tensor | None, Tensor | None] | None = None,
         base: nn.Module | None = None,
+        decision: Decision | None = None,
     ) -> Tensor:
         """Return the adapted layer's output, or the adapter's alone without a `base`.
 
@@ -94,6 +95,7 @@ class SMoLoRAExperts(MixtureExperts):
                 Or what `last_chosen()` gave, which has the gates in it.
             gates: weights of the chosen experts (VU, IF), (n, top_k) each, with `routes`; by default 1 / top_k.
             base: the linear layer under the adapter, whose output is in y.
+            decision: takes what is decided.
 
         Returns:
             y, of x's shape with k in place of d.
@@ -122,7 +124,7 @@ class SMoLoRAExperts(MixtureExperts):
         banks = self._in_use(
             Bank(self.vu_A, self.vu_B, 0, self.vu_importance), Bank(self.if_A, self.if_B, 1, self.if_importance)
         )
-        return self.mix(x, batch, banks, base, **how)
+        return self.mix(x, batch, banks, base, decision, **how)
 
     def _in_use(self, *pair: Any) -> list[Any]:
         """Return of a pair (VU, IF) what the fusion uses."""
@@ -201,28 +203,29 @@ class SMoLoRAExperts(MixtureExperts):
         Raises:
             RuntimeError: there was no forward yet.
         """
-        last = self._decided("last_routing()")
+        return self.routing(self._decided("last_routing()"))
+
+    def routing(self, decided: Mixed) -> Routing:
+        """Return what a forward decided, branch by branch; alpha and beta are in it if it has scores."""
         pair: dict[str, list[Tensor | None]] = {"routes": [None, None], "logits": [None, None], "gates": [None, None]}
         experts = self._in_use(self.config.num_vu_experts, self.config.num_if_experts)
-        for slot, branch in enumerate(BRANCHES[self.config.fusion]):
-            pair["routes"][branch] = last.ids[:, slot, 0] if self.config.top_k == 1 else last.ids[:, slot]
-            pair["gates"][branch] = last.slot_weights[:, slot]
-            if last.logits is not None:
-                pair["logits"][branch] = last.logits.split(experts, 1)[slot]
+        for bank, branch in enumerate(BRANCHES[self.config.fusion]):
+            pair["routes"][branch] = decided.ids[:, bank, 0] if self.config.top_k == 1 else decided.ids[:, bank]
+            pair["gates"][branch] = decided.slot_weights[:, bank]
+            if decided.logits is not None:
+                pair["logits"][branch] = decided.logits.split(experts, 1)[bank]
         alpha = beta = None
-        if last.scores is not None:
-            alpha, beta = torch.sigmoid(last.scores), torch.sigmoid(-last.scores)
+        if decided.scores is not None:
+            alpha, beta = torch.sigmoid(decided.scores), torch.sigmoid(-decided.scores)
         return Routing(*(tuple(values) for values in pair.values()), alpha, beta)
 
-    def finish(self, x: Tensor, mixed: Any) -> Tensor:
-        scores = None
-        if self.keep_alpha:
-            scores = mixed.scores
-            if self.config.fusion != "adaptive":
-                shape, device = mixed.y.shape[:1], mixed.y.device
-                dtype = accurate_dtype(mixed.y.dtype)
-                scores = torch.full(shape, FIXED_LOGIT[self.config.fusion], dtype=dtype, device=device)
-        return super().finish(x, mixed._replace(scores=scores))
+    def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
+        keep = self.keep_alpha or decision is not None
+        scores = mixed.scores if keep else None
+        if keep and self.config.fusion != "adaptive":
+            fixed = FIXED_LOGIT[self.config.fusion]
+            scores = torch.full(mixed.y.shape[:1], fixed, dtype=mixed.slot_weights.dtype, device=mixed.y.device)
+        return super().finish(x, mixed._replace(scores=scores), decision)
 
     def last_chosen(self) -> Chosen:
         """Return the experts and gates of the last forward, as `forward` takes them for `routes`.

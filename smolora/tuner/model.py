@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import SMOLORA, SMoLoRAConfig
 from .context import CONTEXT, RoutingContext
-from .layer import NO_MERGE, SMoLoRALayer, SMoLoRALinear
+from .layer import NO_MERGE, SMoLoRALayer, SMoLoRALinear, place_of
 from .loading import PREFIX, check_names
 
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -81,9 +81,11 @@ class LinearTuner(BaseTuner):
 class SMoLoRAModel(LinearTuner):
     """A model with SMoLoRA adapters; `peft.get_peft_model` makes it.
 
-    The model's forward and `generate` take two keywords more:
-        instruction_embeds: (B, e), or (e,) for all samples.
+    The model's forward and `generate` take more keywords:
+        instruction_embeds: (B, e), or (e,) for all samples; where several samples are packed in a row, one for each.
         image_to_sample: (images,), the sample of each image, needed where `inputs_embeds` stand for `input_ids`.
+        prompt_mask: of the forward alone; bool (B, S), True where a token is no answer. Needed in training where there
+            are no labels to tell (`route_over="prompt"`).
 
     Args:
         model: the model to adapt.
@@ -115,7 +117,7 @@ class SMoLoRAModel(LinearTuner):
         if autocast_adapter_dtype:
             return
         for layer in getattr(self.model, CONTEXT).layers.values():
-            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            _, dtype = place_of(layer)
             if adapter_name in layer.smolora_experts and dtype is not None and dtype.is_floating_point:
                 layer.smolora_experts[adapter_name].to(dtype)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..config import register_peft_type
+from .layer import place_of
 from .model import LinearTuner
 
 MOELORA = register_peft_type("MOELORA")
@@ -126,7 +127,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MoELoRAConfig) -> None:
         """Add an adapter."""
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device, dtype = place_of(self)
         self.moelora_experts[adapter_name] = MoELoRAExperts(
             self.in_features, self.out_features, config, device=device,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
