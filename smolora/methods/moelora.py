@@ -74,10 +74,9 @@ class MoELoRAExperts(MixtureExperts):
         banks = [Bank(self.A, self.B)]
         return self.mix(x, self.batch(x, cu_seqlens), banks, base, decision, mix="softmax", token_router=self.router)
 
-    def finish(self, x: Tensor, mixed: Any) -> Tensor:
-        return super().finish(
-            x, mixed._replace(scores=None)
-        )  # a number for every token and expert, which nobody asked for
+    def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
+        # the scores are a number for every token and expert, which nobody asked for
+        return super().finish(x, mixed._replace(scores=None), decision)
 
     def facts(self) -> dict[str, Any]:
         return {"experts": self.config.num_experts}

@@ -187,7 +187,7 @@ class SMoLoRAExperts(MixtureExperts):
                 if name == "routes":
                     experts = (self.vu_A, self.if_A)[branch].shape[0]
                     value = check_ids(
-                        label, value, shapes, self.vu_A.device, below=experts, what=f"an expert of branch {branch}"
+                        label, value, shapes, self.vu_A.device, below=experts, what=("a VU expert", "an IF expert")[branch]
                     )
                 else:
                     _check_gates(label, value, shapes, self.vu_A.device)

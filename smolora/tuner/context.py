@@ -331,7 +331,7 @@ class RoutingContext:
         cache = None if generation is not None else _cache_output(output)
         if call.kept is None and (generation is not None or cache is not None):
             kept = {
-                (layer.smolora_key, name): Chosen(*last[:2])
+                (layer.smolora_key, name): Chosen(last[0].ids, last[0].slot_weights)
                 for layer in self.layers.values()
                 if not layer.takes_images
                 for name in layer.active_in_layer()
