@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,6 +54,10 @@ def checked_map(image_to_sample: Any, samples: int | None) -> Tensor | None:
     return image_to_sample.long()
 
 
+class Routed:
+    """What each adapter of each layer decided, as attributes, which compiled code can set."""
+
+
 class Call:
     """What one forward of a model routes by: n samples in rows of tokens (B, S), one a row unless they are packed.
 
@@ -66,7 +69,7 @@ class Call:
         cu_seqlens: int32 (n + 1,), boundaries of the samples that are packed in rows; None if each row is a sample.
         images: which sample each image belongs to.
         kept: the routes of the forward that this one continues, by layer and adapter; None if it continues none.
-        routed: what each adapter of each layer decided, as attributes, which compiled code can set.
+        routed: what the adapters decided.
         first, last: the numbers of the forward's autograd nodes, from `first` to before `last`.
         graphs: the backward passes that went through the forward's outputs.
     """
@@ -81,7 +84,7 @@ class Call:
         cu_seqlens: Tensor | None = None,
         images: Images | None = None,
         kept: dict[tuple[str, str], Chosen] | None = None,
-        routed: SimpleNamespace | None = None,
+        routed: Routed | None = None,
     ) -> None:
         self.instruction = instruction
         self.valid = valid
@@ -95,7 +98,7 @@ class Call:
         self.shape, self.cu_seqlens = shape, cu_seqlens
         self.images = Images() if images is None else images
         self.kept = kept
-        self.routed = SimpleNamespace() if routed is None else routed
+        self.routed = Routed() if routed is None else routed
         self.first = torch.autograd._get_sequence_nr()
         self.last = -1
         self.graphs: set[int] = set()
@@ -163,7 +166,7 @@ class Generation:
         self.length = 0  # of the prompt
         self.position = 0  # tokens in the cache
         self.kept: dict[tuple[str, str], Chosen] | None = None
-        self.routed = SimpleNamespace()  # in images, which are encoded once, and in the last step
+        self.routed = Routed()  # in images, which are encoded once, and in the last step
         self._next: Tensor | None = None
 
     def expect(self, inputs: dict[str, Any]) -> None:

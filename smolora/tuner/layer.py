@@ -56,16 +56,20 @@ class SMoLoRALayer(BaseTunerLayer):
 
     def decided(self, call: Call, name: str) -> tuple[Mixed, Tensor | None] | None:
         """What an adapter decided in a call, and the boundaries of packed rows; None if it did not run."""
-        return getattr(call.routed, f"{self.smolora_key} {name}", None)
+        return getattr(call.routed, self._label(name), None)
 
     def decide(self, call: Call, name: str, last: tuple[Mixed, Tensor | None]) -> None:
         """Keep what an adapter decided in a call."""
-        setattr(call.routed, f"{self.smolora_key} {name}", last)
+        setattr(call.routed, self._label(name), last)
 
     def forget(self, call: Call) -> None:
         """Drop what was decided in a call."""
         for name in self.smolora_experts:
-            vars(call.routed).pop(f"{self.smolora_key} {name}", None)
+            vars(call.routed).pop(self._label(name), None)
+
+    def _label(self, name: str) -> str:
+        """An attribute for an adapter of this layer; torch.compile takes none with a dot."""
+        return f"{self.smolora_key} {name}".replace(".", "/")
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)

@@ -60,6 +60,10 @@ class LinearTuner(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put the layer in. It has made its adapter where it is to run, which is not where an offloaded base lies."""
+        setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(self.no_merge)
 
