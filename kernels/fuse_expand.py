@@ -78,8 +78,8 @@ def fuse_expand_kernel(
             b_q = slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
             b_u = scaled_h(
                 h_ptr, scores_ptr, state, b_q, rows, inside, slot, rank, scaling, bank, SHARE, BANKS, K, DOWN, R
-            )
-            held = held + (b_u.to(dtype),)  # [BT, BC]
+            ).to(dtype)
+            held = held + (b_u,)  # [BT, BC]
     span = tl.cdiv(tl.cdiv(k, BK), tl.num_programs(1)) * BK
     for c in range(i_s * span, tl.minimum(k, (i_s + 1) * span), BK):
         o_k = c + tl.arange(0, BK)

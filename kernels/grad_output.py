@@ -286,8 +286,8 @@ def mix_backward_kernel(
 
 @triton.jit(do_not_specialize=["tiles"])
 def reduce_dw_dweights_kernel(
-    dw_part_ptr,  # (tiles, b, K, R)
-    dweights_part_ptr,  # (tiles, b, K, R)
+    dw_part_ptr,  # (tiles, b, K, R), or None
+    dweights_part_ptr,  # (tiles, b, K, R), or None
     tile_to_seq_ptr,  # (tiles,)
     ids_ptr,  # (n, b, K) or None
     dw_ptr,  # (EXPERTS, R) out
@@ -301,7 +301,7 @@ def reduce_dw_dweights_kernel(
     RP: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Grid (EXPERTS + n): an expert's dw; then, with the pid past those, the gradients of a sequence's weights."""
+    """Grid (EXPERTS + n if there are dweights): an expert's dw, or the gradients of a sequence's slot weights."""
     pid = tl.program_id(0)
     o_r = tl.arange(0, RP)
     if pid < EXPERTS:
@@ -323,15 +323,16 @@ def reduce_dw_dweights_kernel(
                 b_dw += tl.sum(tl.load(p_dw, mask=m_dw, other=0), 0)
         tl.store(dw_ptr + pid * R + o_r, b_dw, mask=o_r < R)
     else:
-        i_n = pid - EXPERTS
-        for slot in tl.static_range(BANKS * K):
-            b_dq = tl.zeros([RP], tl.float32)
-            for t in range(0, tiles, TILES):
-                o_t = t + tl.arange(0, TILES)
-                own = tl.load(tile_to_seq_ptr + o_t, mask=o_t < tiles, other=-1) == i_n
-                p_q = dweights_part_ptr + (o_t.to(tl.int64) * (BANKS * K) + slot)[:, None] * R + o_r[None, :]
-                b_dq += tl.sum(tl.load(p_q, mask=own[:, None] & (o_r < R)[None, :], other=0), 0)
-            tl.store(dweights_ptr + i_n * BANKS * K + slot, tl.sum(b_dq, 0))
+        if dweights_part_ptr is not None:
+            seq = pid - EXPERTS
+            for slot in tl.static_range(BANKS * K):
+                b_dq = tl.zeros([RP], tl.float32)
+                for t in range(0, tiles, TILES):
+                    o_t = t + tl.arange(0, TILES)
+                    own = tl.load(tile_to_seq_ptr + o_t, mask=o_t < tiles, other=-1) == seq
+                    p_dq = dweights_part_ptr + (o_t.to(tl.int64) * (BANKS * K) + slot)[:, None] * R + o_r[None, :]
+                    b_dq += tl.sum(tl.load(p_dq, mask=own[:, None] & (o_r < R)[None, :], other=0), 0)
+                tl.store(dweights_ptr + seq * BANKS * K + slot, tl.sum(b_dq, 0))
 
 
 @triton.jit

@@ -105,7 +105,7 @@ def route_instruction_and_w_kernel(
             tl.store(routed_ptr + pid * 2, first)
             tl.store(routed_ptr + pid * 2 + 1, count)
         if router_ptrs is not None:
-            o_k = tl.arange(0, KP)
+            o_j = tl.arange(0, KP)
             for bank in tl.static_range(BANKS):
                 if not READS_X[bank]:
                     size = EXPERTS[bank] * instruction_dim
@@ -116,14 +116,14 @@ def route_instruction_and_w_kernel(
                         o_e = e + tl.arange(0, BE)
                         m_e = o_e < instruction_dim
                         p_i = instruction_ptr + to_int64(pid) * instruction_dim + o_e
-                        b_i = tl.load(p_i, mask=m_e, other=0).to(tl.float32)
+                        b_e = tl.load(p_i, mask=m_e, other=0).to(tl.float32)
                         p_r = p_router + o_n[:, None] * instruction_dim + o_e[None, :]
                         b_r = tl.load(p_r, mask=(o_n[:, None] < EXPERTS[bank]) & m_e[None, :], other=0).to(tl.float32)
-                        b_z += tl.sum(b_r * b_i[None, :], 1)
+                        b_z += tl.sum(b_r * b_e[None, :], 1)
                     b_id, b_q = top_k(b_z, EXPERTS[bank], PADDED[bank], K, KP, GATE_ALL)
-                    o_slot = (pid * BANKS + bank) * K + o_k
-                    tl.store(ids_ptr + o_slot, b_id, mask=o_k < K)
-                    tl.store(slot_weights_ptr + o_slot, b_q, mask=o_k < K)
+                    o_slot = (pid * BANKS + bank) * K + o_j
+                    tl.store(ids_ptr + o_slot, b_id, mask=o_j < K)
+                    tl.store(slot_weights_ptr + o_slot, b_q, mask=o_j < K)
                     tl.store(logits_ptr + pid * TOTAL + FIRST[bank] + o_n, b_z, mask=o_n < EXPERTS[bank])
     else:
         if B_ptrs is not None:
@@ -206,7 +206,7 @@ def choose_kernel(
 ):
     """Grid (n,): the slots of a sequence from the partial logits of the routers that read x."""
     i_n = tl.program_id(0)
-    o_k = tl.arange(0, KP)
+    o_j = tl.arange(0, KP)
     for bank in tl.static_range(BANKS):
         if READS_X[bank]:
             o_n = tl.arange(0, PADDED[bank])
@@ -215,9 +215,9 @@ def choose_kernel(
             for i in range(0, slices):
                 b_z += tl.load(z_part_ptr + (i_n * slices + i) * TOTAL + FIRST[bank] + o_n, mask=m_n, other=0)
             b_id, b_q = top_k(b_z, EXPERTS[bank], PADDED[bank], K, KP, GATE_ALL)
-            o_slot = (i_n * BANKS + bank) * K + o_k
-            tl.store(ids_ptr + o_slot, b_id, mask=o_k < K)
-            tl.store(slot_weights_ptr + o_slot, b_q, mask=o_k < K)
+            o_slot = (i_n * BANKS + bank) * K + o_j
+            tl.store(ids_ptr + o_slot, b_id, mask=o_j < K)
+            tl.store(slot_weights_ptr + o_slot, b_q, mask=o_j < K)
             tl.store(logits_ptr + i_n * TOTAL + FIRST[bank] + o_n, b_z, mask=m_n)
 
 
