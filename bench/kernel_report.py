@@ -22,6 +22,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -37,7 +38,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from smolora.kernels import passes, tiles
+from smolora.kernels import fuse_expand, grad_input, grad_output, passes, products, route_shrink
+from smolora.launch import Card
 
 ARCHITECTURES = (80, 90, 100, 120)
 # shared memory that one block may use, in bytes (CUDA programming guide, compute capabilities)
@@ -59,10 +61,11 @@ COUNTED = {
 }
 
 # tensors that grow with the number of tokens, so that they may have more than 2^31 elements
-GROWING = (
-    "x_ptr", "g_ptr", "y_ptr", "dx_ptr", "h_ptr", "dh_ptr", "lead_ptr", "mask_ptr", "sums_ptr", "vu_part_ptr",
-    "if_part_ptr", "B_part_ptr", "A_part_ptr", "c_part_ptr", "dq_part_ptr",
-)  # fmt: skip
+GROWING = {
+    "x_ptr", "g_ptr", "y_ptr", "dx_ptr", "h_ptr", "dh_ptr", "scores_ptr", "dscores_ptr", "fused_ptr",
+    "token_logits_ptr", "dlogits_ptr", "route_mask_ptr", "sums_ptr", "part_ptr", "part_ptrs", "logits_part_ptr",
+    "p_part_ptr", "p_part_ptrs", "B_part_ptr", "A_part_ptr", "router_part_ptr", "dw_part_ptr", "dweights_part_ptr",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,24 @@ class Setting:
     r: int = 16
     dtype: torch.dtype = torch.bfloat16
     parameters: torch.dtype = torch.float32
+    mix: str = "smolora"
+    banks: int = 2
     experts: int = 4
-    top_k: int = 1
+    top_k: int = 1  # slots of a bank; 0: every expert has one
+    shared: bool = False  # one A for a bank's B
+    frozen: bool = False  # some experts' B get no gradient
+    tasks: bool = False  # a router a task
+    gate: str = "chosen"
+    by_token: bool = False  # coefficients (T, K) given
     threshold: int = 13
-    fusion: str = "adaptive"
     masked: bool = False
     packed: bool = False
     learns: bool = False  # routers and gates
-    training: bool = True  # else decoding with given routes
+    training: bool = True  # else decoding, with given slots
     d: int = 4096
     k: int = 11008
     tokens: int = 8192
-    instances: int = 8
+    num_seqs: int = 8
 
     def but(self, **changes: Any) -> Setting:
         return replace(self, **changes)
@@ -97,9 +106,14 @@ class Setting:
 PLAIN = Setting()
 DECODE = Setting(threshold=0, training=False, tokens=8)
 EXACT = Setting(dtype=torch.float32)
+SOFTMAX = PLAIN.but(mix="softmax", banks=1, experts=8, top_k=0)  # as MoELoRA: all experts, a token router
+SHARED = PLAIN.but(mix="weighted", banks=1, experts=8, top_k=2, shared=True, gate="all", learns=True)
+DENSE = PLAIN.but(mix="weighted", banks=1, experts=1, top_k=0)  # as LoRA
 GROUPS: dict[str, list[Setting]] = {
     # the paper's setting, for a short look at an architecture
     "plain": [PLAIN, EXACT],
+    # the same of the other mixes
+    "mixes": [SOFTMAX, SHARED, DENSE],
     # every tile of half-precision inputs
     "tiles": [
         PLAIN, PLAIN.but(r=32), PLAIN.but(r=64), PLAIN.but(r=128), PLAIN.but(experts=2), PLAIN.but(experts=8), DECODE,
@@ -109,30 +123,82 @@ GROUPS: dict[str, list[Setting]] = {
         PLAIN.but(threshold=0), PLAIN.but(masked=True), PLAIN.but(packed=True), PLAIN.but(r=12),
         PLAIN.but(top_k=2, masked=True, packed=True, learns=True), PLAIN.but(top_k=4, masked=True, learns=True),
         PLAIN.but(r=64, masked=True, packed=True, learns=True), PLAIN.but(r=32, top_k=4), PLAIN.but(r=64, top_k=4),
-        PLAIN.but(parameters=torch.bfloat16), PLAIN.but(fusion="mean"), PLAIN.but(fusion="vu"), PLAIN.but(fusion="if"),
+        PLAIN.but(parameters=torch.bfloat16), PLAIN.but(mix="weighted"), PLAIN.but(mix="weighted", banks=1),
         PLAIN.but(dtype=torch.float16),
+    ],
+    "mix options": [
+        SOFTMAX.but(threshold=0), SOFTMAX.but(r=4), SOFTMAX.but(r=64), SOFTMAX.but(experts=4),
+        SOFTMAX.but(shared=True), SOFTMAX.but(training=False, threshold=0, tokens=8),
+        SHARED.but(tasks=True, frozen=True, masked=True, packed=True), SHARED.but(r=64), SHARED.but(r=128, top_k=1),
+        SHARED.but(threshold=0, shared=False, top_k=3, frozen=True), DENSE.but(threshold=0), DENSE.but(r=64),
+        DENSE.but(r=128), DENSE.but(experts=8, by_token=True), DENSE.but(experts=4, banks=2),
+        PLAIN.but(shared=True, top_k=2, learns=True),
     ],
     "float32": [
         EXACT, EXACT.but(r=32), EXACT.but(r=64), EXACT.but(r=128), EXACT.but(experts=1), EXACT.but(experts=2),
         EXACT.but(top_k=2, masked=True, packed=True, learns=True),
+        SOFTMAX.but(dtype=torch.float32), SHARED.but(dtype=torch.float32), DENSE.but(dtype=torch.float32),
     ],
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Function:
+    """A device function that a kernel takes as an argument, by name: it must reach other processes."""
+
+    module: str
+    name: str
+
+    def load(self) -> JITFunction:
+        return getattr(importlib.import_module(self.module), self.name)
 
 
 @dataclass(frozen=True)
 class Launch:
     """One kernel with the arguments that decide its code."""
 
-    module: str
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
+    kernel: Function
+    signature: tuple[tuple[str, Any], ...]
     constexprs: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]
+    divisible: tuple[tuple[int, ...], ...]
     options: tuple[tuple[str, int], ...]
 
     def tile(self) -> str:
         constants = dict(self.constexprs)
-        return " ".join(f"{n}={constants[n]}" for n in ("BT", "BD", "BK", "BC", "BV", "BI") if n in constants)
+        return " ".join(f"{n}={constants[n]}" for n in ("BT", "BD", "BK", "BC", "BR") if n in constants)
+
+
+def describe(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, int]) -> Launch:
+    """Specialise a kernel for arguments, as a launch does."""
+    constants: dict[str, Any] = {}
+    divisible: list[tuple[int, ...]] = []
+
+    def kind(value: Any, specialise: bool, *path: int) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(each, specialise, *path, i) for i, each in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            divisible.append(path)
+            return TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or (specialise and value == 1):
+            constants[kernel.params[path[0]].name] = value
+            return "constexpr"
+        if specialise and value % 16 == 0:
+            divisible.append(path)
+        return "i32"
+
+    signature = []
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            function = isinstance(value, JITFunction)
+            constants[parameter.name] = Function(value.fn.__module__, value.__name__) if function else value
+            signature.append((parameter.name, "constexpr"))
+        else:
+            signature.append((parameter.name, kind(value, not parameter.do_not_specialize, i)))
+    name = Function(kernel.fn.__module__, kernel.__name__)
+    return Launch(name, tuple(signature), tuple(constants.items()), tuple(divisible), tuple(options.items()))
 
 
 def record(run: Callable[[], Any]) -> list[Launch]:
@@ -140,28 +206,12 @@ def record(run: Callable[[], Any]) -> list[Launch]:
     launches: list[Launch] = []
 
     def launcher(kernel: JITFunction, grid: Any) -> Callable[..., None]:
-        def launch(*arguments: Any, **keywords: Any) -> None:
+        def launch(**arguments: Any) -> None:
             options = {"num_warps": 4, "num_stages": 3}
-            options |= {name: keywords.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in keywords}
-            signature, fixed, divisible = [], dict(keywords), []
-            for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=False)):
-                if isinstance(value, torch.Tensor):
-                    kind = TYPES[value.dtype]
-                    divisible.append(i)
-                elif isinstance(value, float):
-                    kind = "fp32"
-                else:
-                    kind = "i32"
-                    if not parameter.do_not_specialize and value == 1:
-                        kind, fixed[parameter.name] = "constexpr", 1
-                    elif not parameter.do_not_specialize and value % 16 == 0:
-                        divisible.append(i)
-                signature.append((parameter.name, kind))
-            signature += [(name, "constexpr") for name in keywords]
-            launches.append(
-                Launch(kernel.fn.__module__, kernel.__name__, tuple(signature), tuple(fixed.items()), tuple(divisible),
-                       tuple(options.items()))
-            )  # fmt: skip
+            for name in ("num_warps", "num_stages", "maxnreg"):
+                if name in arguments:
+                    options[name] = arguments.pop(name)
+            launches.append(describe(kernel, arguments, options))
 
         return launch
 
@@ -173,39 +223,56 @@ def record(run: Callable[[], Any]) -> list[Launch]:
 def run_layer(s: Setting) -> None:
     """One forward, and backward if training, through the launchers, with tensors that have shapes and no memory."""
     with torch.device("meta"):
-        M = N = s.experts
+        E, b, n = s.experts, s.banks, s.num_seqs
         x, g = torch.empty(s.tokens, s.d, dtype=s.dtype), torch.empty(s.tokens, s.k, dtype=s.dtype)
-        cu = torch.empty(s.instances + 1, dtype=torch.int32) if s.packed else None
+        cu = torch.empty(n + 1, dtype=torch.int32) if s.packed else None
         mask = torch.empty(s.tokens, dtype=torch.bool) if s.masked else None
         seed = torch.empty(1, dtype=torch.int64)
         parameter = lambda *shape: torch.empty(*shape, dtype=s.parameters)  # noqa: E731
-        A, B, importance = parameter(M, s.r, s.d), parameter(M, s.k, s.r), parameter(s.k)
-        both = 2 - (s.fusion in ("vu", "if"))
-        given = None if s.training else torch.empty(s.instances, both, s.top_k, dtype=torch.int32)
-        gates = None if s.training else torch.empty(s.instances, both, s.top_k)
-        h, w, routes, gates, _, mean = passes.route_shrink(
-            x, s.instances, cu, mask, torch.empty(s.instances, 384), given, gates, A, A, B, B, parameter(M, s.d),
-            parameter(N, 384), importance, importance, seed, s.threshold, s.top_k, 2.0, s.fusion, s.learns,
+        A = [parameter(1 if s.shared else E, s.r, s.d)] * b
+        B = [parameter(E, s.k, s.r)] * b
+        importance = [parameter(s.k)] * b if s.mix == "smolora" else []
+        trained = [torch.empty(E, dtype=torch.bool)] * b if s.frozen else []
+        token_router = parameter(E, s.d) if s.mix == "softmax" else None
+        routed, given = s.training and s.top_k > 0, not s.training and s.top_k > 0
+        tasks = (3,) if s.tasks else ()
+        routers = [parameter(*tasks, E, s.d), parameter(*tasks, E, 384)][:b] if routed else []
+        ids = torch.empty(n, b, s.top_k, dtype=torch.int32) if given else None
+        weights = torch.empty(n, b, s.top_k) if given else None
+        rows = torch.empty(n, dtype=torch.int64) if s.tasks else None
+        streams = list(range(b))
+        h, w, new_ids, new_weights, _, mean, logits = passes.route_shrink(
+            x, n, cu, mask, torch.empty(n, 384), ids, A, B, importance, routers, [True, False][:b], rows, token_router,
+            seed, streams, s.threshold, s.top_k if routed else 0, s.gate, 2.0, s.mix, s.learns,
         )  # fmt: skip
+        if routed:
+            ids, weights = new_ids, new_weights
+        scores = logits if token_router is not None else torch.empty(s.tokens, s.top_k or E) if s.by_token else None
         bias = torch.empty(s.k, dtype=s.dtype)
-        _, lead = passes.fuse_expand(
-            h, w, routes, gates, B, B, s.instances, cu, 2.0, s.fusion, s.dtype, None, None, bias
-        )
+        _, fused = passes.fuse_expand(
+            h, w, ids, weights, scores, B, n, cu, 2.0, s.mix, s.dtype, None, None, bias
+        )  # fmt: skip
+        scores = fused if s.mix == "smolora" else scores
         if s.training:
-            dh, *_ = passes.grad_output(
-                g, h, w, routes, gates, lead, B, B, importance, importance, s.instances, cu, 2.0, s.fusion, True, True,
-                True, True, s.learns,
+            given_scores = scores is not None and s.mix != "smolora"
+            dh, *_, dscores = passes.grad_output(
+                g, h, w, ids, weights, scores, B, importance, trained, n, cu, 2.0, s.mix, True, [True] * b,
+                bool(importance), s.learns, given_scores,
             )  # fmt: skip
             passes.grad_input(
-                x, dh, routes, A, A, s.instances, cu, mask, mean if s.learns else None, seed, s.threshold, s.fusion,
-                s.dtype, True, True, True, None, None,
+                x, dh, ids, A, token_router, dscores if token_router is not None else None, n, cu, mask,
+                mean if s.learns else None, seed, streams, s.threshold, s.dtype, True, [True] * b,
+                token_router is not None, None, None,
             )  # fmt: skip
 
 
 def launches_for(arch: int, settings: Iterable[Setting]) -> dict[Launch, Setting]:
     """Every distinct launch on an architecture, with the setting it first came from."""
     found: dict[Launch, Setting] = {}
-    with mock.patch.object(tiles, "card_of", lambda device: tiles.Card((arch // 10, arch % 10))):
+    card = Card((arch // 10, arch % 10))
+    with ExitStack() as stack:
+        for module in (route_shrink, fuse_expand, grad_output, grad_input, products):
+            stack.enter_context(mock.patch.object(module, "card_of", lambda device: card))
         for s in settings:
             for launch in record(lambda s=s: run_layer(s)):
                 found.setdefault(launch, s)
@@ -273,7 +340,9 @@ def count_instructions(arch: int, codes: list[bytes]) -> list[dict[str, int]]:
 
 def count_narrow(ttir: str) -> int:
     """Loads and stores of GROWING tensors whose address has no 64-bit offset in it, in Triton's own representation."""
-    pointers = {f"%{name}": False for name in GROWING}  # whether a 64-bit offset is in it
+    # whether a 64-bit offset is in it; the tensors of a tuple have its name, with a number
+    arguments = re.findall(r"%(\w+): !tt\.ptr", ttir)
+    pointers = {f"%{name}": False for name in arguments if re.sub(r"_\d+$", "", name) in GROWING}
     narrow = 0
     for line in ttir.splitlines():
         made = re.match(r"\s*(%[\w#]+) = tt\.(addptr|splat|broadcast|expand_dims|reshape) (%[\w#]+)(.*)", line)
@@ -289,10 +358,13 @@ def compile_batch(arch: int, batch: list[tuple[Launch, Setting]]) -> list[Row]:
     """Compile launches for an architecture and read the cubins back."""
     compiled = []
     for launch, _ in batch:
+        constants = {name: value.load() if isinstance(value, Function) else value for name, value in launch.constexprs}
         source = ASTSource(
-            fn=getattr(importlib.import_module(launch.module), launch.kernel), signature=dict(launch.signature),
-            constexprs=dict(launch.constexprs), attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible},
-        )  # fmt: skip
+            fn=launch.kernel.load(),
+            signature=dict(launch.signature),
+            constexprs=constants,
+            attrs={path: [["tt.divisibility", 16]] for path in launch.divisible},
+        )
         compiled.append(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options)))
     counts = count_instructions(arch, [machine_code(c.asm["cubin"]) for c in compiled])
     rows = []
@@ -304,7 +376,7 @@ def compile_batch(arch: int, batch: list[tuple[Launch, Setting]]) -> list[Row]:
             out = subprocess.run(usage, capture_output=True, text=True, check=True).stdout
         used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", out)}
         rows.append(
-            Row(arch, launch.kernel, launch.tile(), dict(launch.options)["num_warps"], used["REG"], used["STACK"],
+            Row(arch, launch.kernel.name, launch.tile(), dict(launch.options)["num_warps"], used["REG"], used["STACK"],
                 kernel.metadata.shared, **count, narrow=count_narrow(kernel.asm["ttir"]),
                 half=setting.dtype != torch.float32, setting=str(setting))
         )  # fmt: skip

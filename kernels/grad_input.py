@@ -1,261 +1,337 @@
-"""From rank space back to the input: dx and the gradients of A, from one read of x.
+"""From rank space back to the input: dx and the gradients of A and of a token router, from one read of x.
 
 Kernels, in the order they run:
 
-    grad_input_kernel  the pass over x: dx, and partial dA of a chunk of tokens
-    _collect_A         dA of every expert
+    grad_input_kernel  the pass over x: dx, and partial dA and dR of a chunk of tokens
+    reduce_dA_kernel   dA of every expert, or dR
 
-A program holds a block of d and a chunk of one instance's tokens, keeps dA in registers and writes dx. When the chosen
-experts have too many columns to hold, it runs twice: for dx over all column blocks, and for dA with a program for each.
+A program holds a block of d and a chunk of one sequence's tokens, keeps dA in registers and writes dx. When the slots
+have too many columns to hold, it runs twice: for dx over all column blocks, and for dA with a program for each.
 """
+
+from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import branches, empty_if
+from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
+from ..spec import empty_like_if
 from . import tiles
-from .common import columns, keep_mask, locate, per_slot, wide
+from .primitives import columns, keep_mask, sequences, slot_experts, tile_span, to_int64, zero_tile
 
 
 @triton.jit
-def load_A(A_ptr, p_routes, slot, rank, o_d, m_d, d, K: tl.constexpr, R: tl.constexpr):
-    """A block of the chosen down projections of a branch, [BC, BD]."""
-    expert = per_slot(p_routes, slot, K, 0)
+def load_A(
+    A_ptr,  # (E, R, d)
+    ids_ptr,  # (n, b, K) or None
+    i_n,
+    slot,
+    rank,
+    o_d,
+    d,
+    bank: tl.constexpr,
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Load a block of the slots' down projections, [BC, BD]."""
+    expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
     p_a = A_ptr + ((expert * R + rank).to(tl.int64) * d)[:, None] + o_d[None, :]
-    return tl.load(p_a, mask=((slot < K) & (rank < R))[:, None] & m_d[None, :], other=0)
+    return tl.load(p_a, mask=((slot < K) & (rank < R))[:, None] & (o_d < d)[None, :], other=0)
 
 
-@triton.jit(do_not_specialize=["n", "S"])
-def grad_input_kernel(
-    x_ptr,  # (T, d)
+@triton.jit
+def load_dh(
     dh_ptr,  # (T, b, K, R)
-    routes_ptr,  # (n, b, K)
-    vu_A_ptr,  # (M, R, d)
-    if_A_ptr,  # (N, R, d)
-    cu_ptr,  # (n + 1,)
-    mask_ptr,  # (T,) bool
-    dmean_ptr,  # (n, d): gradient of the mean, divided by the number of routed tokens
-    seed_ptr,
-    dx_ptr,  # (T, d) out
+    rows,
+    inside,
+    slot,
+    rank,
+    bank: tl.constexpr,
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Load a block of dh, [BT, BC]."""
+    p_h = dh_ptr + rows[:, None] * (BANKS * K * R) + (bank * K * R + slot * R + rank)[None, :]
+    return tl.load(p_h, mask=inside[:, None] & ((slot < K) & (rank < R))[None, :], other=0)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "seq_len"])
+def grad_input_kernel(
+    x_ptr,  # (T, d), or None where only dx is wanted
+    dh_ptr,  # (T, b, K, R); K = 1 where the slots share an A
+    A_ptrs,  # (E, R, d)
+    ids_ptr,  # (n, b, K) or None
+    token_router_ptr,  # (Z, d) or None
+    dlogits_ptr,  # (T, Z)
+    cu_seqlens_ptr,  # (n + 1,) or None
+    route_mask_ptr,  # (T,) bool or None
+    dmean_ptr,  # (n, d), gradient of the mean over the number of routed tokens; or None
+    seed_ptr,  # (1,) or None
+    dx_ptr,  # (T, d) out, or None
     A_part_ptr,  # (chunks, b, K, R, d) out
-    owner_ptr,  # (chunks,) out: the chunk's instance, -1 if it has no token
-    n,
-    S,
+    router_part_ptr,  # (chunks, Z, d) out, or None
+    chunk_to_seq_ptr,  # (chunks,) out: the chunk's sequence, -1 if it has no token
+    num_seqs,
+    seq_len,
     d,
     scale,
+    NEED_A: tl.constexpr,  # of each bank
+    ANY_A: tl.constexpr,
+    STREAMS: tl.constexpr,  # of each bank's dropout
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
-    K: tl.constexpr,
+    Z: tl.constexpr,
+    ZP: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHUNK: tl.constexpr,
-    VU: tl.constexpr,
-    IF: tl.constexpr,
-    DX: tl.constexpr,
-    VU_A: tl.constexpr,
-    IF_A: tl.constexpr,
-    ROUTER: tl.constexpr,
-    MASKED: tl.constexpr,
-    VARLEN: tl.constexpr,
     THRESHOLD: tl.constexpr,
-    IEEE: tl.constexpr,
 ):
-    """Grid (blocks of d, chunks, column blocks or 1): CHUNK tokens of one instance by BD inputs.
+    """Grid (blocks of d, chunks, column blocks or 1): CHUNK tokens of one sequence by BD inputs.
 
-    BLOCKS column blocks are read for dx; dA has one block in registers, so wants BLOCKS = 1 or DX off.
+    BLOCKS column blocks are read for dx. dA has one block in registers, so it wants BLOCKS = 1, or no dx.
     """
-    PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
-    STRIDE: tl.constexpr = (VU + IF) * K * R
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty if dx_ptr is None else dx_ptr.dtype.element_ty
     i_d = tl.program_id(0)
     chunk = tl.program_id(1)
     own = tl.program_id(2)
-    i_n, j, start, end = locate(chunk, cu_ptr, n, S, CHUNK, 1, VARLEN)
-    start += j * CHUNK
-    end = tl.minimum(end, start + CHUNK)
+    i_n, start, end = tile_span(chunk, cu_seqlens_ptr, num_seqs, seq_len, CHUNK)
     if i_d == 0 and own == 0:
-        tl.store(owner_ptr + chunk, tl.where(start < end, i_n, -1))
+        tl.store(chunk_to_seq_ptr + chunk, tl.where(start < end, i_n, -1))
     if start >= end:
         return
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < d
-    p_routes = routes_ptr + i_n * (VU + IF) * K
     slot, rank = columns(own, BC, RP)
-    m_c = (slot < K) & (rank < R)
-    if DX and BLOCKS == 1:
-        if VU:
-            a_v = load_A(vu_A_ptr, p_routes, slot, rank, o_d, m_d, d, K, R).to(dtype)
-        if IF:
-            a_i = load_A(if_A_ptr, p_routes + VU * K, slot, rank, o_d, m_d, d, K, R).to(dtype)
-    if ROUTER:
-        b_dmean = tl.load(dmean_ptr + wide(i_n) * d + o_d, mask=m_d, other=0)
-    if VU_A:
-        d_v = tl.zeros([BC, BD], tl.float32)
-    if IF_A:
-        d_i = tl.zeros([BC, BD], tl.float32)
+    if dx_ptr is not None and BLOCKS == 1:
+        held = ()  # [BC, BD] each
+        for bank in tl.static_range(BANKS):
+            held = held + (load_A(A_ptrs[bank], ids_ptr, i_n, slot, rank, o_d, d, bank, BANKS, K, R).to(dtype),)
+    if dmean_ptr is not None:
+        b_dmean = tl.load(dmean_ptr + to_int64(i_n) * d + o_d, mask=m_d, other=0)
+    if token_router_ptr is not None:
+        o_z = tl.arange(0, ZP)
+        m_z = (o_z < Z) & (own == 0)
+        p_r = token_router_ptr + o_z[:, None].to(tl.int64) * d + o_d[None, :]
+        b_r = tl.load(p_r, mask=m_z[:, None] & m_d[None, :], other=0).to(dtype)  # [ZP, BD]
+        b_dr = tl.zeros([ZP, BD], tl.float32)
+    b_dA = ()  # [BC, BD] each
+    for _ in tl.static_range(BANKS):
+        b_dA = b_dA + (zero_tile(BC, BD),)
 
     for t in range(start, end, BT):
         rows = t + tl.arange(0, BT)
         inside = rows < end
         m_x = inside[:, None] & m_d[None, :]
-        if THRESHOLD > 0:
-            if VU:
-                keep_v = keep_mask(seed_ptr, rows, i_d * BD, THRESHOLD, 0, BT, BD)
-            if IF:
-                keep_i = keep_mask(seed_ptr, rows, i_d * BD, THRESHOLD, 1, BT, BD)
-        if VU_A or IF_A:
+        if ANY_A or router_part_ptr is not None:
             b_x = tl.load(x_ptr + rows[:, None] * d + o_d[None, :], mask=m_x, other=0)
-        if DX:
+        if token_router_ptr is not None:
+            b_dz = tl.load(dlogits_ptr + rows[:, None] * Z + o_z[None, :], mask=inside[:, None] & m_z[None, :], other=0)
+            b_dz = b_dz.to(dtype)  # [BT, ZP]
+        keep = ()
+        if THRESHOLD > 0:
+            for bank in tl.static_range(BANKS):
+                keep = keep + (keep_mask(seed_ptr, rows, i_d * BD, THRESHOLD, STREAMS[bank], BT, BD),)
+        if dx_ptr is not None:
             b_dx = tl.zeros([BT, BD], tl.float32)
-            if THRESHOLD > 0 and VU and IF:
-                x_i = tl.zeros([BT, BD], tl.float32)
-            for block in tl.static_range(BLOCKS):
-                if BLOCKS > 1:
-                    slot, rank = columns(block, BC, RP)
-                    m_c = (slot < K) & (rank < R)
-                p_h = dh_ptr + rows[:, None] * STRIDE + (slot * R + rank)[None, :]
-                if VU:
-                    if BLOCKS > 1:
-                        a_v = load_A(vu_A_ptr, p_routes, slot, rank, o_d, m_d, d, K, R).to(dtype)
-                    b_dh = tl.load(p_h, mask=inside[:, None] & m_c[None, :], other=0).to(dtype)
-                    b_dx = tl.dot(b_dh, a_v, b_dx, input_precision=PRECISION)
-                if IF:
-                    if BLOCKS > 1:
-                        a_i = load_A(if_A_ptr, p_routes + VU * K, slot, rank, o_d, m_d, d, K, R).to(dtype)
-                    b_dh = tl.load(p_h + VU * K * R, mask=inside[:, None] & m_c[None, :], other=0).to(dtype)
-                    if THRESHOLD > 0 and VU:  # its own mask, so its own sum
-                        x_i = tl.dot(b_dh, a_i, x_i, input_precision=PRECISION)
+            for bank in tl.static_range(BANKS):
+                b_bank = b_dx
+                if THRESHOLD > 0:  # a mask of its own, so a sum of its own
+                    b_bank = tl.zeros([BT, BD], tl.float32)
+                for block in tl.static_range(BLOCKS):
+                    if BLOCKS == 1:
+                        b_a = held[bank]
+                        b_dh = load_dh(dh_ptr, rows, inside, slot, rank, bank, BANKS, K, R).to(dtype)
                     else:
-                        b_dx = tl.dot(b_dh, a_i, b_dx, input_precision=PRECISION)
-            if THRESHOLD > 0:
-                if VU and IF:
-                    b_dx = tl.where(keep_v, b_dx, 0.0) + tl.where(keep_i, x_i, 0.0)
-                elif VU:
-                    b_dx = tl.where(keep_v, b_dx, 0.0)
+                        slot_b, rank_b = columns(block, BC, RP)
+                        b_a = load_A(A_ptrs[bank], ids_ptr, i_n, slot_b, rank_b, o_d, d, bank, BANKS, K, R).to(dtype)
+                        b_dh = load_dh(dh_ptr, rows, inside, slot_b, rank_b, bank, BANKS, K, R).to(dtype)
+                    b_bank = tl.dot(b_dh, b_a, b_bank, input_precision="ieee")
+                if THRESHOLD > 0:
+                    b_dx += tl.where(keep[bank], b_bank, 0.0)
                 else:
-                    b_dx = tl.where(keep_i, b_dx, 0.0)
+                    b_dx = b_bank
             b_dx = b_dx * scale
-            if ROUTER:
+            if token_router_ptr is not None:
+                b_dx = tl.dot(b_dz, b_r, b_dx, input_precision="ieee")
+            if dmean_ptr is not None:
                 routed = inside
-                if MASKED:
-                    routed = tl.load(mask_ptr + rows, mask=inside, other=0) != 0
+                if route_mask_ptr is not None:
+                    routed = tl.load(route_mask_ptr + rows, mask=inside, other=0) != 0
                 b_dx += tl.where(routed[:, None], b_dmean[None, :], 0.0)
             tl.store(dx_ptr + rows[:, None] * d + o_d[None, :], b_dx.to(dtype), mask=m_x)
-        if VU_A:
-            p_h = dh_ptr + rows[:, None] * STRIDE + (slot * R + rank)[None, :]
-            b_dh = tl.load(p_h, mask=inside[:, None] & m_c[None, :], other=0).to(dtype)
-            b_kept = b_x
-            if THRESHOLD > 0:
-                b_kept = tl.where(keep_v, b_x, 0.0).to(dtype)
-            d_v = tl.dot(tl.trans(b_dh), b_kept, d_v, input_precision=PRECISION)
-        if IF_A:
-            p_h = dh_ptr + rows[:, None] * STRIDE + (VU * K * R + slot * R + rank)[None, :]
-            b_dh = tl.load(p_h, mask=inside[:, None] & m_c[None, :], other=0).to(dtype)
-            b_kept = b_x
-            if THRESHOLD > 0:
-                b_kept = tl.where(keep_i, b_x, 0.0).to(dtype)
-            d_i = tl.dot(tl.trans(b_dh), b_kept, d_i, input_precision=PRECISION)
+        if ANY_A:
+            b_summed = ()
+            for bank in tl.static_range(BANKS):
+                b_sum = b_dA[bank]
+                if NEED_A[bank]:
+                    b_dh = load_dh(dh_ptr, rows, inside, slot, rank, bank, BANKS, K, R).to(dtype)
+                    b_kept = b_x
+                    if THRESHOLD > 0:
+                        b_kept = tl.where(keep[bank], b_x, 0.0).to(dtype)
+                    b_sum = tl.dot(tl.trans(b_dh), b_kept, b_sum, input_precision="ieee")
+                b_summed = b_summed + (b_sum,)
+            b_dA = b_summed
+        if router_part_ptr is not None:
+            b_dr = tl.dot(tl.trans(b_dz), b_x, b_dr, input_precision="ieee")
 
-    m_a = m_c[:, None] & m_d[None, :]
-    o_a = ((wide(chunk) * (VU + IF) * K + slot) * R + rank)[:, None] * d + o_d[None, :]
-    if VU_A:
-        tl.store(A_part_ptr + o_a, d_v * scale, mask=m_a)
-    if IF_A:
-        tl.store(A_part_ptr + o_a + wide(VU * K * R) * d, d_i * scale, mask=m_a)
+    if ANY_A:
+        m_a = ((slot < K) & (rank < R))[:, None] & m_d[None, :]
+        for bank in tl.static_range(BANKS):
+            if NEED_A[bank]:
+                o_a = ((to_int64(chunk) * (BANKS * K) + bank * K + slot) * R + rank)[:, None] * d + o_d[None, :]
+                tl.store(A_part_ptr + o_a, b_dA[bank] * scale, mask=m_a)
+    if router_part_ptr is not None:
+        p_r = router_part_ptr + (to_int64(chunk) * Z + o_z)[:, None] * d + o_d[None, :]
+        tl.store(p_r, b_dr, mask=m_z[:, None] & m_d[None, :])
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def _collect_A(
-    A_part_ptr,  # (chunks, b, K, R, d)
-    owner_ptr,  # (chunks,)
-    routes_ptr,  # (n, b, K)
-    dA_ptr,  # (E, R, d) out, of the branch
+def reduce_dA_kernel(
+    part_ptr,  # (chunks, b, K, size)
+    chunk_to_seq_ptr,  # (chunks,)
+    ids_ptr,  # (n, b, K) or None
+    dA_ptr,  # (E, size) out, of the bank
     chunks,
     size,
-    branch,
+    bank,
+    BANKS: tl.constexpr,
     K: tl.constexpr,
-    BRANCHES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (E, blocks of R * d): dA_e is the sum of its chunks' parts; `branch` counts the branches in use."""
+    """Grid (E, blocks of size): an expert's gradient is the sum of its chunks' parts."""
     expert = tl.program_id(0)
-    o = wide(tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
+    o = to_int64(tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
     b_dA = tl.zeros([BLOCK], tl.float32)
     for chunk in range(0, chunks):
-        owner = tl.load(owner_ptr + chunk)
-        for j in tl.static_range(K):
-            route = tl.load(routes_ptr + (owner * BRANCHES + branch) * K + j, mask=owner >= 0, other=-1)
-            p_part = A_part_ptr + ((wide(chunk) * BRANCHES + branch) * K + j) * size + o
-            b_dA += tl.load(p_part, mask=(o < size) & (route == expert), other=0)
-    tl.store(dA_ptr + wide(expert) * size + o, b_dA.to(dA_ptr.dtype.element_ty), mask=o < size)
+        i_n = tl.load(chunk_to_seq_ptr + chunk)
+        p_part = part_ptr + (to_int64(chunk) * BANKS + bank) * K * size + o
+        if ids_ptr is None:
+            b_dA += tl.load(p_part + to_int64(expert) * size, mask=(o < size) & (i_n >= 0), other=0)
+        else:
+            for j in tl.static_range(K):
+                chosen = tl.load(ids_ptr + (i_n * BANKS + bank) * K + j, mask=i_n >= 0, other=-1)
+                b_dA += tl.load(p_part + to_int64(j) * size, mask=(o < size) & (chosen == expert), other=0)
+    tl.store(dA_ptr + to_int64(expert) * size + o, b_dA.to(dA_ptr.dtype.element_ty), mask=o < size)
 
 
 def grad_input(
     x: Tensor | None,
     dh: Tensor,
-    routes: Tensor,
-    vu_A: Tensor,
-    if_A: Tensor,
-    instances: int,
+    ids: Tensor | None,
+    A: list[Tensor],
+    token_router: Tensor | None,
+    dtoken_logits: Tensor | None,
+    num_seqs: int,
     cu_seqlens: Tensor | None,
     route_mask: Tensor | None,
     dmean: Tensor | None,
     seed: Tensor | None,
+    streams: list[int],
     threshold: int,
-    fusion: str,
     dtype: torch.dtype,
     need_dx: bool,
-    need_vu_A: bool,
-    need_if_A: bool,
+    need_A: list[bool],
+    need_token_router: bool,
     g: Tensor | None,
-    weight: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dvu_A, dif_A); arguments and results as in `smolora.rank_space.grad_input`."""
-    T, n, top_k = dh.shape[0], instances, routes.shape[2]
-    _, r, d = vu_A.shape
-    use_vu, use_if = branches(fusion)
-    both, packed = use_vu + use_if, cu_seqlens is not None
-    need_vu_A, need_if_A = need_vu_A and use_vu, need_if_A and use_if
-    need_A = need_vu_A or need_if_A
-    card = tiles.card_of(dh.device)
-    tile = tiles.choose_tile("grad_input", r, top_k, dtype, card.capability)
-    RP, KP = tiles.rank_columns(r), tiles.next_power(top_k)
-    blocks = tiles.cdiv(KP * RP, tile.BC)
+    base_weight: Tensor | None,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Differentiate by x; arguments and results as in `smolora.engine.torch_passes.grad_input`."""
+    T, banks, K, r = dh.shape
+    d = A[0].shape[2]
+    if all(a.shape[0] == 1 for a in A):
+        ids = None  # all slots have the one A
+    card, RP = card_of(dh.device), tiles.padded_rank(r)
+    tile = tiles.choose_tile("grad_input", r, K, dtype, card.capability)
+    seqs = sequences(T, num_seqs, cu_seqlens, alike=ids is None and dmean is None)
+    blocks = cdiv(next_power_of_2(K) * RP, tile.BC)
+    d_blocks = cdiv(d, tile.BD)
+    chunk = chunk_tokens(T, seqs.num_seqs, d_blocks, tile.BT, card.processors)
+    chunks = tile_count(T, seqs.num_seqs, chunk, seqs.packed)
+    Z = 0 if dtoken_logits is None else dtoken_logits.shape[1]
     dx = dh.new_empty((T, d) if need_dx else 0, dtype=dtype)
-    d_blocks = tiles.cdiv(d, tile.BD)
-    chunk = tiles.chunk_tokens(T, n, d_blocks, tile.BT, card.processors)
-    chunks = tiles.tile_count(T, n, chunk, packed)
-    A_part = dh.new_empty((chunks, both, top_k, r, d) if need_A else 0)
-    owner = torch.empty(chunks, dtype=torch.int32, device=dh.device)
+    dA = [empty_like_if(need, a) for need, a in zip(need_A, A, strict=True)]
+    drouter = empty_like_if(need_token_router, dh if token_router is None else token_router)
+    A_part = dh.new_empty((chunks, banks, K, r, d)) if any(need_A) else None
+    router_part = dh.new_empty((chunks, Z, d)) if need_token_router else None
+    chunk_to_seq = torch.empty(chunks, dtype=torch.int32, device=dh.device)
 
-    def launch(columns: int, blocks: int, want_dx: bool, want_vu_A: bool, want_if_A: bool) -> None:
-        grad_input_kernel[(d_blocks, chunks, columns)](
-            dx if x is None else x, dh, routes, vu_A, if_A, routes if cu_seqlens is None else cu_seqlens,
-            routes if route_mask is None else route_mask.view(torch.uint8), dh if dmean is None else dmean,
-            routes if seed is None else seed, dx, A_part, owner, n, T // max(n, 1), d, 256 / (256 - threshold),
-            R=r, RP=RP, K=top_k, BT=tile.BT, BD=tile.BD, BC=tile.BC, BLOCKS=blocks, CHUNK=chunk, VU=use_vu, IF=use_if,
-            DX=want_dx, VU_A=want_vu_A, IF_A=want_if_A, ROUTER=dmean is not None, MASKED=route_mask is not None,
-            VARLEN=packed, THRESHOLD=threshold, IEEE=dtype == torch.float32, **tile.options(),
-        )  # fmt: skip
+    def launch(programs: int, blocks: int, with_dx: bool, with_parts: bool) -> None:
+        """Launch the pass for dx, for the parts of dA and dR, or for all."""
+        with_router = Z > 0 and (with_dx or need_token_router)
+        grad_input_kernel[(d_blocks, chunks, programs)](
+            x_ptr=x if with_parts else None,
+            dh_ptr=dh,
+            A_ptrs=tuple(A),
+            ids_ptr=ids,
+            token_router_ptr=token_router if with_router else None,
+            dlogits_ptr=dtoken_logits if with_router else None,
+            route_mask_ptr=None if dmean is None or route_mask is None else route_mask.view(torch.uint8),
+            dmean_ptr=dmean if with_dx else None,
+            seed_ptr=seed if threshold else None,
+            dx_ptr=dx if with_dx else None,
+            A_part_ptr=A_part if with_parts else None,
+            router_part_ptr=router_part if with_parts else None,
+            chunk_to_seq_ptr=chunk_to_seq,
+            **seqs.arguments(),
+            d=d,
+            scale=256 / (256 - threshold),
+            NEED_A=tuple(need and with_parts for need in need_A),
+            ANY_A=any(need_A) and with_parts,
+            STREAMS=tuple(streams),
+            BANKS=banks,
+            K=K,
+            R=r,
+            RP=RP,
+            Z=Z,
+            ZP=max(16, next_power_of_2(Z)),
+            BT=tile.BT,
+            BD=tile.BD,
+            BC=tile.BC,
+            BLOCKS=blocks,
+            CHUNK=chunk,
+            THRESHOLD=threshold,
+            **tile.options(),
+        )
 
-    if chunks and blocks == 1 and (need_dx or need_A):
-        launch(1, 1, need_dx, need_vu_A, need_if_A)
+    need_parts = any(need_A) or need_token_router
+    if chunks and blocks == 1 and (need_dx or need_parts):
+        launch(1, 1, need_dx, need_parts)
     elif chunks:
         if need_dx:
-            launch(1, blocks, True, False, False)
-        if need_A:
-            launch(blocks, 1, False, need_vu_A, need_if_A)
-    dA = empty_if(need_vu_A, vu_A), empty_if(need_if_A, if_A)
-    for branch, (A, want) in enumerate(((vu_A, need_vu_A), (if_A, need_if_A))):
-        if want:
-            _collect_A[(A.shape[0], tiles.cdiv(r * d, 1024))](
-                A_part, owner, routes, dA[branch], chunks, r * d, branch if both == 2 else 0,
-                K=top_k, BRANCHES=both, BLOCK=1024, **tiles.SMALL,
-            )  # fmt: skip
-    if need_dx and weight is not None:
-        dx.addmm_(g, weight)
-    return dx, *dA
+            launch(1, blocks, True, False)
+        if need_parts:
+            launch(blocks if any(need_A) else 1, 1, False, True)
+
+    def reduce(part: Tensor, ids: Tensor | None, bank: int, banks: int, slots: int, out: Tensor) -> None:
+        experts, size = out.shape[0], out[0].numel()
+        reduce_dA_kernel[(experts, cdiv(size, 1024))](
+            part_ptr=part,
+            chunk_to_seq_ptr=chunk_to_seq,
+            ids_ptr=ids,
+            dA_ptr=out,
+            chunks=chunks,
+            size=size,
+            bank=bank,
+            BANKS=banks,
+            K=slots,
+            BLOCK=1024,
+            **tiles.SMALL,
+        )
+
+    for bank, need in enumerate(need_A):
+        if need:
+            reduce(A_part, ids, bank, banks, K, dA[bank])
+    if need_token_router:
+        reduce(router_part, None, 0, 1, Z, drouter)
+    if need_dx and base_weight is not None:
+        dx.addmm_(g, base_weight)
+    return dx, dA, drouter

@@ -1,368 +1,421 @@
-"""From g = dL/dy to rank space: p = s B^T g and the gradients of B and I, from one read of g.
+"""From g = dL/dy to rank space: p = s B^T g and the gradients of B, I, slot weights and scores, from one read of g.
 
 Kernels, in the order they run:
 
-    grad_output_kernel   the pass over g: partial p, and partial dB of a chunk of tokens
-    mix_backward_kernel  dh from p; partial c and gate gradients of a tile
-    _collect             c of every expert, and the gate gradients of every instance
-    _collect_B           dB and dI
+    grad_output_kernel          the pass over g: partial p, and partial dB of a chunk of tokens
+    mix_backward_kernel         dh and dscores from p; a tile's parts of dw and of the slot weights' gradient
+    reduce_dw_dweights_kernel   dw of every expert, and the slot weights' gradient of every sequence
+    reduce_dB_kernel            dB and dI
 
-p needs all of k, and dB all tokens: a program holds a block of k and a chunk of one instance's tokens, keeps dB in
-registers and writes its part of p. When the chosen experts have too many columns to hold, p comes from the shrink
-kernel (g for x, B for A), and dB from this one with a program for a block of columns.
+p needs all of k, and dB all tokens: a program holds a block of k and a chunk of one sequence's tokens, keeps dB in
+registers and writes its part of p. When the slots have too many columns to hold, p comes from `shrink_kernel` (g for x,
+B for A), and dB from this one with a program for a block of columns.
 """
+
+from __future__ import annotations
+
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import branches, empty_if, wanted
+from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
+from ..spec import empty_like_if, grad_needs, num_slots
 from . import tiles
-from .common import columns, locate, per_slot, wide
-from .fuse_expand import fused
-from .mix import gradient_h, mix_backward
-from .route_shrink import shrink
+from .mixes import MIXES
+from .primitives import columns, sequences, slot_experts, slot_weights, tile_span, to_int64, zero_tile
+from .products import load_h, scaled_h, shrink
 
 
-@triton.jit(do_not_specialize=["T", "n", "S"])
+@triton.jit
+def trained_columns(
+    trained_ptrs,  # bool (E,), or None: all
+    ids_ptr,
+    i_n,
+    bank: tl.constexpr,
+    slot,
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Return which of the columns [BC] have an expert whose B gets a gradient."""
+    m_c = slot < K
+    if trained_ptrs is not None:
+        expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
+        m_c = m_c & (tl.load(trained_ptrs[bank] + expert, mask=m_c, other=0) != 0)
+    return m_c
+
+
+@triton.jit(do_not_specialize=["T", "num_seqs", "seq_len"])
 def grad_output_kernel(
     g_ptr,  # (T, k)
-    h_ptr,  # (T, b, K, R)
-    routes_ptr,  # (n, b, K)
-    gates_ptr,  # (n, b, K)
-    lead_ptr,  # (T,)
-    vu_B_ptr,  # (M, k, R)
-    if_B_ptr,  # (N, k, R)
-    cu_ptr,  # (n + 1,)
-    vu_part_ptr,  # (blocks of k, T, K * R) out
-    if_part_ptr,  # (blocks of k, T, K * R) out
+    h_ptr,  # (T, b, DOWN, R)
+    ids_ptr,  # (n, b, K) or None
+    slot_weights_ptr,  # (n, b, K) or None
+    scores_ptr,  # (T, K) or (T,), or None
+    B_ptrs,  # (E, k, R)
+    trained_ptrs,  # bool (E,), or None
+    cu_seqlens_ptr,  # (n + 1,) or None
+    p_part_ptrs,  # (blocks of k, T, K * R) out; None: p is not wanted here
     B_part_ptr,  # (chunks, b, K, k, R) out
-    owner_ptr,  # (chunks,) out: the chunk's instance, -1 if it has no token
+    chunk_to_seq_ptr,  # (chunks,) out: the chunk's sequence, -1 if it has no token
     T,
-    n,
-    S,
+    num_seqs,
+    seq_len,
     k,
     scaling,
+    STATE: tl.constexpr,  # the functions of the mix
+    SHARE: tl.constexpr,
+    NEED_B: tl.constexpr,  # of each bank
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    DOWN: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
-    K: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BC: tl.constexpr,
     CHUNK: tl.constexpr,
-    VU: tl.constexpr,
-    IF: tl.constexpr,
-    P: tl.constexpr,
-    VU_B: tl.constexpr,
-    IF_B: tl.constexpr,
-    VARLEN: tl.constexpr,
-    IEEE: tl.constexpr,
 ):
-    """Grid (blocks of k, chunks, column blocks): CHUNK tokens of one instance by BK outputs; P has one column block."""
-    PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
-    STRIDE: tl.constexpr = (VU + IF) * K * R
+    """Grid (blocks of k, chunks, column blocks): CHUNK tokens of one sequence by BK outputs; p has one column block."""
     dtype: tl.constexpr = g_ptr.dtype.element_ty
     i_k = tl.program_id(0)
     chunk = tl.program_id(1)
     block = tl.program_id(2)
-    i_n, j, start, end = locate(chunk, cu_ptr, n, S, CHUNK, 1, VARLEN)
-    start += j * CHUNK
-    end = tl.minimum(end, start + CHUNK)
+    i_n, start, end = tile_span(chunk, cu_seqlens_ptr, num_seqs, seq_len, CHUNK)
     if i_k == 0 and block == 0:
-        tl.store(owner_ptr + chunk, tl.where(start < end, i_n, -1))
+        tl.store(chunk_to_seq_ptr + chunk, tl.where(start < end, i_n, -1))
     if start >= end:
         return
     o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < k
     slot, rank = columns(block, BC, RP)
     m_c = (slot < K) & (rank < R)
-    m_b = m_k[:, None] & m_c[None, :]
-    p_routes = routes_ptr + i_n * (VU + IF) * K
-    p_gates = gates_ptr + i_n * (VU + IF) * K
-    if VU:
-        q_v = per_slot(p_gates, slot, K, 0.0)
-        if P:
-            expert = per_slot(p_routes, slot, K, 0)
-            p_b = vu_B_ptr + (expert.to(tl.int64) * k * R + rank)[None, :] + o_k[:, None].to(tl.int64) * R
-            b_v = tl.load(p_b, mask=m_b, other=0).to(dtype)
-        if VU_B:
-            d_v = tl.zeros([BK, BC], tl.float32)
-    if IF:
-        q_i = per_slot(p_gates + VU * K, slot, K, 0.0)
-        if P:
-            expert = per_slot(p_routes + VU * K, slot, K, 0)
-            p_b = if_B_ptr + (expert.to(tl.int64) * k * R + rank)[None, :] + o_k[:, None].to(tl.int64) * R
-            b_i = tl.load(p_b, mask=m_b, other=0).to(dtype)
-        if IF_B:
-            d_i = tl.zeros([BK, BC], tl.float32)
+
+    b_up = ()  # [BK, BC] each
+    b_q = ()  # [BC]
+    trains = ()  # whether a bank has anything to sum here
+    b_dB = ()  # [BK, BC]
+    any_trains = p_part_ptrs is not None
+    for bank in tl.static_range(BANKS):
+        if p_part_ptrs is not None:
+            expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
+            p_b = B_ptrs[bank] + (expert.to(tl.int64) * k * R + rank)[None, :] + o_k[:, None].to(tl.int64) * R
+            b_up = b_up + (tl.load(p_b, mask=m_k[:, None] & m_c[None, :], other=0).to(dtype),)
+        b_q = b_q + (slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K),)
+        bank_trains = NEED_B[bank]
+        if trained_ptrs is not None:
+            m_t = trained_columns(trained_ptrs, ids_ptr, i_n, bank, slot, BANKS, K)
+            bank_trains = bank_trains & (tl.max(m_t.to(tl.int32), 0) > 0)
+        any_trains = any_trains | bank_trains
+        trains = trains + (bank_trains,)
+        b_dB = b_dB + (zero_tile(BK, BC),)
+    if trained_ptrs is not None:
+        if not any_trains:
+            return
 
     for t in range(start, end, BT):
         rows = t + tl.arange(0, BT)
         inside = rows < end
         b_g = tl.load(g_ptr + rows[:, None] * k + o_k[None, :], mask=inside[:, None] & m_k[None, :], other=0)
-        b_lead = tl.load(lead_ptr + rows, mask=inside, other=0)
-        m_p = inside[:, None] & m_c[None, :]
-        o_p = (wide(i_k) * T + rows)[:, None] * (K * R) + (slot * R + rank)[None, :]
-        if VU:
-            if P:
-                tl.store(vu_part_ptr + o_p, tl.dot(b_g, b_v, input_precision=PRECISION), mask=m_p)
-            if VU_B:
-                u_v = fused(h_ptr, rows, inside, tl.sigmoid(b_lead), slot, rank, q_v, scaling, K, R, STRIDE).to(dtype)
-                d_v = tl.dot(tl.trans(b_g), u_v, d_v, input_precision=PRECISION)
-        if IF:
-            if P:
-                tl.store(if_part_ptr + o_p, tl.dot(b_g, b_i, input_precision=PRECISION), mask=m_p)
-            if IF_B:
-                u_i = fused(
-                    h_ptr + VU * K * R, rows, inside, tl.sigmoid(-b_lead), slot, rank, q_i, scaling, K, R, STRIDE
-                ).to(dtype)
-                d_i = tl.dot(tl.trans(b_g), u_i, d_i, input_precision=PRECISION)
+        state = STATE(scores_ptr, rows, inside, K, KP)
+        b_summed = ()
+        for bank in tl.static_range(BANKS):
+            if p_part_ptrs is not None:
+                o_p = (to_int64(i_k) * T + rows)[:, None] * (K * R) + (slot * R + rank)[None, :]
+                b_p = tl.dot(b_g, b_up[bank], input_precision="ieee")
+                tl.store(p_part_ptrs[bank] + o_p, b_p, mask=inside[:, None] & m_c[None, :])
+            b_sum = b_dB[bank]
+            if NEED_B[bank]:
+                if trains[bank]:
+                    b_u = scaled_h(
+                        h_ptr,
+                        scores_ptr,
+                        state,
+                        b_q[bank],
+                        rows,
+                        inside,
+                        slot,
+                        rank,
+                        scaling,
+                        bank,
+                        SHARE,
+                        BANKS,
+                        K,
+                        DOWN,
+                        R,
+                    )
+                    b_sum = tl.dot(tl.trans(b_g), b_u.to(dtype), b_sum, input_precision="ieee")
+            b_summed = b_summed + (b_sum,)
+        b_dB = b_summed
 
-    p_out = B_part_ptr + (wide(chunk) * (VU + IF) * K + slot)[None, :] * k * R + o_k[:, None].to(tl.int64) * R
-    p_out += rank[None, :]
-    if VU_B:
-        tl.store(p_out, d_v, mask=m_b)
-    if IF_B:
-        tl.store(p_out + wide(VU * K) * k * R, d_i, mask=m_b)
+    for bank in tl.static_range(BANKS):
+        if NEED_B[bank]:
+            m_t = trained_columns(trained_ptrs, ids_ptr, i_n, bank, slot, BANKS, K) & (rank < R)
+            o_slot = (to_int64(chunk) * (BANKS * K) + bank * K + slot) * k * R + rank
+            p_out = B_part_ptr + o_slot[None, :] + o_k[:, None].to(tl.int64) * R
+            tl.store(p_out, b_dB[bank], mask=m_k[:, None] & m_t[None, :])
 
 
 @triton.jit
-def part_sum(
-    part_ptr, rows, m_p, slot, rank, T, parts, K: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
-):
-    """The sum of the parts of p of a branch [BT, BC], in their order."""
-    b_p = tl.zeros([BT, BC], tl.float32)
-    for i in range(0, parts):
-        p_part = part_ptr + (rows + wide(i) * T)[:, None] * (K * R) + (slot * R + rank)[None, :]
-        b_p += tl.load(p_part, mask=m_p, other=0)
-    return b_p
-
-
-@triton.jit
-def branch_backward(
-    part_ptr,  # (parts, T, K * R)
-    h_ptr,  # (T, b, K, R) at the branch, and so all below
-    w_ptr,  # (experts, R)
-    p_routes,  # (K,)
-    p_gates,  # (K,)
-    dh_ptr,  # (T, b, K, R) out
-    p_c,  # (K, R) out
-    p_dq,  # (K, R) out
+def sum_p(
+    p_part_ptr,  # (p_parts, T, K * R)
     rows,
     inside,
-    b_share,
-    b_delta,
-    parts,
+    slot,
+    rank,
     T,
+    p_parts,
     scaling,
-    R: tl.constexpr,
-    RP: tl.constexpr,
     K: tl.constexpr,
-    STRIDE: tl.constexpr,
+    R: tl.constexpr,
     BT: tl.constexpr,
-    BC: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    GATES: tl.constexpr,
+    BR: tl.constexpr,
 ):
-    """One branch of mix's gradient: dh of a tile of tokens [BT], and their sums of c and of the gates' gradient."""
-    for block in tl.static_range(BLOCKS):
-        slot, rank = columns(block, BC, RP)
-        m_c = (slot < K) & (rank < R)
-        m_p = inside[:, None] & m_c[None, :]
-        o_c = slot * R + rank
-        b_q = per_slot(p_gates, slot, K, 0.0)
-        b_p = scaling * part_sum(part_ptr, rows, m_p, slot, rank, T, parts, K, R, BT, BC)
-        b_w = tl.zeros([BC], tl.float32)
-        if ADAPTIVE:
-            b_w = tl.load(w_ptr + per_slot(p_routes, slot, K, 0) * R + rank, mask=m_c, other=0)
-        b_dh = gradient_h(b_share, b_delta, b_p, b_w, b_q)
-        tl.store(dh_ptr + rows[:, None] * STRIDE + o_c[None, :], b_dh, mask=m_p)
-        if ADAPTIVE or GATES:
-            b_h = tl.load(h_ptr + rows[:, None] * STRIDE + o_c[None, :], mask=m_p, other=0)
-        if ADAPTIVE:
-            tl.store(p_c + o_c, tl.sum(b_delta[:, None] * b_h, 0) * b_q, mask=m_c)
-        if GATES:
-            b_dq = tl.sum((b_share[:, None] * b_p + b_delta[:, None] * b_w[None, :]) * b_h, 0)
-            tl.store(p_dq + o_c, b_dq, mask=m_c)
+    """Return a block of p [BT, BR], the sum of its parts in their order."""
+    m_p = inside[:, None] & (rank < R)[None, :]
+    b_p = tl.zeros([BT, BR], tl.float32)
+    for i in range(0, p_parts):
+        o_p = (rows + to_int64(i) * T)[:, None] * (K * R) + (slot * R + rank)[None, :]
+        b_p += tl.load(p_part_ptr + o_p, mask=m_p, other=0)
+    return scaling * b_p
 
 
-@triton.jit(do_not_specialize=["T", "n", "S", "parts"])
+@triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "p_parts"])
 def mix_backward_kernel(
-    vu_part_ptr,  # (parts, T, K * R)
-    if_part_ptr,  # (parts, T, K * R)
-    h_ptr,  # (T, b, K, R)
-    w_ptr,  # (M + N, R)
-    routes_ptr,  # (n, b, K)
-    gates_ptr,  # (n, b, K)
-    lead_ptr,  # (T,)
-    cu_ptr,  # (n + 1,)
-    dh_ptr,  # (T, b, K, R) out
-    c_part_ptr,  # (tiles, b, K, R) out
-    dq_part_ptr,  # (tiles, b, K, R) out: summed over ranks by the next kernel
-    owner_ptr,  # (tiles,) out: the tile's instance, -1 if it has no token
-    parts,
+    p_part_ptrs,  # (p_parts, T, K * R)
+    h_ptr,  # (T, b, DOWN, R)
+    w_ptr,  # (sum of E, R)
+    ids_ptr,  # (n, b, K) or None
+    slot_weights_ptr,  # (n, b, K) or None
+    scores_ptr,  # (T, K) or (T,), or None
+    cu_seqlens_ptr,  # (n + 1,) or None
+    dh_ptr,  # (T, b, DOWN, R) out
+    dscores_ptr,  # (T, K) out, or None
+    dw_part_ptr,  # (tiles, b, K, R) out
+    dweights_part_ptr,  # (tiles, b, K, R) out, which the next kernel sums over ranks; or None
+    tile_to_seq_ptr,  # (tiles,) out: the tile's sequence, -1 if it has no token
+    p_parts,
     T,
-    n,
-    S,
+    num_seqs,
+    seq_len,
     scaling,
-    M: tl.constexpr,
+    STATE: tl.constexpr,  # the functions of the mix
+    SHARE: tl.constexpr,
+    SCORES_BACKWARD: tl.constexpr,
+    FUSE_BACKWARD: tl.constexpr,
+    BANKS: tl.constexpr,
+    FIRST: tl.constexpr,  # of each bank, where its experts begin when they are counted through
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    DOWN: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
-    K: tl.constexpr,
     BT: tl.constexpr,
-    BC: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    VU: tl.constexpr,
-    IF: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    GATES: tl.constexpr,
-    VARLEN: tl.constexpr,
+    BR: tl.constexpr,
 ):
-    """Grid (tiles,): the gradient of mix for a tile of tokens."""
-    STRIDE: tl.constexpr = (VU + IF) * K * R
+    """Grid (tiles,): the gradient of the mix for a tile of tokens, slot by slot, BR ranks at a time."""
     tile = tl.program_id(0)
-    i_n, j, start, end = locate(tile, cu_ptr, n, S, BT, 1, VARLEN)
-    start += j * BT
-    tl.store(owner_ptr + tile, tl.where(start < end, i_n, -1))
+    i_n, start, end = tile_span(tile, cu_seqlens_ptr, num_seqs, seq_len, BT)
+    tl.store(tile_to_seq_ptr + tile, tl.where(start < end, i_n, -1))
     if start >= end:
         return
     rows = start + tl.arange(0, BT)
     inside = rows < end
-    b_lead = tl.load(lead_ptr + rows, mask=inside, other=0)
-    b_delta = tl.zeros([BT], tl.float32)
-    if ADAPTIVE:
-        ph_v = tl.zeros([BT], tl.float32)
-        ph_i = tl.zeros([BT], tl.float32)
-        for block in tl.static_range(BLOCKS):
-            slot, rank = columns(block, BC, RP)
-            m_p = inside[:, None] & ((slot < K) & (rank < R))[None, :]
-            p_h = h_ptr + rows[:, None] * STRIDE + (slot * R + rank)[None, :]
-            b_q = per_slot(gates_ptr + i_n * 2 * K, slot, K, 0.0)
-            b_p = scaling * part_sum(vu_part_ptr, rows, m_p, slot, rank, T, parts, K, R, BT, BC)
-            ph_v += tl.sum(b_p * tl.load(p_h, mask=m_p, other=0) * b_q[None, :], 1)
-            b_q = per_slot(gates_ptr + (i_n * 2 + 1) * K, slot, K, 0.0)
-            b_p = scaling * part_sum(if_part_ptr, rows, m_p, slot, rank, T, parts, K, R, BT, BC)
-            ph_i += tl.sum(b_p * tl.load(p_h + K * R, mask=m_p, other=0) * b_q[None, :], 1)
-        b_delta = mix_backward(b_lead, ph_v, ph_i)
-    o_g = i_n * (VU + IF) * K
-    if VU:
-        branch_backward(
-            vu_part_ptr, h_ptr, w_ptr, routes_ptr + o_g, gates_ptr + o_g, dh_ptr, c_part_ptr + wide(tile) * STRIDE,
-            dq_part_ptr + wide(tile) * STRIDE, rows, inside, tl.sigmoid(b_lead), b_delta, parts, T, scaling, R, RP, K,
-            STRIDE, BT, BC, BLOCKS, ADAPTIVE, GATES,
-        )  # fmt: skip
-    if IF:
-        o_b = VU * K * R
-        branch_backward(
-            if_part_ptr, h_ptr + o_b, w_ptr + M * R, routes_ptr + o_g + VU * K, gates_ptr + o_g + VU * K, dh_ptr + o_b,
-            c_part_ptr + wide(tile) * STRIDE + o_b, dq_part_ptr + wide(tile) * STRIDE + o_b, rows, inside,
-            tl.sigmoid(-b_lead), -b_delta, parts, T, scaling, R, RP, K, STRIDE, BT, BC, BLOCKS, ADAPTIVE, GATES,
-        )  # fmt: skip
+    state = STATE(scores_ptr, rows, inside, K, KP)
+
+    if FUSE_BACKWARD is not None:
+        b_ph = ()  # [BT] each, the sum of q p . h over a bank
+        for bank in tl.static_range(BANKS):
+            b_sum = tl.zeros([BT], tl.float32)
+            for part in tl.static_range(RP // BR):
+                rank = part * BR + tl.arange(0, BR)
+                for j in tl.static_range(K):
+                    slot = tl.full([1], j, tl.int32)
+                    b_p = sum_p(p_part_ptrs[bank], rows, inside, slot, rank, T, p_parts, scaling, K, R, BT, BR)
+                    b_h = load_h(h_ptr, rows, inside, slot, rank, bank, BANKS, K, DOWN, R)
+                    b_q = slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
+                    b_sum += tl.sum(b_p * b_h * b_q[None, :], 1)
+            b_ph = b_ph + (b_sum,)
+        b_delta = FUSE_BACKWARD(state, b_ph)  # [BT] each
+
+    o_slots = tl.arange(0, KP)
+    b_dshare = tl.zeros([BT, KP], tl.float32)
+    for bank in tl.static_range(BANKS):
+        for part in tl.static_range(RP // BR):
+            rank = part * BR + tl.arange(0, BR)
+            m_h = inside[:, None] & (rank < R)[None, :]
+            b_shared = tl.zeros([BT, BR], tl.float32)
+            for j in tl.static_range(K):
+                slot = tl.full([1], j, tl.int32)
+                o_slot = (bank * K + j) * R + rank
+                b_q = slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
+                b_p = sum_p(p_part_ptrs[bank], rows, inside, slot, rank, T, p_parts, scaling, K, R, BT, BR)
+                b_gated = SHARE(state, scores_ptr, rows, inside, slot, bank, K) * b_p
+                if FUSE_BACKWARD is not None:
+                    expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
+                    b_w = tl.load(w_ptr + (FIRST[bank] + expert) * R + rank, mask=rank < R, other=0)
+                    b_gated += b_delta[bank][:, None] * b_w[None, :]
+                b_dh = b_gated * b_q[None, :]
+                if DOWN == K:
+                    o_h = rows[:, None] * (BANKS * DOWN * R) + o_slot[None, :]
+                    tl.store(dh_ptr + o_h, b_dh, mask=m_h)
+                else:
+                    b_shared += b_dh
+                if FUSE_BACKWARD is not None or dscores_ptr is not None or dweights_part_ptr is not None:
+                    b_h = load_h(h_ptr, rows, inside, slot, rank, bank, BANKS, K, DOWN, R)
+                if FUSE_BACKWARD is not None:
+                    p_dw = dw_part_ptr + to_int64(tile) * (BANKS * K * R) + o_slot
+                    tl.store(p_dw, tl.sum(b_delta[bank][:, None] * b_h, 0) * b_q, mask=rank < R)
+                if dweights_part_ptr is not None:
+                    p_dq = dweights_part_ptr + to_int64(tile) * (BANKS * K * R) + o_slot
+                    tl.store(p_dq, tl.sum(b_gated * b_h, 0), mask=rank < R)
+                if dscores_ptr is not None:
+                    b_ph_j = tl.sum(b_p * b_h, 1)[:, None] * b_q[None, :]  # [BT, 1]
+                    b_dshare += tl.where((o_slots == j)[None, :], b_ph_j, 0.0)
+            if DOWN < K:
+                o_h = rows[:, None] * (BANKS * R) + (bank * R + rank)[None, :]
+                tl.store(dh_ptr + o_h, b_shared, mask=m_h)
+    if dscores_ptr is not None:
+        b_dscores = SCORES_BACKWARD(state, scores_ptr, rows, inside, b_dshare, K, KP)
+        m_s = inside[:, None] & (o_slots < K)[None, :]
+        tl.store(dscores_ptr + rows[:, None] * K + o_slots[None, :], b_dscores, mask=m_s)
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def _collect(
-    c_part_ptr,  # (tiles, b, K, R)
-    dq_part_ptr,  # (tiles, b, K, R)
-    owner_ptr,  # (tiles,)
-    routes_ptr,  # (n, b, K)
-    c_ptr,  # (M + N, R) out
-    dq_ptr,  # (n, b, K) out
+def reduce_dw_dweights_kernel(
+    dw_part_ptr,  # (tiles, b, K, R), or None
+    dweights_part_ptr,  # (tiles, b, K, R), or None
+    tile_to_seq_ptr,  # (tiles,)
+    ids_ptr,  # (n, b, K) or None
+    dw_ptr,  # (EXPERTS, R) out
+    dweights_ptr,  # (n, b, K) out
     tiles,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    EXPERTS: tl.constexpr,  # of all banks; 0 where there is no dw
+    FIRST: tl.constexpr,  # of each bank, where its experts begin when they are counted through
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
-    K: tl.constexpr,
-    BRANCHES: tl.constexpr,
     TILES: tl.constexpr,
-    C: tl.constexpr,
 ):
-    """Grid (M + N if C, n): an expert's c; then, with the pid past those, an instance's gate gradients."""
+    """Grid (EXPERTS + n if there are dweights): an expert's dw, or the gradients of a sequence's slot weights."""
     pid = tl.program_id(0)
     o_r = tl.arange(0, RP)
-    EXPERTS: tl.constexpr = (M + N) * C
     if pid < EXPERTS:
-        branch = tl.where(pid < M, 0, 1)
-        expert = pid - branch * M
-        b_c = tl.zeros([RP], tl.float32)
+        bank = 0
+        first = 0
+        for later in tl.static_range(1, BANKS):
+            bank = tl.where(pid < FIRST[later], bank, later)
+            first = tl.where(pid < FIRST[later], first, FIRST[later])
+        b_dw = tl.zeros([RP], tl.float32)
         for t in range(0, tiles, TILES):
             o_t = t + tl.arange(0, TILES)
-            owner = tl.load(owner_ptr + o_t, mask=o_t < tiles, other=-1)
+            i_n = tl.load(tile_to_seq_ptr + o_t, mask=o_t < tiles, other=-1)
             for j in tl.static_range(K):
-                route = tl.load(routes_ptr + (owner * 2 + branch) * K + j, mask=owner >= 0, other=-1)
-                p_c = c_part_ptr + ((o_t.to(tl.int64) * 2 + branch) * K + j)[:, None] * R + o_r[None, :]
-                b_c += tl.sum(tl.load(p_c, mask=(route == expert)[:, None] & (o_r < R)[None, :], other=0), 0)
-        tl.store(c_ptr + pid * R + o_r, b_c, mask=o_r < R)
+                expert = tl.where(i_n >= 0, j, -1)
+                if ids_ptr is not None:
+                    expert = tl.load(ids_ptr + (i_n * BANKS + bank) * K + j, mask=i_n >= 0, other=-1)
+                p_dw = dw_part_ptr + ((o_t.to(tl.int64) * BANKS + bank) * K + j)[:, None] * R + o_r[None, :]
+                m_dw = (expert == pid - first)[:, None] & (o_r < R)[None, :]
+                b_dw += tl.sum(tl.load(p_dw, mask=m_dw, other=0), 0)
+        tl.store(dw_ptr + pid * R + o_r, b_dw, mask=o_r < R)
     else:
-        i_n = pid - EXPERTS
-        for slot in tl.static_range(BRANCHES * K):
-            b_dq = tl.zeros([RP], tl.float32)
-            for t in range(0, tiles, TILES):
-                o_t = t + tl.arange(0, TILES)
-                own = tl.load(owner_ptr + o_t, mask=o_t < tiles, other=-1) == i_n
-                p_q = dq_part_ptr + (o_t.to(tl.int64) * (BRANCHES * K) + slot)[:, None] * R + o_r[None, :]
-                b_dq += tl.sum(tl.load(p_q, mask=own[:, None] & (o_r < R)[None, :], other=0), 0)
-            tl.store(dq_ptr + i_n * BRANCHES * K + slot, tl.sum(b_dq, 0))
+        if dweights_part_ptr is not None:
+            seq = pid - EXPERTS
+            for slot in tl.static_range(BANKS * K):
+                b_dq = tl.zeros([RP], tl.float32)
+                for t in range(0, tiles, TILES):
+                    o_t = t + tl.arange(0, TILES)
+                    own = tl.load(tile_to_seq_ptr + o_t, mask=o_t < tiles, other=-1) == seq
+                    p_dq = dweights_part_ptr + (o_t.to(tl.int64) * (BANKS * K) + slot)[:, None] * R + o_r[None, :]
+                    b_dq += tl.sum(tl.load(p_dq, mask=own[:, None] & (o_r < R)[None, :], other=0), 0)
+                tl.store(dweights_ptr + seq * BANKS * K + slot, tl.sum(b_dq, 0))
+
+
+@triton.jit
+def sum_chunks(
+    B_part_ptr,  # (chunks, b, K, k, R)
+    chunk_to_seq_ptr,  # (chunks,)
+    ids_ptr,  # (n, b, K) or None
+    expert,
+    o_b,
+    m_b,
+    chunks,
+    size,
+    bank,
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    RP: tl.constexpr,
+):
+    """Return the sum of an expert's parts of dB, [BK, RP], in the order of chunks."""
+    b_dB = tl.zeros([BK, RP], tl.float32)
+    for chunk in range(0, chunks):
+        i_n = tl.load(chunk_to_seq_ptr + chunk)
+        p_part = B_part_ptr + (to_int64(chunk) * BANKS + bank) * K * size + o_b
+        if ids_ptr is None:
+            b_dB += tl.load(p_part + to_int64(expert) * size, mask=m_b & (i_n >= 0), other=0)
+        else:
+            for j in tl.static_range(K):
+                chosen = tl.load(ids_ptr + (i_n * BANKS + bank) * K + j, mask=i_n >= 0, other=-1)
+                b_dB += tl.load(p_part + to_int64(j) * size, mask=m_b & (chosen == expert), other=0)
+    return b_dB
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def _collect_B(
+def reduce_dB_kernel(
     B_part_ptr,  # (chunks, b, K, k, R)
-    owner_ptr,  # (chunks,)
-    routes_ptr,  # (n, b, K)
-    c_ptr,  # (M + N, R)
-    B_ptr,  # (E, k, R) of the branch
-    importance_ptr,  # (k,) of the branch
-    dB_ptr,  # (E, k, R) out
-    dI_ptr,  # (k,) out
+    chunk_to_seq_ptr,  # (chunks,)
+    ids_ptr,  # (n, b, K) or None
+    dw_ptr,  # (E, R) of the bank, or None
+    B_ptr,  # (E, k, R) of the bank
+    importance_ptr,  # (k,) of the bank, or None
+    trained_ptr,  # bool (E,) of the bank, or None
+    dB_ptr,  # (E, k, R) out, or None
+    dI_ptr,  # (k,) out, or None
     chunks,
     k,
     scaling,
-    branch,
-    first,
+    bank,
     E: tl.constexpr,
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
-    K: tl.constexpr,
-    BRANCHES: tl.constexpr,
     BK: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    WANT_B: tl.constexpr,
-    WANT_I: tl.constexpr,
 ):
-    """Grid (blocks of k,): dB_e = sum of its parts + s I c_e^T of one branch's experts, and dI = s sum of B_e c_e.
-
-    `branch` counts the branches in use, `first` is the row of c of the branch's first expert.
-    """
+    """Grid (blocks of k,): dB_e = sum of its parts + s I dw_e^T of one bank's experts, and dI = s sum of B_e dw_e."""
     o_k = tl.program_id(0) * BK + tl.arange(0, BK)
     o_r = tl.arange(0, RP)
     m_k = o_k < k
-    inside = m_k[:, None] & (o_r < R)[None, :]
+    m_b = m_k[:, None] & (o_r < R)[None, :]
     o_b = o_k[:, None].to(tl.int64) * R + o_r[None, :]
-    if ADAPTIVE:
+    if dw_ptr is not None:
         b_I = tl.load(importance_ptr + o_k, mask=m_k, other=0).to(tl.float32)
         b_dI = tl.zeros([BK], tl.float32)
     for expert in tl.static_range(E):
-        if ADAPTIVE:
-            b_c = scaling * tl.load(c_ptr + (first + expert) * R + o_r, mask=o_r < R, other=0)
-        if WANT_B:
-            b_dB = tl.zeros([BK, RP], tl.float32)
-            for chunk in range(0, chunks):
-                owner = tl.load(owner_ptr + chunk)
-                for j in tl.static_range(K):
-                    route = tl.load(routes_ptr + (owner * BRANCHES + branch) * K + j, mask=owner >= 0, other=-1)
-                    p_part = B_part_ptr + ((wide(chunk) * BRANCHES + branch) * K + j) * k * R + o_b
-                    b_dB += tl.load(p_part, mask=inside & (route == expert), other=0)
-            if ADAPTIVE:
-                b_dB += b_I[:, None] * b_c[None, :]
-            tl.store(dB_ptr + wide(expert) * k * R + o_b, b_dB.to(dB_ptr.dtype.element_ty), mask=inside)
-        if ADAPTIVE and WANT_I:
-            b_B = tl.load(B_ptr + wide(expert) * k * R + o_b, mask=inside, other=0).to(tl.float32)
-            b_dI += tl.sum(b_B * b_c[None, :], 1)
-    if ADAPTIVE and WANT_I:
+        if dw_ptr is not None:
+            b_dw = scaling * tl.load(dw_ptr + expert * R + o_r, mask=o_r < R, other=0)
+        if dB_ptr is not None:
+            live_chunks = chunks
+            m_e = m_b
+            if trained_ptr is not None:
+                trains = tl.load(trained_ptr + expert) != 0
+                live_chunks = tl.where(trains, chunks, 0)
+                m_e = m_b & trains
+            b_dB = sum_chunks(
+                B_part_ptr, chunk_to_seq_ptr, ids_ptr, expert, o_b, m_e, live_chunks, k * R, bank, BANKS, K, BK, RP
+            )
+            if dw_ptr is not None:
+                b_dB += tl.where(m_e, b_I[:, None] * b_dw[None, :], 0.0)
+            tl.store(dB_ptr + to_int64(expert) * k * R + o_b, b_dB.to(dB_ptr.dtype.element_ty), mask=m_b)
+        if dI_ptr is not None:
+            b_b = tl.load(B_ptr + to_int64(expert) * k * R + o_b, mask=m_b, other=0).to(tl.float32)
+            b_dI += tl.sum(b_b * b_dw[None, :], 1)
+    if dI_ptr is not None:
         tl.store(dI_ptr + o_k, b_dI.to(dI_ptr.dtype.element_ty), mask=m_k)
 
 
@@ -370,94 +423,147 @@ def grad_output(
     g: Tensor,
     h: Tensor,
     w: Tensor,
-    routes: Tensor,
-    gates: Tensor,
-    lead: Tensor,
-    vu_B: Tensor,
-    if_B: Tensor,
-    vu_importance: Tensor,
-    if_importance: Tensor,
-    instances: int,
+    ids: Tensor | None,
+    slot_weights: Tensor | None,
+    scores: Tensor | None,
+    B: list[Tensor],
+    importance: list[Tensor],
+    trained: list[Tensor],
+    num_seqs: int,
     cu_seqlens: Tensor | None,
     scaling: float,
-    fusion: str,
+    mix: str,
     need_dh: bool,
-    need_vu_B: bool,
-    need_if_B: bool,
+    need_B: list[bool],
     need_importance: bool,
-    need_gates: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dh, dvu_B, dif_B, dvu_importance, dif_importance, dgates), as in `smolora.rank_space.grad_output`."""
-    (T, k), n = g.shape, instances
-    (M, _, r), N, top_k = vu_B.shape, if_B.shape[0], routes.shape[2]
-    (use_vu, use_if), adaptive = branches(fusion), fusion == "adaptive"
-    both, packed, S = use_vu + use_if, cu_seqlens is not None, T // max(n, 1)
-    need = wanted(fusion, need_dh, need_vu_B, need_if_B, need_importance, need_gates)
-    need_B = need.vu_B or need.if_B
-    card = tiles.card_of(g.device)
-    tile = tiles.choose_tile("grad_output", r, top_k, g.dtype, card.capability)
-    RP, KP = tiles.rank_columns(r), tiles.next_power(top_k)
-    blocks = tiles.cdiv(KP * RP, tile.BC)
-    one_read = 2 * KP * RP <= tiles.MAX_ONE_READ_COLUMNS
-    cu = routes if cu_seqlens is None else cu_seqlens
+    need_slot_weights: bool,
+    need_scores: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Differentiate by y; arguments and results as in `smolora.engine.torch_passes.grad_output`."""
+    (T, k), (_, banks, down, r) = g.shape, h.shape
+    K = num_slots(ids, B, 0)
+    need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
+    functions, experts = MIXES[mix], [b.shape[0] for b in B]
+    card, RP, KP = card_of(g.device), tiles.padded_rank(r), next_power_of_2(K)
+    seqs = sequences(T, num_seqs, cu_seqlens, alike=ids is None and slot_weights is None)
+    tile = tiles.choose_tile("grad_output", r, K, g.dtype, card.capability)
+    blocks = cdiv(KP * RP, tile.BC)
+    one_read = blocks == 1 and banks * KP * RP <= tiles.MAX_ONE_READ_COLUMNS
     float32 = dict(dtype=torch.float32, device=g.device)
     int32 = dict(dtype=torch.int32, device=g.device)
-    dh, dgates = empty_if(need.p, h), empty_if(need_gates, gates)
-    dB = empty_if(need.vu_B, vu_B), empty_if(need.if_B, if_B)
-    dI = empty_if(need.importance, vu_importance), empty_if(need.importance, if_importance)
+    dh = torch.empty(h.shape if need.p else 0, **float32)
+    dweights = torch.empty(slot_weights.shape if need_slot_weights else 0, **float32)
+    dscores = torch.empty(scores.shape if need_scores else 0, **float32)
+    dB = [empty_like_if(needed, b) for needed, b in zip(need_B, B, strict=True)]
+    dI = [empty_like_if(need_importance, i) for i in importance]
+    constants = dict(BANKS=banks, K=K, R=r, RP=RP)
+    mix_constants = dict(STATE=functions.state, SHARE=functions.share, KP=KP, DOWN=down, **constants)
+    first = tuple(accumulate([0, *experts[:-1]]))
 
-    k_blocks = tiles.cdiv(k, tile.BD)
-    chunk = tiles.chunk_tokens(T, n, k_blocks, tile.BT, card.processors)
-    chunks = tiles.tile_count(T, n, chunk, packed)
-    vu_part = if_part = B_part = dh
-    chunk_owner = torch.empty(chunks, **int32)
+    k_blocks = cdiv(k, tile.BD)
+    chunk = chunk_tokens(T, seqs.num_seqs, k_blocks, tile.BT, card.processors)
+    chunks = tile_count(T, seqs.num_seqs, chunk, seqs.packed)
+    chunk_to_seq = torch.empty(chunks, **int32)
+    p_parts: tuple[Tensor, ...] = ()
+    B_part = None
     if need.p and one_read:
-        vu_part = torch.empty((k_blocks, T, top_k * r) if use_vu else 0, **float32)
-        if_part = torch.empty((k_blocks, T, top_k * r) if use_if else 0, **float32)
-        parts = k_blocks
+        p_parts = tuple(torch.empty((k_blocks, T, K * r), **float32) for _ in B)
     elif need.p:
-        vu_part, if_part, parts = shrink(
-            g, vu_B, if_B, routes, n, cu_seqlens, fusion, r=r, strides=(k * r, 1, r)
-        )  # fmt: skip
-    if need_B:
-        B_part = torch.empty((chunks, both, top_k, k, r), **float32)
-    if chunks and (need_B or (need.p and one_read)):
+        p_parts = shrink(g, B, [K] * banks, [ids is not None] * banks, ids, seqs, r=r, strides=(k * r, 1, r)).parts
+    if any(need_B):
+        B_part = torch.empty((chunks, banks, K, k, r), **float32)
+    if chunks and (any(need_B) or (need.p and one_read)):
         grad_output_kernel[(k_blocks, chunks, blocks)](
-            g, h, routes, gates, lead, vu_B, if_B, cu, vu_part, if_part, B_part, chunk_owner, T, n, S, k, scaling,
-            R=r, RP=RP, K=top_k, BT=tile.BT, BK=tile.BD, BC=tile.BC, CHUNK=chunk, VU=use_vu, IF=use_if,
-            P=need.p and one_read, VU_B=need.vu_B, IF_B=need.if_B, VARLEN=packed, IEEE=g.dtype == torch.float32,
+            g_ptr=g,
+            h_ptr=h,
+            ids_ptr=ids,
+            slot_weights_ptr=slot_weights,
+            scores_ptr=scores,
+            B_ptrs=tuple(B),
+            trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
+            p_part_ptrs=(p_parts or None) if one_read else None,
+            B_part_ptr=B_part,
+            chunk_to_seq_ptr=chunk_to_seq,
+            T=T,
+            **seqs.arguments(),
+            k=k,
+            scaling=scaling,
+            NEED_B=tuple(need_B),
+            **mix_constants,
+            BT=tile.BT,
+            BK=tile.BD,
+            BC=tile.BC,
+            CHUNK=chunk,
             **tile.options(),
-        )  # fmt: skip
-    c = torch.empty((M + N if need.c else 0, r), **float32)
+        )
+    dw = torch.empty((sum(experts) if need.dw else 0, r), **float32)
     if need.p:
-        mix_tile = tiles.choose_tile("mix_backward", r, top_k, g.dtype, card.capability)
-        number = tiles.tile_count(T, n, mix_tile.BT, packed)
-        tile_owner = torch.empty(number, **int32)
-        c_part = torch.empty((number if adaptive else 0, both, top_k, r), **float32)
-        dq_part = torch.empty((number if need_gates else 0, both, top_k, r), **float32)
+        mix_tile = tiles.choose_tile("mix_backward", r, K, g.dtype, card.capability)
+        number = tile_count(T, seqs.num_seqs, mix_tile.BT, seqs.packed)
+        tile_to_seq = torch.empty(number, **int32)
+        dw_part = torch.empty((number, banks, K, r), **float32) if functions.fuse is not None else None
+        dweights_part = torch.empty((number, banks, K, r), **float32) if need_slot_weights else None
         if number:
             mix_backward_kernel[(number,)](
-                vu_part, if_part, h, w, routes, gates, lead, cu, dh, c_part, dq_part, tile_owner, parts, T, n, S,
-                scaling, M=M, R=r, RP=RP, K=top_k, BT=mix_tile.BT, BC=mix_tile.BC,
-                BLOCKS=tiles.cdiv(KP * RP, mix_tile.BC), VU=use_vu, IF=use_if, ADAPTIVE=adaptive, GATES=need_gates,
-                VARLEN=packed, **mix_tile.options(),
-            )  # fmt: skip
-        programs = c.shape[0] + dgates.shape[0]
+                p_part_ptrs=p_parts,
+                h_ptr=h,
+                w_ptr=w,
+                ids_ptr=ids,
+                slot_weights_ptr=slot_weights,
+                scores_ptr=scores,
+                dh_ptr=dh,
+                dscores_ptr=dscores if need_scores else None,
+                dw_part_ptr=dw_part,
+                dweights_part_ptr=dweights_part,
+                tile_to_seq_ptr=tile_to_seq,
+                p_parts=p_parts[0].shape[0],
+                T=T,
+                **seqs.arguments(),
+                scaling=scaling,
+                SCORES_BACKWARD=functions.scores_backward,
+                FUSE_BACKWARD=functions.fuse_backward,
+                FIRST=first,
+                **mix_constants,
+                BT=mix_tile.BT,
+                BR=min(RP, mix_tile.BC),
+                **mix_tile.options(),
+            )
+        programs = dw.shape[0] + (dweights.shape[0] if need_slot_weights else 0)
         if programs:
-            _collect[(programs,)](
-                c_part, dq_part, tile_owner, routes, c, dgates, number,
-                M=M, N=N, R=r, RP=RP, K=top_k, BRANCHES=both, TILES=64, C=need.c, **tiles.SMALL,
-            )  # fmt: skip
-    for branch, (B, importance, want) in enumerate(
-        ((vu_B, vu_importance, need.vu_B), (if_B, if_importance, need.if_B))
-    ):
-        if not (want or need.importance):
-            continue
-        BK = tiles.collect_rows(r)
-        _collect_B[(tiles.cdiv(k, BK),)](
-            B_part, chunk_owner, routes, c, B, importance, dB[branch], dI[branch], chunks, k, scaling,
-            branch if both == 2 else 0, M if branch else 0,
-            E=B.shape[0], R=r, RP=RP, K=top_k, BRANCHES=both, BK=BK, ADAPTIVE=need.c, WANT_B=want,
-            WANT_I=need.importance, **tiles.SMALL,
-        )  # fmt: skip
-    return dh if need_dh else torch.empty(0, **float32), *dB, *dI, dgates
+            reduce_dw_dweights_kernel[(programs,)](
+                dw_part_ptr=dw_part,
+                dweights_part_ptr=dweights_part,
+                tile_to_seq_ptr=tile_to_seq,
+                ids_ptr=ids,
+                dw_ptr=dw,
+                dweights_ptr=dweights,
+                tiles=number,
+                EXPERTS=dw.shape[0],
+                FIRST=first,
+                **constants,
+                TILES=64,
+                **tiles.SMALL,
+            )
+    BK = tiles.dB_rows(r)
+    for bank, needed in enumerate(need_B):
+        if needed or need_importance:
+            reduce_dB_kernel[(cdiv(k, BK),)](
+                B_part_ptr=B_part,
+                chunk_to_seq_ptr=chunk_to_seq,
+                ids_ptr=ids,
+                dw_ptr=dw[first[bank] :] if need.dw else None,
+                B_ptr=B[bank],
+                importance_ptr=importance[bank] if need.dw else None,
+                trained_ptr=trained[bank].view(torch.uint8) if trained else None,
+                dB_ptr=dB[bank] if needed else None,
+                dI_ptr=dI[bank] if need_importance else None,
+                chunks=chunks,
+                k=k,
+                scaling=scaling,
+                bank=bank,
+                E=experts[bank],
+                **constants,
+                BK=BK,
+                **tiles.SMALL,
+            )
+    return dh if need_dh else dh.new_empty(0), dB, dI, dweights, dscores

@@ -1,4 +1,4 @@
-"""The four passes, with the names, arguments and results of `smolora.rank_space`.
+"""The four passes, with the names, arguments and results of `smolora.engine.torch_passes`.
 
 Tensors are contiguous CUDA tensors; x, g and the base in float32, float16 or bfloat16, parameters in any floating
 dtype. Under `TRITON_INTERPRET=1` they are CPU tensors, of float32 or float16.

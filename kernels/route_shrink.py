@@ -1,503 +1,461 @@
-"""Route each instance and bring its tokens into rank space: one read of x.
+"""Choose each sequence's slots and bring its tokens into rank space: one read of x.
 
-Five kernels, in the order they run:
+Kernels, in the order they run (`shrink_kernel`, the pass over x, is in products.py):
 
-    _prepare   IF routing, the routed tokens of each instance, and partial sums of w = s B^T I
-    _shrink    the pass over x: A x of every VU expert (or of the chosen) and the chosen IF experts, and column sums
-    _route     the mean of x over routed tokens, and partial router logits
-    _finish    VU routing, and h of the chosen experts
-    _add_w     the parts of w, added
+    route_instruction_and_w_kernel  routers of the instruction, routed tokens, and partial sums of w = s B^T I
+    router_logits_kernel            the mean of x over routed tokens, and partial logits of the routers of x
+    choose_kernel                   the slots that the routers of x choose
+    reduce_split_k_kernel           h of the chosen slots, token logits, and w
 
-The VU route is known only when all of an instance has been read, so one pass computes all VU experts; when they have
-too many columns for that, a first pass takes the column sums alone and a second one the chosen experts. A route must
-not depend on batch or padding: tiles are laid from an instance's first routed token, and all sums over tokens and
-columns run in an order that only the instance and the layer set.
+A router of x decides only when all of a sequence has been read, so one pass computes all experts of its bank. When they
+have too many columns for that, a first pass takes the column sums alone and a second one the chosen experts. A route
+must not depend on batch or padding: tiles are laid from a sequence's first routed token, and all sums over tokens and
+columns run in an order that only the sequence and the layer set.
 """
+
+from __future__ import annotations
+
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import branches, new_rank_space, new_routing
+from ..launch import card_of, cdiv, next_power_of_2, tile_count
+from ..spec import down_slots, new_rank_space, new_routing, num_slots
 from . import tiles
-from .common import columns, keep_mask, locate, per_slot, tile_base, top_k, wide
+from .primitives import columns, first_tile, sequences, slot_experts, tile_span, to_int64, top_k
+from .products import shrink
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@triton.jit(do_not_specialize=["n", "S"])
-def _prepare(
-    instruction_ptr,  # (n, e)
-    if_router_ptr,  # (N, e)
-    mask_ptr,  # (T,) bool
-    cu_ptr,  # (n + 1,)
-    routed_ptr,  # (n, 2) out: the first routed token, and how many there are
-    routes_ptr,  # (n, b, K) out
-    gates_ptr,  # (n, b, K) out
-    logits_ptr,  # (n, M + N) out
-    vu_B_ptr,  # (M, k, R)
-    if_B_ptr,  # (N, k, R)
-    vu_importance_ptr,  # (k,)
-    if_importance_ptr,  # (k,)
-    w_part_ptr,  # (W, M + N, R) out
-    n,
-    S,
+@triton.jit
+def find_routed(i_n, route_mask_ptr, cu_seqlens_ptr, seq_len, BS: tl.constexpr):
+    """Return a sequence's first routed token, counted from its start, and how many there are."""
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + i_n).to(tl.int64)
+        length = tl.load(cu_seqlens_ptr + i_n + 1).to(tl.int64) - start
+    else:
+        start = to_int64(i_n) * seq_len
+        length = to_int64(seq_len)
+    first = to_int64(0)
+    count = length
+    if route_mask_ptr is not None:
+        first = length
+        count = to_int64(0)
+        for s in range(0, length, BS):
+            o_s = s + tl.arange(0, BS)
+            b_m = tl.load(route_mask_ptr + start + o_s, mask=o_s < length, other=0) != 0
+            count += tl.sum(b_m.to(tl.int64), 0)
+            first = tl.minimum(first, tl.min(tl.where(b_m, o_s, length), 0))
+    return first, count
+
+
+@triton.jit
+def task_router(router_ptr, router_rows_ptr, i_n, size, TASKS: tl.constexpr):
+    """Return where a sequence's router lies: the one, or that of its task."""
+    if TASKS:
+        router_ptr += tl.load(router_rows_ptr + i_n) * size
+    return router_ptr
+
+
+@triton.jit(do_not_specialize=["num_seqs", "seq_len"])
+def route_instruction_and_w_kernel(
+    instruction_ptr,  # (n, e) or None
+    router_ptrs,  # (E, e), or (tasks, E, e), of the banks that do not read x; None: nothing is routed
+    router_rows_ptr,  # (n,) or None
+    route_mask_ptr,  # (T,) bool or None
+    cu_seqlens_ptr,  # (n + 1,) or None
+    routed_ptr,  # (n, 2) out: the first routed token, and how many there are; None: no router reads x
+    ids_ptr,  # (n, b, K) out
+    slot_weights_ptr,  # (n, b, K) out
+    logits_ptr,  # (n, TOTAL) out
+    B_ptrs,  # (E, k, R); None: there is no w
+    importance_ptrs,  # (k,)
+    w_part_ptr,  # (parts, TOTAL, R) out
+    num_seqs,
+    seq_len,
+    instruction_dim,
     k,
-    e,
     scaling,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    NP: tl.constexpr,
-    R: tl.constexpr,
-    RP: tl.constexpr,
+    BANKS: tl.constexpr,
+    EXPERTS: tl.constexpr,  # of each bank
+    PADDED: tl.constexpr,  # the same, as powers of two
+    FIRST: tl.constexpr,  # of each bank, where its experts begin when they are counted through
+    TOTAL: tl.constexpr,
+    READS_X: tl.constexpr,  # of each bank's router
+    TASKS: tl.constexpr,  # of each bank's router, whether there is one a task
+    GATE_ALL: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
     BE: tl.constexpr,
     BS: tl.constexpr,
     BK: tl.constexpr,
-    ROUTE_VU: tl.constexpr,
-    ROUTE_IF: tl.constexpr,
-    BRANCHES: tl.constexpr,
-    MASKED: tl.constexpr,
-    VARLEN: tl.constexpr,
-    ROUND: tl.constexpr,
+    ROUND: tl.constexpr,  # dtype that B and I are rounded to
 ):
-    """Grid (n + (M + N) * W): a program an instance, then one for an expert's part of w."""
+    """Grid (n if routed + TOTAL * parts of k if w): a program a sequence, then one for a part of an expert's w."""
     pid = tl.program_id(0)
-    if pid < n:
-        if ROUTE_VU:
-            if VARLEN:
-                start = tl.load(cu_ptr + pid).to(tl.int64)
-                length = tl.load(cu_ptr + pid + 1).to(tl.int64) - start
-            else:
-                start = wide(pid) * S
-                length = wide(S)
-            first = wide(0)
-            count = length
-            if MASKED:
-                count = wide(0)
-                first = length
-                for s in range(0, length, BS):
-                    o_s = s + tl.arange(0, BS)
-                    b_m = tl.load(mask_ptr + start + o_s, mask=o_s < length, other=0) != 0
-                    count += tl.sum(b_m.to(tl.int64), 0)
-                    first = tl.minimum(first, tl.min(tl.where(b_m, o_s, length), 0))
+    if pid < num_seqs:
+        if routed_ptr is not None:
+            first, count = find_routed(pid, route_mask_ptr, cu_seqlens_ptr, seq_len, BS)
             tl.store(routed_ptr + pid * 2, first)
             tl.store(routed_ptr + pid * 2 + 1, count)
-        if ROUTE_IF:
-            o_n = tl.arange(0, NP)
-            b_z = tl.zeros([NP], tl.float32)
-            for i in range(0, e, BE):
-                o_e = i + tl.arange(0, BE)
-                b_i = tl.load(instruction_ptr + wide(pid) * e + o_e, mask=o_e < e, other=0).to(tl.float32)
-                p_r = if_router_ptr + o_n[:, None] * e + o_e[None, :]
-                b_r = tl.load(p_r, mask=(o_n[:, None] < N) & (o_e[None, :] < e), other=0).to(tl.float32)
-                b_z += tl.sum(b_r * b_i[None, :], 1)
-            b_route, b_gate = top_k(b_z, N, NP, K, KP)
-            o_slot = tl.arange(0, KP)
-            p_slot = (pid * BRANCHES + BRANCHES - 1) * K + o_slot
-            tl.store(routes_ptr + p_slot, b_route, mask=o_slot < K)
-            tl.store(gates_ptr + p_slot, b_gate, mask=o_slot < K)
-            tl.store(logits_ptr + pid * (M + N) + M + o_n, b_z, mask=o_n < N)
+        if router_ptrs is not None:
+            o_j = tl.arange(0, KP)
+            for bank in tl.static_range(BANKS):
+                if not READS_X[bank]:
+                    size = EXPERTS[bank] * instruction_dim
+                    p_router = task_router(router_ptrs[bank], router_rows_ptr, pid, size, TASKS[bank])
+                    o_n = tl.arange(0, PADDED[bank])
+                    b_z = tl.full(o_n.shape, 0.0, tl.float32)
+                    for e in range(0, instruction_dim, BE):
+                        o_e = e + tl.arange(0, BE)
+                        m_e = o_e < instruction_dim
+                        p_i = instruction_ptr + to_int64(pid) * instruction_dim + o_e
+                        b_e = tl.load(p_i, mask=m_e, other=0).to(tl.float32)
+                        p_r = p_router + o_n[:, None] * instruction_dim + o_e[None, :]
+                        b_r = tl.load(p_r, mask=(o_n[:, None] < EXPERTS[bank]) & m_e[None, :], other=0).to(tl.float32)
+                        b_z += tl.sum(b_r * b_e[None, :], 1)
+                    b_id, b_q = top_k(b_z, EXPERTS[bank], PADDED[bank], K, KP, GATE_ALL)
+                    o_slot = (pid * BANKS + bank) * K + o_j
+                    tl.store(ids_ptr + o_slot, b_id, mask=o_j < K)
+                    tl.store(slot_weights_ptr + o_slot, b_q, mask=o_j < K)
+                    tl.store(logits_ptr + pid * TOTAL + FIRST[bank] + o_n, b_z, mask=o_n < EXPERTS[bank])
     else:
-        i_e = (pid - n) % (M + N)
-        part = (pid - n) // (M + N)
-        o_k = part * BK + tl.arange(0, BK)
-        o_r = tl.arange(0, RP)
-        inside = (o_k[:, None] < k) & (o_r[None, :] < R)
-        if i_e < M:
-            p_B = vu_B_ptr + wide(i_e) * k * R
-            p_I = vu_importance_ptr
-        else:
-            p_B = if_B_ptr + wide(i_e - M) * k * R
-            p_I = if_importance_ptr
-        b_B = tl.load(p_B + o_k[:, None].to(tl.int64) * R + o_r[None, :], mask=inside, other=0)
-        b_I = tl.load(p_I + o_k, mask=o_k < k, other=0)
-        b_w = scaling * tl.sum(b_B.to(ROUND).to(tl.float32) * b_I.to(ROUND).to(tl.float32)[:, None], 0)
-        tl.store(w_part_ptr + wide(pid - n) * R + o_r, b_w, mask=o_r < R)
+        if B_ptrs is not None:
+            o_k = (pid - num_seqs) // TOTAL * BK + tl.arange(0, BK)
+            o_r = tl.arange(0, RP)
+            m_b = (o_k[:, None] < k) & (o_r[None, :] < R)
+            for bank in tl.static_range(BANKS):
+                expert = (pid - num_seqs) % TOTAL - FIRST[bank]
+                if (expert >= 0) & (expert < EXPERTS[bank]):
+                    p_b = B_ptrs[bank] + to_int64(expert) * k * R + o_k[:, None].to(tl.int64) * R + o_r[None, :]
+                    b_b = tl.load(p_b, mask=m_b, other=0).to(ROUND).to(tl.float32)
+                    b_i = tl.load(importance_ptrs[bank] + o_k, mask=o_k < k, other=0).to(ROUND).to(tl.float32)
+                    b_w = scaling * tl.sum(b_b * b_i[:, None], 0)
+                    tl.store(w_part_ptr + to_int64(pid - num_seqs) * R + o_r, b_w, mask=o_r < R)
 
 
-@triton.jit(do_not_specialize=["T", "n", "S"])
-def shrink_kernel(
-    x_ptr,  # (T, d)
-    vu_A_ptr,  # (M, R, d) by strides
-    if_A_ptr,  # (N, R, d) by strides
-    vu_part_ptr,  # (KS, T, V * R) out
-    if_part_ptr,  # (KS, T, K * R) out
-    sums_ptr,  # (tiles, d) out: column sums over the routed tokens of a tile
-    mask_ptr,  # (T,) bool
-    cu_ptr,  # (n + 1,)
-    routed_ptr,  # (n, 2)
-    routes_ptr,  # (n, b, K)
-    seed_ptr,
-    T,
-    n,
-    S,
-    d,
-    stride_e,
-    stride_r,
-    stride_d,
-    R: tl.constexpr,
-    RP: tl.constexpr,
-    V: tl.constexpr,
-    K: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    BI: tl.constexpr,
-    ALL: tl.constexpr,
-    VU: tl.constexpr,
-    IF: tl.constexpr,
-    BRANCHES: tl.constexpr,
-    SUM: tl.constexpr,
-    MASKED: tl.constexpr,
-    VARLEN: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    SLACK: tl.constexpr,
-    IEEE: tl.constexpr,
-):
-    """Grid (tiles, parts of d, column blocks): a program has one tile of tokens, a part of d and a block of columns.
-
-    ALL: the V slots of the VU branch are all experts, 0 to M - 1; else they are the K chosen ones.
-    """
-    PRECISION: tl.constexpr = "ieee" if IEEE else "tf32"
-    tile = tl.program_id(0)
-    i_s = tl.program_id(1)
-    block = tl.program_id(2)
-    i_n, j, start, end = locate(tile, cu_ptr, n, S, BT, SLACK, VARLEN)
-    offset = 0
-    if SUM and MASKED:  # lay the tiles from the first routed token: left padding must not move a sum
-        offset = ((BT - tl.load(routed_ptr + i_n * 2) % BT) % BT).to(tl.int32)
-    rows = start + j * BT - offset + tl.arange(0, BT)
-    inside = (rows >= start) & (rows < end)
-    if tl.max(inside.to(tl.int32), 0) == 0 and not SUM:
-        return
-
-    if VU:
-        slot_v, rank_v = columns(block, BV, RP)
-        column_v = (slot_v < V) & (rank_v < R)
-        if ALL:
-            expert_v = slot_v
-        else:
-            expert_v = per_slot(routes_ptr + i_n * BRANCHES * K, slot_v, K, 0)
-        p_v = vu_A_ptr + expert_v.to(tl.int64) * stride_e + rank_v * stride_r
-        b_v = tl.zeros([BT, BV], tl.float32)
-    if IF:
-        slot_i, rank_i = columns(block, BI, RP)
-        column_i = (slot_i < K) & (rank_i < R)
-        expert_i = per_slot(routes_ptr + (i_n * BRANCHES + BRANCHES - 1) * K, slot_i, K, 0)
-        p_i = if_A_ptr + expert_i.to(tl.int64) * stride_e + rank_i * stride_r
-        b_i = tl.zeros([BT, BI], tl.float32)
-    if SUM:
-        routed = inside
-        if MASKED:
-            routed = tl.load(mask_ptr + rows, mask=inside, other=0) != 0
-        b_m = ((tl.arange(0, 16)[:, None] == 0) & routed[None, :]).to(x_ptr.dtype.element_ty)  # [16, BT]
-
-    span = tl.cdiv(tl.cdiv(d, BD), tl.num_programs(1)) * BD
-    for c in range(i_s * span, tl.minimum(d, (i_s + 1) * span), BD):
-        o_d = c + tl.arange(0, BD)
-        m_d = o_d < d
-        b_x = tl.load(x_ptr + rows[:, None] * d + o_d[None, :], mask=inside[:, None] & m_d[None, :], other=0)
-        o_a = o_d[:, None].to(tl.int64) * stride_d
-        if SUM:
-            b_seen = b_x
-            if MASKED:  # a NaN in the padding is nobody's, but 0 times it is one
-                b_seen = tl.where(routed[:, None], b_x, 0.0).to(b_x.dtype)
-            if IEEE:  # no tensor core adds float32 exactly
-                b_sum = tl.sum(b_seen, 0)
-            else:
-                b_sum = tl.sum(tl.dot(b_m, b_seen), 0)  # one row is not zero
-            if block == 0:
-                tl.store(sums_ptr + wide(tile) * d + o_d, b_sum, mask=m_d)
-        if VU:
-            b_a = tl.load(p_v[None, :] + o_a, mask=m_d[:, None] & column_v[None, :], other=0).to(b_x.dtype)
-            b_kept = b_x
-            if THRESHOLD > 0:
-                b_kept = tl.where(keep_mask(seed_ptr, rows, c, THRESHOLD, 0, BT, BD), b_x, 0.0).to(b_x.dtype)
-            b_v = tl.dot(b_kept, b_a, b_v, input_precision=PRECISION)
-        if IF:
-            b_a = tl.load(p_i[None, :] + o_a, mask=m_d[:, None] & column_i[None, :], other=0).to(b_x.dtype)
-            b_kept = b_x
-            if THRESHOLD > 0:
-                b_kept = tl.where(keep_mask(seed_ptr, rows, c, THRESHOLD, 1, BT, BD), b_x, 0.0).to(b_x.dtype)
-            b_i = tl.dot(b_kept, b_a, b_i, input_precision=PRECISION)
-
-    o_t = wide(i_s) * T + rows
-    if VU:
-        p_out = vu_part_ptr + o_t[:, None] * (V * R) + (slot_v * R + rank_v)[None, :]
-        tl.store(p_out, b_v, mask=inside[:, None] & column_v[None, :])
-    if IF:
-        p_out = if_part_ptr + o_t[:, None] * (K * R) + (slot_i * R + rank_i)[None, :]
-        tl.store(p_out, b_i, mask=inside[:, None] & column_i[None, :])
-
-
-@triton.jit(do_not_specialize=["S"])
-def _route(
+@triton.jit(do_not_specialize=["seq_len"])
+def router_logits_kernel(
     sums_ptr,  # (tiles, d)
     routed_ptr,  # (n, 2)
-    vu_router_ptr,  # (M, d)
-    cu_ptr,  # (n + 1,)
+    router_ptrs,  # (E, d), or (tasks, E, d), of the banks that read x
+    router_rows_ptr,  # (n,) or None
+    cu_seqlens_ptr,  # (n + 1,) or None
     mean_ptr,  # (n, d) out
-    z_ptr,  # (n, slices, MP) out: partial logits
-    S,
+    z_part_ptr,  # (n, slices, TOTAL) out
+    seq_len,
     d,
-    M: tl.constexpr,
-    MP: tl.constexpr,
+    BANKS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    FIRST: tl.constexpr,
+    TOTAL: tl.constexpr,
+    READS_X: tl.constexpr,
+    TASKS: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
-    SLACK: tl.constexpr,
-    VARLEN: tl.constexpr,
+    EXTRA_TILES: tl.constexpr,
 ):
-    """Grid (n, slices of d): the mean of an instance's routed tokens over a slice of BD columns, and its logits."""
+    """Grid (n, slices of d): the mean of a sequence's routed tokens over a slice of BD columns, and its logits."""
     i_n = tl.program_id(0)
     i_d = tl.program_id(1)
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < d
-    base = tile_base(i_n, cu_ptr, S, BT, SLACK, VARLEN)
-    length = S
-    if VARLEN:
-        length = tl.load(cu_ptr + i_n + 1) - tl.load(cu_ptr + i_n)
-    first = tl.load(routed_ptr + i_n * 2)
-    offset = ((BT - first % BT) % BT).to(tl.int32)
+    first = first_tile(i_n, cu_seqlens_ptr, seq_len, BT, EXTRA_TILES)
+    length = seq_len
+    if cu_seqlens_ptr is not None:
+        length = tl.load(cu_seqlens_ptr + i_n + 1) - tl.load(cu_seqlens_ptr + i_n)
+    offset = ((BT - tl.load(routed_ptr + i_n * 2) % BT) % BT).to(tl.int32)
     b_sum = tl.zeros([BD], tl.float32)
-    for t in range(base, base + tl.cdiv(length + offset, BT)):
-        b_sum += tl.load(sums_ptr + wide(t) * d + o_d, mask=m_d, other=0)
+    for tile in range(first, first + tl.cdiv(length + offset, BT)):
+        b_sum += tl.load(sums_ptr + to_int64(tile) * d + o_d, mask=m_d, other=0)
     b_mean = b_sum / tl.maximum(tl.load(routed_ptr + i_n * 2 + 1), 1).to(tl.float32)
-    tl.store(mean_ptr + wide(i_n) * d + o_d, b_mean, mask=m_d)
-    o_m = tl.arange(0, MP)
-    p_r = vu_router_ptr + o_m[:, None].to(tl.int64) * d + o_d[None, :]
-    b_r = tl.load(p_r, mask=(o_m[:, None] < M) & m_d[None, :], other=0).to(tl.float32)
-    tl.store(z_ptr + (i_n * tl.num_programs(1) + i_d) * MP + o_m, tl.sum(b_r * b_mean[None, :], 1))
+    tl.store(mean_ptr + to_int64(i_n) * d + o_d, b_mean, mask=m_d)
+    p_z = z_part_ptr + (i_n * tl.num_programs(1) + i_d) * TOTAL
+    for bank in tl.static_range(BANKS):
+        if READS_X[bank]:
+            p_router = task_router(router_ptrs[bank], router_rows_ptr, i_n, EXPERTS[bank] * d, TASKS[bank])
+            o_n = tl.arange(0, PADDED[bank])
+            p_r = p_router + o_n[:, None].to(tl.int64) * d + o_d[None, :]
+            b_r = tl.load(p_r, mask=(o_n[:, None] < EXPERTS[bank]) & m_d[None, :], other=0).to(tl.float32)
+            tl.store(p_z + FIRST[bank] + o_n, tl.sum(b_r * b_mean[None, :], 1), mask=o_n < EXPERTS[bank])
 
 
 @triton.jit(do_not_specialize=["slices"])
-def _choose(
-    z_ptr,  # (n, slices, MP)
-    routes_ptr,  # (n, b, K) out
-    gates_ptr,  # (n, b, K) out
-    logits_ptr,  # (n, M + N) out
+def choose_kernel(
+    z_part_ptr,  # (n, slices, TOTAL)
+    ids_ptr,  # (n, b, K) out
+    slot_weights_ptr,  # (n, b, K) out
+    logits_ptr,  # (n, TOTAL) out
     slices,
-    M: tl.constexpr,
-    MP: tl.constexpr,
-    N: tl.constexpr,
+    BANKS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    FIRST: tl.constexpr,
+    TOTAL: tl.constexpr,
+    READS_X: tl.constexpr,
+    GATE_ALL: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
-    BRANCHES: tl.constexpr,
 ):
-    """Grid (n,): VU routing of an instance from its partial logits."""
+    """Grid (n,): the slots of a sequence from the partial logits of the routers that read x."""
     i_n = tl.program_id(0)
-    o_m = tl.arange(0, MP)
-    b_z = tl.zeros([MP], tl.float32)
-    for i in range(0, slices):
-        b_z += tl.load(z_ptr + (i_n * slices + i) * MP + o_m)
-    b_route, b_gate = top_k(b_z, M, MP, K, KP)
-    o_k = tl.arange(0, KP)
-    tl.store(routes_ptr + i_n * BRANCHES * K + o_k, b_route, mask=o_k < K)
-    tl.store(gates_ptr + i_n * BRANCHES * K + o_k, b_gate, mask=o_k < K)
-    tl.store(logits_ptr + i_n * (M + N) + o_m, b_z, mask=o_m < M)
+    o_j = tl.arange(0, KP)
+    for bank in tl.static_range(BANKS):
+        if READS_X[bank]:
+            o_n = tl.arange(0, PADDED[bank])
+            m_n = o_n < EXPERTS[bank]
+            b_z = tl.full(o_n.shape, 0.0, tl.float32)
+            for i in range(0, slices):
+                b_z += tl.load(z_part_ptr + (i_n * slices + i) * TOTAL + FIRST[bank] + o_n, mask=m_n, other=0)
+            b_id, b_q = top_k(b_z, EXPERTS[bank], PADDED[bank], K, KP, GATE_ALL)
+            o_slot = (i_n * BANKS + bank) * K + o_j
+            tl.store(ids_ptr + o_slot, b_id, mask=o_j < K)
+            tl.store(slot_weights_ptr + o_slot, b_q, mask=o_j < K)
+            tl.store(logits_ptr + i_n * TOTAL + FIRST[bank] + o_n, b_z, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["T", "n", "S", "tiles", "W"])
-def _finish(
-    vu_part_ptr,  # (KS, T, V * R)
-    if_part_ptr,  # (KS, T, K * R)
-    routes_ptr,  # (n, b, K)
-    w_part_ptr,  # (W, M + N, R)
-    cu_ptr,  # (n + 1,)
-    h_ptr,  # (T, b, K, R) out
-    w_ptr,  # (M + N, R) out
+@triton.jit(do_not_specialize=["tiles", "T", "num_seqs", "seq_len", "w_parts"])
+def reduce_split_k_kernel(
+    part_ptrs,  # (split_k, T, slots * R)
+    logits_part_ptr,  # (split_k, T, Z) or None
+    ids_ptr,  # (n, b, K) or None
+    w_part_ptr,  # (w_parts, TOTAL, R) or None
+    cu_seqlens_ptr,  # (n + 1,) or None
+    h_ptr,  # (T, b, DOWN, R) out
+    token_logits_ptr,  # (T, Z) out, or None
+    w_ptr,  # (TOTAL, R) out
     tiles,
     T,
-    n,
-    S,
-    W,
+    num_seqs,
+    seq_len,
+    w_parts,
     scale,
-    E: tl.constexpr,
+    BANKS: tl.constexpr,
+    SLOTS: tl.constexpr,  # of each bank's partial results
+    CHOOSE: tl.constexpr,  # of each bank: they are all experts, of which the ids choose
+    TOTAL: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    K: tl.constexpr,
+    DOWN: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
-    V: tl.constexpr,
-    K: tl.constexpr,
+    Z: tl.constexpr,
+    ZP: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
     BLOCKS: tl.constexpr,
-    KS: tl.constexpr,
-    ALL: tl.constexpr,
-    VU: tl.constexpr,
-    IF: tl.constexpr,
-    VARLEN: tl.constexpr,
 ):
-    """Grid (tiles + M + N): add the parts of the chosen experts' columns, times dropout's scale; then those of w."""
+    """Grid (tiles + TOTAL if w): add the parts of the slots' columns, times dropout's scale, and of logits; or of w."""
     pid = tl.program_id(0)
     if pid < tiles:
-        i_n, j, start, end = locate(pid, cu_ptr, n, S, BT, 1, VARLEN)
-        rows = start + j * BT + tl.arange(0, BT)
+        i_n, start, end = tile_span(pid, cu_seqlens_ptr, num_seqs, seq_len, BT)
+        rows = start + tl.arange(0, BT)
         inside = rows < end
-        b_routes: tl.constexpr = VU + IF
         for block in tl.static_range(BLOCKS):
             slot, rank = columns(block, BC, RP)
-            m_c = inside[:, None] & ((slot < K) & (rank < R))[None, :]
-            o_h = rows[:, None] * (b_routes * K * R) + (slot * R + rank)[None, :]
-            if VU:
+            m_c = inside[:, None] & ((slot < DOWN) & (rank < R))[None, :]
+            for bank in tl.static_range(BANKS):
                 source = slot
-                if ALL:
-                    source = per_slot(routes_ptr + i_n * b_routes * K, slot, K, 0)
+                if CHOOSE[bank]:
+                    source = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
                 b_h = tl.zeros([BT, BC], tl.float32)
-                for i in tl.static_range(KS):
-                    p_part = vu_part_ptr + (rows[:, None] + wide(i) * T) * (V * R)
+                for i in tl.static_range(SPLIT_K):
+                    p_part = part_ptrs[bank] + (rows[:, None] + to_int64(i) * T) * (SLOTS[bank] * R)
                     b_h += tl.load(p_part + (source * R + rank)[None, :], mask=m_c, other=0)
-                tl.store(h_ptr + o_h, b_h * scale, mask=m_c)
-            if IF:
-                b_h = tl.zeros([BT, BC], tl.float32)
-                for i in tl.static_range(KS):
-                    p_part = if_part_ptr + (rows[:, None] + wide(i) * T) * (K * R)
-                    b_h += tl.load(p_part + (slot * R + rank)[None, :], mask=m_c, other=0)
-                tl.store(h_ptr + o_h + VU * K * R, b_h * scale, mask=m_c)
+                p_h = h_ptr + rows[:, None] * (BANKS * DOWN * R) + (bank * DOWN * R + slot * R + rank)[None, :]
+                tl.store(p_h, b_h * scale, mask=m_c)
+        if logits_part_ptr is not None:
+            o_z = tl.arange(0, ZP)
+            m_z = inside[:, None] & (o_z < Z)[None, :]
+            b_z = tl.zeros([BT, ZP], tl.float32)
+            for i in tl.static_range(SPLIT_K):
+                p_part = logits_part_ptr + (rows[:, None] + to_int64(i) * T) * Z + o_z[None, :]
+                b_z += tl.load(p_part, mask=m_z, other=0)
+            tl.store(token_logits_ptr + rows[:, None] * Z + o_z[None, :], b_z, mask=m_z)
     else:
-        o_r = tl.arange(0, RP)
-        b_w = tl.zeros([RP], tl.float32)
-        for i in range(0, W):
-            b_w += tl.load(w_part_ptr + (i * E + pid - tiles) * R + o_r, mask=o_r < R, other=0)
-        tl.store(w_ptr + (pid - tiles) * R + o_r, b_w, mask=o_r < R)
-
-
-def shrink(
-    x: Tensor,
-    vu_A: Tensor,
-    if_A: Tensor,
-    routes: Tensor,
-    instances: int,
-    cu_seqlens: Tensor | None,
-    fusion: str,
-    *,
-    r: int,
-    strides: tuple[int, int, int],
-    experts: int | None = None,
-    sums: tuple[Tensor, Tensor] | None = None,
-    route_mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    threshold: int = 0,
-    columns: bool = True,
-) -> tuple[Tensor, Tensor, int]:
-    """Launch the pass over x: parts (KS, T, slots * r) of the VU and of the IF branch's A x, and KS.
-
-    Args:
-        strides: of vu_A and if_A between experts, ranks and inputs.
-        experts: M, to compute all VU experts; None for the chosen ones in `routes` (n, b, K).
-        sums: (column sums (tiles, d) out, routed tokens (n, 2)), to sum too.
-        columns: False to sum only.
-    """
-    (T, d), top_k = x.shape, routes.shape[2]
-    card = tiles.card_of(x.device)
-    tile = tiles.choose_tile("shrink", r, experts or top_k, x.dtype, card.capability)
-    RP = tiles.rank_columns(r)
-    V = experts or top_k
-    slack = 2 if sums is not None and route_mask is not None else 1
-    number = tiles.tile_count(T, instances, tile.BT, cu_seqlens is not None, slack)
-    use_vu, use_if = columns and fusion != "if", columns and fusion != "vu"
-    BI = min(tiles.next_power(top_k) * RP, tile.BC)
-    blocks = max(tiles.cdiv(V * RP, tile.BC), tiles.cdiv(top_k * RP, BI))
-    KS = tiles.splits(number * blocks, d, 4 * tile.BD, card.processors)
-    vu_part = x.new_empty((KS, T, V * r) if use_vu else 0, dtype=torch.float32)
-    if_part = x.new_empty((KS, T, top_k * r) if use_if else 0, dtype=torch.float32)
-    sums_out, routed = (vu_part, routes) if sums is None else sums
-    shrink_kernel[(number, KS, blocks if columns else 1)](
-        x, vu_A, if_A, vu_part, if_part, sums_out, x if route_mask is None else route_mask.view(torch.uint8),
-        routes if cu_seqlens is None else cu_seqlens, routed, routes, routes if seed is None else seed,
-        T, instances, T // max(instances, 1), d, *strides,
-        R=r, RP=RP, V=V, K=top_k, BT=tile.BT, BD=tile.BD, BV=tile.BC, BI=BI, ALL=experts is not None,
-        VU=use_vu, IF=use_if, BRANCHES=routes.shape[1], SUM=sums is not None, MASKED=slack == 2,
-        VARLEN=cu_seqlens is not None, THRESHOLD=threshold, SLACK=slack, IEEE=x.dtype == torch.float32,
-        **tile.options(),
-    )  # fmt: skip
-    return vu_part, if_part, KS
+        if w_part_ptr is not None:
+            o_r = tl.arange(0, RP)
+            b_w = tl.zeros([RP], tl.float32)
+            for i in range(0, w_parts):
+                b_w += tl.load(w_part_ptr + (i * TOTAL + pid - tiles) * R + o_r, mask=o_r < R, other=0)
+            tl.store(w_ptr + (pid - tiles) * R + o_r, b_w, mask=o_r < R)
 
 
 def route_shrink(
     x: Tensor,
-    instances: int,
+    num_seqs: int,
     cu_seqlens: Tensor | None,
     route_mask: Tensor | None,
     instruction: Tensor | None,
-    given_routes: Tensor | None,
-    given_gates: Tensor | None,
-    vu_A: Tensor,
-    if_A: Tensor,
-    vu_B: Tensor,
-    if_B: Tensor,
-    vu_router: Tensor,
-    if_router: Tensor,
-    vu_importance: Tensor,
-    if_importance: Tensor,
+    ids: Tensor | None,
+    A: list[Tensor],
+    B: list[Tensor],
+    importance: list[Tensor],
+    routers: list[Tensor],
+    router_reads_x: list[bool],
+    router_rows: Tensor | None,
+    token_router: Tensor | None,
     seed: Tensor | None,
+    streams: list[int],
     threshold: int,
     top_k: int,
+    gate: str,
     scaling: float,
-    fusion: str,
+    mix: str,
     need_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(h, w, routes, gates, logits, mean); arguments and results as in `smolora.rank_space.route_shrink`."""
-    (T, d), n = x.shape, instances
-    (M, r, _), N, k = vu_A.shape, if_A.shape[0], vu_B.shape[1]
-    use_vu, use_if = branches(fusion)
-    adaptive, packed = fusion == "adaptive", cu_seqlens is not None
-    S, RP, KP = T // max(n, 1), tiles.rank_columns(r), tiles.next_power(top_k)
-    MP, NP = max(2, tiles.next_power(M)), max(2, tiles.next_power(N))
-    card = tiles.card_of(x.device)
-    h, w = new_rank_space(x, M + N, r, top_k, fusion)
-    mean = x.new_empty((0, 0), dtype=torch.float32)
-    routed_here = given_routes is None
-    routes, gates, logits = new_routing(x, n, M + N, top_k, fusion, given_routes, given_gates)
-    logits.zero_()  # those of a branch that is not in use
-    route_vu = routed_here and use_vu
-    routed = torch.empty((n, 2), dtype=torch.int64, device=x.device)
-    BK = tiles.prepare_rows(r)
-    W = tiles.cdiv(k, BK) if adaptive else 0
-    w_part = x.new_empty((W, M + N, r), dtype=torch.float32)
-    cu = routes if cu_seqlens is None else cu_seqlens
-    programs = (n if routed_here else 0) + (M + N) * W
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Route and shrink; arguments and results as in `smolora.engine.torch_passes.route_shrink`."""
+    (T, d), n, banks = x.shape, num_seqs, len(A)
+    r, k, K = A[0].shape[1], B[0].shape[1], num_slots(ids, B, top_k)
+    RP, KP, down = tiles.padded_rank(r), next_power_of_2(K), down_slots(A, K)
+    experts = [b.shape[0] for b in B]
+    total, routed_here = sum(experts), bool(routers)
+    reads_x = router_reads_x if routed_here else [False] * banks
+    card = card_of(x.device)
+    h, w, token_logits = new_rank_space(x, A, B, K, mix, token_router)
+    mean = x.new_empty((n, d) if any(reads_x) else (0, 0), dtype=torch.float32)
+    routed_ids, slot_weights, logits = new_routing(x, n, B, top_k, routed_here)
+    chosen = routed_ids if routed_here else ids
+    shared = all(a.shape[0] == 1 for a in A)
+    seqs = sequences(T, n, cu_seqlens, alike=not routed_here and (ids is None or shared))
+    bank_constants = dict(
+        BANKS=banks,
+        EXPERTS=tuple(experts),
+        PADDED=tuple(max(2, next_power_of_2(e)) for e in experts),
+        FIRST=tuple(accumulate([0, *experts[:-1]])),
+        TOTAL=total,
+        READS_X=tuple(reads_x),
+    )
+    routing = dict(router_ptrs=tuple(routers), router_rows_ptr=router_rows) if routed_here else {}
+    tasks = tuple(router.dim() == 3 for router in routers)
+
+    routed = torch.empty((n, 2), dtype=torch.int64, device=x.device) if any(reads_x) else None
+    BK = tiles.w_rows(r)
+    w_parts = cdiv(k, BK) if mix == "smolora" else 0
+    w_part = torch.empty((w_parts, total, r), dtype=torch.float32, device=x.device) if w_parts else None
+    programs = (n if routed_here else 0) + total * w_parts
     if programs:
-        _prepare[(programs,)](
-            x if instruction is None else instruction, if_router,
-            x if route_mask is None else route_mask.view(torch.uint8), cu, routed, routes, gates, logits,
-            vu_B, if_B, vu_importance, if_importance, w_part, n if routed_here else 0, S, k,
-            if_router.shape[1], scaling, M=M, N=N, NP=NP, R=r, RP=RP, K=top_k, KP=KP, BE=128, BS=1024, BK=BK,
-            ROUTE_VU=route_vu, ROUTE_IF=routed_here and use_if, BRANCHES=use_vu + use_if,
-            MASKED=route_mask is not None, VARLEN=packed,
-            ROUND=DTYPES[x.dtype], **tiles.SMALL,
-        )  # fmt: skip
-    one_pass = route_vu and M * RP <= tiles.MAX_ONE_PASS_COLUMNS
-    arguments = (x, vu_A, if_A, routes, n, cu_seqlens, fusion)
-    options = dict(r=r, strides=(r * d, d, 1), seed=seed, threshold=threshold)
-    if route_vu:
-        BT = tiles.choose_tile("shrink", r, M if one_pass else top_k, x.dtype, card.capability).BT
-        slack = 1 if route_mask is None else 2
-        sums = x.new_empty((tiles.tile_count(T, n, BT, packed, slack), d), dtype=torch.float32)
-        parts = shrink(
-            *arguments, **options, experts=M if one_pass else None, sums=(sums, routed), route_mask=route_mask,
-            columns=one_pass,
-        )  # fmt: skip
+        route_instruction_and_w_kernel[(programs,)](
+            instruction_ptr=instruction,
+            router_ptrs=tuple(routers) or None,
+            router_rows_ptr=router_rows,
+            route_mask_ptr=None if route_mask is None else route_mask.view(torch.uint8),
+            cu_seqlens_ptr=cu_seqlens,
+            routed_ptr=routed,
+            ids_ptr=routed_ids,
+            slot_weights_ptr=slot_weights,
+            logits_ptr=logits,
+            B_ptrs=tuple(B) if w_parts else None,
+            importance_ptrs=tuple(importance) or None,
+            w_part_ptr=w_part,
+            num_seqs=n if routed_here else 0,
+            seq_len=seqs.seq_len,
+            instruction_dim=0 if instruction is None else instruction.shape[1],
+            k=k,
+            scaling=scaling,
+            **bank_constants,
+            TASKS=tasks,
+            GATE_ALL=gate == "all",
+            K=K,
+            KP=KP,
+            R=r,
+            RP=RP,
+            BE=128,
+            BS=1024,
+            BK=BK,
+            ROUND=DTYPES[x.dtype],
+            **tiles.SMALL,
+        )
+
+    # the slots of a router of x are known after the pass over x: it computes all experts, if that is not too much
+    late = [reads and not shared for reads in reads_x]
+    one_pass = all(e * RP <= tiles.MAX_ONE_PASS_COLUMNS for e, is_late in zip(experts, late, strict=True) if is_late)
+    choose = [is_late and one_pass for is_late in late]
+    by_id = [chosen is not None and not shared and not all_experts for all_experts in choose]
+    slots = [e if all_experts else down for e, all_experts in zip(experts, choose, strict=True)]
+    pass_over_x = dict(
+        r=r, strides=(r * d, d, 1), token_router=token_router, seed=seed, streams=streams, threshold=threshold
+    )
+    if any(reads_x):
+        sums_too = dict(routed=routed, route_mask=route_mask)
+        if one_pass:
+            shrunk = shrink(x, A, slots, by_id, chosen, seqs, **pass_over_x, **sums_too)
+        else:
+            shrunk = shrink(x, [], [], [], None, seqs, r=r, strides=(0, 0, 0), num_columns=K, **sums_too)
         BD = 512
-        slices = tiles.cdiv(d, BD)
-        mean = x.new_empty((n, d), dtype=torch.float32)
-        z = x.new_empty((n, slices, MP), dtype=torch.float32)
+        slices = cdiv(d, BD)
+        z_part = torch.empty((n, slices, total), dtype=torch.float32, device=x.device)
         if n:
-            _route[(n, slices)](sums, routed, vu_router, cu, mean, z, S, d, M=M, MP=MP, BT=BT, BD=BD, SLACK=slack,
-                                VARLEN=packed, **tiles.SMALL)  # fmt: skip
-            _choose[(n,)](z, routes, gates, logits, slices, M=M, MP=MP, N=N, K=top_k, KP=KP,
-                          BRANCHES=use_vu + use_if, num_warps=1)  # fmt: skip
-    if not one_pass:
-        parts = shrink(*arguments, **options)
-    vu_part, if_part, KS = parts
-    tile = tiles.choose_tile("finish", r, top_k, x.dtype, card.capability)
-    number = tiles.tile_count(T, n, tile.BT, packed)
-    programs = number + (M + N if adaptive else 0)
+            router_logits_kernel[(n, slices)](
+                sums_ptr=shrunk.sums,
+                routed_ptr=routed,
+                **routing,
+                cu_seqlens_ptr=cu_seqlens,
+                mean_ptr=mean,
+                z_part_ptr=z_part,
+                seq_len=seqs.seq_len,
+                d=d,
+                **bank_constants,
+                TASKS=tasks,
+                BT=shrunk.tile_tokens,
+                BD=BD,
+                EXTRA_TILES=1 if route_mask is None else 2,
+                **tiles.SMALL,
+            )
+            choose_kernel[(n,)](
+                z_part_ptr=z_part,
+                ids_ptr=routed_ids,
+                slot_weights_ptr=slot_weights,
+                logits_ptr=logits,
+                slices=slices,
+                **bank_constants,
+                GATE_ALL=gate == "all",
+                K=K,
+                KP=KP,
+                num_warps=1,
+            )
+    if not (any(reads_x) and one_pass):
+        shrunk = shrink(x, A, slots, by_id, chosen, seqs, **pass_over_x)
+
+    tile = tiles.choose_tile("reduce_split_k", r, down, x.dtype, card.capability)
+    number = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed)
+    programs = number + (total if w_parts else 0)
     if programs:
-        _finish[(programs,)](
-            vu_part, if_part, routes, w_part, cu, h, w, number, T, n, S, W, 256 / (256 - threshold),
-            E=M + N, R=r, RP=RP, V=M if one_pass else top_k, K=top_k, BT=tile.BT, BC=tile.BC,
-            BLOCKS=tiles.cdiv(KP * RP, tile.BC), KS=KS, ALL=one_pass, VU=use_vu, IF=use_if, VARLEN=packed,
+        Z = token_logits.shape[1]
+        reduce_split_k_kernel[(programs,)](
+            part_ptrs=shrunk.parts,
+            logits_part_ptr=shrunk.logits_part,
+            ids_ptr=chosen if any(choose) else None,
+            w_part_ptr=w_part,
+            h_ptr=h,
+            token_logits_ptr=token_logits if Z else None,
+            w_ptr=w,
+            tiles=number,
+            T=T,
+            **seqs.arguments(),
+            w_parts=w_parts,
+            scale=256 / (256 - threshold),
+            BANKS=banks,
+            SLOTS=tuple(slots),
+            CHOOSE=tuple(choose),
+            TOTAL=total,
+            SPLIT_K=shrunk.split_k,
+            K=K,
+            DOWN=down,
+            R=r,
+            RP=RP,
+            Z=Z,
+            ZP=max(16, next_power_of_2(Z)),
+            BT=tile.BT,
+            BC=tile.BC,
+            BLOCKS=cdiv(next_power_of_2(down) * RP, tile.BC),
             **tile.options(),
-        )  # fmt: skip
-    return h, w, routes, gates, logits, mean if need_mean else x.new_empty((0, 0), dtype=torch.float32)
+        )
+    return h, w, routed_ids, slot_weights, logits, mean if need_mean else mean.new_empty((0, 0)), token_logits

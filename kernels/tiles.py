@@ -1,161 +1,140 @@
 """Tile sizes, from shape, rank, dtype and compute capability, in one place.
 
-Nothing here depends on the number of tokens, but for how often a pass is split to fill the machine, so no kernel is
-compiled anew when a batch is longer, and the tiles that order the router's sums are the same for every batch.
+They never depend on the token count (only split-K factors and chunks do), so longer batches do not recompile, and the
+tiles that order a router's sums are the same for every batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-MAX_ONE_PASS_COLUMNS = 128  # of all VU experts: up to here one pass over x computes them all
-MAX_DECODE_OUTPUTS = 512  # of a block of CUDA's decode
-MAX_ONE_READ_COLUMNS = 64  # chosen ones of both branches: up to here one read of g gives p and dB
+from ..launch import next_power_of_2
+
+MAX_ONE_PASS_COLUMNS = 128  # of all experts of a bank: up to here one pass over x computes them and the router's sums
+MAX_ONE_READ_COLUMNS = 64  # of the slots of all banks: up to here one read of g gives p and dB
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def next_power(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def rank_columns(r: int) -> int:
-    """Columns an expert takes in a kernel: its rank as a power of two, at least the 16 of a tensor core."""
-    return max(16, next_power(r))
+def padded_rank(r: int) -> int:
+    """Return the columns that an expert takes in a kernel: a power of two, at least the 16 of a tensor core."""
+    return max(16, next_power_of_2(r))
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's tile: BT tokens by BD of the long axis (d or k), BC columns of rank space a block."""
+    """One kernel's tile, for banks of up to `max_columns` columns (None: any)."""
 
-    BT: int
-    BD: int
-    BC: int
-    warps: int
-    stages: int
-    registers: int | None  # limit of a thread's; None leaves it to ptxas
+    max_columns: int | None
+    BT: int  # tokens
+    BC: int  # columns of rank space; narrower banks take as many as they have
+    BD: int = 0  # of the long axis, d or k
+    warps: int = 8
+    stages: int = 1
+    registers: int | None = None  # limit of a thread's; None leaves it to ptxas
 
     def options(self) -> dict[str, int]:
-        """The launch's options."""
+        """Return the launch's options."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
-# (columns, BT, BD, BC, warps, stages, registers): the first row whose columns a branch does not exceed; BC shrinks to
-# fit them. Found with bench/kernel_report.py: of the tiles without spills, those that keep most bytes on their way.
-# What holds them back: float32 products keep whole rows of both operands in registers; mma.sync takes float32
-# parameters there before it rounds them; pipelined loads take shared memory for every column block. A limit on
-# registers stands where it buys a second block a processor, or keeps ptxas from a tighter one, for which it spills.
-ANY = 1 << 30
-Rows = tuple[tuple[int, int, int, int, int, int, int | None], ...]
-
-FLOAT32: dict[str, Rows] = {
-    "shrink": ((ANY, 32, 16, 64, 8, 2, None),),
-    "expand": ((32, 32, 64, 32, 4, 2, None), (64, 32, 32, 64, 4, 2, None), (ANY, 32, 32, 64, 8, 1, None)),
-    "grad_output": ((16, 32, 64, 16, 8, 2, None), (ANY, 32, 32, 32, 8, 2, None)),
-    "grad_input": ((16, 32, 64, 16, 8, 2, None), (128, 32, 32, 32, 8, 2, None), (ANY, 16, 32, 16, 4, 1, None)),
+# Found with bench/kernel_report.py: of the spill-free tiles, the ones with the most bytes in flight. The limits:
+# float32 products keep whole rows of both operands in registers; mma.sync takes float32 parameters there before it
+# rounds them; pipelined loads take shared memory for every column block. A limit on registers stands where it buys a
+# second block a processor, or keeps ptxas from a tighter one, for which it spills.
+FLOAT32 = {
+    "shrink": (Tile(None, BT=32, BD=16, BC=64, warps=8, stages=2),),
+    "expand": (
+        Tile(32, BT=32, BD=64, BC=32, warps=4, stages=2),
+        Tile(64, BT=32, BD=32, BC=64, warps=4, stages=2),
+        Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1),
+    ),
+    "grad_output": (
+        Tile(16, BT=32, BD=64, BC=16, warps=8, stages=2),
+        Tile(None, BT=32, BD=32, BC=32, warps=8, stages=2),
+    ),
+    "grad_input": (
+        Tile(16, BT=32, BD=64, BC=16, warps=8, stages=2),
+        Tile(128, BT=32, BD=32, BC=32, warps=8, stages=2),
+        Tile(None, BT=16, BD=32, BC=16, warps=4, stages=1),
+    ),
 }
 # wgmma and tcgen05 read shared memory, of which there are 227 KB: compute capabilities 9 and 10
-WARPGROUP: dict[str, Rows] = {
-    "shrink": ((64, 64, 64, 64, 8, 4, 128), (ANY, 64, 32, 128, 8, 4, None)),
-    "expand": ((64, 128, 64, 64, 8, 2, 128), (ANY, 64, 64, 64, 4, 1, 255)),
-    "grad_output": ((32, 64, 256, 32, 8, 2, None), (128, 64, 128, 64, 8, 2, 128), (ANY, 64, 128, 64, 8, 2, 255)),
-    "grad_input": (
-        (16, 32, 64, 16, 4, 3, 128), (64, 32, 64, 64, 4, 3, 255), (128, 32, 64, 64, 4, 2, 255),
-        (ANY, 32, 64, 64, 4, 1, None),
+WARPGROUP = {
+    "shrink": (
+        Tile(64, BT=64, BD=64, BC=64, warps=8, stages=4, registers=128),
+        Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
     ),
-}  # fmt: skip
+    "expand": (
+        Tile(64, BT=128, BD=64, BC=64, warps=8, stages=2, registers=128),
+        Tile(None, BT=64, BD=64, BC=64, warps=4, stages=1, registers=255),
+    ),
+    "grad_output": (
+        Tile(32, BT=64, BD=256, BC=32, warps=8, stages=2),
+        Tile(128, BT=64, BD=128, BC=64, warps=8, stages=2, registers=128),
+        Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2, registers=255),
+    ),
+    "grad_input": (
+        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=128),
+        Tile(64, BT=32, BD=64, BC=64, warps=4, stages=3, registers=255),
+        Tile(128, BT=32, BD=64, BC=64, warps=4, stages=2, registers=255),
+        Tile(None, BT=32, BD=64, BC=64, warps=4, stages=1),
+    ),
+}
 # mma.sync, on every other card: within the 99 KB of the smaller ones
-WARP: dict[str, Rows] = {
-    "shrink": ((ANY, 64, 16, 64, 4, 4, None),),
-    "expand": ((64, 128, 64, 64, 8, 2, 128), (128, 32, 64, 64, 8, 1, 255), (ANY, 64, 64, 64, 8, 1, 255)),
-    "grad_output": ((16, 32, 256, 16, 8, 3, None), (ANY, 64, 128, 64, 8, 2, None)),
-    "grad_input": (
-        (16, 32, 64, 16, 8, 3, 128), (32, 32, 64, 32, 4, 2, 255), (64, 32, 32, 64, 8, 2, 255),
-        (ANY, 32, 32, 64, 4, 1, None),
+WARP = {
+    "shrink": (Tile(None, BT=64, BD=16, BC=64, warps=4, stages=4),),
+    "expand": (
+        Tile(64, BT=128, BD=64, BC=64, warps=8, stages=2, registers=128),
+        Tile(128, BT=32, BD=64, BC=64, warps=8, stages=1, registers=255),
+        Tile(None, BT=64, BD=64, BC=64, warps=8, stages=1, registers=255),
     ),
-}  # fmt: skip
+    "grad_output": (
+        Tile(16, BT=32, BD=256, BC=16, warps=8, stages=3),
+        Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2),
+    ),
+    "grad_input": (
+        Tile(16, BT=32, BD=64, BC=16, warps=8, stages=3, registers=128),
+        Tile(32, BT=32, BD=64, BC=32, warps=4, stages=2, registers=255),
+        Tile(64, BT=32, BD=32, BC=64, warps=8, stages=2, registers=255),
+        Tile(None, BT=32, BD=32, BC=64, warps=4, stages=1),
+    ),
+}
 # rank space alone, in float32 on every card
-MIX: Rows = ((32, 32, 0, 32, 4, 1, 168), (ANY, 16, 0, 64, 4, 1, 168))
+RANK_SPACE = (
+    Tile(32, BT=32, BC=32, warps=4, registers=168),
+    Tile(None, BT=16, BC=64, warps=4, registers=168),
+)
 SMALL = {"num_warps": 4, "maxnreg": 168}  # launch options of the kernels that only add up
 
 
-@dataclass(frozen=True)
-class Card:
-    """What the choice needs to know of a device."""
-
-    capability: tuple[int, int] = (9, 0)
-    processors: int = 132
-
-
-def card_of(device: torch.device) -> Card:
-    """The device's card; the default one stands in for a CPU, on which the interpreter runs."""
-    if device.type != "cuda":
-        return Card(processors=4) if device.type == "cpu" else Card()
-    properties = torch.cuda.get_device_properties(device)
-    return Card((properties.major, properties.minor), properties.multi_processor_count)
-
-
 def choose_tile(kernel: str, r: int, slots: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """The tile of a kernel.
+    """Return the tile of a kernel.
 
     Args:
-        kernel: "shrink" (slots: the larger of the branches'), "finish", "expand", "grad_output", "mix_backward" or
-            "grad_input".
+        kernel: "shrink", "reduce_split_k", "expand", "grad_output", "mix_backward" or "grad_input".
         r: rank.
-        slots: experts whose columns a branch has.
+        slots: experts whose columns a bank has in the kernel, the most of any bank.
         dtype: compute dtype.
         capability: compute capability; any that is not named above gets the tiles that fit the smallest card.
     """
-    padded = next_power(slots) * rank_columns(r)
-    if kernel in ("finish", "mix_backward"):
-        rows = MIX
+    columns = next_power_of_2(slots) * padded_rank(r)
+    if kernel in ("reduce_split_k", "mix_backward"):
+        rows = RANK_SPACE
     elif dtype == torch.float32:
         rows = FLOAT32[kernel]
     else:
         rows = (WARPGROUP if capability[0] in (9, 10) else WARP)[kernel]
-    _, BT, BD, BC, warps, stages, registers = next(row for row in rows if padded <= row[0])
-    return Tile(BT, BD, min(padded, BC), warps, stages, registers)
+    tile = next(row for row in rows if row.max_columns is None or columns <= row.max_columns)
+    return replace(tile, BC=min(columns, tile.BC))
 
 
-def prepare_rows(r: int) -> int:
-    """Rows of an expert's B of which a program of `_prepare` makes a part of w."""
-    return min(512, 16384 // rank_columns(r))
+def w_rows(r: int) -> int:
+    """Return how many rows of an expert's B give one partial sum of w."""
+    return min(512, 16384 // padded_rank(r))
 
 
-def collect_rows(r: int) -> int:
-    """Rows of every B whose gradient a program of `_collect_B` adds up."""
-    return 1024 // rank_columns(r)
-
-
-def decode_outputs(k: int) -> int:
-    """Outputs of a slice of k in CUDA's decode: at most 64 slices where they are not too long, a part of w each."""
-    return min(MAX_DECODE_OUTPUTS, 64 * cdiv(k, 64 * 64))
-
-
-def splits(tiles: int, length: int, block: int, processors: int) -> int:
-    """Programs that share one tile's long axis, so that all of them run at once, two on a processor.
-
-    A power of two, since the kernel that adds up their parts is compiled for each number of them.
-    """
-    fit = max(1, min(cdiv(length, block), 2 * processors // max(tiles, 1)))
-    return 1 << (fit.bit_length() - 1)
-
-
-def chunk_tokens(tokens: int, instances: int, blocks: int, block_tokens: int, processors: int) -> int:
-    """Tokens of an instance that one program of a backward pass adds up: as many as leave four programs a processor."""
-    wanted = cdiv(4 * processors, blocks)  # chunks in all
-    per_instance = cdiv(wanted, max(instances, 1))
-    return max(1, next_power(cdiv(tokens // max(instances, 1), block_tokens * per_instance))) * block_tokens
-
-
-def tile_count(tokens: int, instances: int, block: int, packed: bool, slack: int = 1) -> int:
-    """Programs that cover all tokens in tiles of one instance each (see `common.locate`)."""
-    if packed:
-        return tokens // block + slack * instances
-    return instances * ((tokens // max(instances, 1) + slack * block - 1) // block)
+def dB_rows(r: int) -> int:
+    """Return how many rows of every B a program of `reduce_dB_kernel` adds up."""
+    return 1024 // padded_rank(r)

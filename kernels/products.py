@@ -1,0 +1,262 @@
+"""The products that two passes share: the pass over x (or g) into rank space, and what B is multiplied with.
+
+Kernels:
+
+    shrink_kernel  x A^T of the slots or experts of every bank, R x of a token router, and column sums, from one read
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import card_of, cdiv, next_power_of_2, split_k, tile_count
+from . import tiles
+from .primitives import Sequences, columns, keep_mask, slot_experts, tile_to_seq, to_int64, zero_tile
+
+
+@triton.jit
+def load_h(
+    h_ptr,  # (T, b, DOWN, R)
+    rows,
+    inside,
+    slot,
+    rank,
+    bank: tl.constexpr,
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
+    DOWN: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Load the h of a block's columns, [BT, BC]; with DOWN = 1 it is the same for all slots."""
+    o_h = rank
+    if DOWN > 1:
+        o_h = slot * R + rank
+    p_h = h_ptr + rows[:, None] * (BANKS * DOWN * R) + (bank * DOWN * R + o_h)[None, :]
+    return tl.load(p_h, mask=inside[:, None] & ((slot < K) & (rank < R))[None, :], other=0)
+
+
+@triton.jit
+def scaled_h(
+    h_ptr,  # (T, b, DOWN, R)
+    scores_ptr,
+    state,
+    b_q,
+    rows,
+    inside,
+    slot,
+    rank,
+    scaling,
+    bank: tl.constexpr,
+    SHARE: tl.constexpr,
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
+    DOWN: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Return a block of the up-projection's right operand, s q share h, [BT, BC]."""
+    b_h = load_h(h_ptr, rows, inside, slot, rank, bank, BANKS, K, DOWN, R)
+    return b_h * (scaling * SHARE(state, scores_ptr, rows, inside, slot, bank, K)) * b_q[None, :]
+
+
+@triton.jit(do_not_specialize=["T", "num_seqs", "seq_len"])
+def shrink_kernel(
+    x_ptr,  # (T, d)
+    A_ptrs,  # (E, R, d) by strides
+    token_router_ptr,  # (Z, d) or None
+    part_ptrs,  # (split_k, T, slots * R) out
+    logits_part_ptr,  # (split_k, T, Z) out, or None
+    sums_ptr,  # (tiles, d) out: column sums over the routed tokens of a tile; None: not wanted
+    routed_ptr,  # (n, 2): the first routed token, and how many there are; None without sums
+    route_mask_ptr,  # (T,) bool or None: the sums have all tokens
+    cu_seqlens_ptr,  # (n + 1,) or None
+    ids_ptr,  # (n, b, K) or None
+    seed_ptr,  # (1,) or None
+    T,
+    num_seqs,
+    seq_len,
+    d,
+    stride_e,
+    stride_r,
+    stride_d,
+    BANKS: tl.constexpr,  # 0: sums alone
+    SLOTS: tl.constexpr,  # of each bank
+    BY_ID: tl.constexpr,  # of each bank: its slots are those of the ids, else experts in order
+    STREAMS: tl.constexpr,  # of each bank's dropout
+    K: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    Z: tl.constexpr,
+    ZP: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    BC: tl.constexpr,  # of each bank
+    EXTRA_TILES: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
+    """Grid (tiles, split_k, column blocks): a program has one tile of tokens, a part of d and a block of columns."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    tile = tl.program_id(0)
+    i_s = tl.program_id(1)
+    block = tl.program_id(2)
+    i_n, j, start, end = tile_to_seq(tile, cu_seqlens_ptr, num_seqs, seq_len, BT, EXTRA_TILES)
+    offset = 0
+    if EXTRA_TILES == 2:  # lay the tiles from the first routed token: left padding must not move a sum
+        offset = ((BT - tl.load(routed_ptr + i_n * 2) % BT) % BT).to(tl.int32)
+    rows = start + j * BT - offset + tl.arange(0, BT)
+    inside = (rows >= start) & (rows < end)
+    if sums_ptr is None:
+        if tl.max(inside.to(tl.int32), 0) == 0:
+            return
+
+    p_a = ()
+    m_c = ()
+    b_h = ()
+    for bank in tl.static_range(BANKS):
+        slot, rank = columns(block, BC[bank], RP)
+        expert = slot
+        if BY_ID[bank]:
+            expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
+        p_a = p_a + (A_ptrs[bank] + expert.to(tl.int64) * stride_e + rank * stride_r,)
+        m_c = m_c + ((slot < SLOTS[bank]) & (rank < R),)
+        b_h = b_h + (zero_tile(BT, BC[bank]),)
+    if token_router_ptr is not None:
+        o_z = tl.arange(0, ZP)
+        m_z = (o_z < Z) & (block == 0)
+        b_z = tl.zeros([BT, ZP], tl.float32)
+    if sums_ptr is not None:
+        routed = inside
+        if route_mask_ptr is not None:
+            routed = tl.load(route_mask_ptr + rows, mask=inside, other=0) != 0
+        b_ones = ((tl.arange(0, 16)[:, None] == 0) & routed[None, :]).to(dtype)  # [16, BT]
+
+    span = tl.cdiv(tl.cdiv(d, BD), tl.num_programs(1)) * BD
+    for c in range(i_s * span, tl.minimum(d, (i_s + 1) * span), BD):
+        o_d = c + tl.arange(0, BD)
+        m_d = o_d < d
+        b_x = tl.load(x_ptr + rows[:, None] * d + o_d[None, :], mask=inside[:, None] & m_d[None, :], other=0)
+        if sums_ptr is not None:
+            b_seen = b_x
+            if route_mask_ptr is not None:  # mask with where, not by multiplying: 0 * NaN is NaN
+                b_seen = tl.where(routed[:, None], b_x, 0.0).to(dtype)
+            if dtype == tl.float32:  # no tensor core adds float32 exactly
+                b_sum = tl.sum(b_seen, 0)
+            else:
+                b_sum = tl.sum(tl.dot(b_ones, b_seen), 0)  # one row is not zero
+            if block == 0:
+                tl.store(sums_ptr + to_int64(tile) * d + o_d, b_sum, mask=m_d)
+        if BANKS > 0:
+            o_a = o_d[:, None].to(tl.int64) * stride_d
+            b_added = ()
+            for bank in tl.static_range(BANKS):
+                b_a = tl.load(p_a[bank][None, :] + o_a, mask=m_d[:, None] & m_c[bank][None, :], other=0).to(dtype)
+                b_kept = b_x
+                if THRESHOLD > 0:
+                    b_kept = tl.where(keep_mask(seed_ptr, rows, c, THRESHOLD, STREAMS[bank], BT, BD), b_x, 0.0)
+                b_added = b_added + (tl.dot(b_kept.to(dtype), b_a, b_h[bank], input_precision="ieee"),)
+            b_h = b_added
+        if token_router_ptr is not None:
+            p_z = token_router_ptr + o_z[None, :].to(tl.int64) * d + o_d[:, None]
+            b_r = tl.load(p_z, mask=m_d[:, None] & m_z[None, :], other=0).to(dtype)
+            b_z = tl.dot(b_x, b_r, b_z, input_precision="ieee")
+
+    o_t = to_int64(i_s) * T + rows
+    for bank in tl.static_range(BANKS):
+        slot, rank = columns(block, BC[bank], RP)
+        p_out = part_ptrs[bank] + o_t[:, None] * (SLOTS[bank] * R) + (slot * R + rank)[None, :]
+        tl.store(p_out, b_h[bank], mask=inside[:, None] & m_c[bank][None, :])
+    if token_router_ptr is not None:
+        tl.store(logits_part_ptr + o_t[:, None] * Z + o_z[None, :], b_z, mask=inside[:, None] & m_z[None, :])
+
+
+class Shrunk(NamedTuple):
+    """Partial results of `shrink`."""
+
+    parts: tuple[Tensor, ...]  # of each bank, (split_k, T, slots * r)
+    logits_part: Tensor | None  # (split_k, T, Z)
+    split_k: int
+    sums: Tensor | None  # (tiles, d)
+    tile_tokens: int
+
+
+def shrink(
+    x: Tensor,
+    A: list[Tensor],
+    slots: list[int],
+    by_id: list[bool],
+    ids: Tensor | None,
+    seqs: Sequences,
+    *,
+    r: int,
+    strides: tuple[int, int, int],
+    num_columns: int = 0,
+    token_router: Tensor | None = None,
+    routed: Tensor | None = None,
+    route_mask: Tensor | None = None,
+    seed: Tensor | None = None,
+    streams: list[int] | None = None,
+    threshold: int = 0,
+) -> Shrunk:
+    """Launch the pass over x.
+
+    Args:
+        A: of each bank; none for column sums alone.
+        slots: of each bank, how many experts are computed: those of its ids, or the first ones in order.
+        by_id: of each bank, whether they are those of its ids (n, b, K).
+        r, strides: rank, and the strides of A between experts, ranks and inputs.
+        num_columns: slots that the tile is chosen for, where there are none.
+        routed: (n, 2), with which the columns are summed too, over the tokens of `route_mask`.
+    """
+    T, d = x.shape
+    banks, widest = len(A), max(slots, default=num_columns)
+    card, RP = card_of(x.device), tiles.padded_rank(r)
+    tile = tiles.choose_tile("shrink", r, widest, x.dtype, card.capability)
+    extra_tiles = 1 if routed is None or route_mask is None else 2
+    number = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed, extra_tiles)
+    BC = tuple(min(next_power_of_2(s) * RP, tile.BC) for s in slots)
+    blocks = max((cdiv(s * RP, width) for s, width in zip(slots, BC, strict=True)), default=1)
+    splits = split_k(number * blocks, d, 4 * tile.BD, card.processors)
+    Z = 0 if token_router is None else token_router.shape[0]
+    float32 = dict(dtype=torch.float32, device=x.device)
+    parts = tuple(torch.empty((splits, T, s * r), **float32) for s in slots)
+    logits_part = torch.empty((splits, T, Z), **float32) if Z else None
+    sums = None if routed is None else torch.empty((number, d), **float32)
+    if number:
+        shrink_kernel[(number, splits, blocks)](
+            x_ptr=x,
+            A_ptrs=tuple(A) or None,
+            token_router_ptr=token_router,
+            part_ptrs=parts or None,
+            logits_part_ptr=logits_part,
+            sums_ptr=sums,
+            routed_ptr=routed,
+            route_mask_ptr=None if route_mask is None or routed is None else route_mask.view(torch.uint8),
+            ids_ptr=ids if any(by_id) else None,
+            seed_ptr=seed if threshold else None,
+            T=T,
+            **seqs.arguments(),
+            d=d,
+            stride_e=strides[0],
+            stride_r=strides[1],
+            stride_d=strides[2],
+            BANKS=banks,
+            SLOTS=tuple(slots),
+            BY_ID=tuple(by_id),
+            STREAMS=tuple(streams or [0] * banks),
+            K=ids.shape[2] if any(by_id) else 0,
+            R=r,
+            RP=RP,
+            Z=Z,
+            ZP=max(16, next_power_of_2(Z)),
+            BT=tile.BT,
+            BD=tile.BD,
+            BC=BC,
+            EXTRA_TILES=extra_tiles,
+            THRESHOLD=threshold if banks else 0,
+            **tile.options(),
+        )
+    return Shrunk(parts, logits_part, splits, sums, tile.BT)
