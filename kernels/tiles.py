@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
+from smolora.launch import (  # noqa: F401
+    Card,
+    card_of,
+    cdiv,
+    chunk_tokens,
+    next_power_of_2 as next_power,
+    split_k as splits,
+    tile_count,
+)
+
 MAX_ONE_PASS_COLUMNS = 128  # of all VU experts: up to here one pass over x computes them all
-MAX_DECODE_OUTPUTS = 512  # of a block of CUDA's decode
 MAX_ONE_READ_COLUMNS = 64  # chosen ones of both branches: up to here one read of g gives p and dB
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def next_power(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def rank_columns(r: int) -> int:
@@ -85,22 +85,6 @@ MIX: Rows = ((32, 32, 0, 32, 4, 1, 168), (ANY, 16, 0, 64, 4, 1, 168))
 SMALL = {"num_warps": 4, "maxnreg": 168}  # launch options of the kernels that only add up
 
 
-@dataclass(frozen=True)
-class Card:
-    """What the choice needs to know of a device."""
-
-    capability: tuple[int, int] = (9, 0)
-    processors: int = 132
-
-
-def card_of(device: torch.device) -> Card:
-    """The device's card; the default one stands in for a CPU, on which the interpreter runs."""
-    if device.type != "cuda":
-        return Card(processors=4) if device.type == "cpu" else Card()
-    properties = torch.cuda.get_device_properties(device)
-    return Card((properties.major, properties.minor), properties.multi_processor_count)
-
-
 def choose_tile(kernel: str, r: int, slots: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
     """The tile of a kernel.
 
@@ -131,31 +115,3 @@ def prepare_rows(r: int) -> int:
 def collect_rows(r: int) -> int:
     """Rows of every B whose gradient a program of `_collect_B` adds up."""
     return 1024 // rank_columns(r)
-
-
-def decode_outputs(k: int) -> int:
-    """Outputs of a slice of k in CUDA's decode: at most 64 slices where they are not too long, a part of w each."""
-    return min(MAX_DECODE_OUTPUTS, 64 * cdiv(k, 64 * 64))
-
-
-def splits(tiles: int, length: int, block: int, processors: int) -> int:
-    """Programs that share one tile's long axis, so that all of them run at once, two on a processor.
-
-    A power of two, since the kernel that adds up their parts is compiled for each number of them.
-    """
-    fit = max(1, min(cdiv(length, block), 2 * processors // max(tiles, 1)))
-    return 1 << (fit.bit_length() - 1)
-
-
-def chunk_tokens(tokens: int, instances: int, blocks: int, block_tokens: int, processors: int) -> int:
-    """Tokens of an instance that one program of a backward pass adds up: as many as leave four programs a processor."""
-    wanted = cdiv(4 * processors, blocks)  # chunks in all
-    per_instance = cdiv(wanted, max(instances, 1))
-    return max(1, next_power(cdiv(tokens // max(instances, 1), block_tokens * per_instance))) * block_tokens
-
-
-def tile_count(tokens: int, instances: int, block: int, packed: bool, slack: int = 1) -> int:
-    """Programs that cover all tokens in tiles of one instance each (see `common.locate`)."""
-    if packed:
-        return tokens // block + slack * instances
-    return instances * ((tokens // max(instances, 1) + slack * block - 1) // block)
