@@ -3,7 +3,7 @@
 // sigmoid(-score), which 1 - alpha would round away where beta is small.
 #pragma once
 
-#include "primitives.cuh"
+#include "../primitives.cuh"
 
 struct Smolora {
   static constexpr bool kScores = true;

@@ -1,7 +1,7 @@
 // Mix "weighted": c = q, the slot's weight.
 #pragma once
 
-#include "primitives.cuh"
+#include "../primitives.cuh"
 
 struct Weighted {
   static constexpr bool kScores = false;
