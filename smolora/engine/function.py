@@ -315,6 +315,7 @@ def decode_linears(
     ids = [] if slots is None else [each.ids for each in slots if each.ids is not None]
     slot_weights = [] if slots is None else [each.weights for each in slots if each.weights is not None]
     flat = [bank for each in banks for bank in each]
+    flat_routers = [router for each in routers for router in each]
     results = decode(
         x,
         tokens.num_seqs,
@@ -325,8 +326,8 @@ def decode_linears(
         [bank.A for bank in flat],
         [bank.B for bank in flat],
         [bank.importance for bank in flat] if mix == "smolora" else [],
-        [router.weight for each in routers for router in each],
-        [router.reads_x for router in routers[0]] if routers else [],
+        [router.weight for router in flat_routers],
+        [router.reads_x for router in flat_routers[: len(banks[0])]],
         [weight for weight, _ in bases],
         [bias for _, bias in bases],
         top_k,
@@ -337,6 +338,8 @@ def decode_linears(
     )
     decoded = []
     for i, (y, routed_ids, routed_weights, logits, scores) in enumerate(zip(*results, strict=True)):
-        chosen = slots[i] if slots is not None else Slots(routed_ids, routed_weights) if routers else Slots(None)
-        decoded.append(Mixed(y, *chosen, logits if slots is None else None, scores if mix == "smolora" else None))
+        chosen = Slots(None) if slots is None else slots[i]
+        if flat_routers:
+            chosen = Slots(routed_ids, routed_weights)
+        decoded.append(Mixed(y, *chosen, logits if flat_routers else None, scores if mix == "smolora" else None))
     return decoded

@@ -25,7 +25,12 @@ def compile_all(folder: Path) -> Path:
     import pybind11  # for what is emulated alone: tests on a GPU go without
 
     compiler = os.environ.get("CXX", "g++")
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    includes = [
+        f"-I{ROOT / 'csrc'}",
+        f"-I{EMULATOR}",
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_path('include')}",
+    ]
     command = [compiler, *OPTIONS, "-DSMOLORA_MODULE=smolora_emulated", *includes, "-x", "c++"]
     headers = b"".join(path.read_bytes() for path in HEADERS)
 
