@@ -58,6 +58,14 @@ class Batch(NamedTuple):
     backend: str
 
 
+class Prepared(NamedTuple):
+    """What a call of a layer computes, in the engine's words."""
+
+    batch: Batch
+    banks: list[Bank]
+    how: dict[str, Any]  # the rest of what `engine.function.mixture_linear` takes
+
+
 class Decision:
     """Takes what one forward decided, for callers that may run several at a time.
 
@@ -72,7 +80,7 @@ class MixtureExperts(nn.Module):
     """The parameters of one adapter on one linear layer, and the forward that uses them.
 
     They lie on one module whose `forward` is called, which is where FSDP and ZeRO-3 gather them. A method's file has a
-    subclass with `shapes`, perhaps `reset_parameter` and `trains`, and a `forward` that calls `batch` and `mix`.
+    subclass with `shapes` and `prepare`, and perhaps `reset_parameter` and `trains`.
 
     Args:
         in_features, out_features: d and k.
@@ -148,11 +156,63 @@ class MixtureExperts(nn.Module):
 
     # ---- a call
 
+    def prepare(self, x: Tensor) -> Prepared:
+        """Check a call, and say in the engine's words what it computes.
+
+        A method's has its own arguments besides x. It calls `batch`, and routes nothing itself.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it, its value and what was expected.
+                What only values can tell (a NaN, an empty mask, a number out of range) is checked on CPU tensors, and
+                on a GPU when the environment variable SMOLORA_CHECK is 1, since reading them waits for the GPU.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        *args: Any,
+        base: nn.Module | None = None,
+        decision: Decision | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the adapted layer's output, or the adapter's alone without a `base`.
+
+        Args:
+            x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`; computed in the autocast dtype, else in its
+                own.
+            args, kwargs: see the method's `prepare`.
+            base: the linear layer under the adapter, whose output is in y.
+            decision: takes what is decided, for callers that may run several forwards at a time.
+
+        Returns:
+            y, of x's shape with k in place of d.
+
+        Raises:
+            TypeError, ValueError: see `prepare`.
+            RuntimeError: the backend that was asked for cannot run.
+        """
+        batch, banks, how = self.prepare(x, *args, **kwargs)
+        plain = base is not None and is_plain_linear(base, batch.x.dtype)
+        mixed = mixture_linear(
+            batch.x,
+            banks,
+            tokens=batch.tokens,
+            dropout=self._dropout(x.device),
+            backend=batch.backend,
+            weight=base.weight if plain else None,
+            bias=base.bias if plain else None,
+            **{"scaling": self.config.scaling, **how},
+        )
+        if base is not None and not plain:
+            mixed = mixed._replace(y=mixed.y.add_(base(x).view_as(mixed.y)))
+        return self.finish(x, mixed, decision)
+
     def batch(self, x: Tensor, cu_seqlens: Tensor | None = None, route_mask: Tensor | None = None) -> Batch:
         """Check a batch and lay it for the engine.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; the message names it, its value and what was expected.
+            TypeError, ValueError: an argument does not fit.
             RuntimeError: the backend that was asked for cannot run.
         """
         num_seqs = check_x(x, self.in_features, cu_seqlens, next(self.parameters()).device)
@@ -164,44 +224,6 @@ class MixtureExperts(nn.Module):
             None if route_mask is None else route_mask.reshape(-1).contiguous(),
         )
         return Batch(x.reshape(-1, x.shape[-1]).to(dtype).contiguous(), tokens, resolve_backend(x.device.type, dtype))
-
-    def mix(
-        self,
-        x: Tensor,
-        batch: Batch,
-        banks: list[Bank],
-        base: nn.Module | None,
-        decision: Decision | None,
-        **how: Any,
-    ) -> Tensor:
-        """Run the engine, and keep what it decided.
-
-        Args:
-            x: as the layer was called with it.
-            batch: what `batch` made of it.
-            banks, how: as in `engine.function.mixture_linear`.
-            base: the linear layer under the adapter, whose output is in y; None for the adapter's alone.
-            decision: takes what is decided.
-
-        Returns:
-            y, of x's shape with k in place of d.
-        """
-        plain = base is not None and is_plain_linear(base, batch.x.dtype)
-        how.setdefault("scaling", self.config.scaling)
-        mixed = mixture_linear(
-            batch.x,
-            banks,
-            tokens=batch.tokens,
-            dropout=self._dropout(x.device),
-            backend=batch.backend,
-            weight=base.weight if plain else None,
-            bias=base.bias if plain else None,
-            **how,
-        )
-        y = mixed.y
-        if base is not None and not plain:
-            y = y.add_(base(x).view_as(y))
-        return self.finish(x, mixed._replace(y=y), decision)
 
     def _dropout(self, device: torch.device) -> Dropout:
         """Draw the masks' seed, on the device: nothing waits for it, and a recomputed forward draws the same."""

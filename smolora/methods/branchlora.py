@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import MixtureConfig, check_choice, check_int
-from ..spec import Bank, Router, Slots, Tokens, accurate_dtype
-from .base import Decision, DropIn, Mixture, MixtureExperts
+from ..spec import Bank, Mixed, Router, Slots, Tokens, accurate_dtype
+from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_task, check_tensor
 from .routedlora import SlotRouting
 
@@ -107,7 +107,7 @@ class BranchLoRAExperts(MixtureExperts):
         after = self.config.freeze_A_after
         return name != "A" or after is None or self.config.num_tasks <= after
 
-    def forward(
+    def prepare(
         self,
         x: Tensor,
         task: int | Tensor | None = None,
@@ -115,10 +115,8 @@ class BranchLoRAExperts(MixtureExperts):
         routes: tuple[Tensor, Tensor] | SlotRouting | None = None,
         route_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        base: nn.Module | None = None,
-        decision: Decision | None = None,
-    ) -> Tensor:
-        """Return the adapted layer's output, or the adapter's alone without a `base`.
+    ) -> Prepared:
+        """Check a call, and say what it computes.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
@@ -126,21 +124,15 @@ class BranchLoRAExperts(MixtureExperts):
             routes: (ids (n, k) int, weights (n, k)), instead of routing: what `last_routing()` gave.
             route_mask: bool, x's shape without d: the tokens that a router may see (default: all).
             cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
-            base: the linear layer under the adapter, whose output is in y.
-            decision: takes what is decided.
-
-        Returns:
-            y, of x's shape with k in place of d.
 
         Raises:
-            ValueError, TypeError: an argument does not fit; the message names it, its value and what was expected.
-            RuntimeError: the backend that was asked for cannot run.
+            TypeError, ValueError: see `MixtureExperts.prepare`.
         """
         batch = self.batch(x, cu_seqlens, route_mask)
         frozen = None if not self._any_frozen else ~self.frozen_branches
         banks = [Bank(self.A[None], self.B, trained=frozen)]
         if routes is not None:
-            return self.mix(x, batch, banks, base, decision, slots=self._given(routes, batch))
+            return Prepared(batch, banks, {"slots": self._given(routes, batch)})
         n = batch.tokens.num_seqs
         if task is None:
             raise ValueError(f"task must be given, an int or int of shape ({n},): the router is the task's; got None")
@@ -151,12 +143,14 @@ class BranchLoRAExperts(MixtureExperts):
             router = Router(self.router, True, rows)
         gate = "chosen" if self.config.renormalize else "all"
         seen = batch._replace(tokens=seen_tokens(batch.tokens, batch.x.shape[0], self.config.router_input, x.device))
-        y = self.mix(
-            x, seen, banks, base, decision, routers=[router], top_k=self.config.top_k, gate=gate, gate_grad=gate
-        )
-        number = torch.arange(self.config.num_branches, device=x.device)
-        self._usage += (self._last.ids.reshape(-1, 1) == number).sum(0)
-        return y
+        how = {"routers": [router], "top_k": self.config.top_k, "gate": gate, "gate_grad": gate}
+        return Prepared(seen, banks, how)
+
+    def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
+        if mixed.logits is not None:  # routed, not given
+            number = torch.arange(self.config.num_branches, device=x.device)
+            self._usage += (mixed.ids.reshape(-1, 1) == number).sum(0)
+        return super().finish(x, mixed, decision)
 
     def _given(self, routes: tuple[Tensor, Tensor] | SlotRouting, batch: Any) -> Slots:
         """Check given branches and weights.

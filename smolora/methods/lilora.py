@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import MixtureConfig, check_int
 from ..spec import Bank, Slots
-from .base import Decision, DropIn, Mixture, MixtureExperts
+from .base import DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_task, reads_values
 
 
@@ -67,42 +67,33 @@ class LiLoRAExperts(MixtureExperts):
         else:
             nn.init.zeros_(parameter)
 
-    def forward(
+    def prepare(
         self,
         x: Tensor,
         task: int | Tensor,
         *,
         cu_seqlens: Tensor | None = None,
-        base: nn.Module | None = None,
-        decision: Decision | None = None,
-    ) -> Tensor:
-        """Return the adapted layer's output, or the adapter's alone without a `base`.
+    ) -> Prepared:
+        """Check a call, and say what it computes.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
             task: the task of all n sequences, or int (n,), of each.
             cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
-            base: the linear layer under the adapter, whose output is in y.
-            decision: takes what is decided.
-
-        Returns:
-            y, of x's shape with k in place of d.
 
         Raises:
-            ValueError, TypeError: an argument does not fit; the message names it, its value and what was expected.
-            RuntimeError: the backend that was asked for cannot run.
+            TypeError, ValueError: see `MixtureExperts.prepare`.
         """
         batch = self.batch(x, cu_seqlens)
         task = check_task(task, batch.tokens.num_seqs, self.config.num_tasks, self.A.device)
         if isinstance(task, int):
-            return self.mix(x, batch, [Bank(self.A[None], self.up(task)[None])], base, decision)
+            return Prepared(batch, [Bank(self.A[None], self.up(task)[None])], {})
         present = torch.arange(self.config.num_tasks, device=task.device)
         ids = task
         if reads_values(task):
             present, ids = torch.unique(task, return_inverse=True)
         up = self.up(present)
-        slots = Slots(ids.int().view(-1, 1, 1))
-        return self.mix(x, batch, [Bank(self.A[None], up)], base, decision, slots=slots)
+        return Prepared(batch, [Bank(self.A[None], up)], {"slots": Slots(ids.int().view(-1, 1, 1))})
 
     def up(self, task: int | Tensor) -> Tensor:
         """Return the up projection B' of a task (k, r), or of several (tasks, k, r)."""

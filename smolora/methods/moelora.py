@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import MixtureConfig, check_int
 from ..spec import Bank, Mixed
-from .base import Decision, DropIn, Mixture, MixtureExperts
+from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
 from .released import load_released
 
 
@@ -48,31 +48,23 @@ class MoELoRAExperts(MixtureExperts):
         E, r, d, k = self.config.num_experts, self.config.r, self.in_features, self.out_features
         return {"A": (E, r, d), "B": (E, k, r), "router": (E, d)}
 
-    def forward(
+    def prepare(
         self,
         x: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
-        base: nn.Module | None = None,
-        decision: Decision | None = None,
-    ) -> Tensor:
-        """Return the adapted layer's output, or the adapter's alone without a `base`.
+    ) -> Prepared:
+        """Check a call, and say what it computes.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
             cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
-            base: the linear layer under the adapter, whose output is in y.
-            decision: takes what is decided.
-
-        Returns:
-            y, of x's shape with k in place of d.
 
         Raises:
-            ValueError, TypeError: an argument does not fit; the message names it, its value and what was expected.
-            RuntimeError: the backend that was asked for cannot run.
+            TypeError, ValueError: see `MixtureExperts.prepare`.
         """
-        banks = [Bank(self.A, self.B)]
-        return self.mix(x, self.batch(x, cu_seqlens), banks, base, decision, mix="softmax", token_router=self.router)
+        how = {"mix": "softmax", "token_router": self.router}
+        return Prepared(self.batch(x, cu_seqlens), [Bank(self.A, self.B)], how)
 
     def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
         # the scores are a number for every token and expert, which nobody asked for

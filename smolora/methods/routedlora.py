@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import MixtureConfig, check_int
 from ..spec import Bank, Slots, accurate_dtype
-from .base import Decision, DropIn, Mixture, MixtureExperts
+from .base import DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_tensor, reads_values
 
 
@@ -55,36 +55,27 @@ class RoutedLoRAExperts(MixtureExperts):
         E, r, d, k = self.config.num_experts, self.config.r, self.in_features, self.out_features
         return {"A": (E, r, d), "B": (E, k, r)}
 
-    def forward(
+    def prepare(
         self,
         x: Tensor,
         experts: Tensor,
         weights: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,
-        base: nn.Module | None = None,
-        decision: Decision | None = None,
-    ) -> Tensor:
-        """Return the adapted layer's output, or the adapter's alone without a `base`.
+    ) -> Prepared:
+        """Check a call, and say what it computes.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
             experts: int (n, c), those of each of the n sequences; -1 for an empty slot.
             weights: floating point (n, c), theirs, which may need a gradient; by default 1.
             cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
-            base: the linear layer under the adapter, whose output is in y.
-            decision: takes what is decided.
-
-        Returns:
-            y, of x's shape with k in place of d.
 
         Raises:
-            ValueError, TypeError: an argument does not fit; the message names it, its value and what was expected.
-            RuntimeError: the backend that was asked for cannot run.
+            TypeError, ValueError: see `MixtureExperts.prepare`.
         """
         batch = self.batch(x, cu_seqlens)
-        slots = self._slots(experts, weights, batch)
-        return self.mix(x, batch, [Bank(self.A, self.B)], base, decision, slots=slots)
+        return Prepared(batch, [Bank(self.A, self.B)], {"slots": self._slots(experts, weights, batch)})
 
     def _slots(self, experts: Tensor, weights: Tensor | None, batch: Any) -> Slots:
         """Check the slots, and leave out those that are empty in every sequence, where looking waits for no device."""

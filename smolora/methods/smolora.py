@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import SMoLoRAConfig
 from ..routing import Chosen, Routing
 from ..spec import Bank, Mixed, Router, Slots, accurate_dtype
-from .base import Decision, DropIn, Mixture, MixtureExperts
+from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_tensor
 from .released import load_released
 
@@ -69,7 +69,7 @@ class SMoLoRAExperts(MixtureExperts):
             return self.config.routers_learn
         return kind != "importance" or self.config.fusion == "adaptive"
 
-    def forward(
+    def prepare(
         self,
         x: Tensor,
         instruction: Tensor | None = None,
@@ -78,10 +78,8 @@ class SMoLoRAExperts(MixtureExperts):
         cu_seqlens: Tensor | None = None,
         routes: Chosen | tuple[Tensor | None, Tensor | None] | None = None,
         gates: tuple[Tensor | None, Tensor | None] | None = None,
-        base: nn.Module | None = None,
-        decision: Decision | None = None,
-    ) -> Tensor:
-        """Return the adapted layer's output, or the adapter's alone without a `base`.
+    ) -> Prepared:
+        """Check a call, and say what it computes.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`; computed in the autocast dtype, else in its
@@ -94,17 +92,9 @@ class SMoLoRAExperts(MixtureExperts):
             routes: chosen experts (VU, IF), (n,) or (n, top_k) each, instead of routing; None for a branch not in use.
                 Or what `last_chosen()` gave, which has the gates in it.
             gates: weights of the chosen experts (VU, IF), (n, top_k) each, with `routes`; by default 1 / top_k.
-            base: the linear layer under the adapter, whose output is in y.
-            decision: takes what is decided.
-
-        Returns:
-            y, of x's shape with k in place of d.
 
         Raises:
-            ValueError, TypeError: an argument does not fit; the message names it, its value and what was expected.
-                What only values can tell (a NaN, an empty mask, a route out of range) is checked on CPU tensors, and
-                on a GPU when the environment variable SMOLORA_CHECK is 1, since reading them waits for the GPU.
-            RuntimeError: the backend that was asked for cannot run.
+            TypeError, ValueError: see `MixtureExperts.prepare`.
         """
         c = self.config
         batch = self.batch(x, cu_seqlens, route_mask)
@@ -124,7 +114,7 @@ class SMoLoRAExperts(MixtureExperts):
         banks = self._in_use(
             Bank(self.vu_A, self.vu_B, 0, self.vu_importance), Bank(self.if_A, self.if_B, 1, self.if_importance)
         )
-        return self.mix(x, batch, banks, base, decision, **how)
+        return Prepared(batch, banks, how)
 
     def _in_use(self, *pair: Any) -> list[Any]:
         """Return of a pair (VU, IF) what the fusion uses."""
@@ -187,7 +177,12 @@ class SMoLoRAExperts(MixtureExperts):
                 if name == "routes":
                     experts = (self.vu_A, self.if_A)[branch].shape[0]
                     value = check_ids(
-                        label, value, shapes, self.vu_A.device, below=experts, what=("a VU expert", "an IF expert")[branch]
+                        label,
+                        value,
+                        shapes,
+                        self.vu_A.device,
+                        below=experts,
+                        what=("a VU expert", "an IF expert")[branch],
                     )
                 else:
                     _check_gates(label, value, shapes, self.vu_A.device)
