@@ -312,7 +312,7 @@ class RoutingContext:
         told = instruction is not None and instruction.dim() == 2 and instruction.shape[0] > 1
         try:
             return images_of(
-                self.model.config, inputs, told, image_to_sample, ids=inputs.get("input_ids"), token=self._image_token,
+                self.model, inputs, told, image_to_sample, ids=inputs.get("input_ids"), token=self._image_token,
                 samples=samples, cu_seqlens=bounds,
             )  # fmt: skip
         except ValueError as error:  # for the first layer that gets images: they may have been encoded before
@@ -471,6 +471,11 @@ class RoutingContext:
                 raise ValueError("prompt_mask must be left out of generate(), whose input is all prompt")
             tokens, image_to_sample = token_input(inputs), own["image_to_sample"]
             batch = None if tokens is None else tokens.shape[0]
+            if tokens is not None and boundaries(inputs, *tokens.shape[:2]) is not None:
+                raise ValueError(
+                    "generate() must be given one sample a row, but position_ids restart within a row (or "
+                    "cu_seq_lens_q, seq_idx or attention_mask say so)"
+                )
             if tokens is None and isinstance(inputs.get("pixel_values"), Tensor):  # BLIP-2 writes a prompt for each
                 batch = inputs["pixel_values"].shape[0]
                 image_to_sample = torch.arange(batch) if image_to_sample is None else image_to_sample

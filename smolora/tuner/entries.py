@@ -32,7 +32,8 @@ class Entry:
 
     def __init__(self, context: RoutingContext, model: nn.Module, name: str) -> None:
         self.context, self.model, self.name = context, model, name
-        self.replaced: Callable | None = model.__dict__.get(name)  # somebody's else, who was here before
+        self.own: Callable = getattr(model, name)  # the class's, or what somebody else has put there
+        self.was_replaced = name in model.__dict__
 
     def install(self) -> None:
         self.model.__dict__[self.name] = self
@@ -40,15 +41,8 @@ class Entry:
     def remove(self) -> None:
         if self.model.__dict__.get(self.name) is self:
             del self.model.__dict__[self.name]
-            if self.replaced is not None:
-                self.model.__dict__[self.name] = self.replaced
-
-    @property
-    def own(self) -> Callable:
-        """The method that this stands for."""
-        if self.replaced is not None:
-            return self.replaced
-        return inspect.getattr_static(type(self.model), self.name).__get__(self.model, type(self.model))
+            if self.was_replaced:
+                self.model.__dict__[self.name] = self.own
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -8,12 +8,13 @@ a forward tell about that is read before it begins, and what they do not tell is
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .packing import is_capturing, sums
 
@@ -141,11 +142,11 @@ def untold(images: int) -> str:
     )
 
 
-def images_of(config: Any, inputs: dict[str, Any], told: bool, given: Tensor | None, **known: Any) -> Images:
+def images_of(model: nn.Module, inputs: dict[str, Any], told: bool, given: Tensor | None, **known: Any) -> Images:
     """The images of a forward.
 
     Args:
-        config: the model's.
+        model: with adapters.
         inputs: the forward's arguments by name.
         told: whether the sample of each image has to be known: instructions differ.
         given: `image_to_sample`.
@@ -154,32 +155,47 @@ def images_of(config: Any, inputs: dict[str, Any], told: bool, given: Tensor | N
     Raises:
         ValueError: `told`, and nothing tells it.
     """
+    config, plain = model.config, Images(**known, owner=given)
     pixels, grid, sizes = (inputs.get(name) for name in ("pixel_values", "image_grid_thw", "image_sizes"))
-    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-    plain = Images(**known, owner=given)
+    if inputs.get("pixel_values_videos") is not None and (grid is not None or (told and given is None)):
+        raise ValueError(
+            "pixel_values_videos must be left out where a layer that sees images is adapted: nothing tells which "
+            "sample a frame belongs to (image_to_sample can, where a frame is a row, and there are no images beside)"
+        )
     if pixels is None:
         return plain
+    pieces, rows = None, None
     if grid is not None:
         merge = getattr(config.vision_config, "spatial_merge_size", 1)
         patches = [math.prod(size) for size in _values(grid)]
-        tokens, pieces = [n // merge**2 for n in patches], [[n // merge**2 for n in patches], patches]
-    elif tower == "pixtral":
+        pieces = [[n // merge**2 for n in patches], patches]
+        tokens = pieces[0]
+    elif getattr(getattr(config, "vision_config", None), "model_type", None) == "pixtral":
         if sizes is None:
             sizes = [pixels.shape[-2:]] * len(pixels)
         patch, merge = config.vision_config.patch_size, getattr(config, "spatial_merge_size", 1)
         pieces = [[(h // step) * (w // step) for h, w in _values(sizes)] for step in (patch * merge, patch)]
         tokens = pieces[0]
     elif sizes is not None and getattr(config, "model_type", None) in TILED:
-        tiles = _tiles(config, sizes, inputs.get("batch_num_images"))
-        return _tiled(plain, tiles, inputs.get("batch_num_images"), told, given, known)
+        rows = _tiles(config, sizes, inputs.get("batch_num_images"))
+        if told and given is not None and given.shape[0] == sum(rows):  # of each tile
+            return plain
+        tokens = _tokens_of_tiles(model, sizes, rows) if told and given is None else rows
     else:
         images = pixels.shape[0] if isinstance(pixels, Tensor) and pixels.dim() == 4 else None
         return Images(**known, owner=given, images=images)
     owner = None
-    if told and given is not None:
-        owner = _fitting(given, len(tokens), "images")
+    if told and given is None:
+        owner = torch.tensor(_in_order(plain, tokens))
     elif told:
-        owner = torch.tensor(_in_order(plain, tokens), device=plain.counts.device)
+        if given.shape[0] != len(tokens):
+            raise ValueError(
+                f"image_to_sample must name the sample of each of the {len(tokens)} images"
+                f"{'' if rows is None else f', or of each of their {sum(rows)} tiles'}, got {given.shape[0]} entries"
+            )
+        owner = given
+    if owner is not None and rows is not None:
+        owner = owner.repeat_interleave(torch.tensor(rows, device=owner.device))
     return Images(**known, owner=owner, pieces=pieces)
 
 
@@ -188,19 +204,12 @@ def _values(sizes: Any) -> list[list[int]]:
     return sizes.tolist() if isinstance(sizes, Tensor) else [list(map(int, size)) for size in sizes]
 
 
-def _fitting(given: Tensor, images: int, what: str) -> Tensor:
-    if given.shape[0] != images:
-        raise ValueError(
-            f"image_to_sample must name the sample of each of the {images} {what}, got {given.shape[0]} entries"
-        )
-    return given
-
-
 def _in_order(plain: Images, tokens: list[int]) -> list[int]:
     """The sample of each image, of which the text has `tokens` placeholders."""
     if plain.counts is None:
         raise ValueError(untold(len(tokens)))
     owner: list[int] = []
+    count = 0
     for sample, count in enumerate(plain.found()):
         while count > 0 and len(owner) < len(tokens):
             count -= tokens[len(owner)]
@@ -229,43 +238,20 @@ def _tiles(config: Any, sizes: Any, per_sample: Any) -> list[int]:
     ]
 
 
-def _tiled(
-    plain: Images, tiles: list[int], per_sample: Any, told: bool, given: Tensor | None, known: dict[str, Any]
-) -> Images:
-    """The images of a model that cuts them into tiles."""
-    if not told:
-        return Images(**known)
-    rows = torch.tensor(tiles)
-    if given is not None:
-        if given.shape[0] == sum(tiles):  # of each tile
-            return Images(**known, owner=given)
-        owner = _fitting(given, len(tiles), f"images, or of each of their {sum(tiles)} tiles")
-    elif per_sample is not None and known.get("cu_seqlens") is None:
-        owner = torch.arange(len(per_sample)).repeat_interleave(torch.tensor([int(n) for n in per_sample]))
-    else:
-        owner = torch.tensor(_by_runs(plain, len(tiles)))
-    return Images(**known, owner=owner.repeat_interleave(rows.to(owner.device)))
-
-
-def _by_runs(plain: Images, images: int) -> list[int]:
-    """The sample of each image, a run of placeholders each; or one for each sample that has any."""
-    if plain.counts is None:
-        raise ValueError(untold(images))
-    flags = plain.ids == plain.token
-    first = flags.clone()
-    first[:, 1:] &= ~flags[:, :-1]
-    if plain.samples_at is not None:  # two samples that touch
-        begins = plain.samples_at[:-1].long().clamp(max=flags.numel() - 1)
-        first.view(-1)[begins] = flags.flatten()[begins]
-    runs = sums(first, plain.samples_at).tolist()
-    if sum(runs) != images:
-        runs = [min(count, 1) for count in plain.found()]
-    if sum(runs) != images:
-        raise ValueError(
-            f"image_to_sample must be given, the sample of each of the {images} images: input_ids do not tell which "
-            f"of their image tokens, {plain.found()} in each sample, belong to which image"
-        )
-    return [sample for sample, count in enumerate(runs) for _ in range(count)]
+def _tokens_of_tiles(model: nn.Module, sizes: Any, tiles: list[int]) -> list[int]:
+    """How many placeholders each image has: what the model itself makes of its tiles, one channel deep."""
+    vision, inner = model.config.vision_config, getattr(model, "model", model)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    options = {
+        "vision_feature_select_strategy": getattr(model.config, "vision_feature_select_strategy", "default"),
+        "vision_aspect_ratio": getattr(model.config, "vision_aspect_ratio", None),
+    }
+    takes = inspect.signature(inner.pack_image_features).parameters
+    features, _ = inner.pack_image_features(
+        [torch.zeros(n, patches, 1) for n in tiles], torch.tensor(_values(sizes)), image_newline=torch.zeros(1),
+        **{name: value for name, value in options.items() if name in takes},
+    )  # fmt: skip
+    return [feature.shape[0] for feature in features]
 
 
 def blank_image(config: Any, like: Tensor) -> dict[str, Any]:

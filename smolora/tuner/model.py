@@ -102,12 +102,23 @@ class SMoLoRAModel(LinearTuner):
     no_merge = NO_MERGE
 
     def _pre_injection_hook(self, model: nn.Module, config: SMoLoRAConfig, adapter_name: str) -> None:
+        whole = getattr(model, "config", None)
+        if any(getattr(c, "is_encoder_decoder", False) for c in (whole, getattr(whole, "text_config", None))):
+            raise ValueError(
+                f"SMoLoRA needs a decoder-only language model, got {type(model).__name__}: an encoder and a decoder "
+                "have tokens of their own, and the prompt's routes would not reach the answer"
+            )
         if CONTEXT not in model.__dict__:
             RoutingContext(model).install()
 
     def new_layer(self, target: nn.Module, adapter_name: str, config: SMoLoRAConfig, key: str) -> SMoLoRALinear:
         context: RoutingContext = getattr(self.model, CONTEXT)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if _takes_sound(self.model, base):
+            raise ValueError(
+                f"target_modules must not name {key}, which sees sound of any length: nothing tells which sample a "
+                "part of it belongs to, nor which parts are padding"
+            )
         takes_images = _takes_images(self.model, base)
         if takes_images:
             context.install_anchor(_text_decoder(self.model))
@@ -189,6 +200,14 @@ def _takes_images(model: nn.Module, base: nn.Module) -> bool:
     if decoder is None or base is model.get_output_embeddings():
         return False
     return not any(module is base for module in decoder.modules())
+
+
+def _takes_sound(model: nn.Module, base: nn.Module) -> bool:
+    """Whether a layer belongs to a model that takes sound and no images, and not to its text part."""
+    config = getattr(model, "config", None)
+    if getattr(config, "audio_config", None) is None or getattr(config, "vision_config", None) is not None:
+        return False
+    return base is not model.get_output_embeddings() and all(m is not base for m in model.get_decoder().modules())
 
 
 if SMOLORA not in PEFT_TYPE_TO_TUNER_MAPPING:
