@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub import hf_hub_download
 from packaging.version import Version
@@ -115,6 +115,12 @@ class MixtureConfig(PeftConfig):
         ValueError: naming the argument, its value and what is allowed.
     """
 
+    # What a layer's call takes of each sample and of its tokens, by argument; a method with none of them runs anywhere.
+    takes: ClassVar[tuple[str, ...]] = ()
+    # A method with such options has fields of these names.
+    route_over: ClassVar[str] = "all"
+    decode_routing: ClassVar[str] = "token"
+
     r: int = field(default=16, metadata={"help": "rank of each expert, 1 to 128"})
     lora_alpha: float = field(default=32, metadata={"help": "the adapter's output is scaled by lora_alpha / r"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input"})
@@ -140,6 +146,15 @@ class MixtureConfig(PeftConfig):
         """`method`: the name of the method in `smolora.MIXTURES`; a subclass without one has its parent's."""
         super().__init_subclass__(**kwargs)
         cls.method = method or cls.method
+
+    def needs(self, argument: str) -> bool:
+        """Return whether a layer cannot do without an argument of `takes`."""
+        return argument in self.takes and argument in ("instruction", "task", "experts")
+
+    @property
+    def sees_image_tokens(self) -> bool:
+        """Whether a whole model routes by the tokens of its images alone."""
+        return False
 
     @property
     def scaling(self) -> float:
@@ -211,6 +226,8 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
+
+    takes: ClassVar[tuple[str, ...]] = ("instruction", "route_mask")
 
     num_vu_experts: int = field(default=4, metadata={"help": "number of visual-understanding experts"})
     num_if_experts: int = field(default=4, metadata={"help": "number of instruction-following experts"})
@@ -322,6 +339,9 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
                 f"got {self.default_instruction}"
             )
         return self.instruction_embeddings[self.default_instruction]
+
+    def needs(self, argument: str) -> bool:
+        return super().needs(argument) and self.fusion != "vu"
 
     @property
     def routers_learn(self) -> bool:

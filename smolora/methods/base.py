@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from ..backends import resolve_backend
 from ..config import MixtureConfig, dropout_threshold
-from ..engine.function import mixture_linear
-from ..spec import Bank, Dropout, Mixed, Tokens
+from ..engine import cuda_passes
+from ..engine.function import decode_linears, mixture_linear
+from ..spec import Bank, Dropout, Mixed, Tokens, num_slots
 from .checks import check_route_mask, check_x
 from .slices import SlicedParameter
 
@@ -265,6 +267,45 @@ class MixtureExperts(nn.Module):
     def facts(self) -> dict[str, Any]:
         """Return what a method adds to the layer's repr."""
         return {}
+
+
+def decode_layers(
+    x: Tensor, layers: Sequence[tuple[MixtureExperts, nn.Linear, Mapping[str, Any]]]
+) -> list[Mixed] | None:
+    """Run one token a sequence through adapted plain layers that share x, in one launch.
+
+    Args:
+        x: (B, 1, d).
+        layers: experts, the plain base under them, and the arguments of their `prepare` besides, of which only routes
+            may differ between layers.
+
+    Returns:
+        what `MixtureExperts.finish` makes the output of each of; None if no launch takes these layers.
+    """
+    first = layers[0][0]
+    if any(experts.config is not first.config or (experts.training and experts._threshold) for experts, *_ in layers):
+        return None
+    calls = [experts.prepare(x, **arguments) for experts, _, arguments in layers]
+    batch, banks, how = calls[0]  # the others have the same, but for routes, and parameters of their own
+    mix, slots, routers = how.get("mix", "weighted"), how.get("slots"), how.get("routers", ())
+    K = num_slots(None if slots is None else slots.ids, [bank.B for bank in banks], how.get("top_k", 0))
+    n = batch.tokens.num_seqs
+    if batch.backend != "cuda" or not cuda_passes.decodes(batch.x, n, None, 0, banks, K, routers, mix):
+        return None
+    return decode_linears(
+        batch.x,
+        [call.banks for call in calls],
+        [(base.weight, base.bias) for _, base, _ in layers],
+        tokens=batch.tokens,
+        scaling=how.get("scaling", first.config.scaling),
+        backend=batch.backend,
+        mix=mix,
+        slots=None if slots is None else [call.how["slots"] for call in calls],
+        routers=[call.how["routers"] for call in calls] if routers else (),
+        top_k=how.get("top_k", 0),
+        gate=how.get("gate", "chosen"),
+        instruction=how.get("instruction"),
+    )
 
 
 class DropIn:

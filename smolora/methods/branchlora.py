@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..config import MixtureConfig, check_choice, check_int
+from ..routing import Chosen
 from ..spec import Bank, Mixed, Router, Slots, Tokens, accurate_dtype
 from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_task, check_tensor
@@ -44,6 +45,8 @@ class BranchLoRAConfig(MixtureConfig, method="branchlora"):
         r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`.
     """
 
+    takes: ClassVar[tuple[str, ...]] = ("task", "route_mask")
+
     num_branches: int = field(default=8, metadata={"help": "number of branches"})
     top_k: int = field(default=2, metadata={"help": "branches that a sequence uses"})
     num_tasks: int = field(default=1, metadata={"help": "routers, one a task"})
@@ -74,6 +77,10 @@ class BranchLoRAConfig(MixtureConfig, method="branchlora"):
             raise ValueError(f"renormalize must be True or False, got {self.renormalize!r}")
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+
+    @property
+    def sees_image_tokens(self) -> bool:
+        return self.router_input == "image"
 
 
 class BranchLoRAExperts(MixtureExperts):
@@ -112,7 +119,7 @@ class BranchLoRAExperts(MixtureExperts):
         x: Tensor,
         task: int | Tensor | None = None,
         *,
-        routes: tuple[Tensor, Tensor] | SlotRouting | None = None,
+        routes: tuple[Tensor, Tensor] | SlotRouting | Chosen | None = None,
         route_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Prepared:
@@ -152,12 +159,18 @@ class BranchLoRAExperts(MixtureExperts):
             self._usage += (mixed.ids.reshape(-1, 1) == number).sum(0)
         return super().finish(x, mixed, decision)
 
-    def _given(self, routes: tuple[Tensor, Tensor] | SlotRouting, batch: Any) -> Slots:
+    def _given(self, routes: tuple[Tensor, Tensor] | SlotRouting | Chosen, batch: Any) -> Slots:
         """Check given branches and weights.
 
         Raises:
             TypeError, ValueError: they do not fit.
         """
+        if isinstance(routes, Chosen):
+            if routes.routes.shape[0] != batch.tokens.num_seqs:
+                raise ValueError(
+                    f"routes must be those of {batch.tokens.num_seqs} sequences, got {routes.routes.shape[0]}"
+                )
+            return Slots(*routes)
         if not isinstance(routes, (tuple, list)) or len(routes) < 2:
             raise ValueError(f"routes must be a pair (ids, weights), got {type(routes).__name__}")
         ids, weights = routes[:2]

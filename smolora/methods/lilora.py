@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class LiLoRAConfig(MixtureConfig, method="lilora"):
         num_tasks: number of tasks.
         r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`.
     """
+
+    takes: ClassVar[tuple[str, ...]] = ("task",)
 
     task_r: int = field(default=8, metadata={"help": "rank of a task's pair"})
     num_tasks: int = field(default=1, metadata={"help": "number of tasks"})

@@ -6,7 +6,7 @@ It is a LoRA for each task, D-MoLE's sum of several, or a batch in which every r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -24,6 +24,8 @@ class RoutedLoRAConfig(MixtureConfig, method="routedlora"):
         num_experts: number of LoRAs.
         r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`.
     """
+
+    takes: ClassVar[tuple[str, ...]] = ("experts", "weights")
 
     num_experts: int = field(default=8, metadata={"help": "number of experts"})
 

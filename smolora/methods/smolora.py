@@ -131,8 +131,8 @@ class SMoLoRAExperts(MixtureExperts):
         e = self.config.instruction_dim
         if instruction is None:
             raise ValueError(
-                f"instruction must be given, an embedding of shape ({e},) or ({num_seqs}, {e}): the IF branch routes by "
-                "it; got None"
+                f"instruction must be given, an embedding of shape ({e},) or ({num_seqs}, {e}): the IF branch routes "
+                "by it; got None"
             )
         check_tensor("instruction", instruction, self.vu_A.device)
         if not instruction.is_floating_point():
@@ -289,6 +289,6 @@ SMOLORA = Mixture(
     SMoLoRAConfig,
     SMoLoRAExperts,
     FusedSMoLoRA,
-    "SMoLoRA cannot be merged into the base: which experts a sample uses, and their shares alpha and beta, depend on the "
-    "sample and the token, so no single weight equals base and adapter; keep the adapter, or unload() it",
+    "SMoLoRA cannot be merged into the base: which experts a sample uses, and their shares alpha and beta, depend on "
+    "the sample and the token, so no single weight equals base and adapter; keep the adapter, or unload() it",
 )

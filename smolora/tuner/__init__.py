@@ -1,16 +1,15 @@
-"""PEFT methods: `peft.get_peft_model(model, SMoLoRAConfig(...))`, and MoELoRA to compare with."""
+"""PEFT methods: `peft.get_peft_model(model, config)` with the configuration of any mixture."""
 
-from .layer import SMoLoRALayer, SMoLoRALinear
-from .model import SMoLoRAModel
-from .moelora import MoELoRAConfig, MoELoRAModel
+from .layer import MixtureLayer, MixtureLinear
+from .model import MODELS, MixtureModel, SMoLoRAModel
 from .report import LayerRouting, routing_report
 
 __all__ = [
+    "MODELS",
     "LayerRouting",
-    "MoELoRAConfig",
-    "MoELoRAModel",
-    "SMoLoRALayer",
-    "SMoLoRALinear",
+    "MixtureLayer",
+    "MixtureLinear",
+    "MixtureModel",
     "SMoLoRAModel",
     "routing_report",
 ]

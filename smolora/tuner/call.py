@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import SMoLoRAConfig
+from ..config import MixtureConfig
 from ..engine.ops import CHECK_ENVIRONMENT
 from ..routing import Chosen
 from .images import Images
 from .packing import spread, sums
+from .samples import MISSING, Samples
 
-MISSING = (
-    "instruction_embeds must be given to the model's forward or generate(): embeddings of the instructions, one row a "
-    "sample, or a vector for all; the adapters route by it, and no default_instruction is configured"
-)
 CACHES = ("past_key_values", "cache")  # its names in a forward's arguments and outputs
 
 
@@ -30,6 +27,12 @@ def token_input(inputs: dict[str, Any]) -> Tensor | None:
 def cache_input(inputs: dict[str, Any]) -> Any:
     """The cache that a forward is given; None if it is given none."""
     return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
+
+
+def image_positions(inputs: dict[str, Any], image_token: int | None) -> Tensor | None:
+    """The tokens (B, S) that stand for images; None if nothing tells."""
+    ids = inputs.get("input_ids")
+    return None if ids is None or image_token is None else ids == image_token
 
 
 def values_are_free(tensor: Tensor) -> bool:
@@ -62,9 +65,10 @@ class Call:
     """What one forward of a model routes by: n samples in rows of tokens (B, S), one a row unless they are packed.
 
     Attributes:
-        instruction: (n, e), or (e,) for all; None if it is missing, which the first layer that needs it says.
+        samples: what is given of each sample; what is missing, the first layer that needs it says.
         valid: bool (B, S), the tokens that are no padding; None for all.
         prompt: bool (B, S), the tokens that `route_over="prompt"` averages; None for all.
+        image_tokens: bool (B, S), the tokens that stand for images; None if unknown.
         shape: (B, S); None if unknown.
         cu_seqlens: int32 (n + 1,), boundaries of the samples that are packed in rows; None if each row is a sample.
         images: which sample each image belongs to.
@@ -76,25 +80,25 @@ class Call:
 
     def __init__(
         self,
-        instruction: Tensor | None,
+        samples: Samples,
         *,
         valid: Tensor | None = None,
         prompt: Tensor | None = None,
+        image_tokens: Tensor | None = None,
         shape: tuple[int, int] | None = None,
         cu_seqlens: Tensor | None = None,
         images: Images | None = None,
         kept: dict[tuple[str, str], Chosen] | None = None,
         routed: Routed | None = None,
     ) -> None:
-        self.instruction = instruction
+        self.samples = samples
         self.valid = valid
         if prompt is not None and valid is not None:
             prompt = prompt & valid
         if prompt is not None:  # a sample without a prompt of its own routes by all its tokens
-            everything = torch.ones_like(prompt) if valid is None else valid
-            has_prompt = spread(sums(prompt, cu_seqlens) > 0, cu_seqlens, prompt.shape)
-            prompt = torch.where(has_prompt, prompt, everything)
+            prompt = _or_else(prompt, torch.ones_like(prompt) if valid is None else valid, cu_seqlens)
         self.prompt = valid if prompt is None else prompt
+        self.image_tokens = image_tokens
         self.shape, self.cu_seqlens = shape, cu_seqlens
         self.images = Images() if images is None else images
         self.kept = kept
@@ -124,7 +128,7 @@ class Call:
         return x, None
 
     def arguments(
-        self, x: Tensor, bounds: Tensor | None, config: SMoLoRAConfig, key: tuple[str, str], images: bool
+        self, x: Tensor, bounds: Tensor | None, config: MixtureConfig, key: tuple[str, str], images: bool
     ) -> dict[str, Any]:
         """What an adapter's forward takes besides what `arrange` gave, x with `bounds`."""
         if self.kept is not None and config.decode_routing == "prompt" and not images:
@@ -135,31 +139,51 @@ class Call:
                 )
             return {"routes": self.kept[key]}
         found: dict[str, Any] = {} if bounds is None else {"cu_seqlens": bounds}
-        if config.fusion != "vu":
-            found["instruction"] = self._instruction(x.shape[0] if bounds is None else bounds.shape[0] - 1, images)
-        mask = None
-        if not images and config.route_over != "all":
-            mask = self.valid if config.route_over == "valid" else self.prompt
-        if mask is not None:
-            found["route_mask"] = mask if bounds is None else mask.reshape(1, -1)
-        return {name: t if t.device == x.device else t.to(x.device) for name, t in found.items()}
+        rows = x.shape[0] if bounds is None else bounds.shape[0] - 1
+        for name in config.takes:
+            if name != "route_mask" and (config.needs(name) or name == "weights"):
+                found[name] = self._of_each(name, rows, images)
+        if "route_mask" in config.takes and not images:
+            mask = self._routed(config)
+            if mask is not None:
+                found["route_mask"] = mask if bounds is None else mask.reshape(1, -1)
+        return {name: t if t is None or t.device == x.device else t.to(x.device) for name, t in found.items()}
 
-    def _instruction(self, rows: int, images: bool) -> Tensor:
-        """The embedding of each instance (rows, e), or (e,) for all of them."""
-        if self.instruction is None:
-            raise ValueError(MISSING)
-        if not images or self.instruction.dim() == 1:
-            return self.instruction
-        if rows == 0 or self.instruction.shape[0] == 1:
-            return self.instruction[:1].expand(rows, -1)
-        return self.instruction.index_select(0, self.images.owners(rows).to(self.instruction.device))
+    def _routed(self, config: MixtureConfig) -> Tensor | None:
+        """The tokens (B, S) that an adapter routes by; None for all."""
+        mask = {"all": None, "valid": self.valid, "prompt": self.prompt}[config.route_over]
+        if config.sees_image_tokens and self.image_tokens is not None:
+            everything = torch.ones_like(self.image_tokens) if mask is None else mask
+            mask = _or_else(self.image_tokens & everything, everything, self.cu_seqlens)
+        return mask
+
+    def _of_each(self, name: str, rows: int, images: bool) -> Tensor | None:
+        """What is given of each instance, sample or image (rows, ...), or of all of them."""
+        value = getattr(self.samples, name)
+        if value is None:
+            if name in MISSING:
+                raise ValueError(MISSING[name])
+            return None
+        if not images or not self.samples.is_by_sample(name):
+            return value
+        if rows == 0 or value.shape[0] == 1:
+            return value[:1].expand(rows, *value.shape[1:])
+        return value.index_select(0, self.images.owners(rows).to(value.device))
+
+
+def _or_else(mask: Tensor, other: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A mask (B, S), or where a sample has no token in it another."""
+    return torch.where(spread(sums(mask, cu_seqlens) > 0, cu_seqlens, mask.shape), mask, other)
 
 
 class Generation:
     """State of one `generate()` call: what its forwards share."""
 
-    def __init__(self, instruction: Tensor | None, image_to_sample: Tensor | None, keeps_routes: bool) -> None:
-        self.instruction = instruction
+    def __init__(
+        self, samples: Samples, image_to_sample: Tensor | None, keeps_routes: bool, image_token: int | None = None
+    ) -> None:
+        self.samples = samples
+        self.image_token = image_token  # its id, where an adapter sees the images' tokens
         self.image_to_sample = image_to_sample
         self.keeps_routes = keeps_routes  # every adapter those of the prompt
         self.mask: Tensor | None = None  # (B, length), of the prompt; None if nothing is padded
@@ -187,8 +211,7 @@ class Generation:
             return
         if mask is not None:
             self.mask = mask.repeat_interleave(copies, 0)
-        if self.instruction is not None and self.instruction.dim() == 2:
-            self.instruction = self.instruction.repeat_interleave(copies, 0)
+        self.samples = self.samples.repeat(copies)
         if self.image_to_sample is not None:
             self.image_to_sample = self.image_to_sample.repeat_interleave(copies, 0) * copies
 
@@ -220,7 +243,12 @@ class Generation:
         if routed and self.mask is not None:
             valid = nn.functional.pad(self.mask.bool(), (0, max(0, start + count - self.mask.shape[1])), value=True)
             valid = valid[:, start : start + count].to(tokens.device)
-        return dict(
-            instruction=self.instruction, valid=valid, prompt=prompt, shape=(rows, count), kept=self.kept,
-            routed=self.routed,
-        )  # fmt: skip
+        return {
+            "samples": self.samples,
+            "valid": valid,
+            "prompt": prompt,
+            "image_tokens": image_positions(inputs, self.image_token) if routed else None,
+            "shape": (rows, count),
+            "kept": self.kept,
+            "routed": self.routed,
+        }

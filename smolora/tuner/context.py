@@ -26,17 +26,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Cache
 from transformers.utils import TransformersKwargs
 
-from ..config import SMoLoRAConfig
+from ..config import MixtureConfig
 from ..routing import Chosen
-from .call import CACHES, MISSING, Call, Generation, cache_input, checked_map, token_input
+from .call import CACHES, Call, Generation, cache_input, checked_map, image_positions, token_input
 from .entries import OWN_KEYWORDS, Entry, entries, generators
 from .images import Images, blank_image, images_of
 from .loading import LoadEntry
 from .packing import boundaries
+from .samples import Samples, read_samples
 from .together import BESIDE, Ahead
 
 if TYPE_CHECKING:
-    from .layer import SMoLoRALayer
+    from .layer import MixtureLayer
 
 CONTEXT = "_smolora_context"  # attribute of a model with adapters
 FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")  # which take any image of `image_size`
@@ -47,7 +48,7 @@ class _Started:
     """What a cache was started with, and the length that our last forward left it."""
 
     def __init__(self, call: Call | None = None, kept: dict[tuple[str, str], Chosen] | None = None) -> None:
-        self.instruction = None if call is None else call.instruction
+        self.samples = Samples() if call is None else call.samples
         self.packed = call is not None and call.cu_seqlens is not None
         self.routed = None if call is None else call.routed
         self.kept = kept or {}
@@ -147,7 +148,7 @@ class RoutingContext:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.layers: dict[str, SMoLoRALayer] = {}
+        self.layers: dict[str, MixtureLayer] = {}
         self.call: Call | None = None
         self._forward_names = list(inspect.signature(model.forward).parameters)
         self._image_token = getattr(getattr(model, "config", None), "image_token_id", None)
@@ -241,15 +242,15 @@ class RoutingContext:
             )
         return found[0] if found else None
 
-    def configs(self) -> list[SMoLoRAConfig]:
+    def configs(self) -> list[MixtureConfig]:
         """The configurations of the adapters in use."""
         found = {}
         for layer in self.layers.values():
             if not layer.disable_adapters:
-                found.update((name, layer.smolora_experts[name].config) for name in layer.active_in_layer())
+                found.update((name, layer.experts[name].config) for name in layer.active_in_layer())
         return list(found.values())
 
-    def beside(self, layer: SMoLoRALayer) -> SMoLoRALayer | None:
+    def beside(self, layer: MixtureLayer) -> MixtureLayer | None:
         """The layer that is called right after this one with the same input."""
         name = layer.smolora_key.rpartition(".")[2]
         return self.layers.get(layer.smolora_key.removesuffix(name) + BESIDE[name]) if name in BESIDE else None
@@ -262,10 +263,10 @@ class RoutingContext:
         frame = here.frames[-1]
         if generation is not None and generation.claims(token_input(inputs)):
             if generation.kept is None:
-                self._need(generation.instruction, configs)
+                generation.samples.check_complete(configs)
             frame.generation = generation
             step = generation.step(inputs)
-            here.route(Call(**step, images=self._images(inputs, step["instruction"], generation.image_to_sample)))
+            here.route(Call(**step, images=self._images(inputs, step["samples"], generation.image_to_sample)))
         elif module is not self.model:
             if getattr(module, "_is_replica", False) and configs:
                 raise RuntimeError(REPLICA)
@@ -274,34 +275,41 @@ class RoutingContext:
         elif configs:
             here.route(self._call(inputs, own, configs))
 
-    def _call(self, inputs: dict[str, Any], own: dict[str, Any], configs: list[SMoLoRAConfig]) -> Call:
+    def _call(self, inputs: dict[str, Any], own: dict[str, Any], configs: list[MixtureConfig]) -> Call:
         """The call of a forward that is no step of a `generate()`."""
         tokens = token_input(inputs)
         shape = None if tokens is None else tuple(tokens.shape[:2])
         started = self._started_by(cache_input(inputs), configs)
         bounds = None if shape is None or started is not None else boundaries(inputs, *shape)
-        samples = None if shape is None else shape[0] if bounds is None else bounds.shape[0] - 1
-        instruction = own["instruction_embeds"]
-        if instruction is None and started is not None:
-            instruction = started.instruction
-        instruction = self.instruction(instruction, configs, samples, packed=bounds is not None)
-        self._need(instruction, configs)
-        image_to_sample = checked_map(own["image_to_sample"], samples)
+        count = None if shape is None else shape[0] if bounds is None else bounds.shape[0] - 1
+        samples = read_samples(own, configs, count, packed=bounds is not None)
+        if started is not None:
+            samples = samples.fill(started.samples)
+        samples.check_complete(configs)
+        image_to_sample = checked_map(own["image_to_sample"], count)
         masks = {}
         over = {c.route_over for c in configs if started is None or c.decode_routing != "prompt"}
         if shape is not None and over - {"all"}:
             masks = self._masks(inputs, own["prompt_mask"], shape, prompted="prompt" in over)
         return Call(
-            instruction, shape=shape, cu_seqlens=bounds,
-            images=self._images(inputs, instruction, image_to_sample, samples, bounds),
-            kept=None if started is None else started.kept, routed=None if started is None else started.routed,
+            samples,
+            shape=shape,
+            cu_seqlens=bounds,
+            image_tokens=image_positions(inputs, self._seen_token(configs)),
+            images=self._images(inputs, samples, image_to_sample, count, bounds),
+            kept=None if started is None else started.kept,
+            routed=None if started is None else started.routed,
             **masks,
-        )  # fmt: skip
+        )
+
+    def _seen_token(self, configs: list[MixtureConfig]) -> int | None:
+        """The id of the token that stands for a part of an image, where an adapter routes by those."""
+        return self._image_token if any(config.sees_image_tokens for config in configs) else None
 
     def _images(
         self,
         inputs: dict[str, Any],
-        instruction: Tensor | None,
+        given: Samples,
         image_to_sample: Tensor | None,
         samples: int | None = None,
         bounds: Tensor | None = None,
@@ -309,10 +317,9 @@ class RoutingContext:
         """The images of a forward, if an adapter sees any."""
         if not any(layer.takes_images and not layer.disable_adapters for layer in self.layers.values()):
             return Images()
-        told = instruction is not None and instruction.dim() == 2 and instruction.shape[0] > 1
         try:
             return images_of(
-                self.model, inputs, told, image_to_sample, ids=inputs.get("input_ids"), token=self._image_token,
+                self.model, inputs, given.differ, image_to_sample, ids=inputs.get("input_ids"), token=self._image_token,
                 samples=samples, cu_seqlens=bounds,
             )  # fmt: skip
         except ValueError as error:  # for the first layer that gets images: they may have been encoded before
@@ -335,7 +342,8 @@ class RoutingContext:
                 for layer in self.layers.values()
                 if not layer.takes_images
                 for name in layer.active_in_layer()
-                if (last := layer.decided(call, name)) is not None
+                if layer.experts[name].config.decode_routing == "prompt"
+                and (last := layer.decided(call, name)) is not None
             }
             if generation is not None:
                 generation.kept = kept
@@ -356,45 +364,13 @@ class RoutingContext:
     def misses_images(self, call: Call) -> bool:
         """Whether an image adapter trains that a forward did not run."""
         return any(
-            layer.decided(call, name) is None and any(p.requires_grad for p in layer.smolora_experts[name].parameters())
+            layer.decided(call, name) is None and any(p.requires_grad for p in layer.experts[name].parameters())
             for layer in self.layers.values()
             if layer.takes_images and not layer.disable_adapters
             for name in layer.active_in_layer()
         )
 
-    def instruction(
-        self, given: Any, configs: list[SMoLoRAConfig], samples: int | None, packed: bool = False
-    ) -> Tensor | None:
-        """The instruction of a call, checked; the configured default, or None, if none is given.
-
-        Raises:
-            TypeError, ValueError: it is no embedding of these adapters, or not one for each of `samples`.
-        """
-        configs = [c for c in configs if c.fusion != "vu"]
-        if given is None and len(configs) == 1:
-            return configs[0].default_embedding()
-        if given is None or not configs:
-            return None
-        if not isinstance(given, Tensor) or not given.is_floating_point():
-            got = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
-            raise TypeError(f"instruction_embeds must be a floating point tensor, got {got}")
-        for config in configs:
-            e = config.instruction_dim
-            rows = "B" if samples is None else samples
-            fits = given.dim() == 1 or (given.dim() == 2 and samples in (None, given.shape[0]))
-            if not fits or given.shape[-1] != e:
-                raise ValueError(
-                    f"instruction_embeds must have shape ({rows}, {e}), one row for each sample"
-                    f"{' that is packed in the rows' if packed else ''}, or ({e},) for all, got {tuple(given.shape)}"
-                )
-        return given
-
-    @staticmethod
-    def _need(instruction: Tensor | None, configs: list[SMoLoRAConfig]) -> None:
-        if instruction is None and any(c.fusion != "vu" for c in configs):
-            raise ValueError(MISSING)
-
-    def _started_by(self, cache: Any, configs: list[SMoLoRAConfig]) -> _Started | None:
+    def _started_by(self, cache: Any, configs: list[MixtureConfig]) -> _Started | None:
         """What the cache of a forward was started with; None if it is new or empty."""
         if cache is None or not hasattr(cache, "get_seq_length"):
             return None
@@ -479,13 +455,14 @@ class RoutingContext:
             if tokens is None and isinstance(inputs.get("pixel_values"), Tensor):  # BLIP-2 writes a prompt for each
                 batch = inputs["pixel_values"].shape[0]
                 image_to_sample = torch.arange(batch) if image_to_sample is None else image_to_sample
-            instruction = self.instruction(own["instruction_embeds"], configs, batch)
-            self._need(instruction, configs)
+            samples = read_samples(own, configs, batch)
+            samples.check_complete(configs)
             image_to_sample = checked_map(image_to_sample, batch)
-            generation = Generation(instruction, image_to_sample, all(c.decode_routing == "prompt" for c in configs))
+            keeps_routes = all(c.decode_routing == "prompt" for c in configs if "route_mask" in c.takes)
+            generation = Generation(samples, image_to_sample, keeps_routes, self._seen_token(configs))
             # images may be encoded before the first forward, and before the samples are repeated for beams
-            images = self._images(inputs, instruction, image_to_sample, batch)
-            call = Call(instruction, images=images, routed=generation.routed)
+            images = self._images(inputs, samples, image_to_sample, batch)
+            call = Call(samples, images=images, routed=generation.routed)
         here.generations.append(generation)
         here.enter()
         here.route(call)

@@ -13,11 +13,12 @@ from torch import nn
 from transformers import GenerationMixin
 
 from .call import token_input
+from .samples import KEYWORDS
 
 if TYPE_CHECKING:
     from .context import RoutingContext
 
-OWN_KEYWORDS = ("instruction_embeds", "image_to_sample", "prompt_mask")
+OWN_KEYWORDS = (*KEYWORDS, "image_to_sample", "prompt_mask")
 PACKED_GENERATION = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 

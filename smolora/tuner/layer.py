@@ -9,50 +9,58 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from ..config import SMoLoRAConfig
-from ..methods.base import Decision
-from ..methods.smolora import SMoLoRAExperts
+from ..config import MixtureConfig
+from ..methods.base import Decision, Mixture
 from ..spec import Mixed
 from .call import Call
 from .context import RoutingContext
 from .together import decoded_together
 
-NO_MERGE = (
-    "SMoLoRA cannot be merged into the base: which experts a sample uses, and their shares alpha and beta, depend on "
-    "the sample and the token, so no single weight equals base and adapter; keep the adapter, or unload() it"
-)
 
+class MixtureLayer(BaseTunerLayer):
+    """What PEFT sees of an adapted layer: the experts of each adapter by name, in `<method>_experts`.
 
-class SMoLoRALayer(BaseTunerLayer):
-    """What PEFT sees of an adapted layer: `smolora_experts`, one `SMoLoRAExperts` for each adapter by name."""
+    Attributes:
+        mixture: the method, of the class.
+        smolora_context: shared with the model; None for a method that treats all samples alike.
+        smolora_key: the layer's name in the model.
+        takes_images: whether its rows are images.
+    """
 
-    adapter_layer_names = ("smolora_experts",)
+    mixture: Mixture
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, context: RoutingContext, key: str, takes_images: bool) -> None:
+    def __init__(self, base_layer: nn.Module, context: RoutingContext | None, key: str, takes_images: bool) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
-        self.smolora_experts = nn.ModuleDict()
+        setattr(self, f"{self.mixture.name}_experts", nn.ModuleDict())
         self.smolora_context = context
         self.smolora_key = key
         self.takes_images = takes_images
         self.merged_adapters = []
 
-    def update_layer(self, adapter_name: str, config: SMoLoRAConfig) -> None:
+    @property
+    def experts(self) -> nn.ModuleDict:
+        """The experts of each adapter by name."""
+        return getattr(self, f"{self.mixture.name}_experts")
+
+    def update_layer(self, adapter_name: str, config: MixtureConfig) -> None:
         """Add an adapter."""
         device, dtype = place_of(self)
-        experts = SMoLoRAExperts(
-            self.in_features, self.out_features, config, device=device,
+        experts = self.mixture.experts(
+            self.in_features,
+            self.out_features,
+            config,
+            device=device,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-        )  # fmt: skip
-        experts.keep_alpha = True
-        self.smolora_experts[adapter_name] = experts
+        )
+        self.experts[adapter_name] = experts
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def active_in_layer(self) -> list[str]:
         """The active adapters that this layer has."""
-        return [name for name in self.active_adapters if name in self.smolora_experts]
+        return [name for name in self.active_adapters if name in self.experts]
 
     def decided(self, call: Call, name: str) -> tuple[Mixed, Tensor | None] | None:
         """What an adapter decided in a call, and the boundaries of packed rows; None if it did not run."""
@@ -64,7 +72,7 @@ class SMoLoRALayer(BaseTunerLayer):
 
     def forget(self, call: Call) -> None:
         """Drop what was decided in a call."""
-        for name in self.smolora_experts:
+        for name in self.experts:
             vars(call.routed).pop(self._label(name), None)
 
     def _label(self, name: str) -> str:
@@ -84,17 +92,17 @@ class SMoLoRALayer(BaseTunerLayer):
     def _refreeze(self, adapter_names: str | list[str]) -> None:
         """Freeze again what the configuration gives no gradient: PEFT lets all of an adapter train."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.smolora_experts:
-                self.smolora_experts[name].freeze()
+            if name in self.experts:
+                self.experts[name].freeze()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the base's device. Not to its dtype, which would round float32 weights that were just loaded."""
         if device is None:
             device, _ = place_of(self)
-        if adapter_name not in self.smolora_experts or device is None:
+        if adapter_name not in self.experts or device is None:
             return
-        experts = self.smolora_experts[adapter_name]
-        if not experts.vu_A.is_meta:
+        experts = self.experts[adapter_name]
+        if not any(parameter.is_meta for parameter in experts.parameters()):
             experts.to(device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -103,27 +111,27 @@ class SMoLoRALayer(BaseTunerLayer):
         Raises:
             ValueError: always, with the reason.
         """
-        raise ValueError(NO_MERGE)
+        raise ValueError(self.mixture.no_merge)
 
     def unmerge(self) -> None:
         """Nothing to undo: nothing is ever merged."""
 
 
-class SMoLoRALinear(nn.Module, SMoLoRALayer):
-    """A linear layer of a model, possibly quantised, with SMoLoRA adapters."""
+class MixtureLinear(nn.Module, MixtureLayer):
+    """A linear layer of a model, possibly quantised, with adapters of one method."""
 
     def __init__(
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        config: SMoLoRAConfig,
+        config: MixtureConfig,
         *,
-        context: RoutingContext,
+        context: RoutingContext | None,
         key: str,
         takes_images: bool,
     ) -> None:
         super().__init__()
-        SMoLoRALayer.__init__(self, base_layer, context, key, takes_images)
+        MixtureLayer.__init__(self, base_layer, context, key, takes_images)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -142,7 +150,14 @@ class SMoLoRALinear(nn.Module, SMoLoRALayer):
             raise
 
     def _adapted(self, x: Tensor) -> Tensor:
-        call, names = self.smolora_context.current(), self.active_in_layer()
+        names = self.active_in_layer()
+        if self.smolora_context is None:  # every token by itself
+            rows = x.reshape(1, -1, x.shape[-1])
+            y = self.experts[names[0]](rows, base=self.base_layer)
+            for name in names[1:]:
+                y = y + self.experts[name](rows)
+            return y.view(*x.shape[:-1], self.out_features)
+        call = self.smolora_context.current()
         rows, bounds = call.arrange(x, self.takes_images)
         if len(names) == 1 and bounds is None and (y := decoded_together(self, names[0], rows, call)) is not None:
             return y.view(*x.shape[:-1], self.out_features)
@@ -155,14 +170,25 @@ class SMoLoRALinear(nn.Module, SMoLoRALayer):
         self, call: Call, rows: Tensor, bounds: Tensor | None, name: str, base: nn.Module | None = None
     ) -> Tensor:
         """One adapter's output, with the base's if `base` is given."""
-        experts, decision = self.smolora_experts[name], Decision()
+        experts, decision = self.experts[name], Decision()
         arguments = call.arguments(rows, bounds, experts.config, (self.smolora_key, name), self.takes_images)
         y = experts(rows, base=base, decision=decision, **arguments)
         self.decide(call, name, (decision.last, bounds))
         return y
 
     def __repr__(self) -> str:
-        return "smolora." + super().__repr__()
+        return f"{self.mixture.name}.{super().__repr__()}"
+
+
+def layer_class(mixture: Mixture) -> type[MixtureLinear]:
+    """Make the adapter layer of a method, such as `SMoLoRALinear`."""
+    name = mixture.layer.__name__.replace("Fused", "", 1)
+    attributes = {
+        "__doc__": f"A linear layer of a model, possibly quantised, with {name} adapters.",
+        "mixture": mixture,
+        "adapter_layer_names": (f"{mixture.name}_experts",),
+    }
+    return type(f"{name}Linear", (MixtureLinear,), attributes)
 
 
 def place_of(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dtype | None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..checkpoint import read_tensors
-from ..config import INSTRUCTION_FILE, SMoLoRAConfig
+from ..config import INSTRUCTION_FILE, MixtureConfig
 
 PREFIX = "base_model.model."  # of names in a PEFT model and its checkpoints
 
@@ -27,10 +28,10 @@ def check_names(model: nn.Module, adapter_name: str, found: Iterable[str], unkno
         KeyError: tensors are missing or unknown. PEFT and transformers by themselves warn of the former and ignore the
             latter.
     """
-    within = f".smolora_experts.{adapter_name}."
-    found = {name.removeprefix(PREFIX).replace(within, ".smolora_experts.") for name in found}
-    wanted = (name.removeprefix(PREFIX) for name in model.state_dict() if within in name)
-    missing = sorted(name for name in wanted if name.replace(within, ".smolora_experts.") not in found)
+    within = re.compile(rf"\.(\w+_experts)\.{re.escape(adapter_name)}\.")
+    found = {within.sub(r".\1.", name.removeprefix(PREFIX)) for name in found}
+    wanted = (name.removeprefix(PREFIX) for name in model.state_dict() if within.search(name))
+    missing = sorted(name for name in wanted if within.sub(r".\1.", name) not in found)
     unknown = sorted(name.removeprefix(PREFIX) for name in unknown)
     if missing or unknown:
         raise KeyError(f"adapter checkpoint: missing {missing}, unknown {unknown}")
@@ -43,8 +44,8 @@ def check_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
         ValueError: one is not; transformers by itself refuses it without its name.
     """
     shapes = {
-        name.removeprefix(PREFIX).replace(f".smolora_experts.{adapter_name}.", ".smolora_experts."): parameter.shape
-        for name, parameter in model.named_parameters()
+        re.sub(rf"\.(\w+_experts)\.{re.escape(adapter_name)}\.", r".\1.", name.removeprefix(PREFIX)): value.shape
+        for name, value in model.state_dict().items()
     }
     for name, tensor in tensors.items():
         shape = shapes.get(name.removeprefix(PREFIX))
@@ -69,7 +70,7 @@ class LoadEntry:
         """
         name, config = list(self.model.peft_config.items())[-1]  # the adapter that was just put in
         load = type(self.model)._load_pretrained_model
-        if not isinstance(config, SMoLoRAConfig):
+        if not isinstance(config, MixtureConfig):
             return load(*args, **kwargs)
         tensors = dict(kwargs.get("state_dict") or {})
         for file in kwargs.get("checkpoint_files") or ():
@@ -78,6 +79,6 @@ class LoadEntry:
         result = load(*args, **kwargs)
         check_names(self.model, name, tensors, result[0].unexpected_keys)
         folder = kwargs["load_config"].pretrained_model_name_or_path
-        if config.default_instruction is not None and folder is not None and os.path.isdir(folder):
+        if getattr(config, "default_instruction", None) is not None and folder is not None and os.path.isdir(folder):
             config.load_instruction_embeddings(os.path.join(folder, INSTRUCTION_FILE))
         return result

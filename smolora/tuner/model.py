@@ -1,4 +1,4 @@
-"""The tuner: SMoLoRA as a PEFT method, and what it shares with other methods for linear layers."""
+"""The tuner: every mixture of `smolora.MIXTURES` as a PEFT method."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method, resolve_quantization_backend
+from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from ..config import SMOLORA, SMoLoRAConfig
+from ..config import MixtureConfig, register_peft_type
+from ..methods import MIXTURES
+from ..methods.base import Mixture
 from .context import CONTEXT, RoutingContext
-from .layer import NO_MERGE, SMoLoRALayer, SMoLoRALinear, place_of
+from .layer import MixtureLayer, layer_class, place_of
 from .loading import PREFIX, check_names
 
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -25,19 +27,33 @@ DEFAULT_TARGETS = {
 }
 
 
-class LinearTuner(BaseTuner):
-    """A method for linear layers, possibly quantised, whose adapters are never merged into them."""
+class MixtureModel(BaseTuner):
+    """A model with adapters of one method; `peft.get_peft_model` makes it.
 
+    The model's forward and `generate` take more keywords, those that its adapters need:
+        instruction_embeds: (B, e), or (e,) for all samples; where several samples are packed in a row, one for each.
+        task_ids: int (B,), the task of each sample, or one for all.
+        experts, expert_weights: int (B, c) and (B, c), the experts of each sample and their weights.
+        image_to_sample: (images,), the sample of each image, needed where `inputs_embeds` stand for `input_ids`.
+        prompt_mask: of the forward alone; bool (B, S), True where a token is no answer. Needed in training where there
+            are no labels to tell (`route_over="prompt"`).
+
+    Args:
+        model: the model to adapt.
+        config: a configuration of the method, or such by adapter name.
+        adapter_name: of the adapter.
+    """
+
+    mixture: Mixture
     target_module_mapping = DEFAULT_TARGETS
-    no_merge: str  # why
 
-    def new_layer(self, target: nn.Module, adapter_name: str, config: PeftConfig, key: str) -> nn.Module:
-        """The layer that is put in the place of `target`, which is called `key`."""
-        raise NotImplementedError
+    def _pre_injection_hook(self, model: nn.Module, config: MixtureConfig, adapter_name: str) -> None:
+        if config.takes and CONTEXT not in model.__dict__:
+            RoutingContext(model).install()
 
     def _create_and_replace(
         self,
-        peft_config: PeftConfig,
+        peft_config: MixtureConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -65,7 +81,7 @@ class LinearTuner(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(self.no_merge)
+        raise ValueError(self.mixture.no_merge)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -81,49 +97,16 @@ class LinearTuner(BaseTuner):
             )
         yield
 
-
-class SMoLoRAModel(LinearTuner):
-    """A model with SMoLoRA adapters; `peft.get_peft_model` makes it.
-
-    The model's forward and `generate` take more keywords:
-        instruction_embeds: (B, e), or (e,) for all samples; where several samples are packed in a row, one for each.
-        image_to_sample: (images,), the sample of each image, needed where `inputs_embeds` stand for `input_ids`.
-        prompt_mask: of the forward alone; bool (B, S), True where a token is no answer. Needed in training where there
-            are no labels to tell (`route_over="prompt"`).
-
-    Args:
-        model: the model to adapt.
-        config: a `SMoLoRAConfig`, or such by adapter name.
-        adapter_name: of the adapter.
-    """
-
-    prefix = "smolora_"
-    tuner_layer_cls = SMoLoRALayer
-    no_merge = NO_MERGE
-
-    def _pre_injection_hook(self, model: nn.Module, config: SMoLoRAConfig, adapter_name: str) -> None:
-        whole = getattr(model, "config", None)
-        if any(getattr(c, "is_encoder_decoder", False) for c in (whole, getattr(whole, "text_config", None))):
-            raise ValueError(
-                f"SMoLoRA needs a decoder-only language model, got {type(model).__name__}: an encoder and a decoder "
-                "have tokens of their own, and the prompt's routes would not reach the answer"
-            )
-        if CONTEXT not in model.__dict__:
-            RoutingContext(model).install()
-
-    def new_layer(self, target: nn.Module, adapter_name: str, config: SMoLoRAConfig, key: str) -> SMoLoRALinear:
-        context: RoutingContext = getattr(self.model, CONTEXT)
+    def new_layer(self, target: nn.Module, adapter_name: str, config: MixtureConfig, key: str) -> MixtureLayer:
+        """Make the layer that is put in the place of `target`, which is called `key`."""
+        context: RoutingContext | None = self.model.__dict__.get(CONTEXT)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if _takes_sound(self.model, base):
-            raise ValueError(
-                f"target_modules must not name {key}, which sees sound of any length: nothing tells which sample a "
-                "part of it belongs to, nor which parts are padding"
-            )
-        takes_images = _takes_images(self.model, base)
+        takes_images = context is not None and _takes_images(self.model, base)
         if takes_images:
             context.install_anchor(_text_decoder(self.model))
-        layer = SMoLoRALinear(target, adapter_name, config, context=context, key=key, takes_images=takes_images)
-        context.layers[key] = layer
+        layer = self.tuner_layer_cls(target, adapter_name, config, context=context, key=key, takes_images=takes_images)
+        if context is not None:
+            context.layers[key] = layer
         return layer
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -131,21 +114,24 @@ class SMoLoRAModel(LinearTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
-        for layer in getattr(self.model, CONTEXT).layers.values():
-            _, dtype = place_of(layer)
-            if adapter_name in layer.smolora_experts and dtype is not None and dtype.is_floating_point:
-                layer.smolora_experts[adapter_name].to(dtype)
+        for layer in self.model.modules():
+            if isinstance(layer, MixtureLayer) and adapter_name in layer.experts:
+                _, dtype = place_of(layer)
+                if dtype is not None and dtype.is_floating_point:
+                    layer.experts[adapter_name].to(dtype)
 
     def unload(self) -> nn.Module:
         """The base model, without adapters and as it was."""
-        getattr(self.model, CONTEXT).remove()
+        context = self.model.__dict__.get(CONTEXT)
+        if context is not None:
+            context.remove()
         return super().unload()
 
     @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: SMoLoRAConfig,
+        config: MixtureConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -160,7 +146,7 @@ class SMoLoRAModel(LinearTuner):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, parameter in model.named_parameters() if tensors else ():
             whole = getattr(parameter, "ds_numel", None)  # of a parameter that ZeRO-3 partitions
-            if whole is None or name in tensors or f".smolora_experts.{adapter_name}." not in name:
+            if whole is None or name in tensors or f".{cls.mixture.name}_experts.{adapter_name}." not in name:
                 continue
             if parameter.numel() != whole:
                 raise KeyError(
@@ -173,7 +159,7 @@ class SMoLoRAModel(LinearTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SMoLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: MixtureConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The checkpoint's tensors under the model's names.
 
@@ -210,5 +196,24 @@ def _takes_sound(model: nn.Module, base: nn.Module) -> bool:
     return base is not model.get_output_embeddings() and all(m is not base for m in model.get_decoder().modules())
 
 
-if SMOLORA not in PEFT_TYPE_TO_TUNER_MAPPING:
-    register_peft_method(name="smolora", config_cls=SMoLoRAConfig, model_cls=SMoLoRAModel)
+def register(mixture: Mixture) -> type[MixtureModel]:
+    """Make a method known to PEFT, once."""
+    peft_type = register_peft_type(mixture.name.upper())
+    if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        name = mixture.layer.__name__.replace("Fused", "", 1)
+        attributes = {
+            "__doc__": f"A model with {name} adapters; see `MixtureModel`.",
+            "mixture": mixture,
+            "prefix": f"{mixture.name}_",
+            "tuner_layer_cls": layer_class(mixture),
+        }
+        model = type(f"{name}Model", (MixtureModel,), attributes)
+        for made in (model, model.tuner_layer_cls):  # where pickle looks for the class of an object
+            made.__module__ = __name__
+            globals()[made.__name__] = made
+        register_peft_method(name=mixture.name, config_cls=mixture.config, model_cls=model)
+    return PEFT_TYPE_TO_TUNER_MAPPING[PeftType[mixture.name.upper()]]
+
+
+MODELS: dict[str, type[MixtureModel]] = {name: register(mixture) for name, mixture in MIXTURES.items()}
+SMoLoRAModel = MODELS["smolora"]

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from torch import Tensor, nn
 
-from .layer import SMoLoRALayer
+from .layer import MixtureLayer
 
 
 class LayerRouting(TypedDict):
@@ -41,7 +41,9 @@ def routing_report(model: nn.Module, adapter: str | None = None) -> dict[str, La
         ValueError: the model has no such adapter, or several are active and none is named.
         RuntimeError: there was no forward with it yet.
     """
-    layers = [module for module in model.modules() if isinstance(module, SMoLoRALayer)]
+    layers = [
+        module for module in model.modules() if isinstance(module, MixtureLayer) and module.mixture.name == "smolora"
+    ]
     active = {name for layer in layers for name in layer.active_in_layer()}
     if not layers or (adapter is None and not active):
         raise ValueError(f"model must have an active SMoLoRA adapter, {type(model).__name__} has none")
@@ -49,16 +51,16 @@ def routing_report(model: nn.Module, adapter: str | None = None) -> dict[str, La
         if len(active) > 1:
             raise ValueError(f"adapter must be named, several are active: {sorted(active)}")
         (adapter,) = active
-    elif not any(adapter in layer.smolora_experts for layer in layers):
+    elif not any(adapter in layer.experts for layer in layers):
         raise ValueError(f"adapter must be one of the model's, got {adapter!r}")
     report: dict[str, LayerRouting] = {}
     call = layers[0].smolora_context.call
     for layer in layers if call is not None else ():
-        decided = layer.decided(call, adapter) if adapter in layer.smolora_experts else None
+        decided = layer.decided(call, adapter) if adapter in layer.experts else None
         if decided is None:
             continue
         last, bounds = decided
-        found = layer.smolora_experts[adapter].routing(last)
+        found = layer.experts[adapter].routing(last)
         shape = (last.ids.shape[0] if bounds is None else 1, -1)
         alpha, beta = (share.view(shape) if bounds is None else share.flatten() for share in (found.alpha, found.beta))
         valid = None if layer.takes_images else call.valid

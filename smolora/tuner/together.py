@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import resolve_backend
-from ..methods.base import Decision, compute_dtype, has_hooks, is_local, is_plain_linear
-from ..methods.smolora import SMoLoRAExperts
+from ..methods.base import Decision, compute_dtype, decode_layers, has_hooks, is_local, is_plain_linear
+from ..spec import Mixed
 
 if TYPE_CHECKING:
     from .call import Call
-    from .layer import SMoLoRALayer
+    from .layer import MixtureLayer
 
 BESIDE = {"gate_proj": "up_proj"}  # the layer that a model calls right after one, with the same input
 
@@ -31,7 +31,7 @@ class State(NamedTuple):
 
     tensors: tuple[Tensor, ...]  # x and parameters
     versions: tuple[int, ...]  # theirs, which writing in place raises
-    others: tuple[SMoLoRALayer, str, Call, torch.dtype, bool, torch.cuda.Stream | None]
+    others: tuple[MixtureLayer, str, Call, torch.dtype, bool, torch.cuda.Stream | None]
 
     def same(self, other: State | None) -> bool:
         """Whether nothing has changed, so that the output would be the same."""
@@ -47,13 +47,13 @@ class Ahead(NamedTuple):
     """What a layer would compute that has not been called yet."""
 
     state: State
-    result: tuple[Tensor, ...]
+    result: Mixed
 
 
-def state_of(layer: SMoLoRALayer, name: str, x: Tensor, call: Call) -> State | None:
+def state_of(layer: MixtureLayer, name: str, x: Tensor, call: Call) -> State | None:
     """The state of a layer whose only active adapter is `name`; None unless one launch is all that a call would do."""
-    experts, base, dtype = layer.smolora_experts[name], layer.base_layer, compute_dtype(x)
-    if type(experts) is not SMoLoRAExperts or has_hooks(layer) or has_hooks(experts) or _has_any_global_hook():
+    experts, base, dtype = layer.experts[name], layer.base_layer, compute_dtype(x)
+    if type(experts) is not layer.mixture.experts or has_hooks(layer) or has_hooks(experts) or _has_any_global_hook():
         return None
     if not is_plain_linear(base, dtype) or resolve_backend(x.device.type, dtype) != "cuda":
         return None
@@ -66,7 +66,7 @@ def state_of(layer: SMoLoRALayer, name: str, x: Tensor, call: Call) -> State | N
     return State(tensors, versions, (layer, name, call, dtype, experts.training, stream))
 
 
-def decoded_together(layer: SMoLoRALayer, name: str, x: Tensor, call: Call) -> Tensor | None:
+def decoded_together(layer: MixtureLayer, name: str, x: Tensor, call: Call) -> Tensor | None:
     """The layer's output, base and adapter `name`, if a launch for two layers gives it or has given it; else None."""
     if torch.compiler.is_compiling():
         return None
@@ -84,21 +84,21 @@ def decoded_together(layer: SMoLoRALayer, name: str, x: Tensor, call: Call) -> T
         return None
     each = [
         (
-            one.smolora_experts[name],
+            one.experts[name],
             one.base_layer,
-            call.arguments(x, None, one.smolora_experts[name].config, (one.smolora_key, name), one.takes_images),
+            call.arguments(x, None, one.experts[name].config, (one.smolora_key, name), one.takes_images),
         )
         for one in (layer, other)
     ]
-    results = None
+    results = decode_layers(x, each)
     if results is None:
         return None
     context.here.ahead = Ahead(states[1], results[1])
     return _finish(layer, name, x, call, results[0])
 
 
-def _finish(layer: SMoLoRALayer, name: str, x: Tensor, call: Call, result: tuple[Tensor, ...]) -> Tensor:
+def _finish(layer: MixtureLayer, name: str, x: Tensor, call: Call, result: Mixed) -> Tensor:
     decision = Decision()
-    y = layer.smolora_experts[name].finish(x, result, decision)
+    y = layer.experts[name].finish(x, result, decision)
     layer.decide(call, name, (decision.last, None))
     return y

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 import smolora
 from smolora.config import SMOLORA
-from smolora.tuner import SMoLoRALinear, SMoLoRAModel
+from smolora.tuner import MixtureLinear, SMoLoRAModel
 from tiny_llava import (
     ADAPTED,
     FFN,
@@ -32,7 +32,7 @@ from tiny_llava import (
 
 def adapted_names(model):
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {name for name, module in base.named_modules() if isinstance(module, SMoLoRALinear)}
+    return {name for name, module in base.named_modules() if isinstance(module, MixtureLinear)}
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
@@ -260,7 +260,7 @@ def test_beside_a_lora_adapter():
     model = peft.inject_adapter_in_model(tiny_config(), model, "smolora_one")
     assert sum(isinstance(m, BaseTunerLayer) for m in model.modules()) == len(ADAPTED) + 2
     for module in model.modules():
-        if isinstance(module, SMoLoRALinear):
+        if isinstance(module, MixtureLinear):
             module.set_adapter("smolora_one")
     assert torch.equal(logits(model), lora)  # B is zero
     fill_adapters(model)
@@ -306,7 +306,7 @@ def test_merging_is_refused_with_the_reason():
     for merge in (
         model.merge_and_unload,
         model.merge_adapter,
-        next(m for m in model.modules() if isinstance(m, SMoLoRALinear)).merge,
+        next(m for m in model.modules() if isinstance(m, MixtureLinear)).merge,
     ):
         with pytest.raises(ValueError, match=r"cannot be merged.*alpha and beta.*depend on the sample and the token"):
             merge()

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CompileConfig, LogitsProcessor, StoppingCriteria
 
 import smolora
-from smolora.tuner import MoELoRAConfig, SMoLoRALinear
+from smolora import MoELoRAConfig
+from smolora.tuner import MixtureLinear
 from tiny_llava import EOS, PAD, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llama, tiny_llava
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -527,4 +528,4 @@ def test_return_dict_false_keeps_the_routes_of_its_cache():
 
 
 def test_names_are_those_of_the_tiny_llama():
-    assert (PAD, EOS) == (0, 2) and any(isinstance(m, SMoLoRALinear) for m in adapted().modules())
+    assert (PAD, EOS) == (0, 2) and any(isinstance(m, MixtureLinear) for m in adapted().modules())

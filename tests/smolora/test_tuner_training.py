@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import smolora
-from smolora.tuner import SMoLoRALinear
+from smolora.tuner import MixtureLinear
 from tiny_llava import adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llava
 
 ANSWER = {"answer": 3}
@@ -30,7 +30,7 @@ def assert_same(got, want, rtol=1e-5):
 
 
 def layers_of(model):
-    return [m for m in model.modules() if isinstance(m, SMoLoRALinear)]
+    return [m for m in model.modules() if isinstance(m, MixtureLinear)]
 
 
 # ------------------------------------------------------------------------------------------------------------- adapter

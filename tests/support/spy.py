@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from smolora.reference import smolora_forward
-from smolora.tuner import SMoLoRALinear
+from smolora.tuner import MixtureLinear
 
 PROJECTOR = "model.multi_modal_projector.linear_1"
 GATE = "model.language_model.layers.0.mlp.gate_proj"
 
 
 def layers_of(model):
-    return {m.smolora_key: m for m in model.modules() if isinstance(m, SMoLoRALinear)}
+    return {m.smolora_key: m for m in model.modules() if isinstance(m, MixtureLinear)}
 
 
 class Spy:

@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from ...tuner.moelora import MoELoRAConfig
+from ...methods import MoELoRAConfig
 from .base import Method, new_rank
 
 
