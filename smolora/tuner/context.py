@@ -33,6 +33,7 @@ from .entries import OWN_KEYWORDS, Entry, entries, generators
 from .images import Images, blank_image, images_of
 from .loading import LoadEntry
 from .packing import boundaries
+from .peft_forward import CARRIED
 from .samples import Samples, read_samples
 from .together import BESIDE, Ahead
 
@@ -506,6 +507,9 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     """
     context: RoutingContext = getattr(module, CONTEXT)
     context.here.enter()  # before anything can fail: what follows a forward always leaves it
+    if CARRIED in kwargs:
+        kwargs = {**kwargs, "task_ids": kwargs[CARRIED]}
+        del kwargs[CARRIED]
     own = {name: kwargs.get(name) for name in OWN_KEYWORDS}
     kwargs = {name: value for name, value in kwargs.items() if name not in OWN_KEYWORDS}
     for name in kwargs:

@@ -1,0 +1,36 @@
+"""`task_ids` through PEFT's own models, whose forwards take that keyword for themselves and drop it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import peft
+from peft import PeftModel
+
+from ..config import MixtureConfig
+
+CARRIED = "smolora_task_ids"  # under which PEFT's models hand `task_ids` on
+
+
+def carry_task_ids(model: type[PeftModel]) -> None:
+    """Have the forward of a class of PEFT's models hand `task_ids` on, where a mixture's adapter is active."""
+    own = model.forward
+    if hasattr(own, "carries_task_ids"):
+        return
+
+    @functools.wraps(own)
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("task_ids") is not None and isinstance(self.active_peft_config, MixtureConfig):
+            kwargs[CARRIED] = kwargs.pop("task_ids")
+        return own(self, *args, **kwargs)
+
+    forward.carries_task_ids = True
+    model.forward = forward
+
+
+for found in vars(peft).values():
+    if isinstance(found, type) and issubclass(found, PeftModel) and "forward" in vars(found):
+        if "task_ids" in inspect.signature(found.forward).parameters:
+            carry_task_ids(found)
