@@ -58,7 +58,7 @@ __device__ __forceinline__ void four_at(float (&v)[4], Weight w, int64_t i, int6
   }
 }
 
-__device__ __forceinline__ bool is_aligned(const void* p, int bytes) {
+__host__ __device__ __forceinline__ bool is_aligned(const void* p, int bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
