@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,15 +26,18 @@ try:
 except ModuleNotFoundError:  # which `from . import _C` would not raise
     extension = None
     _missing = (
-        "this installation has no CUDA C++ kernels: pip install -e . builds them where there are nvcc and a card, with "
-        "FORCE_CUDA=1 where there is nvcc"
+        "this installation has no CUDA C++ kernels: pip install -e . builds them where there are nvcc and a card of "
+        "compute capability 8.0 or newer, with FORCE_CUDA=1 where there is nvcc"
     )
 except ImportError as error:  # built for another Python, or not at all well
     extension = None
     _missing = f"its compiled kernels do not load: {error}"
 
+BUILD_LOG = Path(__file__).with_name("_C.log")  # which setup.py leaves where it could not build the extension
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 OTHER_DTYPE = 4
+REBUILD = "see to that and run pip install -e . again, with FORCE_CUDA=1 to see the compiler at work"
 COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have; in float32 the last would spill
 MAX_DECODE_INSTANCES = 64
 MAX_DECODE_EXPERTS = 256
@@ -62,8 +66,18 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     return False
 
 
+def build_failure() -> str | None:
+    """Why the extension could not be built, such as a compiler's first error; None if it was, or was not to be."""
+    if extension is not None or not BUILD_LOG.exists():
+        return None
+    return BUILD_LOG.read_text(encoding="utf-8").partition("\n")[0]
+
+
 def obstacle() -> str | None:
     """Why the kernels cannot run on this machine at all; None if they can."""
+    failure = build_failure()
+    if failure is not None:
+        return f"the CUDA C++ kernels could not be built: {failure} (more in {BUILD_LOG}); {REBUILD}"
     return _missing if extension is None else _obstacle(extension)
 
 
@@ -100,6 +114,9 @@ def info() -> dict[str, Any]:
         facts["version"] = f"{runtime // 1000}.{runtime % 1000 // 10}"
         facts["driver"] = f"{driver_needed(runtime)} or newer"
         facts["architectures"] = extension.architectures
+    failure = build_failure()
+    if failure is not None:
+        facts |= {"build_error": failure, "build_log": str(BUILD_LOG)}
     return facts
 
 

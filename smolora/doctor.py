@@ -219,6 +219,7 @@ def check_compilers(report: Report) -> None:
 def check_backends(report: Report) -> None:
     """What `backend_info()` says, and whether each backend that claims to run gets a small layer right."""
     heading = "Backends"
+    from . import cuda
     from .backends import backend_info
 
     info = backend_info()
@@ -233,6 +234,13 @@ def check_backends(report: Report) -> None:
         if device == "cuda" and active == "torch" and info["requested"] == "auto":
             reasons = [f"{name}: {b['reason']}" for name, b in info["backends"].items() if b.get("reason")]
             report.problem("on the GPU the slow torch backend runs", "; ".join(reasons) or "see the backends above")
+    if "build_error" in info["backends"]["cuda"]:
+        built = info["backends"]["cuda"]
+        report.add(heading, "CUDA C++ build", f"failed: {built['build_error']}; all of it in {built['build_log']}")
+        report.problem(
+            f"the CUDA C++ kernels could not be built when smolora was installed: {built['build_error']}",
+            f"read {built['build_log']}; {cuda.REBUILD}; FORCE_CUDA=0 pip install -e . if they are not wanted",
+        )
     for name, backend in info["backends"].items():
         if not backend["available"]:
             report.add(heading, name, f"no: {backend['reason']}")
