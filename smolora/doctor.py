@@ -151,6 +151,15 @@ def check_packages(report: Report) -> None:
             )
 
 
+def check_adapter_methods(report: Report) -> None:
+    from .tuner.loading import refused_peft
+
+    reason = refused_peft()
+    if reason is not None:
+        what, _, remedy = reason.partition(": ")
+        report.problem(what, remedy)
+
+
 def check_kernels_folder(report: Report) -> None:
     """A folder named kernels/ where Python looks first hides the Hugging Face library of that name."""
     spec = importlib.util.find_spec("kernels")
@@ -305,7 +314,8 @@ def check_encoder(report: Report) -> None:
 
 
 CHECKS: tuple[Callable[[Report], None], ...] = (
-    check_python, check_packages, check_encoder, check_kernels_folder, check_gpu, check_compilers, check_backends,
+    check_python, check_packages, check_adapter_methods, check_encoder, check_kernels_folder, check_gpu,
+    check_compilers, check_backends,
 )  # fmt: skip
 
 

@@ -17,12 +17,18 @@ MISSING = (
     "instruction_embeds must be given to the model's forward or generate(): embeddings of the instructions, one row a "
     "sample, or a vector for all; the adapters route by it, and no default_instruction is configured"
 )
+CACHES = ("cache", "past_key_values")  # its names in a forward's arguments and outputs, of transformers 5.24 and before
 
 
 def token_input(inputs: dict[str, Any]) -> Tensor | None:
     """The (B, S) or (B, S, hidden) input of a forward."""
     embeds = inputs.get("inputs_embeds")
     return embeds if embeds is not None else inputs.get("input_ids")
+
+
+def cache_input(inputs: dict[str, Any]) -> Any:
+    """The cache that a forward is given; None if it is given none."""
+    return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
 
 
 def _values_are_free(tensor: Tensor) -> bool:
@@ -188,7 +194,7 @@ class Generation:
         """
         tokens = token_input(inputs)
         rows, count = tokens.shape[:2]
-        cache = inputs.get("past_key_values")
+        cache = cache_input(inputs)
         start = 0
         if cache is not None:
             start = self.position if self.kept is not None else int(cache.get_seq_length())

@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs
 
 from ..config import SMoLoRAConfig
 from ..routing import Chosen
-from .call import MISSING, Call, Generation, checked_map, token_input
+from .call import CACHES, MISSING, Call, Generation, cache_input, checked_map, token_input
 from .loading import LoadEntry
 from .together import BESIDE, Ahead
 
@@ -180,7 +180,7 @@ class RoutingContext:
             return
         tokens = token_input(inputs)
         batch = None if tokens is None else tokens.shape[0]
-        started = self._started_by(inputs.get("past_key_values"), configs)
+        started = self._started_by(cache_input(inputs), configs)
         instruction = own["instruction_embeds"]
         if instruction is None and started is not None:
             instruction = started.instruction
@@ -207,7 +207,7 @@ class RoutingContext:
         call.active = False
         if output is None:  # the forward failed
             return
-        generation, cache = self.generation, getattr(output, "past_key_values", None)
+        generation, cache = self.generation, _cache_output(output)
         if call.kept is None and (generation is not None or cache is not None):
             kept = {
                 (layer.smolora_key, name): layer.smolora_experts[name].last_chosen()
@@ -284,7 +284,7 @@ class RoutingContext:
             return None
         if started is None and any(c.decode_routing == "prompt" for c in configs):
             raise RuntimeError(
-                "past_key_values holds tokens, and no forward of this model with these adapters started it, so there "
+                "the cache holds tokens, and no forward of this model with these adapters started it, so there "
                 "are no routes to keep (a copied cache, or one filled with the adapters disabled): go on with the "
                 "cache itself, or configure decode_routing='token'"
             )
@@ -375,6 +375,11 @@ class GenerateEntry:
             return type(model).generate(model, *args, **kwargs)
 
 
+def _cache_output(output: Any) -> Any:
+    """The cache that a forward gives; None if it gives none."""
+    return next((found for name in CACHES if (found := getattr(output, name, None)) is not None), None)
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -389,6 +394,9 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     context: RoutingContext = getattr(module, CONTEXT)
     own = {name: kwargs.get(name) for name in OWN_KEYWORDS}
     kwargs = {name: value for name, value in kwargs.items() if name not in OWN_KEYWORDS}
+    for name, known in (CACHES, CACHES[::-1]):  # transformers takes one of them, warns of the other, or ignores it
+        if name in kwargs and known not in kwargs and known in context._forward_names:
+            kwargs[known] = kwargs.pop(name)
     for name in kwargs:
         if name not in context._forward_names and name not in TransformersKwargs.__optional_keys__:
             close = difflib.get_close_matches(name, OWN_KEYWORDS, 1, 0.7)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import SMOLORA, SMoLoRAConfig
 from .context import CONTEXT, RoutingContext
 from .layer import NO_MERGE, SMoLoRALayer, SMoLoRALinear
-from .loading import PREFIX, check_names
+from .loading import PREFIX, check_names, explain_refused_peft
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS = {
@@ -187,3 +187,4 @@ def _takes_images(model: nn.Module, base: nn.Module) -> bool:
 
 if SMOLORA not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="smolora", config_cls=SMoLoRAConfig, model_cls=SMoLoRAModel)
+    explain_refused_peft()
