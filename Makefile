@@ -142,7 +142,8 @@ gpu-setup:
 	echo "== .venv-gpu: smolora over the packages of $$python"; \
 	$(call overlay,.venv-gpu,$$python); \
 	$(GPU) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv-gpu/torch.txt; \
-	$(GPU) $(PIP_INSTALL) -c .venv-gpu/torch.txt --no-build-isolation -e '.[test]' 2> /dev/null || \
+	$(GPU) $(PIP_INSTALL) -c .venv-gpu/torch.txt --no-build-isolation --check-build-dependencies \
+		-e '.[test]' 2> /dev/null || \
 	$(GPU) $(PIP_INSTALL) -c .venv-gpu/torch.txt -e '.[test]'
 	@$(GPU) -c 'import json, smolora; print(json.dumps(smolora.backend_info(), indent=1))'
 

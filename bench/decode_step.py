@@ -14,6 +14,7 @@ released routing), and what is timed must give what the backend torch gives at t
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import StaticCache
 
@@ -71,6 +73,12 @@ class Text:
         return cls(ids[:, :-1], ids[:, -1:].contiguous(), instruction)
 
 
+def cache_name(model: nn.Module) -> str:
+    """What a forward calls its cache: transformers has renamed it."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
 class Decoder:
     """A model, and a static cache that its prompt is in."""
 
@@ -82,11 +90,12 @@ class Decoder:
             if isinstance(module, OfficialLinear):
                 module.instruction = text.instruction
         self.cache = StaticCache(config=model.config.text_config, max_cache_len=text.ids.shape[1] + ROOM)
-        model(input_ids=text.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **own)
+        self.given = {cache_name(model): self.cache, "use_cache": True}
+        model(input_ids=text.ids, logits_to_keep=1, **self.given, **own)
 
     def step(self) -> Tensor:
         """Logits (n, vocabulary) of the next token; the cache has one more then."""
-        return self.model(input_ids=self.text.next, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return self.model(input_ids=self.text.next, **self.given).logits[:, -1]
 
     def rewind(self) -> None:
         """Put the cache back to the prompt."""

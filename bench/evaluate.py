@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of the results (default: bench/results/<device>)")
     args = parser.parse_args()
     preset = PRESETS[args.preset]
+    if preset.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"--preset {args.preset} needs a GPU")
     with tempfile.TemporaryDirectory() as folder:
         row = measure(preset, Path(folder), args.rounds, args.new_tokens)
     machine = environment(torch.device(preset.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 import evaluate
 
@@ -29,3 +30,10 @@ def test_different_answers_are_not_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "generate_answers", other)
     with pytest.raises(SystemExit, match=r"equal those one by one in 0\.0%"):
         evaluate.measure(TINY, tmp_path, rounds=0, new_tokens=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--preset", "llava-7b"])
+    with pytest.raises(SystemExit, match="--preset llava-7b needs a GPU"):
+        evaluate.main()

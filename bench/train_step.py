@@ -163,10 +163,11 @@ def check(device: torch.device) -> float:
 def checkpointing(peer: Peer, on: bool) -> None:
     """Turn activation checkpointing on or off."""
     model = peer.model.get_base_model() if isinstance(peer.model, PeftModel) else peer.model
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the former name
     if on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     else:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def measure(

@@ -133,7 +133,8 @@ def backend_info() -> dict[str, Any]:
         (None where the requested one cannot run). "backends": for each, whether it is "available", the "reason" if
         not, and the "version" of what it needs. Of torch, whether "dropout" masks on a CPU come from compiled code,
         as they do where the installation found a C++ compiler, or, the same ones several times slower, from torch. Of
-        the CUDA kernels the "driver" and "architectures", and when "auto" takes them.
+        the CUDA kernels the "driver" and "architectures", when "auto" takes them, and where they could not be built the
+        "build_error", such as the compiler's first, and the file "build_log" with all that it said.
     """
     backends = {}
     for name in BACKENDS[1:]:

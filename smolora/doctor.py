@@ -151,6 +151,15 @@ def check_packages(report: Report) -> None:
             )
 
 
+def check_adapter_methods(report: Report) -> None:
+    from .tuner.loading import refused_peft
+
+    reason = refused_peft()
+    if reason is not None:
+        what, _, remedy = reason.partition(": ")
+        report.problem(what, remedy)
+
+
 def check_kernels_folder(report: Report) -> None:
     """A folder named kernels/ where Python looks first hides the Hugging Face library of that name."""
     spec = importlib.util.find_spec("kernels")
@@ -219,6 +228,7 @@ def check_compilers(report: Report) -> None:
 def check_backends(report: Report) -> None:
     """What `backend_info()` says, and whether each backend that claims to run gets a small layer right."""
     heading = "Backends"
+    from .engine import cuda_build as cuda
     from .backends import backend_info
 
     info = backend_info()
@@ -233,6 +243,13 @@ def check_backends(report: Report) -> None:
         if device == "cuda" and active == "torch" and info["requested"] == "auto":
             reasons = [f"{name}: {b['reason']}" for name, b in info["backends"].items() if b.get("reason")]
             report.problem("on the GPU the slow torch backend runs", "; ".join(reasons) or "see the backends above")
+    if "build_error" in info["backends"]["cuda"]:
+        built = info["backends"]["cuda"]
+        report.add(heading, "CUDA C++ build", f"failed: {built['build_error']}; all of it in {built['build_log']}")
+        report.problem(
+            f"the CUDA C++ kernels could not be built when smolora was installed: {built['build_error']}",
+            f"read {built['build_log']}; {cuda.REBUILD}; FORCE_CUDA=0 pip install -e . if they are not wanted",
+        )
     for name, backend in info["backends"].items():
         if not backend["available"]:
             report.add(heading, name, f"no: {backend['reason']}")
@@ -297,7 +314,8 @@ def check_encoder(report: Report) -> None:
 
 
 CHECKS: tuple[Callable[[Report], None], ...] = (
-    check_python, check_packages, check_encoder, check_kernels_folder, check_gpu, check_compilers, check_backends,
+    check_python, check_packages, check_adapter_methods, check_encoder, check_kernels_folder, check_gpu,
+    check_compilers, check_backends,
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +19,16 @@ try:
 except ModuleNotFoundError:  # which `from . import _C` would not raise
     extension = None
     _missing = (
-        "this installation has no CUDA C++ kernels: pip install -e . builds them where there are nvcc and a card, with "
-        "FORCE_CUDA=1 where there is nvcc"
+        "this installation has no CUDA C++ kernels: pip install -e . builds them where there are nvcc and a card of "
+        "compute capability 8.0 or newer, with FORCE_CUDA=1 where there is nvcc"
     )
 except ImportError as error:  # built for another Python, or not at all well
     extension = None
     _missing = f"its compiled kernels do not load: {error}"
+
+
+BUILD_LOG = Path(__file__).parents[1] / "_C.log"  # which setup.py leaves where it could not build the extension
+REBUILD = "see to that and run pip install -e . again, with FORCE_CUDA=1 to see the compiler at work"
 
 
 def driver_needed(runtime: int) -> str:
@@ -45,8 +50,18 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     return False
 
 
+def build_failure() -> str | None:
+    """Why the extension could not be built, such as a compiler's first error; None if it was, or was not to be."""
+    if extension is not None or not BUILD_LOG.exists():
+        return None
+    return BUILD_LOG.read_text(encoding="utf-8").partition("\n")[0]
+
+
 def obstacle() -> str | None:
     """Why the kernels cannot run on this machine at all; None if they can."""
+    failure = build_failure()
+    if failure is not None:
+        return f"the CUDA C++ kernels could not be built: {failure} (more in {BUILD_LOG}); {REBUILD}"
     return _missing if extension is None else _obstacle(extension)
 
 
@@ -83,4 +98,7 @@ def info() -> dict[str, Any]:
         facts["version"] = f"{runtime // 1000}.{runtime % 1000 // 10}"
         facts["driver"] = f"{driver_needed(runtime)} or newer"
         facts["architectures"] = extension.architectures
+    failure = build_failure()
+    if failure is not None:
+        facts |= {"build_error": failure, "build_log": str(BUILD_LOG)}
     return facts

@@ -382,7 +382,7 @@ class RoutingContext:
             return None
         if started is None and any(c.decode_routing == "prompt" for c in configs):
             raise RuntimeError(
-                "past_key_values holds tokens, and no forward of this model with these adapters started it, so there "
+                "the cache holds tokens, and no forward of this model with these adapters started it, so there "
                 "are no routes to keep (a copied cache, or one filled with the adapters disabled): go on with the "
                 "cache itself, or configure decode_routing='token'"
             )
@@ -512,6 +512,9 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
         del kwargs[CARRIED]
     own = {name: kwargs.get(name) for name in OWN_KEYWORDS}
     kwargs = {name: value for name, value in kwargs.items() if name not in OWN_KEYWORDS}
+    for name, known in (CACHES, CACHES[::-1]):  # transformers takes one of them, warns of the other, or ignores it
+        if name in kwargs and known not in kwargs and known in context._forward_names:
+            kwargs[known] = kwargs.pop(name)
     for name in kwargs:
         if name not in context._forward_names and name not in TransformersKwargs.__optional_keys__:
             close = difflib.get_close_matches(name, OWN_KEYWORDS, 1, 0.7)

@@ -1,18 +1,47 @@
-"""Adapters read from the disk: whole, or refused."""
+"""Adapters read from the disk: whole, or refused; and transformers' own methods for adapters."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from typing import Any
 
+from packaging.version import Version
 from torch import Tensor, nn
+from transformers.integrations import peft as integration
 
 from ..checkpoint import read_tensors
 from ..config import INSTRUCTION_FILE, MixtureConfig
 
 PREFIX = "base_model.model."  # of names in a PEFT model and its checkpoints
+
+
+def refused_peft() -> str | None:
+    """Why a transformers model's own methods for adapters refuse the installed peft; None if they take it."""
+    wanted, installed = integration.MIN_PEFT_VERSION, metadata.version("peft")
+    if Version(installed) >= Version(wanted):
+        return None
+    return (
+        f"add_adapter(), set_adapter(), disable_adapters() and the like of a model of transformers "
+        f"{metadata.version('transformers')} need peft {wanted}, and peft {installed} is installed: put adapters into "
+        "the model with peft.get_peft_model() or peft.PeftModel.from_pretrained() and use the methods of what these "
+        "give, or install the versions in constraints.txt"
+    )
+
+
+def explain_refused_peft() -> None:
+    """Have those methods say so, where transformers alone asks for a version that may not exist yet."""
+    check = integration.check_peft_version
+
+    def check_peft_version(min_version: str) -> None:
+        reason = refused_peft()
+        if reason is not None:
+            raise ValueError(reason)
+        check(min_version=min_version)
+
+    integration.check_peft_version = check_peft_version
 
 
 def check_names(model: nn.Module, adapter_name: str, found: Iterable[str], unknown: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from ..methods import MIXTURES
 from ..methods.base import Mixture
 from .context import CONTEXT, RoutingContext
 from .layer import MixtureLayer, layer_class, place_of
-from .loading import PREFIX, check_names
+from .loading import PREFIX, check_names, explain_refused_peft
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS = {
@@ -217,3 +217,4 @@ def register(mixture: Mixture) -> type[MixtureModel]:
 
 MODELS: dict[str, type[MixtureModel]] = {name: register(mixture) for name, mixture in MIXTURES.items()}
 SMoLoRAModel = MODELS["smolora"]
+explain_refused_peft()

@@ -2,6 +2,7 @@
 
 import builtins
 import importlib.util
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -9,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.integrations import peft as integration
 
 from smolora import FusedSMoLoRA, backends, cli, doctor
+from smolora.engine import cuda_build as cuda
 from smolora.doctor import Report, diagnose
 
 
@@ -74,6 +77,35 @@ def test_a_backend_that_raises(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "_layer_fault", lambda name, device: 1 / 0)
     report = examined("backends")
     assert "'torch' fails on cpu: ZeroDivisionError: division by zero" in problems(report)
+
+
+def test_a_build_that_failed(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The compiler's first error and all that it said, and what to do; backend_info() has them too."""
+    log = tmp_path / "_C.log"
+    log.write_text("decode.cu(98): error: no such thing\n\n[1/7] nvcc decode.cu\ndecode.cu(98): error: no such thing\n")
+    monkeypatch.setattr(cuda, "BUILD_LOG", log)
+    monkeypatch.setattr(cuda, "extension", None)
+    report = examined("backends")
+    rows = dict(report.tables["Backends"])
+    assert rows["CUDA C++ build"] == f"failed: decode.cu(98): error: no such thing; all of it in {log}"
+    assert re.search(
+        r"could not be built .*: decode.cu\(98\): error.* -> read .*_C.log; .*FORCE_CUDA=0", problems(report)
+    )
+    info = backends.backend_info()["backends"]["cuda"]
+    assert info["build_error"] == "decode.cu(98): error: no such thing" and info["build_log"] == str(log)
+    assert "could not be built: decode.cu(98): error" in info["reason"] and "FORCE_CUDA=1" in info["reason"]
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run: .*decode.cu\(98\): error.*_C.log"):
+        backends.use_backend("cuda").__enter__()
+    log.unlink()
+    assert "build_error" not in backends.backend_info()["backends"]["cuda"]
+
+
+def test_a_peft_that_transformers_refuses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "99.0")
+    assert "need peft 99.0, and peft" in problems(examined("adapter_methods"))
+    assert "-> put adapters into the model with peft.get_peft_model()" in problems(examined("adapter_methods"))
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.1")
+    assert not examined("adapter_methods").problems
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch):

@@ -11,10 +11,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import LlavaForConditionalGeneration
+from transformers.integrations import peft as integration
 
 import smolora
 from smolora.config import SMOLORA
 from smolora.tuner import MixtureLinear, SMoLoRAModel
+from smolora.tuner.loading import refused_peft
 from tiny_llava import (
     ADAPTED,
     FFN,
@@ -135,6 +137,7 @@ def test_inject_adapter_in_model():
         model(**batch())
 
 
+@pytest.mark.skipif(refused_peft() is not None, reason=str(refused_peft()))
 def test_adapters_of_transformers(tmp_path):
     """add_adapter, save_pretrained, load_adapter, disable_adapters, set_adapter of a PreTrainedModel."""
     want = adapted()
@@ -157,6 +160,15 @@ def test_adapters_of_transformers(tmp_path):
     fresh = tiny_llava()
     fresh.add_adapter(tiny_config())
     assert trainable(fresh) == {name.removeprefix("base_model.model.") for name in trainable(want)}
+
+
+def test_a_peft_that_transformers_refuses(monkeypatch):
+    """What helps is said before transformers asks for a version that may not exist yet."""
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "99.0")
+    with pytest.raises(ValueError, match=r"need peft 99.0, and peft .* is installed: .*get_peft_model\(\)"):
+        tiny_llava().add_adapter(tiny_config())
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.1")
+    assert refused_peft() is None
 
 
 # ---------------------------------------------------------------------------------------------------- several adapters

@@ -1,11 +1,12 @@
 """generate(): in a batch as one by one, with any cache and beams, by this call's instructions alone."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlavaModel, StaticCache
 
 import smolora
 from spy import GATE, PROJECTOR, Spy, check, expected, layers_of
@@ -223,8 +224,14 @@ def test_prompt_routing_is_kept_while_decoding():
     assert by_itself, "the tokens would have been routed alike by themselves: the test shows nothing"
 
 
+def cache_of(out):
+    """Under the name that this version of transformers has for it."""
+    return out.cache if "cache" in out else out.past_key_values
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # transformers before 5.24 knows the latter alone
 @pytest.mark.parametrize("cache", ["made by the model", "DynamicCache", "StaticCache"])
-def test_hand_written_loop(cache):
+def test_hand_written_loop(cache, name):
     """The forward that starts a cache fixes the routes; several caches side by side keep theirs."""
     model, e, inputs = adapted(), embeddings(2), batch((5, 9))
     want = new_tokens(model, inputs, instruction_embeds=e, max_new_tokens=5, use_cache=False)
@@ -236,15 +243,15 @@ def test_hand_written_loop(cache):
     }[cache]
 
     def start(instruction):
-        out = model(**inputs, instruction_embeds=instruction, past_key_values=make(), use_cache=True)
-        return {"cache": out.past_key_values, "mask": inputs["attention_mask"], "ids": [out.logits[:, -1].argmax(-1)]}
+        out = model(**inputs, instruction_embeds=instruction, use_cache=True, **{name: make()})
+        return {"cache": cache_of(out), "mask": inputs["attention_mask"], "ids": [out.logits[:, -1].argmax(-1)]}
 
     def go_on(state, **extra):
         state["mask"] = torch.nn.functional.pad(state["mask"], (0, 1), value=1)
         position = state["mask"].sum(1, keepdim=True) - 1
         out = model(
             input_ids=state["ids"][-1][:, None], attention_mask=state["mask"], position_ids=position,
-            past_key_values=state["cache"], use_cache=True, **extra,
+            use_cache=True, **{name: state["cache"]}, **extra,
         )  # fmt: skip
         state["ids"].append(out.logits[:, -1].argmax(-1))
 
@@ -262,20 +269,38 @@ def test_hand_written_loop(cache):
             assert torch.stack(state["ids"], 1)[i, :n].tolist() == tokens[i, :n].tolist()
 
 
-def test_a_cache_of_unknown_routes_is_refused():
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_of_unknown_routes_is_refused(name):
     model, e, inputs = adapted(), embeddings(2), batch((5, 9))
     with model.disable_adapter():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
     step = {"input_ids": torch.full((2, 1), 7), "instruction_embeds": e}
     with pytest.raises(RuntimeError, match="no routes to keep"):
-        model(**step, past_key_values=cache)
+        model(**step, **{name: cache})
     with torch.no_grad():
-        cache = model(**inputs, instruction_embeds=e, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, instruction_embeds=e, use_cache=True))
         with pytest.raises(RuntimeError, match="no routes to keep"):
-            model(**step, past_key_values=copy.deepcopy(cache))
-        model(**step, past_key_values=cache)
+            model(**step, **{name: copy.deepcopy(cache)})
+        model(**step, **{name: cache})
     with pytest.raises(ValueError, match="instruction_embeds must be given"):
-        model(**inputs, past_key_values=DynamicCache(config=model.config.text_config))
+        model(**inputs, **{name: DynamicCache(config=model.config.text_config)})
+
+
+NAMED_CACHE = "cache" in inspect.signature(LlavaModel.forward).parameters
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"] if NAMED_CACHE else ["past_key_values"])
+@pytest.mark.parametrize("decode_routing", ["prompt", "token"])
+def test_generate_with_a_cache_of_ones_own(name, decode_routing):
+    """A left-padded batch gives the tokens of each sample by itself, whatever the cache's name."""
+    model, e, inputs = adapted(tiny_config(decode_routing=decode_routing)), embeddings(2), batch((5, 9))
+    got = new_tokens(model, inputs, instruction_embeds=e, **{name: DynamicCache(config=model.config.text_config)})
+    for i in range(2):
+        keep = inputs["attention_mask"][i].bool()
+        one = {"input_ids": inputs["input_ids"][i : i + 1, keep], "attention_mask": keep[keep][None].long()}
+        one["pixel_values"] = inputs["pixel_values"][i : i + 1]
+        want = new_tokens(model, one, instruction_embeds=e[i : i + 1])[0]
+        assert torch.equal(got[i, : len(want)], want)
 
 
 @pytest.mark.parametrize("fusion", ["mean", "vu", "if"])

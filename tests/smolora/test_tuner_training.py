@@ -113,9 +113,11 @@ def test_accumulation_is_one_batch():
 # ------------------------------------------------------------------------------------------------------- recomputation
 
 
-def transformers_checkpointing(reentrant):
+def transformers_checkpointing(reentrant, name="gradient_checkpointing"):
     def enable(model):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if not hasattr(model, f"{name}_enable"):
+            pytest.skip(f"this version of transformers has no {name}_enable")
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
         model.enable_input_require_grads()
 
     return enable
@@ -138,6 +140,8 @@ def by_hand(model):
 RECOMPUTING = {
     "non-reentrant": transformers_checkpointing(False),
     "reentrant": transformers_checkpointing(True),
+    "by its newer name": transformers_checkpointing(False, "activation_checkpointing"),
+    "reentrant by its newer name": transformers_checkpointing(True, "activation_checkpointing"),
     "wrapped": wrapped_layers,
     "by hand": by_hand,
 }
