@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic_folder, named, read_model, read_tensors, save_tensors
+from .checkpoint import named, read_model, read_tensors, save_tensors
+from .io.files import atomic_folder
 
 if TYPE_CHECKING:  # transformers' models take seconds to import
     from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaProcessor, PreTrainedTokenizerBase

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic_folder, named, read_json, read_tensors, save_tensors, write_tensors
+from .checkpoint import named, read_json, read_tensors, save_tensors, write_tensors
 from .config import INSTRUCTION_FILE, SMOLORA, SMoLoRAConfig
 from .instruction import read_instruction_embeddings, write_instruction_embeddings
+from .io.files import atomic_folder
 
 OFFICIAL_TASK_TYPE = "CAUSAL_LM_SMoLoRA"
 PREFIX = "base_model.model.model."

@@ -139,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
     if state.is_main_process:
         for name, score in scores.items():
             print(score if name == score.dataset else f"{name}: {score}")
+            score.show_remark()
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,25 @@ class Score:
         figures += [f"{self.missing} of them missing, counted as wrong"] * bool(self.missing)
         figures += [f"{self.skipped} skipped"] * bool(self.skipped)
         return f"{self.dataset} (protocol {self.protocol}): " + ", ".join(figures)
+
+    @property
+    def remark(self) -> str | None:
+        """What a reader of the figures should know, if anything."""
+        if self.count == 1 and "cider" in (self.metric[:5], *self.further):
+            return (
+                f"{self.dataset}: CIDEr weighs an n-gram by how few of the pictures have it, so that of a single "
+                "picture it is 0 whatever the caption says"
+            )
+        return None
+
+    def show(self) -> None:
+        """Print the figures, and to stderr what a reader of them should know."""
+        print(self, flush=True)
+        self.show_remark()
+
+    def show_remark(self) -> None:
+        if self.remark is not None:
+            print(self.remark, file=sys.stderr, flush=True)
 
 
 def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, protocol: str = "smolora") -> Score:
@@ -137,5 +157,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     result = score(args.dataset, args.annotations, args.answers, args.protocol)
-    print(json.dumps(result.as_dict()) if args.json else result)
+    if args.json:
+        print(json.dumps(result.as_dict()))
+        result.show_remark()
+    else:
+        result.show()
     return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.minicvit import SETTINGS, TASKS, make_minicvit, training_files
+from ..io.files import user_path
 from .minicvit_base import make_base
 
 
@@ -32,7 +33,7 @@ def _options(options: dict[str, Any]) -> Options:
     tasks = options.get("tasks", list(TASKS))
     if not isinstance(tasks, list) or not tasks or not all(task in TASKS for task in tasks):
         raise ValueError(f"prepare.minicvit.tasks must be a list of {', '.join(TASKS)}, got {tasks!r}")
-    return Options(Path(options["data"]), Path(options["base"]), tasks)
+    return Options(Path(user_path(options["data"])), Path(user_path(options["base"])), tasks)
 
 
 def planned(options: dict[str, Any]) -> dict[Path, int | None]:
