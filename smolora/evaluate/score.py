@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.format import Skipped, read_answers, read_lines
+from ..io.files import path_argument
 from .datasets import DATASETS, PROTOCOLS, Files, find_dataset
 
 
@@ -144,10 +145,10 @@ def _two(value: float | None) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
     parser.add_argument(
-        "--annotations", required=True, action="append", type=Path, metavar="DIR",
+        "--annotations", required=True, action="append", type=path_argument, metavar="DIR",
         help="folder with the dataset's files, or with a subfolder of its name; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--answers", required=True, type=Path, metavar="FILE", help="the answers, JSON lines")
+    parser.add_argument("--answers", required=True, type=path_argument, metavar="FILE", help="the answers, JSON lines")
     parser.add_argument(
         "--protocol", default="smolora", choices=PROTOCOLS,
         help="smolora: as the paper's tables; standard: as the field means the metric (default: %(default)s)",
