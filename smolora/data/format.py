@@ -9,6 +9,7 @@ are `</s>`, `<s>` and whatever else a tokenizer knows.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,9 +147,14 @@ def _question(index: int, record: Any, where: str) -> Question:
     text, places = _without_place(text, image is not None)
     if places and image is None:
         raise ValueError(f"{where}: text has the place of an image, {IMAGE_TOKEN}, and there is no image")
-    if not text.strip():
+    if not _says_something(text):
         raise ValueError(f"{where}: text must hold a question, got {_short(record['text'])}")
     return Question(index, question_id, text, image, _references(record, where))
+
+
+def _says_something(text: str) -> bool:
+    """Whether a text has more than images and the marks of turns, so that there is an instruction in it."""
+    return re.sub(f"{IMAGE_TOKEN}|USER:|ASSISTANT:", "", text).strip() != ""
 
 
 def _without_place(text: str, image: bool) -> tuple[str, int]:
@@ -190,7 +196,7 @@ def read_conversations(path: Path) -> list[Conversation]:
                 f"{where}: {IMAGE_TOKEN} must occur once with an image and never without, got {tokens} with image "
                 f"{image!r} (others are text where the first line or the last is the image's)"
             )
-        if not text.strip():
+        if not _says_something(text):
             raise ValueError(f"{where}: the human turn must hold a question, got {_short(value)}")
         samples.append(Conversation(index, text, answer, image))
     return samples

@@ -38,9 +38,12 @@ def downstream_tables(folder: Path, runs: Sequence[Run]) -> dict[str, str]:
         rows = [(run, dict(zip(part["tasks"], part["accuracy"], strict=True)), part) for run, part in parts]
         of_paper, columns = printed.get(name, (None, None))
         tables[name] = _beside_the_paper(
-            folder / f"downstream-{file_name(name)}.csv", tasks, ("AP", "MIF"), rows,
+            folder / f"downstream-{file_name(name)}.csv",
+            tasks,
+            ("AP", "MIF"),
+            rows,
             of_paper if tuple(tasks) == columns else None,
-        )  # fmt: skip
+        )
     return tables
 
 
