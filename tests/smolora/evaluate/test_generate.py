@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -18,9 +20,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import small_llava
+import smolora
 from smolora.data.format import read_answers
+from smolora.data.prompts import PromptEncoder
 from smolora.evaluate.generate import GenerationSettings, Job, answer_id, generate_answers, plan_batches
 from smolora.evaluate.score import score, skipped_path
+from smolora.io.files import locked
 
 BATCHED = GenerationSettings(max_new_tokens=5, token_budget=200, image_workers=0)
 
@@ -238,6 +243,163 @@ def test_killed_between_the_files_at_the_end(whole, generate, questions, tmp_pat
     assert generate(questions).read_bytes() == whole.read_bytes()
 
 
+# ---- what the model brings
+
+
+GREEDY = {
+    "repetition_penalty": 1.8,
+    "no_repeat_ngram_size": 1,
+    "min_new_tokens": 5,
+    "suppress_tokens": list(range(4, 300)),
+    "bad_words_ids": [[token] for token in range(4, 300)],
+    "begin_suppress_tokens": list(range(4, 300)),
+    "sequence_bias": [[[5], 50.0]],
+    "forced_eos_token_id": 2,
+    "exponential_decay_length_penalty": (1, 5.0),
+    "guidance_scale": 3.0,
+    "max_time": 1e-9,
+    "return_dict_in_generate": True,
+    "num_return_sequences": 2,
+    "num_beams": 3,
+    "do_sample": True,
+    "temperature": 0.1,
+    "max_length": 20,
+    "prompt_lookup_num_tokens": 2,
+    "eos_token_id": [2, 7, 8],
+    "cache_implementation": "static",
+    "use_cache": False,
+    "renormalize_logits": True,
+    "output_scores": True,
+    "custom_entry": 1,
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_the_models_own_generation_config_changes_nothing(generate, model, questions, whole, monkeypatch, name):
+    """Greedily, always: `generate` takes what it is not told from there."""
+    inner = model.get_base_model()
+    for owner in (model, inner):
+        monkeypatch.setattr(owner, "generation_config", copy.deepcopy(owner.generation_config), raising=False)
+        setattr(owner.generation_config, name, GREEDY[name])
+    assert generate(questions).read_bytes() == whole.read_bytes()
+    assert getattr(inner.generation_config, name) == GREEDY[name], "it is the model's again"
+
+
+def test_the_generation_config_is_given_back_after_an_error(generate, model, questions, count_batches):
+    before = model.get_base_model().generation_config
+    count_batches(limit=1)
+    with pytest.raises(RuntimeError, match="stopped"):
+        generate(questions)
+    assert model.get_base_model().generation_config is before
+
+
+# ---- several adapters
+
+
+@pytest.fixture
+def two_adapters():
+    """ "default" of 3 and 3 experts, "wide" of 5 and 2 in some of the layers."""
+    model = small_llava.small_adapter(small_llava.small_llava())
+    options = {"r": 2, "num_vu_experts": 5, "num_if_experts": 2, "task_type": "CAUSAL_LM"}
+    model.add_adapter("wide", smolora.SMoLoRAConfig(**options, target_modules=["up_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".wide." in name and name.endswith(("_B", "_router")):
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    return model.eval()
+
+
+def test_each_adapter_is_recorded_with_its_own_experts(generate, questions, whole, two_adapters):
+    settings = replace(BATCHED, routes_per_sample=True)
+    first = generate(questions, "default.jsonl", settings, model=two_adapters)
+    assert first.read_bytes() == whole.read_bytes() and info(first)["routing"] == info(whole)["routing"]
+    two_adapters.set_adapter("wide")
+    second = generate(questions, "wide.jsonl", settings, model=two_adapters)
+    layers = info(second)["routing"]
+    assert len(layers) == 4 and read(second) != read(first)  # two FFN layers, two of their projections
+    for layer in layers:
+        assert (len(layer["vu"]), len(layer["if"])) == (5, 2) and sum(layer["vu"]) == sum(layer["if"]) == 12
+    used = {
+        expert for sample in read(second.with_suffix(".routes.jsonl")) for e in sample["layers"] for expert in e["vu"]
+    }
+    assert max(used) < 5 and used - {0, 1, 2}, "experts that the first adapter does not have"
+
+
+def test_two_at_once_are_told_apart(generate, questions, two_adapters):
+    two_adapters.base_model.set_adapter(["default", "wide"])
+    routing = info(generate(questions, model=two_adapters))["routing"]
+    sizes = {layer["layer"].rpartition(".")[2]: (len(layer["vu"]), len(layer["if"])) for layer in routing}
+    assert sizes["gate_proj"] == sizes["up_proj (default)"] == (3, 3) and sizes["down_proj (wide)"] == (5, 2)
+    assert all(sum(layer["vu"]) == layer["samples"] for layer in routing)
+
+
+@pytest.mark.parametrize("change", ["another", "none"])
+def test_answers_by_another_adapter_of_the_model_are_another_run(generate, questions, two_adapters, change):
+    """The weights in memory are the same, and so is the name."""
+    generate(questions, model=two_adapters)
+    with pytest.raises(ValueError, match=r"belongs to another run .weights"):
+        if change == "another":
+            two_adapters.set_adapter("wide")
+            generate(questions, model=two_adapters)
+        else:
+            with two_adapters.disable_adapter():
+                generate(questions, model=two_adapters)
+
+
+# ---- two starts
+
+
+def test_a_second_start_is_refused(whole, generate, questions, model, monkeypatch):
+    """While the first is at its second batch, it is started again: the finished file is the first one's, whole."""
+    forward, calls = model.generate, []
+
+    def answered(**inputs):
+        calls.append(None)
+        if len(calls) == 2:
+            with pytest.raises(
+                BlockingIOError, match=r"answers\.jsonl is in use by process \d+ on .*: wait for its end"
+            ):
+                generate(questions)
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "generate", answered, raising=False)
+    output = generate(questions)
+    assert output.read_bytes() == whole.read_bytes() and info(output) == info(whole)
+    assert {path.name for path in output.parent.iterdir()} == {"answers.jsonl", "answers.info.json"}
+
+
+def test_a_second_process_is_refused(whole, generate, questions, tmp_path):
+    """A job that was queued again while the first one runs."""
+    with locked(tmp_path / "answers.jsonl.lock", "answers.jsonl"):
+        child = forked(lambda: generate(questions))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert not (tmp_path / "answers.jsonl").exists()
+    assert generate(questions).read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["all of it", "a batch"])
+def test_nothing_is_merged_unless_every_batch_is_in(whole, generate, questions, model, tmp_path, monkeypatch, lost):
+    forward, calls = model.generate, []
+    parts = tmp_path / "answers.jsonl.parts"
+
+    def answered(**inputs):
+        calls.append(None)
+        if len(calls) == 4:  # the last: three are written
+            file = parts / "process-0.jsonl"
+            if lost == "all of it":
+                shutil.rmtree(parts)
+            else:
+                file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "generate", answered, raising=False)
+    with pytest.raises(ValueError, match=r"parts lacks \d of 5 batches, the first is \d"):
+        generate(questions)
+    assert not (tmp_path / "answers.jsonl").exists()
+    monkeypatch.undo()
+    assert generate(questions).read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("model_id", "settings", "match"),
     [
@@ -375,6 +537,65 @@ def test_skip_broken_counts_and_lists(generate, broken):
     clean = broken.with_name("clean.json")
     clean.write_text(json.dumps([whole[0], whole[-1]]))
     assert [line["text"] for line in read(generate(clean, "clean.jsonl"))] == [line["text"] for line in read(output)]
+
+
+BROKEN = [
+    {"text": ""},
+    {"text": " \n"},
+    {"text": "<image>"},
+    {"text": "half \ud83d"},
+    {"answer": "\ud83d"},
+    {"image": "images/\ud83d.png"},
+    {"image": "data:image/png;base64," + "A" * 9000},
+    {"image": "a\0b"},
+    {"image": ["images/0.png"]},
+]
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: repr(change)[:30])
+def test_what_people_have_in_a_record_is_named_before_anything_is_asked_or_listed(
+    generate, broken, change, count_batches
+):
+    repair(broken)
+    records = json.loads(broken.read_text())
+    records[2].update({"image": records[0]["image"], **change})
+    broken.write_text(json.dumps(records))
+    calls = count_batches()
+    with pytest.raises(ValueError, match=r"val\.json: record 2: .{1,600}$"):
+        generate(broken)
+    assert not calls
+    output = generate(broken, settings=replace(BATCHED, skip_broken=True))
+    assert [record["index"] for record in read(skipped_path(output))] == [2] and len(read(output)) == 5
+    assert score("VQAv2", [broken.parent], output).skipped == 1
+
+
+def test_a_text_that_cannot_be_tokenised_is_named_or_listed(model, transform, broken, tmp_path):
+    """An image token that its tokenizer does not mark as special."""
+    tokenizer = small_llava.small_tokenizer()
+    tokenizer.add_tokens(["<picture>"])
+    other = PromptEncoder(tokenizer, tokenizer.convert_tokens_to_ids("<picture>"), 4)
+    repair(broken)
+    records = [{**record, "image": None} for record in json.loads(broken.read_text())]
+    records[3]["text"] = "Is it <picture>?"
+    broken.write_text(json.dumps(records))
+    job = Job("VQAv2", broken, broken.parent, tmp_path / "a.jsonl", "m")
+    with pytest.raises(ValueError, match=r"record 3: a text must not hold '<picture>'"):
+        generate_answers(model, other, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+    settings = replace(BATCHED, skip_broken=True)
+    found = generate_answers(model, other, transform, job, embed=small_llava.embed_questions, settings=settings)
+    assert (found["count"], found["skipped"]) == (5, 1)
+
+
+def test_placeholders_in_questions_are_answered_as_text(generate, questions, model, transform, encoder):
+    """With a picture and without; at the head of a question with a picture it is the picture's place."""
+    records = json.loads(questions.read_text())[-4:]  # three without an image
+    records[0]["text"] = f"<image>\n{records[0]['text']}"
+    records[1]["text"] = "Is it <image> or </s>?\nAnswer"
+    path = questions.parent / "tags.json"
+    path.write_text(json.dumps(records))
+    lines = read(generate(path))
+    assert lines[0]["prompt"] == json.loads(questions.read_text())[-4]["text"] and "<image>" in lines[1]["prompt"]
+    assert len(lines) == 4
 
 
 def test_what_an_earlier_run_skipped_is_not_left_out(generate, broken):
