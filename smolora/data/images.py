@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 LONGEST_SIDE = 8192  # of a square: 200 MB; a picture of a longer side is made smaller first
-LONGEST_SHAPE = 32  # times its shorter side: what is longer is cut at both ends before its centre is taken
-BITS, WHITE_IS_ZERO = 258, 262  # tags of a TIFF: bits a channel, and 0 for a picture whose white is 0
+LONGEST_SHAPE = 32  # times the shorter side: of what is longer a square has a quarter of that, and a crop no ends
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF: bits a channel, 0 if its white is 0, 2 if signed
 
 
 class BrokenImageError(ValueError):
@@ -57,8 +57,8 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
             raise ValueError(f"integers of {bits} bits do not say what is white: save it with 8 or 16 bits")
         if values.min() < 0:
             raise ValueError(f"integers must not be negative, got {values.min():g}")
-        white = 2.0**bits - 1
-    if tags.get(WHITE_IS_ZERO) == 0:
+        white = 2.0 ** (bits - (tags.get(SAMPLE_FORMAT, (1,))[0] == 2)) - 1
+    if tags.get(PHOTOMETRIC) == 0:
         values = white - values
     return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
 
@@ -80,9 +80,11 @@ def _bounded(image: Image.Image, square: bool) -> Image.Image:
     Of a usual shape and size, it is the picture itself.
     """
     short, long = sorted(image.size)
-    if square and long > LONGEST_SIDE and short < long:
-        return image.resize([max(1, round(side * LONGEST_SIDE / long)) for side in image.size])
-    if not square and long > LONGEST_SHAPE * short:
+    extreme = long > LONGEST_SHAPE * short
+    limit = LONGEST_SIDE // 4 if extreme else LONGEST_SIDE
+    if square and long > limit and short < long:
+        return image.resize([max(1, round(side * limit / long)) for side in image.size])
+    if not square and extreme:
         width, height = (min(side, LONGEST_SHAPE * short) for side in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))

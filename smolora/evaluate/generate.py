@@ -299,7 +299,9 @@ class _Answerer:
         """The answers, and what was decided for each sample."""
         if not questions:
             return [], []
-        parameter = next(p for p in self.model.parameters() if p.is_floating_point())
+        # an offloaded base's parameters are on no device: accelerate moves what comes to where they run
+        there = (p.device for p in self.model.parameters() if p.is_floating_point() and not p.is_meta)
+        device = next(there, torch.device("cpu"))
         ids, mask = pad([self.encoder.expand(p) for p in prompts], self.encoder.pad_token_id, left=True)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         rows = [row for row, image in enumerate(images) if image is not None]
@@ -307,7 +309,7 @@ class _Answerer:
             inputs["pixel_values"] = torch.stack([images[row] for row in rows]).to(self.model.dtype)
         if self.embed is not None:
             inputs["instruction_embeds"] = self.embed([question.text for question in questions])
-        inputs = {name: tensor.to(parameter.device) for name, tensor in inputs.items()}
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         self.recorder.start()
         with _greedy(self.model):
             sequences = self.model.generate(**inputs, generation_config=self.config)
@@ -468,8 +470,9 @@ def _digest(model: nn.Module) -> str:
     if in_use - {(("default",), False)}:
         digest.update(repr(sorted(in_use)).encode())
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        values = values[:: max(1, len(values) // 256)][:256]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(values.double().cpu().numpy().tobytes())
+        if not parameter.is_meta:  # of an offloaded base: not in memory
+            values = parameter.detach().flatten()
+            values = values[:: max(1, len(values) // 256)][:256]
+            digest.update(values.double().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import disk_offload
 
 import small_llava
 import smolora
@@ -113,3 +114,15 @@ def test_answers_by_another_adapter_of_the_model_are_another_run(generate, quest
         else:
             with two_adapters.disable_adapter():
                 generate(questions, model=two_adapters)
+
+
+# ---- an offloaded base
+
+
+def test_a_base_that_is_offloaded_answers_the_same(generate, questions, tmp_path):
+    """Its parameters are on no device; accelerate brings them where they run."""
+    whole = generate(questions, "whole.jsonl", model=small_llava.small_llava(), embed=None)
+    model = small_llava.small_llava()
+    disk_offload(model, tmp_path / "offloaded", execution_device="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert generate(questions, model=model, embed=None).read_bytes() == whole.read_bytes()
