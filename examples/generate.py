@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
-from PIL import Image
 from tiny import SENTENCE, save_tiny_llava, squares
 from transformers import LlavaForConditionalGeneration
 
 import smolora
 from smolora.assemble import load_processor
+from smolora.data.images import read_image
 
 
 def save_random_adapter(base: str | Path, folder: str | Path) -> Path:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
     if (options.image is None) != (options.prompt is None):
         parser.error("--image and --prompt go together")
     if options.image is not None:
-        images, prompts = [Image.open(options.image).convert("RGB")], [options.prompt.replace("\\n", "\n")]
+        images, prompts = [read_image(options.image)], [options.prompt.replace("\\n", "\n")]
     else:
         rows = squares(4)
         images = [row["image"] for row in rows]

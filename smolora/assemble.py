@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic_folder, named, read_model, read_tensors, save_tensors
+from .checkpoint import named, read_model, read_tensors, save_tensors
+from .io.files import atomic_folder, path_argument
 
 if TYPE_CHECKING:  # transformers' models take seconds to import
     from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaProcessor, PreTrainedTokenizerBase
@@ -311,10 +312,18 @@ def assemble(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--language", required=True, metavar="DIR", help="the language model, as transformers saves it")
-    parser.add_argument("--vision", required=True, metavar="DIR", help="a CLIP model, or its vision half")
-    parser.add_argument("--projector", required=True, metavar="FILE", help="mm_projector.bin")
-    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder for the LLaVA")
+    parser.add_argument(
+        "--language",
+        required=True,
+        type=path_argument,
+        metavar="DIR",
+        help="the language model, as transformers saves it",
+    )
+    parser.add_argument(
+        "--vision", required=True, type=path_argument, metavar="DIR", help="a CLIP model, or its vision half"
+    )
+    parser.add_argument("--projector", required=True, type=path_argument, metavar="FILE", help="mm_projector.bin")
+    parser.add_argument("--output", required=True, type=path_argument, metavar="DIR", help="a new folder for the LLaVA")
 
 
 def run(args: argparse.Namespace) -> int:

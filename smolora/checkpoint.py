@@ -14,13 +14,10 @@ import math
 import os
 import pickle
 import re
-import shutil
 import struct
-import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .io.files import atomic_file, read_text
 
 # entries of a safetensors file's metadata: {tensor: digest} as JSON, with one digest for all other entries, and who
 # wrote them, so that no single flipped bit makes a file with checksums pass for one without
@@ -38,70 +37,6 @@ ZIP32_LIMIT = 0xFFFFFFFF  # sizes and offsets from here on are stored apart, in 
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _beside(path: Path) -> Path:
-    """A name that nobody uses, in the same folder, so that renaming it to `path` is one step of the file system."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent / f".{uuid.uuid4().hex}.{path.name}"
-
-
-@contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Write a file as a whole or not at all: yields another name for it, which replaces `path` when the block ends.
-
-    What stood there before stays until the new file is on disk, and for good if the block raises.
-    """
-    path = Path(path).absolute()
-    temporary = _beside(path)
-    try:
-        yield temporary
-        _sync_file(temporary)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike, argument: str = "output") -> Iterator[Path]:
-    """Write a folder as a whole or not at all: yields an empty folder that becomes `path` when the block ends.
-
-    Args:
-        path: a folder that does not exist yet, or is empty.
-        argument: what an error calls it.
-
-    Raises:
-        FileExistsError: there is something at `path`.
-    """
-    path = Path(path).absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{argument} must be a new or empty folder, got {path}, which exists")
-    temporary = _beside(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                _sync_file(file)
-        _sync_folder(temporary)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_tensors(
@@ -387,7 +322,7 @@ def read_json(path: str | os.PathLike) -> dict:
     path = Path(path)
     _require_file(path)
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is broken: no JSON ({error})") from error
     if not isinstance(value, dict):

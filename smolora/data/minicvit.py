@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from ..io.files import locked, path_argument, read_text, write_whole
 from . import scenes
 from .drawing import Canvas, png
 from .instructions import MULTI_TYPE, SINGLE_TYPE
@@ -275,16 +276,19 @@ def make_minicvit(folder: str | Path, tasks: list[str] | None = None) -> Path:
     unknown = [name for name in wanted if name not in TASKS]
     if unknown:
         raise ValueError(f"tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
-    missing = [name for name in wanted if not is_complete(folder, name)]
-    for name in tqdm(missing, desc="MiniCVIT", unit="task"):
-        _write_task(folder, name)
+    if all(is_complete(folder, name) for name in wanted):
+        return folder
+    with locked(folder / ".lock", str(folder), wait=True):  # two runs may want it
+        missing = [name for name in wanted if not is_complete(folder, name)]
+        for name in tqdm(missing, desc="MiniCVIT", unit="task"):
+            _write_task(folder, name)
     return folder
 
 
 def is_complete(folder: Path, task: str) -> bool:
     """Whether a task's files are there, those of this version of the data."""
     path = folder / "annotations" / task / "digest.json"
-    return path.is_file() and json.loads(path.read_text())["seed"] == SEED
+    return path.is_file() and json.loads(read_text(path))["seed"] == SEED
 
 
 def _write_task(folder: Path, name: str) -> None:
@@ -322,9 +326,8 @@ def _write_task(folder: Path, name: str) -> None:
         put(f"annotations/{name}/{path}", _json(content))
     contact_sheet(folder / "contact_sheets" / f"{name}.png", [s for s, _, _ in drawn[:24]])
     # last: it says that the rest is there
-    digest_file = folder / "annotations" / name / "digest.json"
-    digest_file.parent.mkdir(parents=True, exist_ok=True)
-    digest_file.write_text(json.dumps({"seed": SEED, "sha256": digest.hexdigest()}) + "\n")
+    content = json.dumps({"seed": SEED, "sha256": digest.hexdigest()}) + "\n"
+    write_whole(folder / "annotations" / name / "digest.json", content)
 
 
 def _write_shots(put: Callable[[str, bytes], None], image: Callable[[Sample, str, int], str | None]) -> None:
@@ -452,7 +455,7 @@ def contact_sheet(path: Path, shown: list[Sample], *, columns: int = 6, zoom: in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write it")
+    parser.add_argument("folder", type=path_argument, metavar="DIR", help="where to write it")
     parser.add_argument(
         "--task", action="append", choices=TASKS, metavar="NAME", help="only this task; may be given several times"
     )
@@ -461,7 +464,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = make_minicvit(args.folder, args.task)
     for name in args.task or TASKS:
-        digest = json.loads((folder / "annotations" / name / "digest.json").read_text())["sha256"]
+        digest = json.loads(read_text(folder / "annotations" / name / "digest.json"))["sha256"]
         train = max(training_files(name).values(), default=0)
         print(f"{name:<10} {train:>5} training samples, {TASKS[name].test} questions, sha256 {digest[:16]}")
     print(f"contact sheets: {folder / 'contact_sheets'}")

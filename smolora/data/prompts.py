@@ -3,7 +3,8 @@
     A chat between ... questions. USER: <image>\\n{text} ASSISTANT: {answer}</s>
 
 The pieces before and after the image are tokenised by themselves, and the sequence starts with one BOS. An image is one
-placeholder id until `PromptEncoder.expand` writes it once for each of its features.
+placeholder id until `PromptEncoder.expand` writes it once for each of its features. What a question or an answer holds
+is text: `<image>`, `</s>` and `<s>` in it are letters and signs, neither an image nor an end nor a beginning.
 """
 
 from __future__ import annotations
@@ -54,8 +55,11 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image_features = image_features
-        self._opening = self._tokens(f"{SYSTEM} USER: ")
         self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        reserved = {*tokenizer.all_special_ids, self.pad_token_id, image_token_id}
+        self._reserved = reserved - {tokenizer.unk_token_id}  # which a text may have
+        self._spelled = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._reserved))]
+        self._opening = self._tokens(f"{SYSTEM} USER: ")
 
     @classmethod
     def for_model(cls, tokenizer: Any, config: Any) -> PromptEncoder:
@@ -67,16 +71,29 @@ class PromptEncoder:
         return cls(tokenizer, config.image_token_id, features)
 
     def prompt(self, text: str, image: bool) -> list[int]:
-        """Ids of a question; its image, if it has one, is a single placeholder."""
-        return self._encode(prompt_text(text, image))
+        """Ids of a question; its image, if it has one, is a single placeholder.
+
+        Raises:
+            ValueError: the tokenizer can only read a part of the text as a special token.
+        """
+        return self._encode(text, image)
 
     def sample(self, text: str, answer: str, image: bool) -> Sample:
         """Ids and labels of a question with its answer; loss on the answer and the end alone."""
         prompt = self.prompt(text, image)
         # tokenised in one piece, as the released code does; what the prompt alone begins with too is no answer
-        ids = [*self._encode(f"{prompt_text(text, image)} {answer}"), self.tokenizer.eos_token_id]
+        ids = [*self._encode(text, image, f" {answer}"), self.tokenizer.eos_token_id]
         start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
         return Sample(ids, [IGNORED_LABEL] * start + ids[start:])
+
+    def is_short(self, text: str, answer: str, image: bool, limit: int) -> bool:
+        """Whether a training sample surely takes no more than so many ids and can be tokenised: told without doing it.
+
+        A token is a byte at least (but for tokenizers that write some characters out).
+        """
+        prompt = prompt_text(text, image) + answer
+        plain = not any(token in text or token in answer for token in self._spelled)
+        return plain and len(prompt.encode()) + image * self.image_features + 8 <= limit  # 8: spaces, both ends
 
     def expand(self, ids: Sequence[int]) -> list[int]:
         """The ids with every placeholder written once for each feature of its image."""
@@ -100,17 +117,22 @@ class PromptEncoder:
         """The text of generated ids, without special tokens and space around."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def _encode(self, prompt: str) -> list[int]:
-        opening = f"{SYSTEM} USER: {IMAGE_TOKEN}"
-        # only the image's own place is one: "<image>" further on is the question's text
-        if prompt.startswith(f"{opening}\n"):
-            ids = [*self._opening, self.image_token_id, *self._tokens(prompt.removeprefix(opening))]
+    def _encode(self, text: str, image: bool, answer: str = "") -> list[int]:
+        prompt = prompt_text(text, image) + answer
+        if image:
+            after = prompt.removeprefix(f"{SYSTEM} USER: {IMAGE_TOKEN}")
+            ids = [*self._opening, self.image_token_id, *self._tokens(after)]
         else:
             ids = self._tokens(prompt)
         return [self.tokenizer.bos_token_id, *ids]
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        read = self._reserved.intersection(ids)
+        if read:  # an added token that is not marked as special, or a piece of the vocabulary itself
+            token = self.tokenizer.convert_ids_to_tokens(min(read))
+            raise ValueError(f"a text must not hold {token!r}, which this tokenizer cannot read as text, got {text!r}")
+        return ids
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from ..config import SMoLoRAConfig
 from ..data.format import Skipped, read_questions
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
+from ..io.files import path_argument
 from .datasets import DATASETS, PROTOCOLS
 from .generate import Embed, GenerationSettings, process_state
 from .instructions import SOURCES, check_size, embeds_of_texts, saved_embeds
@@ -61,27 +62,36 @@ class Request(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--recipe", help="ask what a recipe asks (see recipes/); the options below are short for changes to it")
+    add(
+        "--recipe",
+        type=path_argument,
+        help="ask what a recipe asks (see recipes/); the options below are short for changes to it",
+    )
     add("overrides", nargs="*", metavar="key=value", help="further changes to the recipe: data.root=DIR, ...")
-    add("--model", help="the base: a LLaVA of transformers, with its tokenizer and image processor")
-    add("--adapter", help="folder of a PEFT adapter on it")
+    add("--model", type=path_argument, help="the base: a LLaVA of transformers, with its tokenizer and image processor")
+    add("--adapter", type=path_argument, help="folder of a PEFT adapter on it")
     add(
         "--task", action="append",
         help=f"one of {', '.join(DATASETS)}, or with --recipe of its tasks (default: all); may be given several times",
     )  # fmt: skip
     add(
-        "--annotations", action="append", metavar="DIR",
+        "--annotations", action="append", type=path_argument, metavar="DIR",
         help="folder with the tasks' files, or with a subfolder for each; may be given several times",
     )  # fmt: skip
-    add("--images", metavar="DIR", help="folder that the records' image paths start in")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for answers and scores")
+    add("--images", type=path_argument, metavar="DIR", help="folder that the records' image paths start in")
+    add("--output", required=True, type=path_argument, metavar="DIR", help="folder for answers and scores")
     add("--model-id", help="the model's name in the answers (default: the adapter's or the model's folder)")
     add(
         "--instruction", choices=SOURCES,
         help="what the adapter routes by: each question's own instruction, the mean of a task's, or the rows saved "
         f"with the adapter, one a task, as released (default: {DEFAULTS['instruction']})",
     )  # fmt: skip
-    add("--encoder", metavar="DIR", help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)")
+    add(
+        "--encoder",
+        type=path_argument,
+        metavar="DIR",
+        help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)",
+    )
     add("--dtype", choices=DTYPES, help="of the base (default: as its folder has it)")
     add(
         "--device",
@@ -124,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     embed = None
     if args.adapter:
         try:
-            model = PeftModel.from_pretrained(model, args.adapter)
+            model = PeftModel.from_pretrained(model, str(args.adapter))
         except (KeyError, RuntimeError) as error:  # tensors that are missing, unknown or of another shape
             raise ValueError(f"--adapter {args.adapter} does not fit {request.model}: {error}") from error
         if isinstance(model.active_peft_config, SMoLoRAConfig):
@@ -139,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     if state.is_main_process:
         for name, score in scores.items():
             print(score if name == score.dataset else f"{name}: {score}")
+            score.show_remark()
     return 0
 
 
@@ -170,7 +181,7 @@ def by_options(args: argparse.Namespace) -> Request:
         return embeds_of_texts(options.instruction, config, questions, options.encoder)
 
     return Request(
-        options.model, options.dtype, tasks, embed, f"{options.instruction}, encoder {options.encoder}",
+        str(options.model), options.dtype, tasks, embed, f"{options.instruction}, encoder {options.encoder}",
         GenerationSettings(
             token_budget=options.token_budget, image_workers=options.image_workers, skip_broken=args.skip_broken,
             routes_per_sample=args.routes,
@@ -188,7 +199,7 @@ def by_recipe(args: argparse.Namespace) -> Request:
     saved = said.get("instruction") == "saved"
     if saved:
         del said["instruction"]
-    short = [f"{SHORT[name]}={json.dumps(value)}" for name, value in said.items()]
+    short = [f"{SHORT[name]}={json.dumps(value, default=str)}" for name, value in said.items()]
     recipe = load_recipe(args.recipe, [*args.overrides, *short])
     known = {task.name: task for task in recipe.all_tasks}
     for name in args.task or ():

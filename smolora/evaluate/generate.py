@@ -2,7 +2,8 @@
 
 Batches are planned from the whole file, so they do not depend on what was answered before or on how many processes
 there are. Each process appends a line a batch to a file of its own under `<output>.parts/`; a torn last line counts as
-not written. When all batches are there, the main process writes the answers file in the question file's order,
+not written. A lock, `<output>.lock`, keeps a second start away. When all batches are there, the main process writes the
+answers file in the question file's order,
 
     answers.jsonl           {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}, as released
     answers.info.json       {"run": what it was made with, "count", "skipped", "routing": [a layer each]}
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -32,7 +35,8 @@ from transformers import GenerationConfig
 from ..data.format import Question, Skipped, read_json, read_questions
 from ..data.images import BrokenImageError, ImageTransform
 from ..data.prompts import PromptEncoder, pad
-from .parts import Parts, same_run, write_whole
+from ..io.files import has_file, locked, write_json, write_whole
+from .parts import Parts, same_run
 from .routing import RoutingRecorder, summary, tally
 from .score import skipped_path
 
@@ -41,7 +45,7 @@ Embed = Callable[[Sequence[str]], Tensor]
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How questions are answered: greedily, always.
+    """How questions are answered: greedily, always, whatever the model's own `generation_config` asks for.
 
     Args:
         max_new_tokens: an answer's length at most.
@@ -95,14 +99,19 @@ def read_whole_questions(
     questions = []
     for question in read_questions(file, broken=skipped if skip_broken else None):
         path = _image_path(question, images)
-        if path is None or path.is_file():
+        if path is None or has_file(path):
             questions.append(question)
             continue
-        reason = f"{file}: record {question.index}: there is no image {path}"
+        reason = f"{file}: record {question.index}: there is no image {_cut(str(path))}"
         if not skip_broken:
             raise ValueError(reason)
         skipped.append(Skipped(question.index, question.question_id, reason))
     return questions, skipped
+
+
+def _cut(text: str) -> str:
+    """A long name, such as an image that is written out in place of its path, short enough to be read."""
+    return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]}"
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -156,10 +165,29 @@ def generate_answers(
     Raises:
         ValueError: a record is malformed, an image is missing or broken (file and index are named), or the output
             belongs to a run with another model, file or settings.
+        BlockingIOError: another run is writing the output.
     """
     settings = settings or GenerationSettings()
     state = process_state(on_cpu=all(parameter.device.type == "cpu" for parameter in model.parameters()))
-    job.output.parent.mkdir(parents=True, exist_ok=True)
+    with _only_run(job.output, state):
+        return _answer_all(model, encoder, transform, job, embed, settings, state)
+
+
+def _only_run(output: Path, state: PartialState) -> Any:
+    """The lock of an answers file, which the main process has for all of them."""
+    return locked(output.with_name(output.name + ".lock"), str(output)) if state.is_main_process else nullcontext()
+
+
+def _answer_all(
+    model: nn.Module,
+    encoder: PromptEncoder,
+    transform: ImageTransform,
+    job: Job,
+    embed: Embed | None,
+    settings: GenerationSettings,
+    state: PartialState,
+) -> dict[str, Any]:
+    state.wait_for_everyone()  # the main process has the lock
     run = _identity(job, settings, transform, model, embed is not None)
     if job.output.exists():
         info = read_json(_info_path(job.output))
@@ -168,7 +196,7 @@ def generate_answers(
             Parts(job.output, run).remove()  # a run that was killed between its last two steps left them
         return info
     questions, skipped = read_whole_questions(job.questions, job.images, skip_broken=settings.skip_broken)
-    prompts = [encoder.prompt(q.text, q.image is not None) for q in questions]
+    questions, prompts = _tokenised(job, questions, skipped, encoder, settings)
     plan = plan_batches([encoder.length(prompt) for prompt in prompts], settings.token_budget)
     # batches of another plan would not be these; an image that is there now was missing then, or another tokenizer
     parts = Parts(job.output, {**run, "plan": hashlib.sha256(json.dumps([prompts, plan]).encode()).hexdigest()})
@@ -211,10 +239,39 @@ def generate_answers(
             progress.update(len(plan[batch]))
     state.wait_for_everyone()
     if state.is_main_process:
-        _merge(job, run, questions, skipped, [line for _, line in sorted(parts.read().items())])
+        done = parts.read()
+        missing = [batch for batch in range(len(plan)) if batch not in done]
+        if missing:
+            raise ValueError(
+                f"{parts.folder} lacks {len(missing)} of {len(plan)} batches, the first is {missing[0]}: something "
+                "removed or changed it; the same command goes on with what is there"
+            )
+        _merge(job, run, questions, skipped, [done[batch] for batch in range(len(plan))])
         parts.remove()
     state.wait_for_everyone()
     return read_json(_info_path(job.output))
+
+
+def _tokenised(
+    job: Job,
+    questions: Sequence[Question],
+    skipped: list[Skipped],
+    encoder: PromptEncoder,
+    settings: GenerationSettings,
+) -> tuple[list[Question], list[list[int]]]:
+    """The questions that can be asked, with their prompts' ids; the others are an error, or added to `skipped`."""
+    asked, prompts = [], []
+    for question in questions:
+        try:
+            prompts.append(encoder.prompt(question.text, question.image is not None))
+        except ValueError as error:
+            reason = f"{job.questions}: record {question.index}: {error}"
+            if not settings.skip_broken:
+                raise ValueError(reason) from error
+            skipped.append(Skipped(question.index, question.question_id, reason))
+        else:
+            asked.append(question)
+    return asked, prompts
 
 
 class _Answerer:
@@ -242,7 +299,9 @@ class _Answerer:
         """The answers, and what was decided for each sample."""
         if not questions:
             return [], []
-        parameter = next(p for p in self.model.parameters() if p.is_floating_point())
+        # an offloaded base's parameters are on no device: accelerate moves what comes to where they run
+        there = (p.device for p in self.model.parameters() if p.is_floating_point() and not p.is_meta)
+        device = next(there, torch.device("cpu"))
         ids, mask = pad([self.encoder.expand(p) for p in prompts], self.encoder.pad_token_id, left=True)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         rows = [row for row, image in enumerate(images) if image is not None]
@@ -250,15 +309,33 @@ class _Answerer:
             inputs["pixel_values"] = torch.stack([images[row] for row in rows]).to(self.model.dtype)
         if self.embed is not None:
             inputs["instruction_embeds"] = self.embed([question.text for question in questions])
-        inputs = {name: tensor.to(parameter.device) for name, tensor in inputs.items()}
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         self.recorder.start()
-        sequences = self.model.generate(**inputs, generation_config=self.config)
+        with _greedy(self.model):
+            sequences = self.model.generate(**inputs, generation_config=self.config)
         layers = self.recorder.samples(mask, rows)
         end = self.encoder.tokenizer.eos_token_id
         answers = []
         for sequence in sequences[:, ids.shape[1] :].tolist():
             answers.append(self.encoder.decode(sequence[: sequence.index(end)] if end in sequence else sequence))
         return answers, layers
+
+
+@contextmanager
+def _greedy(model: nn.Module) -> Iterator[None]:
+    """Without the `generation_config` of a model, of which `generate` takes all that it is not told.
+
+    A repetition penalty, tokens that are suppressed, or a time limit would change the answers.
+    """
+    before = {module: vars(module).get("generation_config") for module in model.modules()}
+    before = {module: config for module, config in before.items() if config is not None}
+    for module in before:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, config in before.items():
+            module.generation_config = config
 
 
 # ---- images
@@ -341,7 +418,7 @@ def _merge(
         "skipped": len(skipped),
         "routing": summary(line["tally"] for line in lines),
     }
-    write_whole(_info_path(job.output), json.dumps(info, indent=1) + "\n")
+    write_json(_info_path(job.output), info)
     _write_lines(job.output, (_answer(questions[p], texts[p], job) for p in sorted(texts)))
 
 
@@ -383,11 +460,19 @@ def _identity(
 
 
 def _digest(model: nn.Module) -> str:
-    """A hash of up to 256 numbers of every parameter: another training's weights have another."""
+    """A hash of up to 256 numbers of every parameter: another training's weights have another.
+
+    So has the same model with other adapters in use, or with none.
+    """
     digest = hashlib.sha256()
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    in_use = {(tuple(layer.active_adapters), layer.disable_adapters) for layer in layers}
+    if in_use - {(("default",), False)}:
+        digest.update(repr(sorted(in_use)).encode())
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        values = values[:: max(1, len(values) // 256)][:256]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(values.double().cpu().numpy().tobytes())
+        if not parameter.is_meta:  # of an offloaded base: not in memory
+            values = parameter.detach().flatten()
+            values = values[:: max(1, len(values) // 256)][:256]
+            digest.update(values.double().cpu().numpy().tobytes())
     return digest.hexdigest()

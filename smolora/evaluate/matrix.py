@@ -7,10 +7,10 @@ import json
 import math
 from collections.abc import Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from ..data.format import read_json
+from ..io.files import path_argument
 
 Row = Sequence[float | None]
 Figures = dict[str, list[float | None]]
@@ -118,7 +118,7 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "matrix", type=Path,
+        "matrix", type=path_argument,
         help='JSON: {"tasks": [...], "matrix": [[a11], [a21, a22], ...], "mif": of the same form or left out, '
         '"method": "dirlora" for an adapter a task}; a single row of all tasks is one evaluation',
     )  # fmt: skip

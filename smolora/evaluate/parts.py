@@ -88,13 +88,3 @@ def same_run(found: dict[str, Any], run: dict[str, Any], where: Path) -> None:
     different = [f"{name} {found.get(name)!r}, now {run[name]!r}" for name in run if found.get(name) != run[name]]
     if different:
         raise ValueError(f"{where} belongs to another run ({'; '.join(different)}): remove it or name another output")
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,9 +24,7 @@ class RoutingRecorder:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = {name: module for name, module in model.named_modules() if hasattr(module, "smolora_experts")}
-        configs = [experts.config for layer in self.layers.values() for experts in layer.smolora_experts.values()]
-        self.experts = (configs[0].num_vu_experts, configs[0].num_if_experts) if configs else (0, 0)
-        self._found: dict[str, Any] = {}
+        self._found: dict[tuple[str, str], Any] = {}
 
     def __enter__(self) -> RoutingRecorder:
         self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
@@ -42,11 +40,25 @@ class RoutingRecorder:
 
     def _hook(self, name: str) -> Any:
         def record(layer: Any, args: Any, output: Any) -> None:
-            names = [] if layer.disable_adapters else layer.active_in_layer()
-            if name not in self._found and len(names) == 1:
-                self._found[name] = layer.smolora_experts[names[0]].last_routing()
+            for adapter in [] if layer.disable_adapters else layer.active_in_layer():
+                if (name, adapter) not in self._found:
+                    self._found[name, adapter] = layer.smolora_experts[adapter].last_routing()
 
         return record
+
+    def _active(self) -> Iterator[tuple[str, Any, str, str]]:
+        """For each active adapter of each layer: its name, the layer, the adapter, and what the two are called."""
+        for name, layer in self.layers.items():
+            adapters = layer.active_in_layer()
+            for adapter in adapters:
+                label = name.removeprefix("base_model.model.")
+                yield name, layer, adapter, label if len(adapters) == 1 else f"{label} ({adapter})"
+
+    @property
+    def experts(self) -> dict[str, tuple[int, int]]:
+        """How many VU and IF experts each layer's active adapter has, by the layer."""
+        configs = {label: layer.smolora_experts[adapter].config for _, layer, adapter, label in self._active()}
+        return {label: (config.num_vu_experts, config.num_if_experts) for label, config in configs.items()}
 
     def samples(self, valid: Tensor, image_rows: list[int]) -> list[Layers]:
         """What was decided for each sample of the batch.
@@ -56,15 +68,15 @@ class RoutingRecorder:
             image_rows: for each image of the batch, its sample.
 
         Returns:
-            For each sample its layers in the model's order: "layer", "vu" and "if" (chosen experts; None for a branch
-            that is not in use), "alpha" and "beta" (mean over its tokens, or over its image's patches in the
-            projector, which a sample without an image does not pass).
+            For each sample its layers in the model's order: "layer" (with the adapter's name where several are active),
+            "vu" and "if" (chosen experts; None for a branch that is not in use), "alpha" and "beta" (mean over its
+            tokens, or over its image's patches in the projector, which a sample without an image does not pass).
         """
         rows: list[Layers] = [[] for _ in range(valid.shape[0])]
-        for name, layer in self.layers.items():
-            if name not in self._found:
+        for name, layer, adapter, label in self._active():
+            if (name, adapter) not in self._found:
                 continue
-            routing = self._found[name]
+            routing = self._found[name, adapter]
             routes = [None if r is None else r.reshape(r.shape[0], -1).tolist() for r in routing.routes]
             owners = image_rows if layer.takes_images else range(valid.shape[0])
             shares = {}
@@ -76,7 +88,7 @@ class RoutingRecorder:
             for row, sample in enumerate(owners):
                 rows[sample].append(
                     {
-                        "layer": name.removeprefix("base_model.model."),
+                        "layer": label,
                         "vu": routes[0] and routes[0][row],
                         "if": routes[1] and routes[1][row],
                         **{share: values[row] for share, values in shares.items()},
@@ -85,12 +97,12 @@ class RoutingRecorder:
         return rows
 
 
-def tally(samples: Iterable[Layers], experts: tuple[int, int]) -> Layers:
+def tally(samples: Iterable[Layers], experts: Mapping[str, tuple[int, int]]) -> Layers:
     """Sums over samples, layer by layer.
 
     Args:
         samples: as `RoutingRecorder.samples` gives them.
-        experts: how many VU and IF experts a layer has.
+        experts: how many VU and IF experts each layer has.
 
     Returns:
         In the model's order: "layer", "samples" (that passed it), "vu" and "if" (times each expert was chosen, a list
@@ -103,7 +115,7 @@ def tally(samples: Iterable[Layers], experts: tuple[int, int]) -> Layers:
             {"layer": entry["layer"], "samples": 0, "vu": None, "if": None, "alpha": 0.0, "beta": 0.0},
         )
         layer["samples"] += 1
-        for branch, count in zip(("vu", "if"), experts, strict=True):
+        for branch, count in zip(("vu", "if"), experts[entry["layer"]], strict=True):
             if entry[branch] is not None:
                 layer[branch] = layer[branch] or [0] * count
                 for expert in entry[branch]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.format import Skipped, read_answers, read_lines
+from ..io.files import path_argument
 from .datasets import DATASETS, PROTOCOLS, Files, find_dataset
 
 
@@ -41,6 +43,25 @@ class Score:
         figures += [f"{self.missing} of them missing, counted as wrong"] * bool(self.missing)
         figures += [f"{self.skipped} skipped"] * bool(self.skipped)
         return f"{self.dataset} (protocol {self.protocol}): " + ", ".join(figures)
+
+    @property
+    def remark(self) -> str | None:
+        """What a reader of the figures should know, if anything."""
+        if self.count == 1 and "cider" in (self.metric[:5], *self.further):
+            return (
+                f"{self.dataset}: CIDEr weighs an n-gram by how few of the pictures have it, so that of a single "
+                "picture it is 0 whatever the caption says"
+            )
+        return None
+
+    def show(self) -> None:
+        """Print the figures, and to stderr what a reader of them should know."""
+        print(self, flush=True)
+        self.show_remark()
+
+    def show_remark(self) -> None:
+        if self.remark is not None:
+            print(self.remark, file=sys.stderr, flush=True)
 
 
 def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, protocol: str = "smolora") -> Score:
@@ -124,10 +145,10 @@ def _two(value: float | None) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
     parser.add_argument(
-        "--annotations", required=True, action="append", type=Path, metavar="DIR",
+        "--annotations", required=True, action="append", type=path_argument, metavar="DIR",
         help="folder with the dataset's files, or with a subfolder of its name; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--answers", required=True, type=Path, metavar="FILE", help="the answers, JSON lines")
+    parser.add_argument("--answers", required=True, type=path_argument, metavar="FILE", help="the answers, JSON lines")
     parser.add_argument(
         "--protocol", default="smolora", choices=PROTOCOLS,
         help="smolora: as the paper's tables; standard: as the field means the metric (default: %(default)s)",
@@ -137,5 +158,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     result = score(args.dataset, args.annotations, args.answers, args.protocol)
-    print(json.dumps(result.as_dict()) if args.json else result)
+    if args.json:
+        print(json.dumps(result.as_dict()))
+        result.show_remark()
+    else:
+        result.show()
     return 0

@@ -16,8 +16,9 @@ from torch import nn
 
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
+from ..io.files import locked, read_text, write_json
 from .datasets import Files, find_dataset
-from .generate import Embed, GenerationSettings, Job, generate_answers, read_whole_questions, write_whole
+from .generate import Embed, GenerationSettings, Job, generate_answers, read_whole_questions
 from .score import Score, score
 
 PADDINGS = ("all", "released")
@@ -133,7 +134,8 @@ def evaluate_tasks(
         scores[task.name] = score(task.dataset, task.annotations, answers, protocol)
     if PartialState().is_main_process:
         path = output / "scores.json"
-        content = json.loads(path.read_text()) if path.exists() else {}  # of other tasks, asked before
-        content.update((name, result.as_dict()) for name, result in scores.items())
-        write_whole(path, json.dumps(content, indent=1) + "\n")
+        with locked(output / "scores.json.lock", str(path), wait=True):  # another may add other tasks at this moment
+            content = json.loads(read_text(path)) if path.exists() else {}  # of other tasks, asked before
+            content.update((name, result.as_dict()) for name, result in scores.items())
+            write_json(path, content)
     return scores

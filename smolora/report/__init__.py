@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluate.datasets import DATASETS
+from ..io.files import path_argument, read_text, write_whole
+from ..io.markdown import escape, picture
 from . import cases, figures, tables
 from .layout import Run, read_runs
 
@@ -32,7 +34,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
     found = read_runs(list(runs))
     output = output or found[0].folder / "report"
     output.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {' and '.join(run.name for run in found)}", _about(found)]
+    parts = [f"# {' and '.join(escape(run.name) for run in found)}", _about(found)]
     parts += ["## After the last stage", tables.final_table(output / "final.csv", found)]
     captions = [task for task in found[0].tasks if task in CAPTIONS]
     if captions and len(captions) < len(found[0].tasks):
@@ -44,7 +46,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
     if over_seeds:
         parts += ["## Over seeds", "After the last stage, mean ± standard deviation of a sample.", over_seeds]
     for name, table in tables.downstream_tables(output, found).items():
-        parts += [f"## Downstream, {name}", table]
+        parts += [f"## Downstream, {escape(name)}", table]
     parts += ["## Stage by stage", tables.stage_table(output / "stages.csv", found)]
     figures.accuracy_over_stages(output / "accuracy.png", found)
     figures.matrices(output / "matrices.png", found)
@@ -52,15 +54,15 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
     if len({run.experts for run in found} - {None}) > 1:
         figures.over_experts(output / "experts.png", [run for run in found if run.experts is not None])
         parts += [_picture("Figures against the number of experts", "experts.png")]
-    for run in found:
+    for run, slug in zip(found, _slugs(found), strict=True):
         if run.routing:
-            parts += _routing(output, run)
+            parts += _routing(output, run, slug)
     if cases_per_task:
         parts.append("## Cases")
         for task, table in cases.case_tables(output, found, cases_per_task).items():
-            parts += [f"### {task}", table]
+            parts += [f"### {escape(task)}", table]
     path = output / "report.md"
-    path.write_text("\n\n".join(parts) + "\n")
+    write_whole(path, "\n\n".join(parts) + "\n")
     return path
 
 
@@ -69,17 +71,26 @@ def _about(runs: Sequence[Run]) -> str:
     lines = []
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-        line = f"- {run.name}: {run.benchmark}, {run.setting}-type instructions, protocol {run.protocol}"
+        line = f"{run.name}: {run.benchmark}, {run.setting}-type instructions, protocol {run.protocol}"
         line += "".join(
             f", {key} {value}" for key, value in (("recipe", run.recipe), ("seed", run.seed)) if value is not None
         )
-        lines.append(line + (f"; {versions}" if versions else ""))
+        lines.append("- " + escape(line + (f"; {versions}" if versions else "")))
     return "\n".join(lines)
 
 
-def _routing(output: Path, run: Run) -> list[str]:
+def _slugs(runs: Sequence[Run]) -> list[str]:
+    """For each run what its files are called, each by another name."""
+    slugs: list[str] = []
+    for run in runs:
+        slug = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-") or "run"
+        names = [slug, *(f"{slug}-{number}" for number in range(2, len(runs) + 1))]
+        slugs.append(next(name for name in names if name not in slugs))
+    return slugs
+
+
+def _routing(output: Path, run: Run, slug: str) -> list[str]:
     """The sections on a run's routes and shares."""
-    slug = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")
     figures.routing(output / f"routing-{slug}.png", run)
     alpha, beta = figures.shares(output / f"shares-{slug}.png", run)
     return [
@@ -92,12 +103,16 @@ def _routing(output: Path, run: Run) -> list[str]:
 
 
 def _picture(title: str, name: str) -> str:
-    return f"## {title}\n\n![{title}]({name})"
+    return f"## {escape(title)}\n\n{picture(title, name)}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run; several are compared")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the report (default: RUN_DIR/report)")
+    parser.add_argument(
+        "runs", nargs="+", type=path_argument, metavar="RUN_DIR", help="folder of a run; several are compared"
+    )
+    parser.add_argument(
+        "--output", type=path_argument, metavar="DIR", help="folder for the report (default: RUN_DIR/report)"
+    )
     parser.add_argument("--cases", type=int, default=0, metavar="N", help="show N questions of each task with answers")
 
 
@@ -105,6 +120,6 @@ def run(args: argparse.Namespace) -> int:
     if args.cases < 0:
         raise ValueError(f"--cases must be 0 or more, got {args.cases}")
     path = write_report(args.runs, args.output, cases_per_task=args.cases)
-    print(path.read_text().split("\n## ")[1])  # what it comes to, after the last stage
+    print(read_text(path).split("\n## ")[1])  # what it comes to, after the last stage
     print(path)
     return 0

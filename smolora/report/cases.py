@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.format import Question, read_questions
-from ..data.images import read_image
+from ..data.images import BrokenImageError, read_image
+from ..io.files import atomic_file
+from ..io.markdown import picture
 from .figures import write_csv
-from .layout import Run
+from .layout import Run, file_name
 from .tables import markdown
 
 SIDE = 320  # pixels of an image in the report, at most
@@ -41,16 +43,16 @@ def case_tables(folder: Path, runs: Sequence[Run], count: int) -> dict[str, str]
             answers[f"{run.name}, at the end"] = run.answers(last, task)
         questions = [
             q
-            for q in read_questions(source.folder / test["questions"])
+            for q in read_questions(source.folder / test["questions"], broken=[])  # which have no answers
             if all(str(q.question_id) in of_run for of_run in answers.values())
         ]
         chosen = sorted(questions, key=lambda q: (-_differing(q, answers.values()), q.index))[:count]
         rows = []
         for question in chosen:
             name = str(question.question_id)
-            picture = _thumbnail(question, images, folder / "cases", task)
+            shown = _thumbnail(question, images, folder / "cases", task)
             texts = [of_run[name] for of_run in answers.values()]
-            rows.append([picture, question.text, *texts, _truth(question)])
+            rows.append([shown, question.text, *texts, _truth(question)])
             data += [
                 (task, name, question.text, column, text, _truth(question))
                 for column, text in zip(answers, texts, strict=True)
@@ -73,9 +75,12 @@ def _thumbnail(question: Question, images: Path, folder: Path, task: str) -> str
     """The Markdown of a question's image, made small and put beside the report."""
     if question.image is None:
         return "no image"
-    image = read_image(images / question.image)
+    try:
+        image = read_image(images / question.image)
+    except BrokenImageError as error:
+        return str(error)
     image.thumbnail((SIDE, SIDE))
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{task}-{question.index}.png"
-    image.save(path)
-    return f"![{task} {question.index}]({folder.name}/{path.name})"
+    path = folder / f"{file_name(task)}-{question.index}.png"
+    with atomic_file(path) as temporary:
+        image.save(temporary)
+    return picture(f"{task} {question.index}", f"{folder.name}/{path.name}")

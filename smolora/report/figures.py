@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluate.matrix import FIGURES
+from ..io.files import atomic_file, write_whole
+from ..io.markdown import printable
 from .layout import Run
 
 STYLES = [
@@ -30,10 +34,11 @@ HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table; None is an empty cell."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    for row in (header, *rows):
+        writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in row])
+    write_whole(path, file.getvalue())
 
 
 def accuracy_over_stages(path: Path, runs: Sequence[Run]) -> None:
@@ -48,10 +53,10 @@ def accuracy_over_stages(path: Path, runs: Sequence[Run]) -> None:
                 continue
             points = [(k, run.accuracy(k, task)) for k in range(len(run.stages))]
             points = [(k + 1, value) for k, value in points if value is not None]
-            axes.plot([k for k, _ in points], [value for _, value in points], label=run.name, **style)
+            axes.plot([k for k, _ in points], [value for _, value in points], label=_plain(run.name), **style)
             rows += [(run.name, task, k, value) for k, value in points]
             longest = max(longest, len(run.stages))
-        axes.set_title(task, fontsize=9)
+        axes.set_title(_plain(task), fontsize=9)
         axes.set_xticks(range(1, longest + 1))
         axes.set_xlim(0.8, longest + 0.2)
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
@@ -79,9 +84,11 @@ def matrices(path: Path, runs: Sequence[Run]) -> None:
                 if cell is not None:
                     axes.text(j, k, f"{cell:.1f}", ha="center", va="center", fontsize=8)
                     rows.append((run.name, k + 1, run.tasks[j], cell))
-        axes.set_xticks(range(len(run.tasks)), run.tasks, rotation=30, ha="right", fontsize=8)
-        axes.set_yticks(range(len(run.stages)), [stage.removeprefix("stage-") for stage in run.stages], fontsize=8)
-        axes.set_title(run.name, fontsize=9)
+        axes.set_xticks(range(len(run.tasks)), map(_plain, run.tasks), rotation=30, ha="right", fontsize=8)
+        axes.set_yticks(
+            range(len(run.stages)), [_plain(stage.removeprefix("stage-")) for stage in run.stages], fontsize=8
+        )
+        axes.set_title(_plain(run.name), fontsize=9)
     figure.supxlabel("evaluated on", fontsize=9)
     figure.supylabel("after stage", fontsize=9)
     _save(figure, path)
@@ -94,19 +101,20 @@ def routing(path: Path, run: Run) -> None:
     figure, panels = _panels(len(branches), (5.2, 0.42 * len(run.routing) + 1.4), columns=2)
     rows = []
     for axes, branch in zip(panels, branches, strict=True):
+        most = max(len(_counts(layers, branch)) for layers in run.routing.values())
         for place, (task, layers) in enumerate(run.routing.items()):
             counts = _counts(layers, branch)
-            left = 0.0
+            left, count_all = 0.0, max(sum(counts), 1)
             for expert, count in enumerate(counts):
-                share = count / sum(counts)
+                share = count / count_all
                 axes.barh(
                     place, share, left=left, height=0.7, edgecolor="black", linewidth=0.6,
-                    color=str(0.95 - 0.6 * expert / max(len(counts) - 1, 1)), hatch=HATCHES[expert % len(HATCHES)],
-                    label=f"expert {expert}" if place == 0 else None,
+                    color=str(0.95 - 0.6 * expert / max(most - 1, 1)), hatch=HATCHES[expert % len(HATCHES)],
+                    label=f"expert {expert}",
                 )  # fmt: skip
                 left += share
                 rows.append((run.name, task, branch, expert, count, share))
-        axes.set_yticks(range(len(run.routing)), run.routing, fontsize=8)
+        axes.set_yticks(range(len(run.routing)), map(_plain, run.routing), fontsize=8)
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.set_title({"vu": "visual understanding", "if": "instruction following"}[branch], fontsize=9)
@@ -160,7 +168,9 @@ def over_experts(path: Path, runs: Sequence[Run]) -> None:
         for style, key in zip(_styles(len(methods)), methods, strict=True):
             points = sorted((r.experts, r.last[name]) for r in runs if (r.method, r.setting) == key)
             points = [point for point in points if point[1] is not None]
-            axes.plot([n for n, _ in points], [value for _, value in points], label=f"{key[0]}, {key[1]}", **style)
+            axes.plot(
+                [n for n, _ in points], [value for _, value in points], label=_plain(f"{key[0]}, {key[1]}"), **style
+            )
             rows += [(*key, n, name, value) for n, value in points]
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({run.experts for run in runs}), sorted({run.experts for run in runs}))
@@ -174,9 +184,14 @@ def over_experts(path: Path, runs: Sequence[Run]) -> None:
 
 
 def _counts(layers: Sequence[dict[str, Any]], branch: str) -> list[int]:
-    """How often each expert of a branch was chosen, all layers together."""
+    """How often each expert of a branch was chosen, all layers together; not every layer need have as many."""
     used = [layer[branch] for layer in layers if layer[branch] is not None]
-    return [sum(column) for column in zip(*used, strict=True)]
+    return [sum(column) for column in zip_longest(*used, fillvalue=0)]
+
+
+def _plain(text: str) -> str:
+    """A name as matplotlib shows it as it is: between two dollar signs it would read a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _styles(count: int) -> list[dict[str, Any]]:
@@ -206,5 +221,6 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, metadata={"Software": None})
     plt.close(figure)

@@ -33,6 +33,7 @@ One evaluation without stages (zero-shot, multitask) has one folder for its sing
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,6 +99,11 @@ class Run:
                 if layers:
                     found[task] = layers
         return found
+
+
+def file_name(text: str) -> str:
+    """A task's or a table's name as part of a file's name: as it is, if it is one that a recipe may give."""
+    return re.sub(r"[^A-Za-z0-9 ,._+-]+|^[^A-Za-z0-9]+", "-", text)
 
 
 def read_runs(folders: list[Path]) -> list[Run]:

@@ -9,17 +9,16 @@ from typing import Any
 
 from ..evaluate import paper
 from ..evaluate.matrix import FIGURES
+from ..io.markdown import table
 from .figures import write_csv
-from .layout import Run
+from .layout import Run, file_name
 
 Cells = list[str | float | None]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Cells]) -> str:
     """A Markdown table; numbers with two decimals, None as a dash."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
-    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
-    return "\n".join(lines)
+    return table(header, [list(map(_cell, row)) for row in rows])
 
 
 def final_table(path: Path, runs: Sequence[Run]) -> str:
@@ -37,9 +36,13 @@ def downstream_tables(folder: Path, runs: Sequence[Run]) -> dict[str, str]:
         parts = [(run, run.downstream[name]) for run in runs if name in run.downstream]
         tasks = list(dict.fromkeys(task for _, part in parts for task in part["tasks"]))
         rows = [(run, dict(zip(part["tasks"], part["accuracy"], strict=True)), part) for run, part in parts]
-        table, columns = printed.get(name, (None, None))
+        of_paper, columns = printed.get(name, (None, None))
         tables[name] = _beside_the_paper(
-            folder / f"downstream-{name}.csv", tasks, ("AP", "MIF"), rows, table if tuple(tasks) == columns else None
+            folder / f"downstream-{file_name(name)}.csv",
+            tasks,
+            ("AP", "MIF"),
+            rows,
+            of_paper if tuple(tasks) == columns else None,
         )
     return tables
 
@@ -130,4 +133,4 @@ def _comparable(run: Run) -> bool:
 def _cell(value: str | float | None) -> str:
     if value is None:
         return "-"
-    return value.replace("|", "\\|").replace("\n", "<br>") if isinstance(value, str) else f"{value:.2f}"
+    return value if isinstance(value, str) else f"{value:.2f}"

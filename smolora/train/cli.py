@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
+from ..io.files import path_argument
 from .methods import METHODS
 from .recipe import load_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, see recipes/")
+    parser.add_argument("recipe", type=path_argument, metavar="RECIPE", help="a YAML file, see recipes/")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
         help="changes to the recipe: training.epochs=2, tasks.0.test=FILE, ...; values are YAML",

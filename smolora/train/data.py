@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +12,10 @@ from torch.utils.data import Dataset, Sampler
 
 from ..data.format import Conversation, read_conversations
 from ..data.images import BrokenImageError, ImageTransform
-from ..data.prompts import IGNORED_LABEL, PromptEncoder, pad
+from ..data.prompts import IGNORED_LABEL, PromptEncoder, Sample, pad
 from ..evaluate.instructions import known_instructions
 from ..instruction import InstructionEncoder
+from .methods import Stage
 from .recipe import Recipe, TaskRecipe
 
 
@@ -39,7 +40,8 @@ class TaskSamples(Dataset):
         chosen: indices in the file, in this order; None for all.
 
     Raises:
-        ValueError: a record is malformed; file and index are named.
+        ValueError: a record is malformed, or `training.max_length` cuts off its image or all of its answer; file and
+            index are named.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class TaskSamples(Dataset):
         self.samples = everything if chosen is None else [everything[index] for index in chosen]
         if not self.samples:
             raise ValueError(f"{self.file}: must hold a record, got none")
+        self._check()
         self.table: Tensor | None = None
         if instructions is not None:
             self.table, self.rows = instructions.table(task, [sample.text for sample in self.samples])
@@ -67,22 +70,43 @@ class TaskSamples(Dataset):
 
     def __getitem__(self, index: int) -> TrainingSample:
         sample: Conversation = self.samples[index]
-        record = f"{self.file}: record {sample.index}"
-        ids, labels = self.encoder.expand_sample(
-            self.encoder.sample(sample.text, sample.answer, sample.image is not None)
-        )
-        if len(ids) > self.max_length:
-            image_token = self.encoder.image_token_id
-            if image_token in ids[self.max_length :]:
-                raise ValueError(f"{record}: its image does not fit into training.max_length {self.max_length}")
-            ids, labels = ids[: self.max_length], labels[: self.max_length]
+        ids, labels = self._encode(sample)
         return TrainingSample(
             ids,
             labels,
             None if sample.image is None else self.images / sample.image,
             None if self.table is None else self.table[self.rows[index]],
-            record,
+            f"{self.file}: record {sample.index}",
         )
+
+    def _encode(self, sample: Conversation) -> Sample:
+        """Ids and labels, cut at `max_length`."""
+        limit, record = self.max_length, f"{self.file}: record {sample.index}"
+        try:
+            ids, labels = self.encoder.expand_sample(
+                self.encoder.sample(sample.text, sample.answer, sample.image is not None)
+            )
+        except ValueError as error:
+            raise ValueError(f"{record}: {error}") from error
+        if self.encoder.image_token_id in ids[limit:]:
+            raise ValueError(f"{record}: its image does not fit into training.max_length {limit}")
+        if all(label == IGNORED_LABEL for label in labels[:limit]):
+            raise ValueError(
+                f"{record}: training.max_length {limit} cuts off all of its answer, it has {len(ids)} tokens"
+            )
+        return Sample(ids[:limit], labels[:limit])
+
+    def _check(self) -> None:
+        """Whether all samples can be trained on; only those that may not are tokenised."""
+        faults = []
+        for sample in self.samples:
+            if not self.encoder.is_short(sample.text, sample.answer, sample.image is not None, self.max_length):
+                try:
+                    self._encode(sample)
+                except ValueError as error:
+                    faults.append(str(error))
+        if faults:
+            raise ValueError(faults[0] + (f" (and {len(faults) - 1} more of that file)" if len(faults) > 1 else ""))
 
     def lengths(self) -> list[int]:
         """About how long each sample is: what tells short from long is not worth tokenising everything for."""
@@ -91,6 +115,16 @@ class TaskSamples(Dataset):
             len(sample.text.split()) + len(sample.answer.split()) + features * (sample.image is not None)
             for sample in self.samples
         ]
+
+
+def check_samples(recipe: Recipe, stages: Iterable[Stage], encoder: PromptEncoder) -> None:
+    """Whether all that some stages train on can be trained on, before the first of them begins.
+
+    Raises:
+        ValueError: as `TaskSamples` does.
+    """
+    for task in {task.name: task for stage in stages for task in stage.train}.values():
+        TaskSamples(recipe, task, encoder, None)
 
 
 class Samples(Dataset):

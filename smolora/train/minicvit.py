@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.minicvit import SETTINGS, TASKS, make_minicvit, training_files
+from ..io.files import user_path
 from .minicvit_base import make_base
 
 
@@ -26,13 +27,18 @@ def _options(options: dict[str, Any]) -> Options:
     unknown = sorted(options.keys() - {"data", "base", "tasks"})
     if unknown:
         raise ValueError(f"prepare.minicvit has data, base and tasks, got {', '.join(unknown)} too")
+    folders = []
     for name in ("data", "base"):
         if not isinstance(options.get(name), str) or not options[name]:
             raise ValueError(f"prepare.minicvit.{name} must be a folder, got {options.get(name)!r}")
+        try:
+            folders.append(Path(user_path(options[name])))
+        except ValueError as error:
+            raise ValueError(f"prepare.minicvit.{name}: {error}") from error
     tasks = options.get("tasks", list(TASKS))
     if not isinstance(tasks, list) or not tasks or not all(task in TASKS for task in tasks):
         raise ValueError(f"prepare.minicvit.tasks must be a list of {', '.join(TASKS)}, got {tasks!r}")
-    return Options(Path(options["data"]), Path(options["base"]), tasks)
+    return Options(*folders, tasks)
 
 
 def planned(options: dict[str, Any]) -> dict[Path, int | None]:

@@ -8,8 +8,6 @@ learned, and no instruction occurs in its training. Pictures and digits of the t
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,11 +31,13 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from ..checkpoint import read_json
 from ..data import minicvit, scenes
 from ..data.instructions import MULTI_TYPE, SINGLE_TYPE
 from ..data.minicvit import KINDS, QUIZ, WHERE, options
 from ..data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder, pad
 from ..data.scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, SIDE, WORDS, Dice
+from ..io.files import atomic_folder, locked, write_json
 
 PATCH = 12
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
@@ -442,16 +442,26 @@ def make_base(folder: str | Path, settings: BaseSettings | None = None) -> Path:
         ValueError: the folder holds something else, or a base model of other settings.
     """
     folder, settings = Path(folder), settings or BaseSettings()
-    if folder.exists() and any(folder.iterdir()):
-        found = folder / "base.json"
-        if not found.is_file():
-            raise ValueError(f"{folder} must be empty, or hold a base model of MiniCVIT, got other files")
-        made = json.loads(found.read_text())["settings"]
-        if made != asdict(settings) | {"data": minicvit.SEED}:
-            raise ValueError(
-                f"{folder} holds a base model of other settings ({made}): remove it or name another folder"
-            )
-        return folder
+    if not _is_made(folder, settings):
+        with locked(folder.with_name(f"{folder.name}.lock"), str(folder), wait=True):  # two runs may want it
+            if not _is_made(folder, settings):
+                _make_base(folder, settings)
+    return folder
+
+
+def _is_made(folder: Path, settings: BaseSettings) -> bool:
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    found = folder / "base.json"
+    if not found.is_file():
+        raise ValueError(f"{folder} must be empty, or hold a base model of MiniCVIT, got other files")
+    made = read_json(found)["settings"]
+    if made != asdict(settings) | {"data": minicvit.SEED}:
+        raise ValueError(f"{folder} holds a base model of other settings ({made}): remove it or name another folder")
+    return True
+
+
+def _make_base(folder: Path, settings: BaseSettings) -> None:
     tokenizer = make_tokenizer()
     model, processor = make_model(tokenizer, settings), make_processor(tokenizer)
     encoder = PromptEncoder.for_model(tokenizer, model.config)
@@ -462,13 +472,9 @@ def make_base(folder: str | Path, settings: BaseSettings | None = None) -> Path:
         "alignment": align(model, encoder, pictures, settings),
     }
     model.eval()
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    processor.save_pretrained(part)
     parameters = sum(p.numel() for p in model.parameters())
     content = {"settings": asdict(settings) | {"data": minicvit.SEED}, "parameters": parameters, **report}
-    (part / "base.json").write_text(json.dumps(content, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)  # empty
-    part.replace(folder)
-    return folder
+    with atomic_folder(folder, "folder") as part:
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+        write_json(part / "base.json", content)

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from ..backends import check_backend
 from ..data.format import Conversation, Question, read_conversations, read_questions
+from ..data.prompts import PromptEncoder
 from ..evaluate.datasets import Files
 from ..evaluate.score import find_dataset
+from ..io.files import has_file
+from .data import check_samples
 from .methods import METHODS, Stage
 from .prepare import planned
 from .recipe import Recipe, TaskRecipe
@@ -33,8 +36,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "devices", "accumulation"; "memory", an estimate (None while the base model is not there).
 
     Raises:
-        ValueError: paths are missing (all are named), records are malformed, the batch does not fit the devices, or the
-            backend cannot run here.
+        ValueError: paths are missing (all are named), records are malformed or too long, the batch does not fit the
+            devices, or the backend cannot run here.
     """
     check_backend(recipe.backend)
     checker = _Checker(recipe)
@@ -47,12 +50,22 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     counts = {task.name: checker.task(task) for task in recipe.all_tasks}
     if checker.missing:
         raise ValueError("\n".join(["there is no", *(f"  {line}" for line in checker.missing)]))
+    stages = [*method.stages(), *method.downstream()]
+    if Path(recipe.model.path).is_dir():
+        trained = [stage for stage in stages if all(recipe.train_file(task).is_file() for task in stage.train)]
+        check_samples(recipe, trained, _encoder(recipe))
     plan["stages"] = [_stage(stage, counts, recipe) for stage in method.stages()]
     plan["downstream"] = [_stage(stage, counts, recipe) for stage in method.downstream()]
     plan["makes"] = [str(path) for path in checker.made]
     plan["devices"], plan["accumulation"] = devices, accumulation(recipe, devices)
     plan["memory"] = _memory(recipe, method, devices) if Path(recipe.model.path).is_dir() else None
     return plan
+
+
+def _encoder(recipe: Recipe) -> PromptEncoder:
+    path = recipe.model.path
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return PromptEncoder.for_model(tokenizer, AutoConfig.from_pretrained(path, local_files_only=True))
 
 
 def _stage(stage: Stage, counts: dict[str, tuple[int, int]], recipe: Recipe) -> dict[str, Any]:
@@ -124,7 +137,7 @@ class _Checker:
         for record in records:
             if record.image is not None:
                 if record.image not in there:
-                    there[record.image] = (folder / record.image).is_file()
+                    there[record.image] = has_file(folder / record.image)
                 if not there[record.image]:
                     absent.append(record)
         if absent and self._makes(folder) is None:

@@ -1,7 +1,7 @@
 """Recipes: an experiment in one YAML file, read into dataclasses and changed by `key=value`.
 
-Relative paths start in the current directory. `extends: other.yaml` takes another recipe of the same folder and changes
-what is given here; lists are replaced as a whole.
+Relative paths start in the current directory, and `~` is the home folder. `extends: other.yaml` takes another recipe of
+the same folder and changes what is given here; lists are replaced as a whole.
 """
 
 from __future__ import annotations
@@ -16,17 +16,26 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 
 from ..config import SMoLoRAConfig
+from ..io.files import read_text, surrogate, user_path
+
+PathText = Annotated[str, user_path]  # a type, and what is made of its value
+ARGUMENT_PATHS = ("deepspeed", "fsdp_config")  # of TrainingArguments, where they are a file and no section
 
 ADAPTER_KEYS = (
     "r", "lora_alpha", "lora_dropout", "num_vu_experts", "num_if_experts", "top_k", "instruction_dim", "route_over",
     "decode_routing", "fusion", "router_grad", "target_modules", "exclude_modules",
 )  # fmt: skip
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ,._+-]*")
+
+
+def _argument_paths(arguments: dict[str, Any]) -> dict[str, Any]:
+    files = {key: user_path(arguments[key]) for key in ARGUMENT_PATHS if isinstance(arguments.get(key), str)}
+    return {**arguments, **files}
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class ModelRecipe:
         dtype: of its weights, and of what is computed; adapters are float32.
     """
 
-    path: str
+    path: PathText
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 
@@ -52,9 +61,9 @@ class DataRecipe:
         annotations: folders with further files that scoring needs, or with subfolders named like the datasets.
     """
 
-    root: str
-    images: str | None = None
-    annotations: list[str] = field(default_factory=list)
+    root: PathText
+    images: PathText | None = None
+    annotations: list[PathText] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class InstructionRecipe:
     """
 
     embed: Literal["sample", "task_mean"] = "sample"
-    encoder: str | None = None
+    encoder: PathText | None = None
     normalize: bool = False
 
 
@@ -104,10 +113,10 @@ class TaskRecipe:
     """
 
     name: str
-    test: str
-    train: str | None = None
+    test: PathText
+    train: PathText | None = None
     dataset: str | None = None
-    images: str | None = None
+    images: PathText | None = None
     instructions: list[str] = field(default_factory=list)
     epochs: float | None = None
 
@@ -130,7 +139,8 @@ class TrainingRecipe:
         activation_checkpointing: recompute activations in the backward.
         save_steps, logging_steps: a checkpoint, or a line of the log, every so many steps.
         workers: processes a device that load images.
-        arguments: further fields of `transformers.TrainingArguments` (report_to, deepspeed, fsdp, optim, ...).
+        arguments: further fields of `transformers.TrainingArguments` (report_to, deepspeed, fsdp, optim, ...); those
+            that would change what is promised here are refused, see `smolora.train.trainer.REFUSED_ARGUMENTS`.
     """
 
     epochs: float = 1
@@ -146,7 +156,7 @@ class TrainingRecipe:
     save_steps: int = 200
     logging_steps: int = 10
     workers: int = 4
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: Annotated[dict[str, Any], _argument_paths] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,7 @@ class Recipe:
     model: ModelRecipe
     data: DataRecipe
     tasks: list[TaskRecipe]
-    output: str | None = None
+    output: PathText | None = None
     benchmark: str | None = None
     setting: Literal["single", "multi"] = "single"
     method: str = "smolora"
@@ -253,10 +263,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Args:
         path: a YAML file.
         overrides: `key=value`; dots lead into sections and lists (`training.epochs=2`, `tasks.0.train=x.json`), values
-            are YAML.
+            are YAML, and of one key the last counts.
 
     Raises:
-        ValueError: a key is not known (the message has the nearest that is), or a value does not fit; both are named.
+        ValueError: a key is not known (the message has the nearest that is) or given twice, or a value does not fit;
+            both are named.
         OSError: the file cannot be read.
     """
     content = _read(Path(path), ())
@@ -273,21 +284,33 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return recipe
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's own takes the last of a key's values, silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        given = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for place, key in enumerate(given):
+            if key in given[:place]:
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(f"{key!r} is given twice in the section that starts in line {line}")
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(text: str, where: Any) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not YAML: {error}") from error
 
 
 def _read(path: Path, seen: Sequence[Path]) -> dict[str, Any]:
-    content = _yaml(path.read_text(encoding="utf-8"), path)
+    content = _yaml(read_text(path), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold keys and values, got {_short(content)}")
     base = content.pop("extends", None)
     if base is None:
         return content
-    other = path.parent / str(base)
+    other = path.parent / user_path(str(base))
     if other in seen:
         raise ValueError(f"{path}: extends {base}, which extends it")
     return _merge(_read(other, (*seen, path)), content)
@@ -340,7 +363,7 @@ def _build(cls: type, content: Any, where: str) -> Any:
     """A dataclass from a mapping; `where` is its dotted key."""
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a section of keys and values, got {_short(content)}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in content:
         if key not in hints:
             raise ValueError(_unknown(f"{where}.{key}" if where else str(key), str(key), where, hints))
@@ -388,6 +411,13 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             return None
         (hint,) = (arg for arg in get_args(hint) if arg is not types.NoneType)
         return _convert(hint, value, name)
+    if origin is Annotated:
+        kind, made = get_args(hint)
+        value = _convert(kind, value, name)
+        try:
+            return made(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     if origin is Literal:
         if value not in get_args(hint):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
@@ -412,6 +442,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kinds = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
         raise ValueError(f"{name} must be {kinds[hint]}, got {_short(value)}")
+    if isinstance(value, str) and (fault := surrogate(value)) is not None:
+        raise ValueError(f"{name} must be a text, got {_short(value)} with {fault}")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return value
@@ -428,7 +460,7 @@ def _short(value: Any) -> str:
 def _check(recipe: Recipe) -> None:
     from .methods import METHODS
     from .prepare import PREPARATIONS
-    from .trainer import OWN_ARGUMENTS, training_argument_names
+    from .trainer import OWN_ARGUMENTS, check_argument, training_argument_names
 
     _one_of("method", recipe.method, METHODS)
     for name in recipe.prepare:
@@ -436,12 +468,13 @@ def _check(recipe: Recipe) -> None:
     for key in recipe.adapter:
         if key not in ADAPTER_KEYS:
             raise ValueError(_unknown(f"adapter.{key}", str(key), "adapter", ADAPTER_KEYS))
-    for key in recipe.training.arguments:
+    for key, value in recipe.training.arguments.items():
         if key in OWN_ARGUMENTS:
             raise ValueError(f"training.arguments.{key} is set by {OWN_ARGUMENTS[key]}")
         if key not in training_argument_names():
             where = "training.arguments"
             raise ValueError(_unknown(f"{where}.{key}", str(key), where, training_argument_names()))
+        check_argument(key, value)
     recipe.adapter_config()
     if not recipe.tasks:
         raise ValueError("tasks must have an entry")

@@ -23,6 +23,7 @@ import platform
 import shutil
 import time
 import zlib
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,11 +38,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..backends import use_backend
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
-from ..evaluate.generate import GenerationSettings, Job, generate_answers, process_state, write_whole
+from ..evaluate.generate import GenerationSettings, Job, generate_answers, process_state
 from ..evaluate.matrix import continual_metrics
 from ..evaluate.score import find_dataset, score
-from .data import Collator, Instructions, Samples, TaskSamples
-from .files import write_json
+from ..io.files import locked, read_text, write_json, write_whole
+from .data import Collator, Instructions, Samples, TaskSamples, check_samples
 from .methods import METHODS, Stage
 from .prepare import prepare
 from .recipe import Recipe, TaskRecipe
@@ -80,7 +81,7 @@ class Run:
         path = self.folder / "recipe.yaml"
         if not path.exists():
             return
-        old = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+        old = _flat(yaml.safe_load(read_text(path)))
         new = _flat(self.recipe.as_dict())
         different = [
             f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
@@ -100,15 +101,27 @@ class Run:
 
         Raises:
             ValueError: something of the input does not fit, or the training cannot go on; the message says what.
+            BlockingIOError: another process is at this run.
         """
         main = self.state.is_main_process
+        with locked(self.folder / "run.lock", str(self.folder)) if main else nullcontext():
+            return self._go_on(main)
+
+    def _go_on(self, main: bool) -> dict[str, Any]:
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.check_folder()  # now that nobody else writes to it
+            seen = torch.accelerator.device_count()
+            if self.state.num_processes == 1 and seen > 1:
+                print(
+                    f"{seen} devices are there and one is used: start it by torchrun --nproc-per-node {seen} for all",
+                    flush=True,
+                )
             prepare(self.recipe.prepare)
             write_whole(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.as_dict(), sort_keys=False))
         self.state.wait_for_everyone()
         self.load_parts()
         stages = [*self.method.stages(), *self.method.downstream()]
+        check_samples(self.recipe, stages, self.encoder)
         with use_backend(self.recipe.backend):
             for number, stage in enumerate(stages):
                 if main:
@@ -121,7 +134,7 @@ class Run:
                 if main:
                     write_json(self.folder / "results.json", self.results())
                 self.state.wait_for_everyone()
-        return json.loads((self.folder / "results.json").read_text())
+        return _read(self.folder / "results.json")
 
     # ---- parts
 
@@ -260,7 +273,7 @@ class Run:
                 found = score(
                     task.benchmark_name, self.recipe.annotations(task), output, self.recipe.evaluation.protocol
                 )
-                print(found, flush=True)
+                found.show()
                 scores[task.name] = found.as_dict()
                 seconds = time.monotonic() - start
                 timing[task.name] = {"seconds": seconds, "answers_per_second": found.count / seconds}
@@ -366,7 +379,7 @@ class Run:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(read_text(path))
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

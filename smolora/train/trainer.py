@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..io.files import read_text, settle, write_json
 from .data import GlobalBatches, Samples
-from .files import settle, write_json
 from .methods.base import Method
 from .recipe import Recipe
 
@@ -47,11 +47,66 @@ OWN_ARGUMENTS = {  # field of TrainingArguments: what sets it
     "dataloader_num_workers": "training.workers",
     "remove_unused_columns": "the trainer",
     "train_sampling_strategy": "the trainer",
+    "group_by_length": "the trainer",
     "seed": "seed",
     "data_seed": "seed",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
 }
+
+_UNSEEN = "the model would route by what it does not have when it is asked"
+_STOPPED = "a run that was stopped and goes on would not equal one that was not"
+_SAMPLES = "how many samples a step has is said by training.batch_size, whatever the devices are"
+_ASKED = "a stage is asked after its training, as `evaluation` says, and not in between"
+REFUSED_ARGUMENTS = {  # field of TrainingArguments: why it must keep its default
+    "label_smoothing_factor": f"without labels in its forward {_UNSEEN}, the answer",
+    "neftune_noise_alpha": f"{_UNSEEN}, noise",
+    "save_only_model": _STOPPED,
+    "ignore_data_skip": _STOPPED,
+    "resume_from_checkpoint": "a run finds its checkpoints by itself",
+    "auto_find_batch_size": _SAMPLES,
+    "accelerator_config": _SAMPLES,
+    "parallelism_config": _SAMPLES,
+    "local_rank": "it is the launcher's",
+    "average_tokens_across_devices": "the loss would depend on the number of devices",
+    "dataloader_drop_last": "a stage trains on all of its samples",
+    **dict.fromkeys(
+        (
+            "batch_eval_metrics",
+            "bf16_full_eval",
+            "do_eval",
+            "do_predict",
+            "do_train",
+            "eval_accumulation_steps",
+            "eval_delay",
+            "eval_do_concat_batches",
+            "eval_on_start",
+            "eval_steps",
+            "eval_strategy",
+            "eval_use_gather_object",
+            "fp16_full_eval",
+            "greater_is_better",
+            "include_for_metrics",
+            "label_names",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+            "per_device_eval_batch_size",
+            "prediction_loss_only",
+        ),
+        _ASKED,
+    ),
+}
+
+
+def check_argument(name: str, value: Any) -> None:
+    """Whether a recipe may give a field of `TrainingArguments` this value.
+
+    Raises:
+        ValueError: it would change what is promised; the message says what.
+    """
+    field = next(field for field in dataclasses.fields(TrainingArguments) if field.name == name)
+    if name in REFUSED_ARGUMENTS and value is not None and value != field.default:
+        raise ValueError(f"training.arguments.{name} must be left out, got {value!r}: {REFUSED_ARGUMENTS[name]}")
 
 
 def training_argument_names() -> set[str]:
@@ -113,6 +168,7 @@ def training_arguments(
         bf16=recipe.model.dtype == "bfloat16",
         fp16=recipe.model.dtype == "float16",
     )
+    arguments._n_gpu = 1  # of several that this process sees: else `Trainer` would take a batch for each of them
     arguments.gradient_accumulation_steps = accumulation(recipe, arguments.world_size)
     return arguments
 
@@ -138,7 +194,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     whole = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
-            sizes = json.loads((path / MARKER).read_text())["files"]
+            sizes = json.loads(read_text(path / MARKER))["files"]
             found = {name: (path / name).stat().st_size for name in sizes}
         except (OSError, ValueError, KeyError):
             continue
@@ -173,7 +229,7 @@ class ContinualTrainer(Trainer):
         self.recipe, self.method = recipe, method
         self.order = GlobalBatches(samples.lengths, recipe.training.batch_size, self.args.seed)
         self.add_callback(_EpochOfOrder(self.order))
-        marker = json.loads((resume / MARKER).read_text()) if resume else {"seconds": 0.0, "tokens": 0}
+        marker = json.loads(read_text(resume / MARKER)) if resume else {"seconds": 0.0, "tokens": 0}
         self._before = marker["seconds"], marker["tokens"]
         self._start = time.monotonic()
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from smolora import checkpoint
-from smolora.checkpoint import atomic_file, atomic_folder, read_model, read_tensors, write_tensors
+from smolora.checkpoint import read_model, read_tensors, write_tensors
+from smolora.io.files import atomic_file, atomic_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
 BIN = GOLDEN / "mm_projector.bin"

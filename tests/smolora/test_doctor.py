@@ -257,3 +257,18 @@ def test_torch_is_broken(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     assert "gpu could not be examined: ImportError: libtorch_cpu.so" in problems(report)
     assert "Python" in dict(report.tables["Machine"]) and "g++" in dict(report.tables["Compilers"])
+
+
+def test_whatever_the_environment_holds_stays_in_its_cell(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_python,))
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/a|/b\\|\n/c `x` <b> \x1b[31m")
+    text = doctor.diagnose().markdown()
+    (line,) = [line for line in text.splitlines() if "LD_LIBRARY_PATH" in line]
+    assert line == "| LD_LIBRARY_PATH | /a\\|/b\\\\\\| /c \\`x\\` \\<b\\> \N{REPLACEMENT CHARACTER}\\[31m |"
+
+
+def test_a_command_that_prints_no_unicode(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    script = tmp_path / "nvcc"
+    script.write_bytes(b"#!/bin/sh\nprintf 'release 12.4 \\351\\n'\n")
+    script.chmod(0o755)
+    assert doctor._output(str(script)) == "release 12.4 \N{REPLACEMENT CHARACTER}"

@@ -46,6 +46,11 @@ PROMPTS = [
     (f"A chat. USER: <image>\nWhat?\n{PHRASE} ASSISTANT:", PHRASE, PHRASE),
     (f"A chat. USER: <image>\n{OBJECT} ASSISTANT:", OBJECT, PHRASE),
     ("A chat. USER: Describe it. ASSISTANT:", "Describe it.", "Describe it."),
+    # the image's name within a line is text
+    ("<image>\nIs it <image> or <img>?", "Is it <image> or <img>?", "Is it <image> or <img>?"),
+    ("Is it <image> or <img>?", "Is it <image> or <img>?", "Is it <image> or <img>?"),
+    (f"What is <image>?\n{PHRASE}", PHRASE, PHRASE),
+    ("<image>\n<image>\nCompare them.", "Compare them.", "Compare them."),
     ("A chat. USER: Who? ASSISTANT: Me.</s>USER: Describe it. ASSISTANT: ", "Describe it.", "Describe it."),
 ]
 
@@ -284,3 +289,22 @@ def test_command_line_errors(
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not Path("o").exists()
+
+
+def test_rows_of_a_file_as_editors_write_it(tmp_path):
+    """A byte order mark and the line ends of Windows are no part of an instruction; a separator within one is."""
+    path = tmp_path / "rows.txt"
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_bytes("Zwölf Wörter.\r\n\r\nOne\u2028line.\r\n".encode(encoding))
+        assert instruction._rows_of(path) == ["Zwölf Wörter.", "One\u2028line."]
+        (tmp_path / "rows.json").write_bytes(json.dumps(["é", ["a", "b"]], ensure_ascii=False).encode(encoding))
+        assert instruction._rows_of(tmp_path / "rows.json") == ["é", ["a", "b"]]
+    path.write_bytes("Wörter.".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"rows\.txt: must be UTF-8, got UTF-16: save it as UTF-8"):
+        instruction._rows_of(path)
+
+
+def test_half_a_character_is_named(tmp_path, capsys):
+    output = ["--output", str(tmp_path / "out.safetensors")]
+    assert cli.main(["embed", "--text", "Describe \ud83d it.", *output]) == 1
+    assert "half a character (the lone surrogate U+D83D at position 9)" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -43,6 +44,18 @@ def test_questions(tmp_path):
         ({"question_id": 1, "text": "q", "answer": []}, "answer must be a string or a list of strings", 1),
         ({"question_id": 1, "text": "q", "answer": [1]}, "answer must be a string or a list of strings", 1),
         ({"question_id": "0", "text": "q"}, "record 1: question_id 0 is that of record 0 too", None),
+        ({"question_id": 7.0, "text": "q"}, "question_id must be .*, got 7.0, which is no whole number", None),
+        ({"question_id": 1, "text": ""}, "record 1: text must hold a question, got ''", 1),
+        ({"question_id": 1, "text": " \n\t"}, "record 1: text must hold a question", 1),
+        ({"question_id": 1, "text": "<image>", "image": "a"}, "record 1: text must hold a question, got '<image>'", 1),
+        ({"question_id": 1, "text": "<image>\n<image>", "image": "a"}, "text must hold a question", 1),
+        ({"question_id": 1, "text": "USER: ASSISTANT:"}, "text must hold a question", 1),
+        ({"question_id": 1, "text": "<image>\nq"}, "text has the place of an image, <image>, and there is no image", 1),
+        ({"question_id": 1, "text": "a\ud800"}, r"record 1: text has half a character .*U\+D800 at position 1", 1),
+        ({"question_id": 1, "text": "q", "answer": "\udfff"}, "record 1: answer has half a character", 1),
+        ({"question_id": 1, "text": "q", "answer": ["a", "\udfff"]}, "answer has half a character", 1),
+        ({"question_id": 1, "text": "q", "image": "\udfff.png"}, "image has half a character", 1),
+        ({"question_id": "\ud800", "text": "q"}, "question_id has half a character", None),
     ],
 )
 def test_broken_questions_are_named_or_listed(tmp_path, record, match, own_id):
@@ -53,6 +66,94 @@ def test_broken_questions_are_named_or_listed(tmp_path, record, match, own_id):
     assert [question.index for question in read_questions(path, broken=broken)] == [0, 2]
     assert [(b.index, b.question_id) for b in broken] == [(1, own_id)] and str(path) in broken[0].reason
     assert [question.index for question in read_questions(path, skip={1})] == [0, 2]
+
+
+def test_a_key_given_twice_is_named_by_its_record(tmp_path):
+    path = write(
+        tmp_path / "val.json", '[{"question_id": 0, "text": "q"}, {"question_id": 1, "text": "a", "text": "b"}]'
+    )
+    with pytest.raises(ValueError, match=r"val\.json: record 1: 'text' is given twice"):
+        read_questions(path)
+    broken = []
+    assert len(read_questions(path, broken=broken)) == 1 and "record 1: 'text' is given twice" in broken[0].reason
+    turn = '{"from": "human", "value": "a", "value": "b"}, {"from": "gpt", "value": "c"}'
+    with pytest.raises(ValueError, match=r"record 0: 'value' is given twice"):
+        read_conversations(write(tmp_path / "train.json", '[{"conversations": [' + turn + "]}]"))
+    with pytest.raises(ValueError, match=r"line 2: 'text' is given twice"):
+        read_answers(
+            write(tmp_path / "a.jsonl", '{"question_id": 1, "text": "a"}\n{"question_id": 2, "text": "a", "text": "b"}')
+        )
+    with pytest.raises(ValueError, match=r"x\.json: not JSON: an object gives 'a' twice"):
+        read_json(write(tmp_path / "x.json", '{"b": {"a": 1, "a": 2}}'))
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "expected"),
+    [
+        ("<image>\nwhat?\nBriefly.", "a.jpg", "what?\nBriefly."),  # as LLaVA's own question files have it
+        ("<image>what?", "a.jpg", "what?"),
+        ("what?\n<image>", "a.jpg", "what?"),
+        ("<image>\nIs it <image> or <img>?", "a.jpg", "Is it <image> or <img>?"),
+        ("Is it <image> or <img>?", "a.jpg", "Is it <image> or <img>?"),
+        ("Is it <image> or <img>?", None, "Is it <image> or <img>?"),
+        ("<image> is what?", None, "<image> is what?"),
+        ("  what? ", "a.jpg", "  what? "),
+    ],
+)
+def test_where_the_image_is_and_where_it_is_spelled(tmp_path, text, image, expected):
+    (question,) = read_questions(write(tmp_path / "val.json", [{"question_id": 1, "text": text, "image": image}]))
+    assert (question.text, question.image) == (expected, image)
+
+
+@pytest.mark.parametrize(
+    ("human", "image", "expected"),
+    [
+        ("<image>\nIs it <image> or <img>?", "a", "Is it <image> or <img>?"),
+        ("Is it <image> or <img>?\n<image>", "a", "Is it <image> or <img>?"),
+        ("See <image> here.\nBriefly.", "a", "See\nhere.\nBriefly."),  # one alone is the image's, wherever it is
+        ("Is it <image> or <img>?", None, "Is it <image> or <img>?"),
+    ],
+)
+def test_where_the_image_of_a_conversation_is(tmp_path, human, image, expected):
+    record = {"conversations": turns(human, "It is <image>.</s>"), "image": image}
+    (sample,) = read_conversations(write(tmp_path / "train.json", [record]))
+    assert (sample.text, sample.answer, sample.image) == (expected, "It is <image>.</s>", image)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark(tmp_path, encoding):
+    for name, content, read in (
+        ("test.json", json.dumps([{"question_id": 1, "text": "é"}], ensure_ascii=False), read_questions),
+        ("train.json", json.dumps([{"conversations": turns("é")}], ensure_ascii=False), read_conversations),
+        ("a.jsonl", '{"question_id": 1, "text": "é"}\r\n', read_answers),
+    ):
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        assert [record.text for record in read(tmp_path / name)] == ["é"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252"])
+def test_another_encoding_is_named(tmp_path, encoding):
+    for name, content, read in (
+        ("test.json", json.dumps([{"question_id": 1, "text": "é"}], ensure_ascii=False), read_questions),
+        ("a.jsonl", '{"question_id": 1, "text": "é"}\n', read_answers),
+    ):
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}.*not JSON: must be UTF-8, got (UTF|the byte 0xe9)"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["[]", "", "{}", "[null]", "null", "[[]]", "3"])
+def test_files_without_records(tmp_path, content):
+    """An empty list has none; what else is no list of records is named."""
+    path = write(tmp_path / "test.json", content)
+    for read in (read_questions, read_conversations):
+        if content == "[]":
+            assert read(path) == []
+        else:
+            with pytest.raises(
+                ValueError, match=r"test\.json: (not JSON|must hold a list of records|record 0: must be)"
+            ):
+                read(path)
 
 
 def test_conversations(tmp_path):
@@ -77,6 +178,11 @@ def test_conversations(tmp_path):
         ({"conversations": turns("<image>\nq")}, "<image> must occur once with an image and never without, got 1"),
         ({"conversations": turns("q"), "image": "a"}, "got 0 with image 'a'"),
         ({"conversations": turns("q", None)}, "value must be a string, got None"),
+        ({"conversations": turns("q", "\ud800")}, "record 0: value has half a character"),
+        ({"conversations": turns("")}, "record 0: the human turn must hold a question, got ''"),
+        ({"conversations": turns("<image>"), "image": "a"}, "the human turn must hold a question, got '<image>'"),
+        ({"conversations": turns("a <image> b <image>"), "image": "a"}, "got 2 with image 'a'"),
+        ({"conversations": turns("q\n<image>")}, "never without, got 1 with image None"),
     ],
 )
 def test_broken_conversations_are_named(tmp_path, record, match):
@@ -91,7 +197,7 @@ def test_answers_skip_blank_lines(tmp_path):
     assert [(answer.line, answer.text) for answer in read_answers(path)] == [(1, "a"), (3, "b")]
 
 
-@pytest.mark.parametrize("content", ["", "[1,", "[NaN]", "[-Infinity]", "\udcff"])
+@pytest.mark.parametrize("content", ["", "[1,", "[NaN]", "[-Infinity]", "\udcff", "[" * 100_000])
 def test_no_json(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content.encode(errors="surrogateescape"))

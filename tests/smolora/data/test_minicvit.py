@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -191,3 +193,22 @@ def test_unknown_names_are_refused():
     ):
         with pytest.raises(ValueError, match=r"must be one of .*, got '"):
             draw()
+
+
+def test_two_that_want_it_at_once(tmp_path, monkeypatch):
+    """Two runs of recipes on it: one writes, the other waits and finds it written."""
+    write, wrote = minicvit._write_task, []
+
+    def written(folder, name):
+        wrote.append(name)
+        time.sleep(0.1)
+        write(folder, name)
+
+    monkeypatch.setattr(minicvit, "_write_task", written)
+    threads = [threading.Thread(target=minicvit.make_minicvit, args=(tmp_path, ["Places365"])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrote == ["Places365"] and minicvit.is_complete(tmp_path, "Places365")
+    assert not (tmp_path / ".lock").exists()

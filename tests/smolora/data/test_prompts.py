@@ -47,12 +47,51 @@ def test_without_an_image(encoder, tokenizer):
     assert text_of(tokenizer, ids) == "<s>" + prompt_text("what?", False) and IMAGE not in ids
 
 
-def test_image_token_in_a_question_is_no_second_image(encoder):
-    ids = encoder._encode(prompt_text("what is <image> ?", True))
-    assert (
-        ids[ids.index(IMAGE) + 1 :]
-        == encoder.tokenizer("\nwhat is <image> ? ASSISTANT:", add_special_tokens=False).input_ids
-    )
+WRITTEN = ["<image>", "<s>", "</s>", "<pad>", "<image>\nwhat?", "a </s></s> b <image>", "<s><image></s>"]
+
+
+@pytest.mark.parametrize("image", [True, False])
+@pytest.mark.parametrize("written", WRITTEN)
+def test_special_tokens_in_a_text_are_text(encoder, tokenizer, written, image):
+    """In a question neither an image, a beginning nor padding; in an answer no end: it comes back letter for letter."""
+    question, answer = f"What is {written} ?\nAnswer", f"It is {written} ."
+    for text in (question, written):
+        ids = encoder.prompt(text, image)
+        assert [ids.count(token) for token in (1, 2, 0, IMAGE)] == [1, 0, 0, int(image)]
+    sample = encoder.sample(question, answer, image)
+    labels = [label for label in sample.labels if label != IGNORED_LABEL]
+    assert labels.count(2) == 1 == sample.input_ids.count(2) and labels[-1] == 2 and IMAGE not in labels
+    assert encoder.decode(labels) == answer
+    assert encoder.expand(sample.input_ids).count(IMAGE) == 4 * image
+    after = sample.input_ids[sample.input_ids.index(IMAGE) + 1 :] if image else sample.input_ids[1:]
+    assert question in tokenizer.decode(after)
+
+
+def test_an_ordinary_text_is_tokenised_as_ever(encoder, tokenizer):
+    text = "A tall < b > c, 3 </ 4 & s>\nAnswer"
+    ids = tokenizer(f"\n{text} ASSISTANT:", add_special_tokens=False).input_ids
+    assert encoder.prompt(text, True)[-len(ids) :] == ids
+
+
+def test_a_token_that_cannot_be_read_as_text_is_refused():
+    """An image token that its tokenizer does not mark as special is found in any text."""
+    tokenizer = small_llava.small_tokenizer()
+    tokenizer.add_tokens(["<picture>"])
+    encoder = PromptEncoder(tokenizer, tokenizer.convert_tokens_to_ids("<picture>"), 4)
+    assert encoder.prompt("what?", True).count(encoder.image_token_id) == 1
+    for call in (lambda: encoder.prompt("a <picture> ?", True), lambda: encoder.sample("what?", "<picture>", False)):
+        with pytest.raises(ValueError, match=r"a text must not hold '<picture>', which this tokenizer cannot read"):
+            call()
+    assert not encoder.is_short("a <picture> ?", "x", True, 10_000)
+
+
+@pytest.mark.parametrize("image", [True, False])
+@pytest.mark.parametrize(
+    ("text", "answer"), [("what?", "A"), ("word " * 40, "left or right."), ("é→\U0001f600" * 9, "é")]
+)
+def test_what_is_short_is_so(encoder, text, answer, image):
+    length = len(encoder.expand_sample(encoder.sample(text, answer, image)).input_ids)
+    assert not encoder.is_short(text, answer, image, length - 1) and encoder.is_short(text, answer, image, 8 * length)
 
 
 @pytest.mark.parametrize("image", [True, False])

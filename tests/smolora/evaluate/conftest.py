@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import small_llava
+from answers import BATCHED
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import PromptEncoder
+from smolora.evaluate.generate import Job, generate_answers
 
 
 class IdEncoder(PromptEncoder):
@@ -71,3 +73,45 @@ def released(tmp_path_factory):
                 record["image"] = f"{task}/{record['image']}"
         path.write_text(json.dumps(records))
     return root
+
+
+@pytest.fixture
+def generate(model, encoder, transform, tmp_path):
+    """Answers a test file into `tmp_path / name`."""
+
+    def run(questions, name="answers.jsonl", settings=BATCHED, embed=small_llava.embed_questions, model=model, **job):
+        job = {"dataset": "VQAv2", "model_id": "small", **job}
+        output = tmp_path / name
+        job = Job(questions=questions, images=questions.parent, output=output, **job)
+        generate_answers(model, encoder, transform, job, embed=embed, settings=settings)
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(model, encoder, transform, questions, tmp_path_factory):
+    """The answers of an uninterrupted run in one process."""
+    output = tmp_path_factory.mktemp("whole") / "whole.jsonl"
+    job = Job("VQAv2", questions, questions.parent, output, "small")
+    generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+    return output
+
+
+@pytest.fixture
+def count_batches(model, monkeypatch):
+    """Counts calls of the model's generate; raises at call number `limit`."""
+
+    def install(limit=None):
+        calls, forward = [], model.generate
+
+        def counted(**inputs):
+            calls.append(1)
+            if len(calls) == limit:
+                raise RuntimeError("stopped")
+            return forward(**inputs)
+
+        monkeypatch.setattr(model, "generate", counted, raising=False)
+        return calls
+
+    return install

@@ -83,6 +83,31 @@ def test_command_skips_what_is_broken(base_folder, released, tmp_path, capsys):
     assert "4 answers, 2 skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["[]", "", "{}", "[null]", "null"])
+def test_a_question_file_without_a_question(base_folder, released, tmp_path, capsys, content):
+    tree = tmp_path / "tree"
+    shutil.copytree(released, tree)
+    (tree / "VQAv2" / "val.json").write_text(content)
+    assert cli.main(arguments(base_folder, tree, tmp_path / "out")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"val\.json: (not JSON|must hold a list|record 0: must be)|VQAv2 has no question", error), error
+
+
+@pytest.mark.parametrize("option", ["--output", "--model", "--images"])
+def test_home_in_an_option(base_folder, released, tmp_path, monkeypatch, capsys, option):
+    """`--output=~/runs`: the shell leaves it as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    paths = {"--output": tmp_path / "out", "--model": base_folder, "--images": released}
+    (tmp_path / "there").symlink_to(paths[option]) if option != "--output" else None
+    command = arguments(base_folder, released, tmp_path / "out")
+    place = command.index(option) if option in command else None
+    if place is not None:
+        del command[place : place + 2]
+    assert cli.main([*command, f"{option}=~/{'out' if option == '--output' else 'there'}"]) == 0
+    assert (tmp_path / "out/scores.json").is_file() and not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -18,43 +19,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import small_llava
+from answers import BATCHED, info, read
 from smolora.data.format import read_answers
+from smolora.data.prompts import PromptEncoder
 from smolora.evaluate.generate import GenerationSettings, Job, answer_id, generate_answers, plan_batches
 from smolora.evaluate.score import score, skipped_path
-
-BATCHED = GenerationSettings(max_new_tokens=5, token_budget=200, image_workers=0)
-
-
-@pytest.fixture
-def generate(model, encoder, transform, tmp_path):
-    """Answers a test file into `tmp_path / name`."""
-
-    def run(questions, name="answers.jsonl", settings=BATCHED, embed=small_llava.embed_questions, model=model, **job):
-        job = {"dataset": "VQAv2", "model_id": "small", **job}
-        output = tmp_path / name
-        job = Job(questions=questions, images=questions.parent, output=output, **job)
-        generate_answers(model, encoder, transform, job, embed=embed, settings=settings)
-        return output
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(model, encoder, transform, questions, tmp_path_factory):
-    """The answers of an uninterrupted run in one process."""
-    output = tmp_path_factory.mktemp("whole") / "whole.jsonl"
-    job = Job("VQAv2", questions, questions.parent, output, "small")
-    generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
-    return output
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def info(path):
-    return json.loads(path.with_suffix(".info.json").read_text())
-
+from smolora.io.files import locked
 
 # ---- the same answers
 
@@ -238,6 +208,60 @@ def test_killed_between_the_files_at_the_end(whole, generate, questions, tmp_pat
     assert generate(questions).read_bytes() == whole.read_bytes()
 
 
+# ---- two starts
+
+
+def test_a_second_start_is_refused(whole, generate, questions, model, monkeypatch):
+    """While the first is at its second batch, it is started again: the finished file is the first one's, whole."""
+    forward, calls = model.generate, []
+
+    def answered(**inputs):
+        calls.append(None)
+        if len(calls) == 2:
+            with pytest.raises(
+                BlockingIOError, match=r"answers\.jsonl is in use by process \d+ on .*: wait for its end"
+            ):
+                generate(questions)
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "generate", answered, raising=False)
+    output = generate(questions)
+    assert output.read_bytes() == whole.read_bytes() and info(output) == info(whole)
+    assert {path.name for path in output.parent.iterdir()} == {"answers.jsonl", "answers.info.json"}
+
+
+def test_a_second_process_is_refused(whole, generate, questions, tmp_path):
+    """A job that was queued again while the first one runs."""
+    with locked(tmp_path / "answers.jsonl.lock", "answers.jsonl"):
+        child = forked(lambda: generate(questions))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert not (tmp_path / "answers.jsonl").exists()
+    assert generate(questions).read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["all of it", "a batch"])
+def test_nothing_is_merged_unless_every_batch_is_in(whole, generate, questions, model, tmp_path, monkeypatch, lost):
+    forward, calls = model.generate, []
+    parts = tmp_path / "answers.jsonl.parts"
+
+    def answered(**inputs):
+        calls.append(None)
+        if len(calls) == 4:  # three are written
+            lines = (parts / "process-0.jsonl").read_bytes().splitlines(keepends=True)
+            shutil.rmtree(parts)
+            if lost == "a batch":
+                parts.mkdir()
+                (parts / "process-0.jsonl").write_bytes(b"".join(lines[:-1]))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "generate", answered, raising=False)
+    with pytest.raises(ValueError, match=r"parts lacks \d of 5 batches, the first is \d"):
+        generate(questions)
+    assert not (tmp_path / "answers.jsonl").exists()
+    monkeypatch.undo()
+    assert generate(questions).read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("model_id", "settings", "match"),
     [
@@ -269,25 +293,6 @@ def two_ranks(monkeypatch):
         return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
     return run
-
-
-@pytest.fixture
-def count_batches(model, monkeypatch):
-    """Counts calls of the model's generate; raises at call number `limit`."""
-
-    def install(limit=None):
-        calls, forward = [], model.generate
-
-        def counted(**inputs):
-            calls.append(1)
-            if len(calls) == limit:
-                raise RuntimeError("stopped")
-            return forward(**inputs)
-
-        monkeypatch.setattr(model, "generate", counted, raising=False)
-        return calls
-
-    return install
 
 
 def test_two_processes(whole, generate, questions, tmp_path, two_ranks, count_batches):
@@ -375,6 +380,65 @@ def test_skip_broken_counts_and_lists(generate, broken):
     clean = broken.with_name("clean.json")
     clean.write_text(json.dumps([whole[0], whole[-1]]))
     assert [line["text"] for line in read(generate(clean, "clean.jsonl"))] == [line["text"] for line in read(output)]
+
+
+BROKEN = [
+    {"text": ""},
+    {"text": " \n"},
+    {"text": "<image>"},
+    {"text": "half \ud83d"},
+    {"answer": "\ud83d"},
+    {"image": "images/\ud83d.png"},
+    {"image": "data:image/png;base64," + "A" * 9000},
+    {"image": "a\0b"},
+    {"image": ["images/0.png"]},
+]
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: repr(change)[:30])
+def test_what_people_have_in_a_record_is_named_before_anything_is_asked_or_listed(
+    generate, broken, change, count_batches
+):
+    repair(broken)
+    records = json.loads(broken.read_text())
+    records[2].update({"image": records[0]["image"], **change})
+    broken.write_text(json.dumps(records))
+    calls = count_batches()
+    with pytest.raises(ValueError, match=r"val\.json: record 2: .{1,600}$"):
+        generate(broken)
+    assert not calls
+    output = generate(broken, settings=replace(BATCHED, skip_broken=True))
+    assert [record["index"] for record in read(skipped_path(output))] == [2] and len(read(output)) == 5
+    assert score("VQAv2", [broken.parent], output).skipped == 1
+
+
+def test_a_text_that_cannot_be_tokenised_is_named_or_listed(model, transform, broken, tmp_path):
+    """An image token that its tokenizer does not mark as special."""
+    tokenizer = small_llava.small_tokenizer()
+    tokenizer.add_tokens(["<picture>"])
+    other = PromptEncoder(tokenizer, tokenizer.convert_tokens_to_ids("<picture>"), 4)
+    repair(broken)
+    records = [{**record, "image": None} for record in json.loads(broken.read_text())]
+    records[3]["text"] = "Is it <picture>?"
+    broken.write_text(json.dumps(records))
+    job = Job("VQAv2", broken, broken.parent, tmp_path / "a.jsonl", "m")
+    with pytest.raises(ValueError, match=r"record 3: a text must not hold '<picture>'"):
+        generate_answers(model, other, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+    settings = replace(BATCHED, skip_broken=True)
+    found = generate_answers(model, other, transform, job, embed=small_llava.embed_questions, settings=settings)
+    assert (found["count"], found["skipped"]) == (5, 1)
+
+
+def test_placeholders_in_questions_are_answered_as_text(generate, questions, model, transform, encoder):
+    """With a picture and without; at the head of a question with a picture it is the picture's place."""
+    records = json.loads(questions.read_text())[-4:]  # three without an image
+    records[0]["text"] = f"<image>\n{records[0]['text']}"
+    records[1]["text"] = "Is it <image> or </s>?\nAnswer"
+    path = questions.parent / "tags.json"
+    path.write_text(json.dumps(records))
+    lines = read(generate(path))
+    assert lines[0]["prompt"] == json.loads(questions.read_text())[-4]["text"] and "<image>" in lines[1]["prompt"]
+    assert len(lines) == 4
 
 
 def test_what_an_earlier_run_skipped_is_not_left_out(generate, broken):

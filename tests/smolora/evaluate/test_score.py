@@ -419,3 +419,89 @@ def test_vqav2_is_fast(tmp_path):
     start = time.process_time()
     assert score("VQAv2", [tmp_path], answers).score == 100
     assert time.process_time() - start < 6
+
+
+# ---- what people have
+
+
+@pytest.mark.parametrize("protocol", ["smolora", "standard"])
+@pytest.mark.parametrize("dataset", ["TextCaps", "Flickr30k"])
+def test_cider_of_one_picture_is_what_it_is_and_a_line_says_so(tmp_path, capsys, dataset, protocol):
+    captions = ["A red bus is parked by the old station.", "Two dogs run over wet sand near the sea."]
+    for count, expected in ((1, 0), (2, 1000)):
+        records = [{"question_id": i, "text": "q", "answer": [captions[i], captions[i]]} for i in range(count)]
+        (tmp_path / "val.json").write_text(json.dumps(records))
+        answers = write_lines(tmp_path / "a.jsonl", [{"question_id": i, "text": captions[i]} for i in range(count)])
+        result = score(dataset, [tmp_path], answers, protocol)
+        assert result.score == pytest.approx(expected) and (result.remark is not None) == (count == 1)
+        command = ["score", "--dataset", dataset, "--annotations", str(tmp_path), "--answers", str(answers)]
+        for extra in ([], ["--json"]):
+            assert cli.main([*command, "--protocol", protocol, *extra]) == 0
+            out, err = capsys.readouterr()
+            assert ("of a single picture it is 0" in err) == (count == 1)
+            assert len(out.splitlines()) == 1 and ("0.00" in out or "0.0" in out)
+
+
+def test_one_answer_of_another_metric_needs_no_word(tmp_path):
+    answers = vqa_files(tmp_path, ["a"], ["a"])
+    assert score("VQAv2", [tmp_path], answers).remark is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "right"),
+    [
+        (7, "7", True),
+        ("7", 7, True),
+        (10**20, str(10**20), True),
+        (7, 7, True),
+        (7, 7.0, "question_id must be a number or a string, got 7.0, which is no whole number"),
+        ("0007", 7, "VQAv2 has no question 7"),
+        ("7 ", "7", "VQAv2 has no question 7"),
+        (7, None, "question_id must be"),
+    ],
+)
+def test_ids_as_other_tools_write_them(tmp_path, asked, answered, right):
+    (tmp_path / "val.json").write_text(json.dumps([{"question_id": asked, "text": "q", "answer": "cat"}]))
+    answers = tmp_path / "a.jsonl"
+    answers.write_text(json.dumps({"question_id": answered, "text": "cat"}) + "\r\n")
+    if right is True:
+        assert score("VQAv2", [tmp_path], answers).score == 100
+    else:
+        with pytest.raises(ValueError, match=right):
+            score("VQAv2", [tmp_path], answers)
+
+
+COLLAPSED = (
+    "a",
+    ".",
+    "a.",
+    "-",
+    "(",
+    "(12",
+    "1,",
+    "a@",
+    "'",
+    "n't",
+    "a-",
+    "http://",
+    " ",
+    "#a",
+    "<a",
+    '"',
+    "é",
+    "+.",
+    "a ",
+)
+
+
+@pytest.mark.parametrize("piece", COLLAPSED)
+def test_a_collapsed_models_answers_are_scored_at_once(piece):
+    """One thing thousands of times: no regular expression may go back and forth over it."""
+    text = piece * 6000
+    start = time.process_time()
+    ptb.tokenize(text)
+    vqa.normalize(text)
+    for rule in (rules.letter, rules.released_letter):
+        correct(rule, "A", text, choices=3)
+    rules.follows_sentence(Item("1", ("A.",), ("A.",)), text)
+    assert time.process_time() - start < 6

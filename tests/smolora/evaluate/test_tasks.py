@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,34 @@ def test_tasks_are_checked(released, model, encoder, transform, tmp_path):
     task = Task("mine", "VQAv2", questions, released, [released])
     with pytest.raises(ValueError, match=r"tasks must have different names, got \['mine', 'mine'\]"):
         evaluate_tasks(model, encoder, transform, [task, task], output=tmp_path, model_id="m")
+
+
+def test_two_that_ask_different_tasks_at_once_keep_both_scores(model, encoder, transform, tmp_path):
+    """One on each GPU, into one folder: the scores of one are not lost to the other's."""
+
+    def answer(model, encoder, transform, job, **options):
+        shutil.copy(GOLDEN / job.dataset / "answers.jsonl", job.output)
+
+    names = ["TextVQA", "Flickr30k", "GQA", "VQAv2", "OCRVQA", "Places365"]
+    (tmp_path / "answers").mkdir()
+    read = json.loads
+
+    def slowly(text):
+        content = read(text)
+        if content.keys() <= set(names):
+            time.sleep(0.05)  # between reading and writing
+        return content
+
+    def ask(name):
+        benchmark = [Task.of_benchmark(name, [GOLDEN], tmp_path)]
+        evaluate_tasks(model, encoder, transform, benchmark, output=tmp_path, model_id="m")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "generate_answers", answer)
+        patch.setattr(tasks.json, "loads", slowly)
+        threads = [threading.Thread(target=ask, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert read((tmp_path / "scores.json").read_text()).keys() == set(names)

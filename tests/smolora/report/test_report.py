@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -206,3 +208,76 @@ def test_command_shows_so_many_cases(make_run, tmp_path):
     assert "## Cases" in (tmp_path / "out" / "report.md").read_text()
     assert cli.main(["report", *runs, "--output", str(tmp_path / "without")]) == 0
     assert "## Cases" not in (tmp_path / "without" / "report.md").read_text()
+
+
+NASTY = "a | b \\| c\r\n<img src=x> *d* _e_ `f` $g$ [h](i) \x1b[31m"
+
+
+def test_whatever_people_wrote_shows_as_it_is(make_run, tmp_path):
+    """Questions, answers, truths, names of folders, tasks and tables: none of it is markup, a formula or a column."""
+    tasks = ["one", "t | w $x_1$ o", "*three*"]
+    run = make_run("a $1_2$ | *b*", MATRIX, tasks=tasks)
+    other = make_run("a 1 2 b", MATRIX, tasks=tasks)
+    for folder in (run, other):
+        results = json.loads((folder / "results.json").read_text())
+        for stage in results["stages"]:
+            for path in (folder / stage / "answers").glob("*.jsonl"):
+                lines = [{"question_id": i, "text": NASTY} for i in range(3)]
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        table = {"folder": "d", "tasks": ["x | y"], "accuracy": [1.0], "mif": [1.0], "AP": 1.0, "MIF": 1.0}
+        (folder / "results.json").write_text(json.dumps({**results, "downstream": {"a/../b | c": table}}))
+    questions = tmp_path / "data/one.json"
+    records = json.loads(questions.read_text())
+    for record in records:
+        record.update(text=NASTY, answer=[NASTY, "no"])
+    questions.write_text(json.dumps(records))
+    page = write_report([run, other], tmp_path / "out", cases_per_task=3).read_bytes().decode()
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True}).enable("table")
+    html = parser.render(page)
+    assert "<img src=x>" not in html and "<em>" not in html and "\x1b" not in html and "<a href" not in html
+    rows = [row for row in re.findall("<tr>(.*?)</tr>", html, re.S) if "src=x" in row]
+    assert rows and {len(re.findall("<td", row)) for row in rows} <= {5, 7}
+    assert len(list((tmp_path / "out").glob("routing-*.png"))) == 2, "names that are alike keep files of their own"
+    assert (tmp_path / "out/downstream-a-..-b - c.csv").is_file()
+    for row in read_csv(tmp_path / "out/cases.csv"):
+        assert len(row) == 6 and None not in row and "\r" not in "".join(row.values())
+
+
+def test_names_of_pictures_can_be_followed(make_run, tmp_path):
+    run = make_run("a", [[10.0, 20.0]], method="zeroshot", tasks=["Places365, 5-shot", "VQAv2"])
+    text = write_report([run], tmp_path / "out", cases_per_task=1).read_text()
+    links = [unquote(link) for link in re.findall(r"\]\((cases/[^) ]+)\)", text)]
+    assert len(links) == 2 and all((tmp_path / "out" / link).is_file() for link in links)
+
+
+def test_a_picture_that_is_broken_since_is_told_in_its_place(make_run, tmp_path):
+    run = make_run("a", MATRIX)
+    (tmp_path / "data/x.png").write_bytes(b"nothing")
+    text = write_report([run], tmp_path / "out", cases_per_task=1).read_text()
+    assert "x.png is no image that Pillow knows" in text
+
+
+def test_layers_and_tasks_with_other_numbers_of_experts(make_run, tmp_path):
+    """Several adapters of different sizes, by task and by layer."""
+    run = make_run("a", MATRIX)
+    stage = json.loads((run / "results.json").read_text())["stages"][-1]
+    sizes = {"ScienceQA": [(2, 1), (2, 1)], "TextVQA": [(3, 5), (1, 4)], "Flickr30k": [(4, 2)]}
+    for task, layers in sizes.items():
+        routing = [
+            {
+                "layer": f"l{i}",
+                "samples": 6,
+                "vu": [6] + [0] * (m - 1),
+                "if": [0] * (n - 1) + [6],
+                "alpha": 0.5,
+                "beta": 0.5,
+            }
+            for i, (m, n) in enumerate(layers)
+        ]
+        (run / stage / "answers" / f"{task}.info.json").write_text(json.dumps({"routing": routing}))
+    write_report([run], tmp_path / "out")
+    rows = read_csv(tmp_path / "out/routing-smolora.csv")
+    for task, layers in sizes.items():
+        for place, branch in enumerate(("vu", "if")):
+            found = [int(row["chosen"]) for row in rows if (row["task"], row["branch"]) == (task, branch)]
+            assert len(found) == max(layer[place] for layer in layers) and sum(found) == 6 * len(layers)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
 
-from smolora.data.prompts import SYSTEM
+from smolora.data.prompts import SYSTEM, PromptEncoder
 from smolora.train.data import Collator, GlobalBatches, Samples, TaskSamples
 from smolora.train.run import Run
 from train_world import OBJECT, SENTENCE
@@ -82,13 +85,36 @@ def test_a_broken_image_names_its_record(loaded, tmp_path):
 
 
 def test_long_samples_are_cut_at_the_end(loaded):
-    run = loaded("training.max_length=60")
     whole = loaded()
-    cut, full = (TaskSamples(r.recipe, r.recipe.tasks[1], r.encoder, None)[0] for r in (run, whole))
-    assert len(cut.input_ids) == 60 < len(full.input_ids) and cut.input_ids == full.input_ids[:60]
+    full = TaskSamples(whole.recipe, whole.recipe.tasks[1], whole.encoder, None)[0]
+    answer = sum(label != -100 for label in full.labels)
+    kept = len(full.input_ids) - answer + 2
+    run = loaded(f"training.max_length={kept}")
+    cut = TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, None)[0]
+    assert len(cut.input_ids) == kept and cut.input_ids == full.input_ids[:kept]
+    assert sum(label != -100 for label in cut.labels) == 2 < answer
+    with pytest.raises(
+        ValueError, match=r"record 0: training.max_length 60 cuts off all of its answer, it has \d+ tokens"
+    ):
+        run = loaded("training.max_length=60")
+        TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, None)
     with pytest.raises(ValueError, match=r"record 0: its image does not fit into training.max_length 20"):
         run = loaded("training.max_length=20")
         TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, None)[0]
+
+
+def test_a_text_that_cannot_be_tokenised_names_its_record(loaded, tmp_path):
+    """An image token that its tokenizer does not mark as special, and one record that has it."""
+    run = loaded()
+    tokenizer = run.encoder.tokenizer
+    tokenizer.add_tokens(["<picture>"])
+    encoder = PromptEncoder(tokenizer, tokenizer.convert_tokens_to_ids("<picture>"), 4)
+    content = json.loads(run.recipe.train_file(run.recipe.tasks[0]).read_text())
+    content[7]["conversations"][1]["value"] = "It is <picture>."
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    task = dataclasses.replace(run.recipe.tasks[0], train=str(tmp_path / "train.json"))
+    with pytest.raises(ValueError, match=r"train.json: record 7: a text must not hold '<picture>'"):
+        TaskSamples(run.recipe, task, encoder, None)
 
 
 def test_order():

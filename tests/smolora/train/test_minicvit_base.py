@@ -1,6 +1,9 @@
 """MiniCVIT's base model: an ordinary checkpoint with its processor, and what recipes make of it."""
 
 import json
+import threading
+import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from smolora.data.instructions import MULTI_TYPE, SINGLE_TYPE
 from smolora.data.minicvit import TASKS, samples
 from smolora.data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder
 from smolora.data.scenes import SIDE, Dice
+from smolora.io.files import atomic_folder, write_json
 from smolora.train import minicvit as preparation
+from smolora.train import minicvit_base
 from smolora.train.minicvit_base import (
     HEADS,
     BaseSettings,
@@ -163,3 +168,23 @@ def test_what_is_planned_is_made(tmp_path, monkeypatch):
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         preparation.planned(options)
+
+
+def test_two_that_want_it_at_once(tmp_path, monkeypatch):
+    """One trains it, the other waits and finds it made."""
+    made = []
+
+    def make(folder, settings):
+        made.append(None)
+        time.sleep(0.1)
+        content = {"settings": asdict(settings) | {"data": minicvit.SEED}}
+        with atomic_folder(folder) as part:
+            write_json(part / "base.json", content)
+
+    monkeypatch.setattr(minicvit_base, "_make_base", make)
+    threads = [threading.Thread(target=minicvit_base.make_base, args=(tmp_path / "base",)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and [path.name for path in tmp_path.iterdir()] == ["base"]

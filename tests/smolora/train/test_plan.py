@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smolora.cli import main
-from smolora.train import prepare
+from smolora.train import minicvit, prepare
 from smolora.train.plan import make_plan
 from smolora.train.recipe import load_recipe
 
@@ -110,6 +110,30 @@ def test_images_are_looked_for(world, tmp_path, capsys):
     assert main(["train", str(world), f"data.root={tmp_path / 'data'}", "--dry-run"]) == 1
     error = capsys.readouterr().err
     assert "images/3.png" in error and "record 6, and 1 more of that file" in error
+
+
+def test_answers_that_are_cut_off_whole_are_named(world, tmp_path, capsys):
+    """The second task's, before the first is trained; how many more there are; and of the last table too."""
+    assert main(["train", str(world), "training.max_length=95", "--dry-run"]) == 1
+    error = capsys.readouterr().err
+    assert "Flickr30k/train.json: record 0: training.max_length 95 cuts off all of its answer, it has" in error, error
+    assert "(and 11 more of that file)" in error
+    data = tmp_path / "data"
+    shutil.copytree(world.parent / "data", data)
+    records = json.loads((data / "Places365/train.json").read_text())
+    records[2]["conversations"][0]["value"] = "<image>\n" + "word " * 900 + "?"
+    (data / "Places365/train.json").write_text(json.dumps(records))
+    assert main(["train", str(world), f"data.root={data}", "training.max_length=600", "--dry-run"]) == 1
+    assert "Places365/train.json: record 2: training.max_length 600" in capsys.readouterr().err
+    assert main(["train", str(world), f"data.root={data}", "--method", "zeroshot", "--dry-run"]) == 0
+
+
+def test_prepared_folders_at_home(world, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = minicvit.planned({"data": "~/data", "base": "~/base", "tasks": ["GQA"]})
+    assert tmp_path / "base" in found and all(path.is_relative_to(tmp_path) for path in found)
+    assert main(["train", str(world), "prepare={minicvit: {data: $D, base: b}}", "--dry-run"]) == 1
+    assert "prepare.minicvit.data: a path is taken as it is written" in capsys.readouterr().err
 
 
 def test_what_a_recipe_makes_is_listed_and_not_required(world, tmp_path, monkeypatch, capsys):

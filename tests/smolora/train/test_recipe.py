@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from smolora.train.recipe import load_recipe
+from smolora.train.trainer import REFUSED_ARGUMENTS, training_argument_names
 
 MINIMAL = {
     "name": "x",
@@ -98,6 +100,34 @@ def test_overrides(path, override, get, value):
         ("adapter.top_k=9", r"top_k must be at most"),
         ("training.warmup_ratio=1", r"training.warmup_ratio must lie in \[0, 1\), got 1"),
         ("training.epochs=[", r"not YAML"),
+        ("downstream={a: [], a: []}", r"not YAML: 'a' is given twice in the section that starts in line 1"),
+        (
+            "output=$HOME/runs",
+            r"output: a path is taken as it is written, and no \$ is replaced in it: write out '\$HOME",
+        ),
+        ("tasks.0.images=${DATA}/x", r"tasks.0.images: a path is taken as it is written"),
+        ("data.annotations=[a, $B]", r"data.annotations.1: a path is taken"),
+        ("training.arguments.deepspeed=$ZERO", r"training.arguments: a path is taken"),
+        ("data.root=~nobody-at-all/x", r"data.root: there is no home folder of '~nobody-at-all'"),
+        ('tasks.0.instructions=["a\\ud800"]', r"tasks.0.instructions.0 must be a text, got .* with half a character"),
+        (
+            "training.arguments.label_smoothing_factor=0.1",
+            r"label_smoothing_factor must be left out, got 0.1: without labels",
+        ),
+        (
+            "training.arguments.neftune_noise_alpha=5",
+            r"must be left out, got 5: the model would route by what it does not",
+        ),
+        ("training.arguments.save_only_model=true", r"got True: a run that was stopped and goes on would not equal"),
+        ("training.arguments.ignore_data_skip=true", r"got True: a run that was stopped and goes on would not equal"),
+        ("training.arguments.resume_from_checkpoint=x", r"a run finds its checkpoints by itself"),
+        ("training.arguments.auto_find_batch_size=true", r"how many samples a step has is said by training.batch_size"),
+        ("training.arguments.accelerator_config={split_batches: true}", r"how many samples a step has"),
+        ("training.arguments.average_tokens_across_devices=false", r"the loss would depend on the number of devices"),
+        ("training.arguments.dataloader_drop_last=true", r"a stage trains on all of its samples"),
+        ("training.arguments.eval_strategy=steps", r"a stage is asked after its training"),
+        ("training.arguments.load_best_model_at_end=true", r"a stage is asked after its training"),
+        ("training.arguments.train_sampling_strategy=random", r"is set by the trainer"),
     ],
 )
 def test_refused(path, override, message):
@@ -123,6 +153,83 @@ def test_extends(path):
     path.write_text("extends: child.yaml\n")
     with pytest.raises(ValueError, match="which extends it"):
         load_recipe(child)
+
+
+def test_an_argument_at_its_default_is_no_change(path):
+    arguments = {"label_smoothing_factor": 0, "save_only_model": False, "accelerator_config": None}
+    overrides = [f"training.arguments.{name}={'null' if value is None else value}" for name, value in arguments.items()]
+    assert load_recipe(path, overrides).training.arguments == arguments
+
+
+def test_every_refused_argument_is_one(path):
+    """A name that transformers no longer has would refuse nothing."""
+    unknown = {name for name in REFUSED_ARGUMENTS if name not in training_argument_names()}
+    assert unknown <= {"local_rank", "parallelism_config"}, "which not every version has"
+
+
+PATHS = {
+    "output": "x",
+    "model.path": "x",
+    "data.root": "x",
+    "data.images": "x",
+    "data.annotations": ["x", "y"],
+    "instructions.encoder": "x",
+    "tasks.0.train": "x",
+    "tasks.1.test": "x",
+    "tasks.1.images": "x",
+    "downstream.few-shot": [{"name": "OCRVQA", "test": "t", "train": "u", "images": "i"}],
+    "training.arguments.deepspeed": "x",
+    "training.arguments.fsdp_config": "x",
+}
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_home_in_any_path(path, monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/somebody")
+
+    def under(folder, value):
+        if isinstance(value, str):
+            return f"{folder}/{value}"
+        return (
+            [under(folder, v) for v in value]
+            if isinstance(value, list)
+            else {k: v if k == "name" else under(folder, v) for k, v in value.items()}
+        )
+
+    written, meant = under("~", PATHS[key]), under("/home/somebody", PATHS[key])
+    found, expected = (load_recipe(path, [f"{key}={json.dumps(value)}"]) for value in (written, meant))
+    assert found == expected and "~" not in str(found)
+
+
+def test_home_of_a_recipe_that_is_extended(path, monkeypatch):
+    monkeypatch.setenv("HOME", str(path.parent))
+    child = path.parent / "folder/child.yaml"
+    child.parent.mkdir()
+    child.write_text("extends: ~/recipe.yaml\nname: y\n")
+    assert load_recipe(child).model.path == "base"
+    child.write_text("extends: $HOME/recipe.yaml\n")
+    with pytest.raises(ValueError, match=r"no \$ is replaced"):
+        load_recipe(child)
+
+
+def test_keys_given_twice_are_named(path):
+    path.write_text(path.read_text() + "seed: 1\ntraining:\n  epochs: 1\n  batch_size: 4\n  epochs: 2\n")
+    with pytest.raises(ValueError, match=r"recipe.yaml: not YAML: 'epochs' is given twice in the section .* line \d+"):
+        load_recipe(path)
+    path.write_text(yaml.safe_dump(MINIMAL) + "name: y\n")
+    with pytest.raises(ValueError, match=r"'name' is given twice in the section that starts in line 1"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_encodings(path, encoding):
+    content = yaml.safe_dump({**MINIMAL, "benchmark": "Größe"}, allow_unicode=True)
+    path.write_bytes(content.encode(encoding))
+    if encoding.startswith("utf-8"):
+        assert load_recipe(path).benchmark == "Größe"
+    else:
+        with pytest.raises(ValueError, match=r"recipe.yaml: must be UTF-8, got (UTF-16|the byte 0xf6 in line 1)"):
+            load_recipe(path)
 
 
 def test_a_resolved_recipe_is_a_recipe(path):

@@ -153,3 +153,81 @@ def test_each_stage_starts_from_the_last_adapter_and_moves_it(killed):
         # far less than a new adapter would differ: two draws of A ~ N(0, 0.01^2)
         name = moved[0]
         assert (one[name] - other[name]).abs().median() < 0.01
+
+
+def test_a_second_start_is_refused(short, tmp_path, monkeypatch):
+    """A job that is queued again, or another terminal: the run that is going on is left alone, and ends well."""
+    recipe = short(one_task=True)
+    ask, refused = Run.ask, []
+
+    def asked(self, stage):
+        with pytest.raises(BlockingIOError, match=rf"{recipe.folder} is in use by process {os.getpid()} on .*: wait"):
+            Run(recipe)()
+        refused.append(stage.name)
+        ask(self, stage)
+
+    monkeypatch.setattr(Run, "ask", asked)
+    results = Run(recipe)()
+    assert refused == ["stage-1-ImageNet"] and results["stages"] == refused
+    assert not list(recipe.folder.rglob("*.lock"))
+
+
+def test_the_whole_run_is_checked_before_its_first_stage(short, tmp_path):
+    """The last task's samples are too long; nothing is trained before that is said."""
+    with pytest.raises(ValueError, match=r"Flickr30k/train.json: record 0: training.max_length 95 cuts off"):
+        Run(short("training.max_length=95"))()
+    assert not list((tmp_path / "run").glob("stage-*"))
+
+
+def test_several_devices_in_one_process_are_told(short, monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(Run, "ask", lambda self, stage: (self.table(stage)).mkdir(exist_ok=True))
+    monkeypatch.setattr(Run, "train", lambda self, stage, earlier: None)
+    monkeypatch.setattr(Run, "results", lambda self: {})
+    Run(short(one_task=True))()
+    assert (
+        "4 devices are there and one is used: start it by torchrun --nproc-per-node 4 for all"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_locale_without_unicode(tmp_path):
+    """Training, asking and the report in an ASCII locale: every file is UTF-8, and no output ends the run."""
+    recipe = make_world(tmp_path)
+    test = tmp_path / "data/ImageNet/test.json"
+    records = json.loads(test.read_text())
+    for record in records:
+        record["answer"] = "café \U0001f600 →"
+    test.write_bytes(json.dumps(records, ensure_ascii=False).encode())
+    overrides = [
+        "downstream={}",
+        "training.epochs=1",
+        "training.batch_size=12",
+        "training.per_device_batch_size=12",
+        "evaluation.max_new_tokens=2",
+        r'tasks.1.instructions=["D\u00e9cris l\u2019image"]',
+    ]
+    run = ["train", str(recipe), *overrides]
+    report = [
+        "report",
+        str(tmp_path / "run"),
+        str(tmp_path / "run"),
+        "--cases",
+        "2",
+        "--output",
+        str(tmp_path / "report"),
+    ]
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    for command in (run, report):
+        done = subprocess.run([sys.executable, "-m", "smolora.cli", *command], env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "café \U0001f600 →" in (tmp_path / "report/report.md").read_text("utf-8")
+    assert "café \U0001f600 →" in (tmp_path / "report/cases.csv").read_text("utf-8")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from smolora.train.methods import METHODS
 from smolora.train.methods.smolora import SMoLoRA
@@ -54,6 +56,34 @@ def test_schedule(trainer, schedule, end):
     assert made.lr_scheduler.get_last_lr()[0] == pytest.approx(end, abs=1e-9)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_run_goes_on_with_another_batch_of_a_device(short, tmp_path, monkeypatch, batch):
+    """The checkpoint's own says how many it took at a time; the recipe's counts, and the adapter is the same."""
+    common = ["adapter.lora_dropout=0", "training.batch_size=4", "training.save_steps=1", "training.epochs=1"]
+    adapters = []
+    for name, sizes in (("whole", (2,)), ("changed", (2, batch))):
+        for place, size in enumerate(sizes):
+            overrides = [f"output={tmp_path / name}", *common, f"training.per_device_batch_size={size}"]
+            run = Run(short(*overrides, one_task=True))
+            run.load_parts()
+            with pytest.MonkeyPatch.context() as patch:
+                if place < len(sizes) - 1:
+                    save = ContinualTrainer._save_checkpoint
+
+                    def stopped(self, model, trial, save=save):
+                        save(self, model, trial)
+                        raise KeyboardInterrupt
+
+                    patch.setattr(ContinualTrainer, "_save_checkpoint", stopped)
+                    with pytest.raises(KeyboardInterrupt):
+                        run.train(run.method.stages()[0], [])
+                else:
+                    run.train(run.method.stages()[0], [])
+        adapters.append(load_file(tmp_path / name / "stage-1-ImageNet/adapter/adapter_model.safetensors"))
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "dropout"),
     [
@@ -75,6 +105,21 @@ def test_what_changes_nothing(short, tmp_path, change, dropout):
         log = json.loads((tmp_path / name / "stage-1-ImageNet/log.json").read_text())
         losses.append([line["loss"] for line in log if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][0] > losses[0][1] + 0.05
+
+
+@pytest.mark.parametrize("seen", [1, 2, 8])
+def test_several_gpus_and_one_process_are_one_device(short, monkeypatch, tmp_path, seen):
+    """`Trainer` would take a batch for each of them, and wrap the model in DataParallel."""
+    after = TrainingArguments.__post_init__
+
+    def gpus(self):
+        after(self)
+        self._n_gpu = seen
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", gpus)
+    recipe = short("training.batch_size=12", "training.per_device_batch_size=3")
+    arguments = training_arguments(recipe, tmp_path, 1, 100, 0, False)
+    assert (arguments.n_gpu, arguments.train_batch_size, arguments.gradient_accumulation_steps) == (1, 3, 4)
 
 
 def test_a_loss_that_is_no_number_stops(short, tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""Files and text that leave or enter the program."""
