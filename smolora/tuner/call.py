@@ -221,6 +221,10 @@ class Generation:
             valid = nn.functional.pad(self.mask.bool(), (0, max(0, start + count - self.mask.shape[1])), value=True)
             valid = valid[:, start : start + count].to(tokens.device)
         return dict(
-            instruction=self.instruction, valid=valid, prompt=prompt, shape=(rows, count), kept=self.kept,
+            instruction=self.instruction,
+            valid=valid,
+            prompt=prompt,
+            shape=(rows, count),
+            kept=self.kept,
             routed=self.routed,
-        )  # fmt: skip
+        )

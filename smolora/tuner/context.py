@@ -292,11 +292,14 @@ class RoutingContext:
         if shape is not None and over - {"all"}:
             masks = self._masks(inputs, own["prompt_mask"], shape, prompted="prompt" in over)
         return Call(
-            instruction, shape=shape, cu_seqlens=bounds,
+            instruction,
+            shape=shape,
+            cu_seqlens=bounds,
             images=self._images(inputs, instruction, image_to_sample, samples, bounds),
-            kept=None if started is None else started.kept, routed=None if started is None else started.routed,
+            kept=None if started is None else started.kept,
+            routed=None if started is None else started.routed,
             **masks,
-        )  # fmt: skip
+        )
 
     def _images(
         self,
@@ -312,9 +315,15 @@ class RoutingContext:
         told = instruction is not None and instruction.dim() == 2 and instruction.shape[0] > 1
         try:
             return images_of(
-                self.model, inputs, told, image_to_sample, ids=inputs.get("input_ids"), token=self._image_token,
-                samples=samples, cu_seqlens=bounds,
-            )  # fmt: skip
+                self.model,
+                inputs,
+                told,
+                image_to_sample,
+                ids=inputs.get("input_ids"),
+                token=self._image_token,
+                samples=samples,
+                cu_seqlens=bounds,
+            )
         except ValueError as error:  # for the first layer that gets images: they may have been encoded before
             return Images(error=error)
 
