@@ -320,9 +320,15 @@ class RoutingContext:
             return Images()
         try:
             return images_of(
-                self.model, inputs, given.differ, image_to_sample, ids=inputs.get("input_ids"), token=self._image_token,
-                samples=samples, cu_seqlens=bounds,
-            )  # fmt: skip
+                self.model,
+                inputs,
+                given.differ,
+                image_to_sample,
+                ids=inputs.get("input_ids"),
+                token=self._image_token,
+                samples=samples,
+                cu_seqlens=bounds,
+            )
         except ValueError as error:  # for the first layer that gets images: they may have been encoded before
             return Images(error=error)
 

@@ -248,9 +248,11 @@ def _tokens_of_tiles(model: nn.Module, sizes: Any, tiles: list[int]) -> list[int
     }
     takes = inspect.signature(inner.pack_image_features).parameters
     features, _ = inner.pack_image_features(
-        [torch.zeros(n, patches, 1) for n in tiles], torch.tensor(_values(sizes)), image_newline=torch.zeros(1),
+        [torch.zeros(n, patches, 1) for n in tiles],
+        torch.tensor(_values(sizes)),
+        image_newline=torch.zeros(1),
         **{name: value for name, value in options.items() if name in takes},
-    )  # fmt: skip
+    )
     return [feature.shape[0] for feature in features]
 
 

@@ -378,8 +378,11 @@ def test_a_call_within_generate(where, how, options):
         if how == "generate":
             return model.generate(**within[0], instruction_embeds=within[1], **GREEDY)
         if how == "the same tokens":
-            return model(input_ids=ids, pixel_values=inputs["pixel_values"].expand(ids.shape[0], -1, -1, -1),
-                         instruction_embeds=other.expand(ids.shape[0], -1)).logits  # fmt: skip
+            return model(
+                input_ids=ids,
+                pixel_values=inputs["pixel_values"].expand(ids.shape[0], -1, -1, -1),
+                instruction_embeds=other.expand(ids.shape[0], -1),
+            ).logits
         with model.disable_adapter():
             return model.generate(**inputs, **GREEDY), model(**inputs).logits
 

@@ -157,9 +157,13 @@ def test_images_of_packed_samples():
         owner = torch.tensor([0, 2, 2])
         embeds = model.get_input_embeddings()(packed.pop("input_ids"))
         got = model(
-            inputs_embeds=embeds, **packed, position_ids=positions(lengths), instruction_embeds=e, use_cache=False,
+            inputs_embeds=embeds,
+            **packed,
+            position_ids=positions(lengths),
+            instruction_embeds=e,
+            use_cache=False,
             image_to_sample=owner,
-        ).logits  # fmt: skip
+        ).logits
         torch.testing.assert_close(got, torch.cat(want, 1), rtol=1e-4, atol=1e-4)
 
 

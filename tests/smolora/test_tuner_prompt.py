@@ -44,11 +44,20 @@ def train(tmp_path, masked=False, config=None, **options):
     trainer = Trainer(
         model,
         TrainingArguments(
-            tmp_path, per_device_train_batch_size=2, max_steps=1, report_to="none", use_cpu=True, learning_rate=0.0,
-            save_strategy="no", disable_tqdm=True, **options,
+            tmp_path,
+            per_device_train_batch_size=2,
+            max_steps=1,
+            report_to="none",
+            use_cpu=True,
+            learning_rate=0.0,
+            save_strategy="no",
+            disable_tqdm=True,
+            **options,
         ),
-        train_dataset=Rows(masked), eval_dataset=Rows(masked), **arguments,
-    )  # fmt: skip
+        train_dataset=Rows(masked),
+        eval_dataset=Rows(masked),
+        **arguments,
+    )
     loss = trainer.train().training_loss
     return smolora.routing_report(model)[DOWN]["vu_logits"], loss, trainer
 

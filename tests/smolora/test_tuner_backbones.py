@@ -1,0 +1,241 @@
+"""Architectures other than LLaVA-1.5: each sample routes in a batch as it does alone, with its own instruction."""
+
+import pytest
+import torch
+import transformers as T
+from peft import get_peft_model
+
+import smolora
+from backbones import BACKBONES, IMAGE, SIGLIP, TEXT, TEXT_ONLY, TOWER, VOCABULARY, drawn, qformer
+from tiny_llava import embeddings, tiny_config
+
+ALL = {**BACKBONES, **TEXT_ONLY}
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+
+
+def rows_for(name):
+    """Texts of unequal lengths; images of each kind, two in one sample, and a sample without any where that may be."""
+    backbone, last = ALL[name], ALL[name].kinds - 1
+    if name in TEXT_ONLY:
+        return [(5, []), (9, []), (3, [])]
+    rows = [(5, [(0, 1)]), (9, [(last, 2)]), (3, [(0, 3)])]
+    return rows if backbone.needs_image else [*rows, (4, []), (6, [(last, 5), (0, 6)])]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_batch_is_as_one_by_one(name):
+    """Logits, and greedy tokens with and without a cache and of beams."""
+    model, backbone, rows = ALL[name].adapted(), ALL[name], rows_for(name)
+    e, whole = embeddings(len(rows)) * 2, ALL[name].batch(rows)
+    with torch.no_grad():
+        got = model(**whole, instruction_embeds=e).logits
+        other = model(**whole, instruction_embeds=e.flip(0)).logits
+        for i, row in enumerate(rows):
+            want = model(**backbone.batch([row]), instruction_embeds=e[i : i + 1]).logits[0]
+            torch.testing.assert_close(got[i, -len(want) :], want, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(got[:2], other[:2], atol=1e-2), "instructions change nothing: the test shows nothing"
+    for options in ({}, {"use_cache": False}, {"num_beams": 2}):
+        tokens = model.generate(**whole, instruction_embeds=e, **GREEDY, **options)[:, -5:]
+        for i, row in enumerate(rows):
+            want = model.generate(**backbone.batch([row]), instruction_embeds=e[i : i + 1], **GREEDY, **options)
+            assert torch.equal(tokens[i], want[0, -5:]), (options, i)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_training_gives_every_adapter_the_gradients_of_one_by_one(name):
+    model, backbone, rows = ALL[name].adapted().train(), ALL[name], rows_for(name)
+    e, count = embeddings(len(rows)) * 2, 2 * len(rows)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model(**backbone.batch(rows, answer=2), instruction_embeds=e).loss.backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    for i, row in enumerate(rows):
+        loss = model(**backbone.batch([row], answer=2), instruction_embeds=e[i : i + 1]).loss
+        (loss * 2 / count).backward()
+    if name in ("qwen2_moe",):
+        return  # its loss has a part over the experts' use in the whole batch
+    for parameter, grad in got.items():
+        want = dict(model.named_parameters())[parameter].grad
+        assert (grad - want).abs().max() <= 1e-3 * want.abs().max() + 1e-6, parameter
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_tiles_are_of_their_image(name):
+    """Two images of 3 and 5 tiles; an explicit map names images or tiles."""
+    model, backbone = BACKBONES[name].adapted(), BACKBONES[name]
+    whole, e = backbone.batch([(5, [(0, 1)]), (7, [(1, 2)])]), embeddings(2)
+    with torch.no_grad():
+        want = model(**whole, instruction_embeds=e).logits
+        projector = next(key for key in smolora.routing_report(model) if key.endswith("linear_1"))
+        logits = smolora.routing_report(model)[projector]["if_logits"]
+        router = dict(model.named_parameters())[f"base_model.model.{projector}.smolora_experts.default.if_router"]
+        torch.testing.assert_close(logits, (e @ router.T)[[0] * 3 + [1] * 5])
+        embeds = model.get_input_embeddings()(whole["input_ids"])
+        rest = {k: v for k, v in whole.items() if k != "input_ids"}
+        for owner in ([0, 1], [0] * 3 + [1] * 5):
+            got = model(inputs_embeds=embeds, **rest, instruction_embeds=e, image_to_sample=torch.tensor(owner)).logits
+            assert torch.equal(got, want)
+        with pytest.raises(ValueError, match=r"linear_1: image_to_sample must be given.*2 images"):
+            model(inputs_embeds=embeds, **rest, instruction_embeds=e)
+        with pytest.raises(ValueError, match="each of the 2 images, or of each of their 8 tiles, got 3"):
+            model(inputs_embeds=embeds, **rest, instruction_embeds=e, image_to_sample=torch.tensor([0, 1, 1]))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_a_batch_without_images_trains_the_projector_of_tiles(name):
+    """By a gradient of zero, from a blank image."""
+    model, backbone = BACKBONES[name].adapted().train(), BACKBONES[name]
+    model(**backbone.batch([(5, []), (9, [])], answer=2), instruction_embeds=embeddings(2)).loss.backward()
+    projector = [p for n, p in model.named_parameters() if "projector" in n and p.requires_grad]
+    assert projector and all(p.grad is not None and not p.grad.any() for p in projector)
+
+
+def test_images_that_onevision_does_not_cut():
+    """Several images of a sample are a tile each, if the batch says how many each sample has."""
+    model, backbone = BACKBONES["llava_onevision"].adapted(), BACKBONES["llava_onevision"]
+    e, counts = embeddings(2), torch.tensor([2, 1])
+    pixels = torch.zeros(3, 5, 3, 28, 28)
+    pixels[0, :1], pixels[1, :1], pixels[2] = drawn(1, 1, 3, 28, 28), drawn(2, 1, 3, 28, 28), drawn(3, 5, 3, 28, 28)
+    sizes, words = torch.tensor([[28, 28], [28, 28], [56, 56]]), list(range(10, 16))
+    texts = [[IMAGE] * 10 + words, [IMAGE] * 24 + words]
+    width = max(map(len, texts))
+    ids = torch.tensor([[0] * (width - len(t)) + t for t in texts])
+    with torch.no_grad():
+        got = model(
+            input_ids=ids,
+            attention_mask=(ids > 0).long(),
+            pixel_values=pixels,
+            image_sizes=sizes,
+            batch_num_images=counts,
+            instruction_embeds=e,
+        ).logits[:, -6:]
+        for i, (rows, text) in enumerate(((slice(2), texts[0]), (slice(2, 3), texts[1]))):
+            want = model(
+                input_ids=torch.tensor([text]),
+                pixel_values=pixels[rows],
+                image_sizes=sizes[rows],
+                batch_num_images=counts[i : i + 1],
+                instruction_embeds=e[i : i + 1],
+            ).logits[0, -6:]
+            torch.testing.assert_close(got[i], want, rtol=1e-3, atol=1e-3)
+    assert backbone.kinds == 2
+
+
+@pytest.mark.parametrize("name", ["pixtral", "mistral3", "qwen2_5_vl"])
+def test_an_image_in_a_packed_row_routes_by_itself(name):
+    """Whatever other images the batch has, with one embedding for all, too."""
+    model, backbone = BACKBONES[name].adapted(), BACKBONES[name]
+    e, found = embeddings(1)[0], []
+    for rows in ([(5, [(0, 1)]), (7, [(1, 2), (0, 3)])], [(5, [(0, 1)])], [(7, [(1, 2), (0, 3)])]):
+        with torch.no_grad():
+            model(**backbone.batch(rows), instruction_embeds=e)
+        report = smolora.routing_report(model)
+        row = next(row for row in report.values() if row["rows"] == "images")
+        assert row["alpha"].shape == (int(row["cu_seqlens"][-1]),)
+        found.append(row["vu_logits"])
+    torch.testing.assert_close(found[0], torch.cat(found[1:]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_row_that_nothing_tells_apart_is_refused_by_name():
+    """What merges patches has rows of its own, which image sizes tell."""
+    backbone = BACKBONES["mistral3"]
+    backbone = type(backbone)(**{**vars(backbone), "targets": r".*patch_merger\.merging_layer"})
+    with torch.no_grad():
+        backbone.adapted()(**backbone.batch([(5, [(0, 1)])]), instruction_embeds=embeddings(1))
+    model = get_peft_model(
+        T.Llama4ForConditionalGeneration(llama4()), tiny_config(target_modules=r"multi_modal_projector\.linear_1")
+    ).eval()
+    ids = torch.tensor([[5, *[IMAGE] * 4, 9, 10]] * 2)
+    with pytest.raises(ValueError, match=r"multi_modal_projector\.linear_1: the layer got images in one row"):
+        model(input_ids=ids, pixel_values=drawn(0, 2, 3, 56, 56), instruction_embeds=embeddings(2))
+
+
+def llama4():
+    text = dict(TEXT, head_dim=16, intermediate_size_mlp=64, num_local_experts=4, moe_layers=[1])
+    vision = dict(
+        TOWER,
+        image_size=56,
+        intermediate_size=128,
+        vision_output_dim=64,
+        projector_input_dim=64,
+        projector_output_dim=64,
+        pixel_shuffle_ratio=0.5,
+    )
+    return T.Llama4Config(
+        vision_config=vision,
+        text_config={**text, "attention_chunk_size": 128},
+        image_token_index=IMAGE,
+        boi_token_index=5,
+        eoi_token_index=6,
+    )
+
+
+@pytest.mark.parametrize("where", ["qwen2_5_vl", "llava_onevision"])
+def test_videos_are_refused_by_name(where):
+    model, backbone = BACKBONES[where].adapted(), BACKBONES[where]
+    inputs = backbone.batch([(5, [(0, 1)]), (7, [(1, 2)])])
+    videos = {"pixel_values_videos": inputs["pixel_values"]}
+    if "image_grid_thw" in inputs:
+        videos["video_grid_thw"] = inputs["image_grid_thw"]
+    with pytest.raises(ValueError, match="pixel_values_videos must be left out"):
+        model(**inputs, **videos, instruction_embeds=embeddings(2))
+
+
+def test_blip_without_a_prompt():
+    """It makes one for each picture."""
+    model, backbone = BACKBONES["blip2_llama"].adapted(), BACKBONES["blip2_llama"]
+    pixels, e = backbone.tensors([[(0, 1)], [(0, 2)]])["pixel_values"], embeddings(2) * 2
+    got = model.generate(pixels, instruction_embeds=e, **GREEDY)
+    for i in range(2):
+        assert torch.equal(model.generate(pixels[i : i + 1], instruction_embeds=e[i], **GREEDY)[0], got[i])
+    with pytest.raises(ValueError, match=r"shape \(2, 12\)"):
+        model.generate(pixels, instruction_embeds=embeddings(3), **GREEDY)
+    with pytest.raises(RuntimeError, match="outside of its model's forward"):
+        model.get_base_model().language_model.generate(input_ids=torch.tensor([[9, 10]]), **GREEDY)
+
+
+ENCODERS = {
+    "T5": lambda: T.T5ForConditionalGeneration(T.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1)),
+    "BLIP-2 with T5": lambda: qformer(
+        "Blip2", T.T5Config(vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=64, num_layers=1), "wi"
+    ).make(),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_decoders_are_refused(name):
+    with pytest.raises(ValueError, match="needs a decoder-only language model, got"):
+        get_peft_model(ENCODERS[name](), tiny_config(target_modules=["wi", "wo"]))
+
+
+def test_layers_that_see_sound_are_refused():
+    audio = dict(
+        num_mel_bins=8,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        d_model=32,
+        max_source_positions=16,
+    )
+    config = T.Qwen2AudioConfig(audio_config=audio, text_config=dict(TEXT, model_type="qwen2"), audio_token_index=IMAGE)
+    for target in (r".*multi_modal_projector\.linear", r".*audio_tower.*fc1"):
+        with pytest.raises(ValueError, match=r"target_modules must not name .*sees sound"):
+            get_peft_model(T.Qwen2AudioForConditionalGeneration(config), tiny_config(target_modules=target))
+    model = get_peft_model(
+        T.Qwen2AudioForConditionalGeneration(config), tiny_config(target_modules=r".*language_model.*up_proj")
+    )
+    model.eval()(input_ids=torch.tensor([[9, 10, 11]]), instruction_embeds=embeddings(1))
+
+
+def test_a_row_of_several_images_that_nothing_tells_apart():
+    """A model of a kind that nobody has looked at: refused where it hands its images over together."""
+    from smolora.tuner.images import Images
+
+    images = Images(torch.tensor([[IMAGE] * 4] * 2), IMAGE, images=2)
+    assert images.arrange(torch.zeros(2, 4, 8))[1] is None
+    for shape in ((1, 8, 8), (8, 8)):
+        with pytest.raises(ValueError, match=r"images in one row.*target_modules"):
+            images.arrange(torch.zeros(shape))
+    assert SIGLIP.image_size == TOWER["image_size"]
