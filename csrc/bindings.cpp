@@ -1,12 +1,14 @@
-// The module: a function a pass, which takes a dict of the fields of its params struct: numbers, and for a tensor its
-// address and dtype.
+// The module: a function a pass, which takes a dict of the fields of its params struct: numbers, for a tensor its address
+// and dtype, and for the banks a list of dicts.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <iterator>
 #include <type_traits>
 #include <vector>
 
-#include "smolora.h"
+#include "params.h"
 
 #ifndef SMOLORA_EMULATE
 #include <cuda_runtime.h>
@@ -18,17 +20,27 @@ namespace py = pybind11;
 
 namespace {
 
-// Reads a field from a dict, if it is there, and counts it.
+template <class P>
+P parsed(const py::dict& values);
+
+// The fields of a struct in a dict, taken one after another.
 class Fields {
  public:
   explicit Fields(const py::dict& values) : values_(values) {}
 
   template <class V>
-  void operator()(const char* name, V& field) {
+  void take(const char* name, V& field) {
     if (!values_.contains(name)) return;
     ++found_;
     const py::handle value = values_[name];
-    if constexpr (std::is_same_v<V, Weight> || std::is_pointer_v<V>) {
+    if constexpr (std::is_array_v<V>) {
+      const auto items = value.cast<std::vector<py::dict>>();
+      if (items.size() > std::size(field)) {
+        throw py::value_error(std::string(name) + " must be at most " + std::to_string(std::size(field)) + ", got " +
+                              std::to_string(items.size()));
+      }
+      for (size_t i = 0; i < items.size(); ++i) field[i] = parsed<std::remove_extent_t<V>>(items[i]);
+    } else if constexpr (std::is_same_v<V, Weight> || std::is_pointer_v<V>) {
       const auto [address, dtype] = value.cast<std::pair<uintptr_t, int64_t>>();
       if constexpr (std::is_pointer_v<V>) {
         field = reinterpret_cast<V>(address);
@@ -50,50 +62,39 @@ class Fields {
   size_t found_ = 0;
 };
 
-#define FIELD(name) fields(#name, p.name)
+#define TAKE_FIELD(type, name, value) fields.take(#name, p.name);
 
-void read(Fields& fields, Layout& p) {
-  FIELD(device), FIELD(stream), FIELD(dtype), FIELD(T), FIELD(n), FIELD(K), FIELD(r), FIELD(M), FIELD(N);
-  FIELD(use_vu), FIELD(use_if), FIELD(adaptive), FIELD(fixed_lead), FIELD(scaling), FIELD(cu), FIELD(seed);
-  FIELD(threshold);
+void take(Fields& fields, Bank& p) { BANK_FIELDS(TAKE_FIELD) }
+void take(Fields& fields, Pass& p) {
+  LAYOUT_FIELDS(TAKE_FIELD)
+  fields.take("banks", p.banks);
 }
-void read(Fields& fields, Decode& p) {
-  FIELD(d), FIELD(k), FIELD(e), FIELD(route), FIELD(add), FIELD(outputs), FIELD(x), FIELD(mask), FIELD(instruction);
-  FIELD(vu_A), FIELD(if_A), FIELD(vu_B), FIELD(if_B), FIELD(vu_router), FIELD(if_router), FIELD(vu_importance);
-  FIELD(if_importance), FIELD(given_routes), FIELD(given_gates), FIELD(routes), FIELD(gates), FIELD(logits);
-  FIELD(lead), FIELD(y), FIELD(h_part), FIELD(z_part), FIELD(z_if), FIELD(w_part);
+void take(Fields& fields, Decode& p) {
+  take(fields, static_cast<Pass&>(p));
+  DECODE_FIELDS(TAKE_FIELD)
 }
-void read(Fields& fields, RouteShrink& p) {
-  FIELD(d), FIELD(k), FIELD(e), FIELD(route), FIELD(one_pass), FIELD(columns), FIELD(splits), FIELD(sum_splits);
-  FIELD(x), FIELD(mask), FIELD(instruction), FIELD(vu_A), FIELD(if_A), FIELD(vu_B), FIELD(if_B), FIELD(vu_router);
-  FIELD(if_router), FIELD(vu_importance), FIELD(if_importance), FIELD(vu_packed), FIELD(if_packed), FIELD(routes);
-  FIELD(gates), FIELD(logits), FIELD(routed), FIELD(arrived), FIELD(sums), FIELD(mean), FIELD(z_part);
-  FIELD(w_part), FIELD(part), FIELD(h), FIELD(w);
+void take(Fields& fields, RouteShrink& p) {
+  take(fields, static_cast<Pass&>(p));
+  ROUTE_SHRINK_FIELDS(TAKE_FIELD)
 }
-void read(Fields& fields, FuseExpand& p) {
-  FIELD(k), FIELD(splits), FIELD(h), FIELD(w), FIELD(routes), FIELD(gates), FIELD(vu_B), FIELD(if_B), FIELD(bias);
-  FIELD(vu_packed), FIELD(if_packed), FIELD(u), FIELD(lead), FIELD(y);
+void take(Fields& fields, FuseExpand& p) {
+  take(fields, static_cast<Pass&>(p));
+  FUSE_EXPAND_FIELDS(TAKE_FIELD)
 }
-void read(Fields& fields, GradOutput& p) {
-  FIELD(k), FIELD(need_p), FIELD(need_c), FIELD(need_gates), FIELD(need_vu_B), FIELD(need_if_B);
-  FIELD(need_importance), FIELD(one_read), FIELD(columns), FIELD(parts), FIELD(chunk), FIELD(chunks), FIELD(g);
-  FIELD(h), FIELD(w), FIELD(routes), FIELD(gates), FIELD(lead), FIELD(vu_B), FIELD(if_B), FIELD(vu_importance);
-  FIELD(if_importance), FIELD(vu_packed), FIELD(if_packed), FIELD(u), FIELD(p_part), FIELD(B_part);
-  FIELD(chunk_owner), FIELD(c_part), FIELD(q_part), FIELD(tile_owner), FIELD(c), FIELD(dh), FIELD(dvu_B);
-  FIELD(dif_B), FIELD(dvu_importance), FIELD(dif_importance), FIELD(dgates);
+void take(Fields& fields, GradOutput& p) {
+  take(fields, static_cast<Pass&>(p));
+  GRAD_OUTPUT_FIELDS(TAKE_FIELD)
 }
-void read(Fields& fields, GradInput& p) {
-  FIELD(d), FIELD(need_dx), FIELD(need_vu_A), FIELD(need_if_A), FIELD(splits), FIELD(chunk), FIELD(chunks), FIELD(x);
-  FIELD(dh), FIELD(routes), FIELD(mask), FIELD(dmean), FIELD(vu_A), FIELD(if_A), FIELD(vu_packed), FIELD(if_packed);
-  FIELD(u), FIELD(A_part), FIELD(chunk_owner), FIELD(dx), FIELD(dvu_A), FIELD(dif_A);
+void take(Fields& fields, GradInput& p) {
+  take(fields, static_cast<Pass&>(p));
+  GRAD_INPUT_FIELDS(TAKE_FIELD)
 }
 
 template <class P>
 P parsed(const py::dict& values) {
   P p;
   Fields fields(values);
-  read(fields, static_cast<Layout&>(p));
-  read(fields, p);
+  take(fields, p);
   fields.finish();
   return p;
 }
@@ -106,7 +107,7 @@ void define(py::module_& m, const char* name, void (*pass)(const P&)) {
 }  // namespace
 
 PYBIND11_MODULE(SMOLORA_MODULE, m) {
-  m.doc() = "SMoLoRA's passes in CUDA C++; smolora.cuda calls them.";
+  m.doc() = "The passes in CUDA C++; smolora.engine.cuda_passes calls them.";
   m.def("decode", [](const py::args& all) {  // a dict a projection
     std::vector<Decode> projections;
     for (const py::handle values : all) projections.push_back(parsed<Decode>(values.cast<py::dict>()));
@@ -117,6 +118,7 @@ PYBIND11_MODULE(SMOLORA_MODULE, m) {
   define<GradOutput>(m, "grad_output", grad_output);
   define<GradInput>(m, "grad_input", grad_input);
   const auto limit = [&m](const char* name, int value) { m.attr(name) = value; };
+  limit("BANKS", limits::kBanks);
   limit("DECODE_INPUTS", limits::kDecodeInputs);
   limit("DECODE_WEIGHTS", limits::kDecodeWeights);
   limit("DECODE_MIXED", limits::kDecodeMixed);

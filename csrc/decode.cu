@@ -1,13 +1,13 @@
-// One token an instance, in one launch for all projections of an input: y += the adapter's output.
+// One token a sequence, in one launch for all projections of an input: y += the mixture's output.
 //
 // Each projection has blocks of its own. Before the grid's barrier they share out what reads weights alone: A x of the
 // experts somebody uses, router logits, and w = s B^T I, each in parts over slices of d or of k. After it, a block takes
-// a slice of k for a group of instances: it adds their parts up, chooses, mixes and expands. All sums run in an order
+// a slice of k for a group of sequences: it adds their parts up, chooses, mixes and expands. All sums run in an order
 // that neither the number of blocks nor the other projections change. There is little to compute, so what counts is how
-// often a thread waits for memory: loads that do not depend on each other leave together.
+// often a thread waits for memory: independent loads are issued back to back, so that their latencies overlap.
 
-#include "common.cuh"
 #include "grid.cuh"
+#include "mix.cuh"
 
 namespace {
 
@@ -17,7 +17,7 @@ constexpr int kSlice = limits::kDecodeInputs;  // 32 lanes of kVectors vectors o
 constexpr int kVectors = kSlice / 128;
 constexpr int kLoads = 8;   // of a thread, on their way together: parts of a sum, rows of B
 constexpr int kTokens = 2;  // that a row of A is multiplied with at a time
-constexpr int kGroup = 16;  // instances that a block expands at a time, at most
+constexpr int kGroup = 16;  // sequences that a block expands at a time, at most
 constexpr int kSums = 256;  // numbers of w that a block adds up at a time
 
 struct Projections {
@@ -28,31 +28,36 @@ struct Projections {
 static_assert(sizeof(Projections) <= 4096);  // what every driver takes for a kernel's arguments
 
 struct Sizes {
-  int n, K, r, M, N, E, slots;
-  int vu_slots;         // slots of the VU branch, which come first
-  int padded, columns;  // a slot's columns of rank space, and those of all slots
-  int masks;            // pairs of a slot and an expert of its branch
+  int n, K, r, E0, E, slots;        // E0 experts of the first bank, E of all
+  int padded, columns;              // a slot's columns of rank space, and those of all slots
+  int masks;                        // pairs of a slot and an expert of its bank
+  int downs;                        // A that h is made of: one an expert, or one a bank
+  int weights;                      // numbers of w
+  int first_x, x_rows;              // rows of routers that read x, and of those that read the instruction, counted
+  int first_e, e_rows;              // through the banks
   int outputs, k_slices, d_slices;  // outputs of a slice of k
-  int group, groups;                // instances that a block expands at a time, and how many times that is
+  int group, groups;                // sequences that a block expands at a time, and how many times that is
   __host__ __device__ explicit Sizes(const Decode& p)
-      : n(static_cast<int>(p.n)), K(static_cast<int>(p.K)), r(static_cast<int>(p.r)), M(static_cast<int>(p.M)),
-        N(static_cast<int>(p.N)), E(M + N), slots(static_cast<int>(p.use_vu + p.use_if) * K),
-        vu_slots(static_cast<int>(p.use_vu) * K), padded(rank_columns(r)), columns(slots * padded),
-        masks(vu_slots * M + (slots - vu_slots) * N), outputs(static_cast<int>(p.outputs)),
+      : n(static_cast<int>(p.n)), K(static_cast<int>(p.K)), r(static_cast<int>(p.r)),
+        E0(static_cast<int>(p.banks[0].E)), E(E0 + static_cast<int>(p.banks[1].E)), slots(static_cast<int>(p.b) * K),
+        padded(rank16(r)), columns(slots * padded), masks(K * E), downs(p.shared ? static_cast<int>(p.b) : E),
+        weights(p.mix == kSmolora ? E * r : 0), outputs(static_cast<int>(p.outputs)),
         k_slices(static_cast<int>(cdiv(p.k, outputs))), d_slices(static_cast<int>(cdiv(p.d, kSlice))) {
+    const bool first = p.banks[0].router_reads_x, second = p.banks[1].router_reads_x;
+    first_x = first ? 0 : E0;
+    first_e = first ? E0 : 0;
+    x_rows = p.routes ? (first ? E0 : 0) + (second ? E - E0 : 0) : 0;
+    e_rows = p.routes ? E - x_rows : 0;
     const int fit = limits::kDecodeMixed / (columns + outputs), ranges = (n + kGroup - 1) / kGroup;
     const int even = (n + ranges - 1) / ranges;
     group = fit < 1 ? 1 : fit < even ? fit : even;
     groups = (n + group - 1) / group;
   }
-  // What a projection's blocks share out: slices of k, then rows of A and of the VU router by slices of d, then logits
-  // of the IF router. Of A only the rows of experts in use count, which the device alone knows.
-  __host__ __device__ int dots(const Decode& p, int rows) const {
-    return static_cast<int>(cdiv(rows + (p.route && p.use_vu ? M : 0), kWarps)) * d_slices;
-  }
-  __host__ __device__ int logits(const Decode& p) const {
-    return p.route && p.use_if ? static_cast<int>(cdiv(n * N, kWarps)) : 0;
-  }
+  // What a projection's blocks share out: slices of k, then rows of A and of the routers of x by slices of d, then
+  // logits of the routers of the instruction. Of A only the rows of experts in use count, which the device alone knows.
+  __host__ __device__ int w_items() const { return weights > 0 ? k_slices : 0; }
+  __host__ __device__ int dots(int rows) const { return static_cast<int>(cdiv(rows + x_rows, kWarps)) * d_slices; }
+  __host__ __device__ int logits() const { return static_cast<int>(cdiv(n * e_rows, kWarps)); }
 };
 
 // count numbers, `stride` apart, added up in their order.
@@ -95,9 +100,13 @@ struct Elements {
 };
 
 bool is_wide(const Decode& p) {
-  bool wide = p.d % 4 == 0 && p.r % 4 == 0 && is_aligned(p.x, 16) && p.vu_B.dtype == p.if_B.dtype;
-  for (const Weight& weight : {p.vu_A, p.if_A, p.vu_B, p.if_B, p.vu_router}) {
-    wide = wide && is_aligned(weight.data, 16) && weight.dtype != kFloat64;
+  bool wide = p.d % 4 == 0 && p.r % 4 == 0 && is_aligned(p.x, 16);
+  for (int bank = 0; bank < p.b; ++bank) {
+    const Bank& of = p.banks[bank];
+    wide = wide && of.B.dtype == p.banks[0].B.dtype;
+    for (const Weight& weight : {of.A, of.B, of.router_reads_x ? of.router : Weight()}) {
+      wide = wide && is_aligned(weight.data, 16) && weight.dtype != kFloat64;
+    }
   }
   return wide;
 }
@@ -156,7 +165,7 @@ __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, 
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     unpack<typename Reader::Value>(a[v], row[v]);
-    if (!router) round_four<T>(a[v]);
+    if (!router) round4<T>(a[v]);
   }
   for (;;) {
 #pragma unroll
@@ -178,9 +187,10 @@ __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, 
   }
 }
 
-// A block's part of w = s B^T I, for `used` experts of a list, over a slice of k; `importance` has that slice of both.
+// A block's part of w = s B^T I, for `used` experts of a list, over a slice of k; `importance` has that slice of both
+// banks.
 template <class T, class Reader>
-__device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Reader& vu_B, const Reader& if_B,
+__device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Reader& first_B, const Reader& second_B,
                                       Ptr<const int> list, int used, int64_t first_output, int outputs,
                                       Ptr<const float> importance, Ptr<float> scratch, Ptr<float> out) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = s.r;
@@ -197,9 +207,9 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
 #pragma unroll
       for (int j = 0; j < Reader::kRows; ++j) {
         const int expert = list[base + min(loaded, count - 1)], row = load_step * rows + first;
-        const bool vu = expert < s.M;
-        const Reader B = vu ? vu_B : if_B;
-        v[j] = B.take(((vu ? expert : expert - s.M) * p.k + first_output + row) * r + quad * 4,
+        const bool second = expert >= s.E0;
+        const Reader B = second ? second_B : first_B;
+        v[j] = B.take(((second ? expert - s.E0 : expert) * p.k + first_output + row) * r + quad * 4,
                       j < left && row < outputs ? r - quad * 4 : 0);
         if (++load_step == steps) load_step = 0, ++loaded;
       }
@@ -208,10 +218,10 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
         if (j >= left) continue;
         const int row = add_step * rows + first;
         if (row < outputs) {
-          const float here = importance[(list[base + added] < s.M ? 0 : s.outputs) + row];
+          const float here = importance[(list[base + added] < s.E0 ? 0 : s.outputs) + row];
           float four[4];
           unpack<typename Reader::Value>(four, v[j]);
-          round_four<T>(four);
+          round4<T>(four);
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum[i] += four[i] * here;
         }
@@ -239,7 +249,7 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
   }
 }
 
-// y of one output, y[g * outputs], += a slot's share of it, for the instances of a group from `begin` on that the thread
+// y of one output, y[g * outputs], += a slot's share of it, for the sequences of a group from `begin` on that the thread
 // has, the bits of `taken`.
 template <class T, class Reader>
 __device__ __forceinline__ void expand_slot(const Decode& p, const Sizes& s, const Reader& B, int experts,
@@ -256,7 +266,7 @@ __device__ __forceinline__ void expand_slot(const Decode& p, const Sizes& s, con
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         unpack<typename Reader::Value>(row[j], v[j]);
-        round_four<T>(row[j]);
+        round4<T>(row[j]);
       }
       for (uint64_t left = users; left != 0;) {  // two at a time
         const int one = __ffsll(static_cast<long long>(left)) - 1;
@@ -288,47 +298,47 @@ struct Block {
   const Sizes s;
   const int block, blocks;  // its number among the projection's
   const int warp, lane;
-  Ptr<uint64_t> masks;  // of each slot and expert, who uses it there: instances as bits
+  Ptr<uint64_t> masks;  // of each slot and expert, who uses it there: sequences as bits
   Ptr<uint64_t> users;  // of each expert
   Ptr<int> list;        // experts in use
   Ptr<int> used;        // how many these are
-  Ptr<int> routes;      // of all instances, and gates
-  Ptr<float> gates;
-  Ptr<float> importance;  // a slice of both
+  Ptr<int> ids;         // of all sequences, and the slots' weights
+  Ptr<float> weights;
+  Ptr<float> importance;  // a slice of both banks'
   Ptr<float> scratch, w;
-  Ptr<float> logits;  // of a warp's instance
+  Ptr<float> logits;  // of a warp's sequence
   Ptr<float> u, sums;  // h, then what B is multiplied with; y
 
   __device__ __forceinline__ Block(const Decode& p_, int block_, int blocks_)
       : p(p_), s(p_), block(block_), blocks(blocks_), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
-    Arena arena;
-    masks = arena.take<uint64_t>(s.masks);
-    users = arena.take<uint64_t>(s.E);
-    list = arena.take<int>(s.E);
-    used = arena.take<int>(1);
-    routes = arena.take<int>(s.n * s.slots);
-    gates = arena.take<float>(s.n * s.slots);
-    importance = arena.take<float>(2 * s.outputs);
-    scratch = arena.take<float>(kWarps * kSums);
-    w = arena.take<float>(s.E * s.r);
-    logits = arena.take<float>(kWarps * s.E) + warp * s.E;
-    u = arena.take<float>(s.group * s.columns);
-    sums = arena.take<float>(s.group * s.outputs);
+    SmemAllocator smem;
+    masks = smem.take<uint64_t>(s.masks);
+    users = smem.take<uint64_t>(s.E);
+    list = smem.take<int>(s.E);
+    used = smem.take<int>(1);
+    ids = smem.take<int>(s.n * s.slots);
+    weights = smem.take<float>(s.n * s.slots);
+    importance = smem.take<float>(2 * s.outputs);
+    scratch = smem.take<float>(kWarps * kSums);
+    w = smem.take<float>(s.weights);
+    logits = smem.take<float>(kWarps * s.E) + warp * s.E;
+    u = smem.take<float>(s.group * s.columns);
+    sums = smem.take<float>(s.group * s.outputs);
   }
 
   __device__ __forceinline__ int outputs_of(int slice) const {
     return static_cast<int>(min(static_cast<int64_t>(s.outputs), p.k - slice * static_cast<int64_t>(s.outputs)));
   }
 
-  // The masks of the routes of some instances; a warp a pair.
+  // The masks of the ids of some sequences; a warp a pair.
   __device__ __forceinline__ void find_masks(int begin, int end) const {
     for (int pair = warp; pair < s.masks; pair += kWarps) {
-      const bool vu = pair < s.vu_slots * s.M;
-      const int other = pair - s.vu_slots * s.M, slot = vu ? pair / s.M : s.vu_slots + other / s.N;
-      const int expert = vu ? pair % s.M : other % s.N;
+      const bool second = pair >= s.K * s.E0;
+      const int experts = second ? s.E - s.E0 : s.E0, of_bank = second ? pair - s.K * s.E0 : pair;
+      const int slot = (second ? s.K : 0) + of_bank / experts, expert = of_bank % experts;
       uint64_t mask = 0;
       for (int i = begin; i < end; i += 32) {
-        const bool uses = i + lane < end && routes[min(i + lane, end - 1) * s.slots + slot] == expert;
+        const bool uses = i + lane < end && ids[min(i + lane, end - 1) * s.slots + slot] == expert;
         mask |= static_cast<uint64_t>(lanes_where(uses)) << i;
       }
       if (lane == 0) masks[pair] = mask;
@@ -340,11 +350,11 @@ struct Block {
     int count = 0;
     for (int base = 0; base < s.E; base += 32) {
       const int e = base + lane;
-      const bool vu = e < s.M;
+      const bool second = e >= s.E0;
       uint64_t mask = 0;
-      if (e < s.E && (vu ? p.use_vu : p.use_if)) {
-        const auto first = masks + (vu ? e : s.vu_slots * s.M + e - s.M);
-        for (int j = 0; j < s.K; ++j) mask |= p.route ? ~0ull >> (64 - s.n) : first[j * (vu ? s.M : s.N)];
+      if (e < s.E) {
+        const auto first = masks + (second ? s.K * s.E0 + e - s.E0 : e);
+        for (int j = 0; j < s.K; ++j) mask |= p.routes ? everybody() : first[j * (second ? s.E - s.E0 : s.E0)];
       }
       const uint32_t in_use = lanes_where(mask != 0);
       if (mask != 0) list[count + __popc(in_use & ((1u << lane) - 1))] = e;
@@ -354,11 +364,16 @@ struct Block {
     if (lane == 0) *used = count;
   }
 
+  __device__ __forceinline__ uint64_t everybody() const { return ~0ull >> (64 - s.n); }
+
+  // Rows of A that h is made of.
+  __device__ __forceinline__ int down_rows() const { return (p.shared ? s.downs : *used) * s.r; }
+
   __device__ __forceinline__ void take_importance(int slice) const {
     const int64_t first = slice * static_cast<int64_t>(s.outputs);
     for (int o = threadIdx.x; o < outputs_of(slice); o += kThreads) {
-      importance[o] = rounded<T>(weight_at(p.vu_importance, first + o));
-      importance[s.outputs + o] = rounded<T>(weight_at(p.if_importance, first + o));
+      importance[o] = rounded<T>(weight_at(p.banks[0].importance, first + o));
+      importance[s.outputs + o] = rounded<T>(weight_at(p.banks[1].importance, first + o));
     }
   }
 
@@ -368,43 +383,49 @@ struct Block {
       take_importance(slice);
       __syncthreads();
     }
-    with_reader<WIDE>(p.vu_B, [&](auto B) {
-      add_w<T>(p, s, B, B.of(p.if_B), list, *used, slice * static_cast<int64_t>(s.outputs), outputs_of(slice),
+    with_reader<WIDE>(p.banks[0].B, [&](auto B) {
+      add_w<T>(p, s, B, B.of(p.banks[1].B), list, *used, slice * static_cast<int64_t>(s.outputs), outputs_of(slice),
                importance, scratch, global<float>(p.w_part) + slice * static_cast<int64_t>(s.E * s.r));
     });
   }
 
-  // Rows of A and of the VU router, one a warp, by a slice of d.
+  // Rows of A and of the routers of x, one a warp, by a slice of d.
   __device__ __forceinline__ void d_item(int item) const {
-    const int rows = *used * s.r, row = item / s.d_slices * kWarps + warp, slice = item % s.d_slices;
+    const int rows = down_rows(), row = item / s.d_slices * kWarps + warp, slice = item % s.d_slices;
     const bool router = row >= rows;
-    if (router && (!p.route || !p.use_vu || row - rows >= s.M)) return;
-    const int expert = router ? 0 : list[row / s.r], rank = row % s.r;
-    const bool vu = expert < s.M;
-    const Weight& weight = router ? p.vu_router : vu ? p.vu_A : p.if_A;
-    const int source = router ? row - rows : (vu ? expert : expert - s.M) * s.r + rank;
-    const auto out = router ? global<float>(p.z_part) + (slice * s.n * s.M + source)
-                            : global<float>(p.h_part) + (slice * static_cast<int64_t>(s.n * s.E) + expert) * s.r + rank;
+    if (router && row - rows >= s.x_rows) return;
+    const int rank = row % s.r;
+    const int down = router ? s.first_x + row - rows : p.shared ? row / s.r : list[row / s.r];  // or the expert's number
+    const bool second = router || !p.shared ? down >= s.E0 : down >= 1;
+    const Weight& weight = router ? (second ? p.banks[1].router : p.banks[0].router)
+                                  : (second ? p.banks[1].A : p.banks[0].A);
+    const int in_bank = p.shared && !router ? 0 : second ? down - s.E0 : down;
+    const int source = router ? in_bank : in_bank * s.r + rank;
+    const auto out = router ? global<float>(p.z_part) + (slice * s.n * s.E + down)
+                            : global<float>(p.h_part) + (slice * static_cast<int64_t>(s.n * s.downs) + down) * s.r + rank;
     with_reader<WIDE>(weight, [&](auto reader) {
       dot_item<T, WIDE>(p, reader, source * p.d + slice * kSlice, router, slice,
-                        router ? ~0ull >> (64 - s.n) : users[expert], lane, out, router ? s.M : s.E * s.r);
+                        router || p.shared ? everybody() : users[down], lane, out, router ? s.E : s.downs * s.r);
     });
   }
 
-  // Logits of the IF router, one a warp.
+  // Logits of routers of the instruction, one a warp.
   __device__ __forceinline__ void logit_item(int item) const {
     const int pair = item * kWarps + warp;
-    if (pair >= s.n * s.N) return;
-    const float sum = warp_dot(p.if_router, pair % s.N * p.e, p.instruction, pair / s.N * p.e, p.e);
-    if (lane == 0) global<float>(p.z_if)[pair] = sum;
+    if (pair >= s.n * s.e_rows) return;
+    const int expert = s.first_e + pair % s.e_rows, i = pair / s.e_rows;
+    const bool second = expert >= s.E0;
+    const float sum = warp_dot(second ? p.banks[1].router : p.banks[0].router, (second ? expert - s.E0 : expert) * p.e,
+                               p.instruction, i * p.e, p.e);
+    if (lane == 0) global<float>(p.z)[i * s.E + expert] = sum;
   }
 
   __device__ __forceinline__ void before_barrier() const {
-    if (p.adaptive && block < s.k_slices) take_importance(block);
-    if (!p.route) {
+    if (s.weights > 0 && block < s.k_slices) take_importance(block);
+    if (!p.routes) {
       for (int j = threadIdx.x; j < s.n * s.slots; j += kThreads) {
-        routes[j] = global<const int>(p.given_routes)[j];
-        gates[j] = global<const float>(p.given_gates)[j];
+        ids[j] = p.ids == nullptr ? j % s.K : global<const int>(p.ids)[j];
+        weights[j] = p.slot_weights == nullptr ? 1.0f : global<const float>(p.slot_weights)[j];
       }
       __syncthreads();
       find_masks(0, s.n);
@@ -412,14 +433,14 @@ struct Block {
     }
     if (warp == 0) find_users();
     __syncthreads();
-    const int dots = s.dots(p, *used * s.r), items = s.k_slices + dots + s.logits(p);
+    const int dots = s.dots(down_rows()), items = s.w_items() + dots + s.logits();
     for (int item = block; item < items; item += blocks) {
-      if (item < s.k_slices) {
-        if (p.adaptive) k_item(item);
-      } else if (item < s.k_slices + dots) {
-        d_item(item - s.k_slices);
+      if (item < s.w_items()) {
+        k_item(item);
+      } else if (item < s.w_items() + dots) {
+        d_item(item - s.w_items());
       } else {
-        logit_item(item - s.k_slices - dots);
+        logit_item(item - s.w_items() - dots);
       }
     }
   }
@@ -445,60 +466,62 @@ struct Block {
     }
   }
 
-  // Routes and gates of some instances; a warp an instance. `writes`: the logits, too.
+  // Chooses the slots of some sequences; a warp a sequence. `writes`: the logits, too.
   __device__ __forceinline__ void route(int begin, int end, bool writes) const {
     for (int i = begin + warp; i < end; i += kWarps) {
       for (int e = lane; e < s.E; e += 32) {
-        float sum = 0;
-        if (e < s.M && p.use_vu) {
-          sum = strided_sum(global<const float>(p.z_part) + (i * s.M + e), s.d_slices, s.n * s.M);
-        } else if (e >= s.M && p.use_if) {
-          sum = global<const float>(p.z_if)[i * s.N + e - s.M];
-        }
+        const bool reads_x = e >= s.E0 ? p.banks[1].router_reads_x : p.banks[0].router_reads_x;
+        const float sum = reads_x ? strided_sum(global<const float>(p.z_part) + (i * s.E + e), s.d_slices, s.n * s.E)
+                                  : global<const float>(p.z)[i * s.E + e];
         logits[e] = sum;
         if (writes) global<float>(p.logits)[i * s.E + e] = sum;
       }
       __syncwarp();
-      const int vu = i * s.slots, other = vu + s.vu_slots;
-      if (lane == 0 && p.use_vu) choose(logits, s.M, s.K, routes + vu, gates + vu);
-      if (lane == 0 && p.use_if) choose(logits + s.M, s.N, s.K, routes + other, gates + other);
-      __syncwarp();  // the next instance's logits take the place of these
+      const int at = i * s.slots;
+      if (lane == 0) choose(logits, s.E0, s.K, p.gate_all, ids + at, weights + at);
+      if (lane == 0 && p.b > 1) {
+        choose(logits + s.E0, s.E - s.E0, s.K, p.gate_all, ids + at + s.K, weights + at + s.K);
+      }
+      __syncwarp();  // the next sequence's logits take the place of these
     }
   }
 
-  // u = s share q h of `count` instances from `begin` on. `writes`: their leads, too.
+  // u = s c h of `count` sequences from `begin` on. `writes`: their scores, too.
   __device__ __forceinline__ void mix(int begin, int count, bool writes) const {
     for (int item = threadIdx.x; item < count * s.columns; item += kThreads) {  // h
       const int i = begin + item / s.columns, slot = item % s.columns / s.padded, rank = item % s.padded;
-      const int expert = routes[i * s.slots + slot] + (slot < s.vu_slots ? 0 : s.M), stride = s.E * s.r;
-      const auto part = global<const float>(p.h_part) + (i * stride + expert * s.r + rank);
-      u[item] = rank < s.r ? strided_sum(part, s.d_slices, s.n * stride) : 0.0f;
+      const int id = ids[i * s.slots + slot], stride = s.downs * s.r, second = slot >= s.K;
+      const int down = p.shared ? second : id + second * s.E0;
+      const auto part = global<const float>(p.h_part) + (i * stride + down * s.r + rank);
+      u[item] = rank < s.r && id >= 0 ? strided_sum(part, s.d_slices, s.n * stride) : 0.0f;
     }
     __syncthreads();
-    for (int g = warp; g < count; g += kWarps) {  // a warp an instance
-      const auto mine = u + g * s.columns;
-      const auto my_routes = routes + (begin + g) * s.slots;
-      const auto my_gates = gates + (begin + g) * s.slots;
-      float lead = 0;
-      for (int c = lane; p.adaptive && c < s.columns; c += 32) {
-        const int slot = c / s.padded, rank = c % s.padded;
-        if (rank >= s.r) continue;
-        const bool vu = slot < s.vu_slots;
-        const float score = my_gates[slot] * w[(my_routes[slot] + (vu ? 0 : s.M)) * s.r + rank] * mine[c];
-        lead += vu ? score : -score;
+    with_mix(p.mix, [&](auto formulas) {
+      using M = decltype(formulas);
+      for (int g = warp; g < count; g += kWarps) {  // a warp a sequence
+        const auto mine = u + g * s.columns;
+        const auto my_ids = ids + (begin + g) * s.slots;
+        const auto my_weights = weights + (begin + g) * s.slots;
+        float score = 0;
+        if constexpr (M::kScores) {
+          for (int c = lane; c < s.columns; c += 32) {
+            const int slot = c / s.padded, rank = c % s.padded, second = slot >= s.K;
+            if (rank >= s.r) continue;
+            score += M::score_term(second, my_weights[slot], w[(max(static_cast<int>(my_ids[slot]), 0) + second * s.E0) * s.r + rank], mine[c]);
+          }
+          score = warp_sum(score);
+          if (writes && lane == 0) global<float>(p.scores)[begin + g] = score;
+        }
+        for (int c = lane; c < s.columns; c += 32) {
+          const int slot = c / s.padded;
+          mine[c] = mine[c] * (static_cast<float>(p.scaling) * M::coefficient(slot >= s.K, my_weights[slot], score));
+        }
       }
-      lead = p.adaptive ? warp_sum(lead) : static_cast<float>(p.fixed_lead);
-      if (writes && lane == 0) global<float>(p.lead)[begin + g] = lead;
-      for (int c = lane; c < s.columns; c += 32) {
-        const int slot = c / s.padded;
-        const float share = sigmoid(slot < s.vu_slots ? lead : -lead);
-        mine[c] = mine[c] * (static_cast<float>(p.scaling) * share * my_gates[slot]);
-      }
-    }
+    });
     __syncthreads();
   }
 
-  // Calls f with each of this thread's outputs of an item, a slice of k for a group of instances, and the instances of
+  // Calls f with each of this thread's outputs of an item, a slice of k for a group of sequences, and the sequences of
   // it that it has: all, or where there are more threads than outputs, every other, or fourth.
   template <class F>
   __device__ __forceinline__ void for_outputs(int item, F f) const {
@@ -523,10 +546,11 @@ struct Block {
     for_outputs(item, [&](int o, int64_t output, int set, int sets) {
       const uint64_t taken = ~0ull / ((1ull << sets) - 1) << set & ~0ull >> (64 - count);
       for (int slot = 0; slot < s.slots; ++slot) {
-        const bool vu = slot < s.vu_slots;
-        const auto users_of = masks + (vu ? slot * s.M : s.vu_slots * s.M + (slot - s.vu_slots) * s.N);
-        with_reader<WIDE>(vu ? p.vu_B : p.if_B, [&](auto B) {
-          expand_slot<T>(p, s, B, vu ? s.M : s.N, output, users_of, begin, taken, u + slot * s.padded, sums + o);
+        const bool second = slot >= s.K;
+        const int experts = second ? s.E - s.E0 : s.E0;
+        const auto users_of = masks + (second ? s.K * s.E0 + (slot - s.K) * experts : slot * experts);
+        with_reader<WIDE>(second ? p.banks[1].B : p.banks[0].B, [&](auto B) {
+          expand_slot<T>(p, s, B, experts, output, users_of, begin, taken, u + slot * s.padded, sums + o);
         });
       }
       const auto y = global<T>(p.y) + (begin * p.k + output);
@@ -537,20 +561,20 @@ struct Block {
   __device__ __forceinline__ bool expands() const { return block < s.k_slices * s.groups; }
 
   __device__ __forceinline__ void after_barrier() const {
-    if (p.adaptive) add_up_w();
+    if (s.weights > 0) add_up_w();
     int mixed = -1;
     for (int item = block; item < s.k_slices * s.groups; item += blocks) {
       const int begin = item / s.k_slices * s.group, end = min(begin + s.group, s.n);
       if (begin != mixed) {
         const bool writes = item % s.k_slices == 0;  // the first slice's block tells what was decided
-        if (p.route) {
+        if (p.routes) {
           route(begin, end, writes);
           __syncthreads();
           find_masks(begin, end);
-        }
-        for (int j = begin * s.slots + threadIdx.x; writes && j < end * s.slots; j += kThreads) {
-          global<int>(p.routes)[j] = routes[j];
-          global<float>(p.gates)[j] = gates[j];
+          for (int j = begin * s.slots + threadIdx.x; writes && j < end * s.slots; j += kThreads) {
+            global<int>(p.routed_ids)[j] = ids[j];
+            global<float>(p.routed_weights)[j] = weights[j];
+          }
         }
         mix(begin, end - begin, writes);
         mixed = begin;
@@ -580,7 +604,7 @@ __global__ void __launch_bounds__(kThreads, WIDE && sizeof(T) == 2 ? 2 : 1)
 size_t shared_bytes(const Decode& p) {
   const Sizes s(p);
   const int64_t sizes[] = {2 * s.masks, 2 * s.E, s.E, 1, s.n * s.slots, s.n * s.slots, 2 * s.outputs, kWarps * kSums,
-                           s.E * s.r, kWarps * s.E, s.group * s.columns, s.group * s.outputs};
+                           s.weights, kWarps * s.E, s.group * s.columns, s.group * s.outputs};
   size_t bytes = 0;
   for (int64_t size : sizes) bytes += cdiv(size * 4, 16) * 16;
   return bytes;
@@ -605,8 +629,7 @@ void decode(const Decode* projections, int count) {
       const Decode& p = all.of[i] = projections[i];
       const Sizes s(p);
       shared = std::max(shared, shared_bytes(p));
-      const int experts = static_cast<int>(p.use_vu * s.M + p.use_if * s.N);
-      wanted[i] = s.k_slices * s.groups + s.dots(p, experts * s.r) + s.logits(p);
+      wanted[i] = s.k_slices * s.groups + s.dots(s.downs * s.r) + s.logits();
       total += wanted[i];
     }
     const int64_t blocks = std::min<int64_t>(resident_blocks("decode", kernel, kThreads, shared), total);

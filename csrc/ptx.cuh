@@ -1,15 +1,15 @@
 // What the kernels ask of the hardware, in thin wrappers: the only file with PTX in it.
 //
-// Compiled by g++ with SMOLORA_EMULATE, emulate/emulate.h gives the same names on the CPU. Ptr<T> is T* here and a
-// pointer that checks its bounds there, so kernels take all memory, global and shared, through Ptr.
+// Compiled by g++ with SMOLORA_EMULATE, the emulate.h of the tests gives the same names on the CPU. Ptr<T> is T* here and
+// a pointer that checks its bounds there, so kernels take all memory, global and shared, through Ptr.
 #pragma once
 
 #include <cstdint>
 
-#include "smolora.h"
+#include "params.h"
 
 #ifdef SMOLORA_EMULATE
-#include "emulate/emulate.h"
+#include "emulate.h"
 #else
 
 #include <cuda_bf16.h>
@@ -38,9 +38,9 @@ __device__ __forceinline__ Ptr<U> view(T* p) {
 }
 
 // Shared memory of the block, taken piece by piece; a piece starts at a multiple of 16 bytes.
-class Arena {
+class SmemAllocator {
  public:
-  __device__ __forceinline__ Arena() {
+  __device__ __forceinline__ SmemAllocator() {
     extern __shared__ __align__(128) unsigned char bytes[];
     next_ = bytes;
   }

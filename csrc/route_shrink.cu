@@ -1,14 +1,18 @@
-// Route each instance and bring its tokens into rank space: one read of x. In the order they run:
+// Choose each sequence's slots and bring its tokens into rank space: one read of x. In the order they run:
 //
-//   prepare  IF routing, the routed tokens of each instance, and partial sums of w = s B^T I
-//   shrink   the pass over x: A x of every VU expert (or of the chosen) and the chosen IF experts, and column sums
-//   route    the mean of x over routed tokens, and the VU routes
-//   finish   h of the chosen experts, and w, from their parts
+//   prepare         routing by the instruction, the routed tokens of each sequence, and partial sums of w = s B^T I
+//   pack            A as the product reads it
+//   shrink          the pass over x: A x of the slots, or of all experts of a bank that x routes, and column sums
+//   route           the mean of x over routed tokens, and the routes of banks whose router reads it
+//   reduce_split_k  h of the slots, and w, from their parts
 //
-// The VU route is known only when all of an instance has been read, so one pass computes all VU experts; when they have
-// too many columns for that, a first pass takes the sums alone and a second one the chosen experts. A route must not
-// depend on batch or padding: all sums over tokens and inputs run in an order that only the instance and the layer set.
+// A route by x is known only when all of a sequence has been read, so one pass computes all experts of such a bank; when
+// they have too many columns for that, a first pass takes the sums alone and a second one the chosen experts. A route
+// must not depend on batch or padding: all sums over tokens and inputs run in an order that only the sequence and the
+// layer set.
 
+#include "mix.cuh"
+#include "pack.cuh"
 #include "shrink.cuh"
 
 namespace {
@@ -17,17 +21,30 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRouteThreads = 512;
 
-// Grid (n + (M + N) parts): an instance, then a part of an expert's w.
+// Chooses a sequence's slots of a bank by its logits z; by one thread.
+__device__ __forceinline__ void choose_slots(const RouteShrink& p, Ptr<const float> z, int64_t E, int64_t seq, int bank) {
+  const int64_t at = (seq * p.b + bank) * p.K;
+  choose(z, static_cast<int>(E), static_cast<int>(p.K), p.gate_all, global<int>(p.routed_ids) + at,
+         global<float>(p.routed_weights) + at);
+}
+
+// The first of a sequence's routers in a bank's.
+__device__ __forceinline__ int64_t first_router(const RouteShrink& p, int64_t E, int64_t seq) {
+  return p.router_rows == nullptr ? 0 : global<const int64_t>(p.router_rows)[seq] * E;
+}
+
+// Grid (n + (sum E) parts): a sequence, then a part of an expert's w.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
-  Arena arena;
-  auto scratch = arena.take<float>(max(4 * kThreads, static_cast<int>(p.N)));
-  auto tokens = arena.take<int64_t>(2 * kThreads);
+  const int64_t E0 = p.banks[0].E, E = E0 + p.banks[1].E;
+  SmemAllocator smem;
+  auto scratch = smem.take<float>(max(4 * kThreads, static_cast<int>(E)));
+  auto tokens = smem.take<int64_t>(2 * kThreads);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int64_t instances = p.route ? p.n : 0;
-  if (blockIdx.x < instances) {
-    const int64_t i = blockIdx.x, b = p.use_vu + p.use_if;
-    if (p.use_vu) {
+  const int64_t seqs = p.routes ? p.n : 0;
+  if (blockIdx.x < seqs) {
+    const int64_t i = blockIdx.x;
+    if (p.banks[0].router_reads_x || p.banks[1].router_reads_x) {
       const auto cu = global<const int>(p.cu);
       const int64_t start = p.cu != nullptr ? cu[i] : i * (p.T / p.n);
       const int64_t length = p.cu != nullptr ? cu[i + 1] - start : p.T / p.n;
@@ -52,48 +69,49 @@ __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
         global<int>(p.arrived)[i] = 0;
       }
     }
-    if (p.use_if) {
-      for (int64_t expert = warp; expert < p.N; expert += kWarps) {
-        const float sum = warp_dot(p.if_router, expert * p.e, p.instruction, i * p.e, p.e);
-        if (lane == 0) {
-          scratch[expert] = sum;
-          global<float>(p.logits)[i * (p.M + p.N) + p.M + expert] = sum;
-        }
+    for (int64_t expert = warp; expert < E; expert += kWarps) {
+      const bool second = expert >= E0;
+      if (second ? p.banks[1].router_reads_x : p.banks[0].router_reads_x) continue;
+      const int64_t row = first_router(p, second ? E - E0 : E0, i) + expert - (second ? E0 : 0);
+      const float sum = warp_dot(second ? p.banks[1].router : p.banks[0].router, row * p.e, p.instruction, i * p.e, p.e);
+      if (lane == 0) {
+        scratch[expert] = sum;
+        global<float>(p.logits)[i * E + expert] = sum;
       }
-      __syncthreads();
-      const int64_t at = (i * b + b - 1) * p.K;
-      if (thread == 0) {
-        choose(scratch, static_cast<int>(p.N), static_cast<int>(p.K), global<int>(p.routes) + at,
-               global<float>(p.gates) + at);
-      }
+    }
+    __syncthreads();
+    if (thread == 0) {
+      if (!p.banks[0].router_reads_x) choose_slots(p, scratch, E0, i, 0);
+      if (p.b > 1 && !p.banks[1].router_reads_x) choose_slots(p, scratch + E0, E - E0, i, 1);
     }
     return;
   }
-  const int64_t item = blockIdx.x - instances, E = p.M + p.N, expert = item % E;
+  const int64_t item = blockIdx.x - seqs, expert = item % E;
   const int64_t begin = item / E * limits::kPrepareOutputs, end = min(p.k, begin + limits::kPrepareOutputs);
-  const bool vu = expert < p.M;
-  add_w_part<T, kThreads>(p, vu ? p.vu_B : p.if_B, vu ? p.vu_importance : p.if_importance, p.k,
-                          vu ? expert : expert - p.M, begin, end, scratch, global<float>(p.w_part) + item * p.r);
+  const bool second = expert >= E0;
+  add_w_part<T, kThreads>(p, second ? p.banks[1].B : p.banks[0].B, second ? p.banks[1].importance : p.banks[0].importance,
+                          p.k, second ? expert - E0 : expert, begin, end, scratch,
+                          global<float>(p.w_part) + item * p.r);
 }
 
-// Grid (n, slices of d): the mean of an instance's routed tokens over a slice, and its part of the logits; the last
+// Grid (n, slices of d): the mean of a sequence's routed tokens over a slice, and its part of the logits; the last
 // slice to be ready adds the parts in their order and chooses. Four groups of threads share the tiles, which they count
 // from the first routed token.
 __global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) {
   constexpr int GROUPS = 4, LANES = kRouteThreads / GROUPS, COLUMNS = kRouteThreads / LANES;
   static_assert(limits::kRouteInputs == kRouteThreads);
-  Arena arena;
-  auto group_sums = arena.take<float>(GROUPS * kRouteThreads);
-  auto scratch = arena.take<float>(kRouteThreads / 32);
-  auto z = arena.take<float>(static_cast<int>(p.M));
-  auto last = arena.take<int>(1);
+  const int64_t E0 = p.banks[0].E, E = E0 + p.banks[1].E;
+  SmemAllocator smem;
+  auto group_sums = smem.take<float>(GROUPS * kRouteThreads);
+  auto scratch = smem.take<float>(kRouteThreads / 32);
+  auto z = smem.take<float>(static_cast<int>(E));
+  auto last = smem.take<int>(1);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int64_t i = blockIdx.x, slice = blockIdx.y, slices = gridDim.y, c0 = slice * limits::kRouteInputs;
   const auto cu = global<const int>(p.cu);
-  const bool packed = p.cu != nullptr;
-  const int64_t S = p.T / p.n, length = packed ? cu[i + 1] - cu[i] : S;
+  const int64_t length = p.cu != nullptr ? cu[i + 1] - cu[i] : p.T / p.n;
   const auto routed = global<const int64_t>(p.routed);
-  const int64_t base = tile_base(i, cu, packed, S, limits::kTile, p.mask != nullptr ? 2 : 1);
+  const int64_t base = tile_base(p, i, limits::kTile, p.mask != nullptr ? 2 : 1);
   const int64_t offset = (limits::kTile - routed[i * 2] % limits::kTile) % limits::kTile;
   const int64_t end = base + cdiv(length + offset, limits::kTile);
   float sum[COLUMNS] = {};
@@ -117,14 +135,18 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) 
   mean /= static_cast<float>(max(routed[i * 2 + 1], static_cast<int64_t>(1)));
   if (c < p.d) global<float>(p.mean)[i * p.d + c] = mean;
   auto z_part = global<float>(p.z_part);
-  for (int64_t expert = 0; expert < p.M; ++expert) {
-    const float term = warp_sum(c < p.d ? mean * weight_at(p.vu_router, expert * p.d + c) : 0.0f);
+  for (int64_t expert = 0; expert < E; ++expert) {
+    const bool second = expert >= E0;
+    if (!(second ? p.banks[1].router_reads_x : p.banks[0].router_reads_x)) continue;
+    const int64_t row = first_router(p, second ? E - E0 : E0, i) + expert - (second ? E0 : 0);
+    const Weight& router = second ? p.banks[1].router : p.banks[0].router;
+    const float term = warp_sum(c < p.d ? mean * weight_at(router, row * p.d + c) : 0.0f);
     if (lane == 0) scratch[warp] = term;
     __syncthreads();
     if (thread == 0) {
       float total = 0;
       for (int w = 0; w < kRouteThreads / 32; ++w) total += scratch[w];
-      z_part[(i * slices + slice) * p.M + expert] = total;
+      z_part[(i * slices + slice) * E + expert] = total;
     }
     __syncthreads();
   }
@@ -135,114 +157,99 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) 
   }
   __syncthreads();
   if (!last[0]) return;
-  for (int64_t expert = thread; expert < p.M; expert += kRouteThreads) {
+  for (int64_t expert = thread; expert < E; expert += kRouteThreads) {
+    if (!(expert >= E0 ? p.banks[1].router_reads_x : p.banks[0].router_reads_x)) continue;
     float sum = 0;
-    for (int64_t s = 0; s < slices; ++s) sum += z_part[(i * slices + s) * p.M + expert];
+    for (int64_t s = 0; s < slices; ++s) sum += z_part[(i * slices + s) * E + expert];
     z[expert] = sum;
-    global<float>(p.logits)[i * (p.M + p.N) + expert] = sum;
+    global<float>(p.logits)[i * E + expert] = sum;
   }
   __syncthreads();
-  const int64_t at = i * (p.use_vu + p.use_if) * p.K;
   if (thread == 0) {
-    choose(z, static_cast<int>(p.M), static_cast<int>(p.K), global<int>(p.routes) + at, global<float>(p.gates) + at);
+    if (p.banks[0].router_reads_x) choose_slots(p, z, E0, i, 0);
+    if (p.banks[1].router_reads_x) choose_slots(p, z + E0, E - E0, i, 1);
   }
 }
 
-// A thread has an element of h, or one of w.
-__global__ void __launch_bounds__(kThreads, 1) finish_kernel(RouteShrink p) {
-  const int b = static_cast<int>(p.use_vu + p.use_if), K = static_cast<int>(p.K), r = static_cast<int>(p.r);
-  const int64_t columns = b * K * r, size = p.T * columns;
+// A thread has an element of h, or one of w. `parts` is the product that made h's: in one pass with all experts of some banks.
+__global__ void __launch_bounds__(kThreads, 1) reduce_split_k_kernel(RouteShrink p, Shrink parts) {
+  const int r = static_cast<int>(p.r), down = static_cast<int>(down_slots(p));
+  const int64_t columns = p.b * down * r, size = p.T * columns;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < size) {
-    const int RP = rank_columns(r);
-    const Units units(p, p.one_pass ? p.M : K);
+    const int RP = rank16(r);
+    const RankTiles tiles(parts);
     const int64_t token = i / columns;
-    const int column = static_cast<int>(i - token * columns), branch = column / (K * r), slot = column / r % K;
-    const int rank = column % r;
-    int64_t source = slot * RP + rank;
-    if (branch == b - 1 && p.use_if) {
-      source += units.vu * 16;
-    } else if (p.one_pass) {
-      const int instance = instance_of(token, global<const int>(p.cu), p.cu != nullptr, p.n, p.T / p.n);
-      source = global<const int>(p.routes)[(instance * b + branch) * K + slot] * RP + rank;
+    const int column = static_cast<int>(i - token * columns), slot = column / r, rank = column % r;
+    const bool second = slot >= down;
+    int64_t source = second ? slot - down : slot;
+    if ((second ? parts.in_order[1] : parts.in_order[0]) && !p.shared && p.ids != nullptr) {
+      source = global<const int>(p.ids)[seq_of(p, token) * p.b * down + slot];
     }
+    source = source * RP + rank + (second ? tiles.first * 16 : 0);
     float sum = 0;
-    for (int64_t s = 0; s < p.splits; ++s) {
-      sum += global<const float>(p.part)[(s * p.T + token) * units.total * 16 + source];
+    for (int64_t s = 0; s < p.split_k; ++s) {
+      sum += global<const float>(p.part)[(s * p.T + token) * tiles.total * 16 + source];
     }
     global<float>(p.h)[i] = sum * (256.0f / static_cast<float>(256 - p.threshold));
     return;
   }
   i -= size;
-  if (p.adaptive && i < (p.M + p.N) * r) {
+  const int64_t numbers = (p.banks[0].E + p.banks[1].E) * r;
+  if (p.w != nullptr && i < numbers) {
     float sum = 0;
-    const int64_t parts = cdiv(p.k, limits::kPrepareOutputs);
-    for (int64_t part = 0; part < parts; ++part) sum += global<const float>(p.w_part)[part * (p.M + p.N) * r + i];
+    const int64_t parts_of_w = cdiv(p.k, limits::kPrepareOutputs);
+    for (int64_t part = 0; part < parts_of_w; ++part) sum += global<const float>(p.w_part)[part * numbers + i];
     global<float>(p.w)[i] = sum;
   }
 }
 
-template <class T, int UNITS>
-void launch_shrink(const Shrink& p) {
-  static_assert(kShrinkShared<T, UNITS> <= limits::kSharedMemory);
-  const int64_t tiles = tile_count(p, limits::kTile, p.sums != nullptr && p.mask != nullptr ? 2 : 1);
-  const int64_t blocks = p.multiplies ? cdiv(Units(p, p.vu_slots).total, UNITS) : 1;
-  launch("shrink", shrink_kernel<T, UNITS>,
-         dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(p.splits), static_cast<unsigned>(blocks)),
-         kShrinkThreads, kShrinkShared<T, UNITS>, p.stream, false, p);
-}
-
 }  // namespace
 
-void shrink(const Shrink& p, int64_t columns) {
+void route_shrink(const RouteShrink& given) {
+  use_device(static_cast<int>(given.device));
+  RouteShrink p = given;
+  if (p.routes) {
+    p.ids = p.routed_ids;  // once they are there
+    p.slot_weights = p.routed_weights;
+  }
+  const bool reads_x = p.banks[0].router_reads_x || p.banks[1].router_reads_x;
+  const int64_t RP = rank16(p.r), width = cdiv(p.d, 8) * 8, E = p.banks[0].E + p.banks[1].E;
   with_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    switch (columns) {
-      case 32: return launch_shrink<T, 2>(p);
-      case 80: return launch_shrink<T, 5>(p);
-      default: return launch_shrink<T, sizeof(T) == 2 ? 8 : 5>(p);  // in float32, 128 would spill
-    }
+    const int64_t items = (p.routes ? p.n : 0) + (p.w != nullptr ? E * cdiv(p.k, limits::kPrepareOutputs) : 0);
+    const size_t shared = cdiv(std::max<int64_t>(4 * kThreads, E) * 4, 16) * 16 + 16 * kThreads;
+    launch("prepare", prepare_kernel<decltype(zero)>, dim3(static_cast<unsigned>(items)), kThreads, shared, p.stream,
+           false, p);
   });
-}
-
-void route_shrink(const RouteShrink& p) {
-  use_device(static_cast<int>(p.device));
-  const bool route_vu = p.route && p.use_vu;
-  const int64_t RP = rank_columns(p.r), width = cdiv(p.d, 8) * 8;
-  with_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t items = (p.route ? p.n : 0) + (p.adaptive ? (p.M + p.N) * cdiv(p.k, limits::kPrepareOutputs) : 0);
-    const size_t shared = std::max<size_t>(4 * kThreads, p.N) * 4 + 16 + 16 * kThreads;
-    launch("prepare", prepare_kernel<T>, dim3(static_cast<unsigned>(items)), kThreads, shared, p.stream, false, p);
-    pack<T>(p, {{p.vu_A, p.if_A}, {p.vu_packed, p.if_packed}, {p.M, p.N}, p.r, p.d, RP, width}, false);
-  });
-  Shrink s;
-  static_cast<Layout&>(s) = p;
-  s.s = p.x, s.L = p.d, s.width = width;
-  s.weights = {p.vu_packed != nullptr ? p.vu_packed : p.vu_A.data, p.if_packed != nullptr ? p.if_packed : p.if_A.data,
-               RP * width, width};
-  s.routes = p.routes;
+  pack(p, &Bank::A, p.r, p.d, RP, width, false);
+  Shrink s(p, Space::kDown);
+  s.src = p.x;
+  s.L = p.d;
+  s.width = width;
+  for (int bank = 0; bank < p.b; ++bank) s.weights.bank[bank] = packed(p.banks[bank], p.banks[bank].A);
+  s.weights.expert = RP * width;
+  s.weights.row = width;
+  s.split_k = p.split_k;
   s.part = p.part;
-  if (route_vu) {
+  for (int bank = 0; bank < p.b && p.one_pass && !p.shared; ++bank) {
+    if (!p.banks[bank].router_reads_x) continue;
+    s.slots[bank] = p.banks[bank].E;
+    s.in_order[bank] = 1;
+  }
+  if (reads_x) {
     Shrink sum = s;
-    sum.multiplies = sum.all = p.one_pass;
-    sum.vu_slots = p.M;
-    sum.splits = p.one_pass ? p.splits : p.sum_splits;
+    sum.multiplies = p.one_pass;
+    if (!p.one_pass) sum.split_k = p.sum_split_k;
     sum.sums = p.sums;
     sum.mask = p.mask;
     sum.routed = p.routed;
     shrink(sum, p.one_pass ? p.columns : 32);
-    const size_t shared = 4 * (4 * kRouteThreads + kRouteThreads / 32) + cdiv(p.M * 4, 16) * 16 + 16;
-    launch("route", route_kernel,
-           dim3(static_cast<unsigned>(p.n), static_cast<unsigned>(cdiv(p.d, limits::kRouteInputs))), kRouteThreads,
-           shared, p.stream, false, p);
+    const size_t shared = 4 * (4 * kRouteThreads + kRouteThreads / 32) + cdiv(E * 4, 16) * 16 + 16;
+    const dim3 grid(static_cast<unsigned>(p.n), static_cast<unsigned>(cdiv(p.d, limits::kRouteInputs)));
+    launch("route", route_kernel, grid, kRouteThreads, shared, p.stream, false, p);
   }
-  if (!p.one_pass) {
-    s.vu_slots = p.K;
-    s.splits = p.splits;
-    shrink(s, p.columns);
-  }
-  const int64_t elements = p.T * (p.use_vu + p.use_if) * p.K * p.r + (p.adaptive ? (p.M + p.N) * p.r : 0);
-  launch("finish", finish_kernel, dim3(static_cast<unsigned>(cdiv(elements, kThreads))), kThreads, 0, p.stream, false,
-         p);
+  if (!p.one_pass) shrink(s, p.columns);
+  const int64_t elements = p.T * p.b * down_slots(p) * p.r + (p.w != nullptr ? E * p.r : 0);
+  launch("reduce_split_k", reduce_split_k_kernel, dim3(static_cast<unsigned>(cdiv(elements, kThreads))), kThreads, 0,
+         p.stream, false, p, s);
 }

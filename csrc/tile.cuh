@@ -7,7 +7,7 @@
 // Accumulators of 16x16 products, float[2][4]: [j][i] is row lane / 4 + i / 2 * 8, column j * 8 + lane % 4 * 2 + i % 2.
 #pragma once
 
-#include "common.cuh"
+#include "primitives.cuh"
 
 constexpr int kStages = 3;  // tiles on their way or in use
 
@@ -176,101 +176,50 @@ __device__ __forceinline__ void drop_transposed(Left<T>& a, Ptr<const uint16_t> 
   }
 }
 
-// ---- rank space in units of 16 columns: the VU branch's slots of RP columns, then the IF branch's
+// ---- rank space, which has the slots of each bank side by side, RP columns each
 
-struct Units {
-  int vu, total;
-  __host__ __device__ Units(const Layout& p, int64_t vu_slots) {
-    const int per_slot = rank_columns(p.r) / 16;
-    vu = p.use_vu ? static_cast<int>(vu_slots) * per_slot : 0;
-    total = vu + (p.use_if ? static_cast<int>(p.K) * per_slot : 0);
-  }
-};
-
-// The expert's number and the first rank of a unit; ALL: the VU branch's slots are all experts.
-__device__ __forceinline__ void locate_unit(const Layout& p, const Units& units, Ptr<const int> routes, int instance,
-                                            int unit, bool all, int64_t& expert, int& rank) {
-  const int RP = rank_columns(p.r);
-  const bool vu = unit < units.vu;
-  const int column = (vu ? unit : unit - units.vu) * 16, slot = column / RP;
-  rank = column % RP;
-  const int64_t branches = p.use_vu + p.use_if, branch = vu ? 0 : branches - 1;
-  expert = vu && all ? slot : routes[(instance * branches + branch) * p.K + slot];
-}
+// Which slots: those of h and dh, one a bank where its B share an A; or those of u and p, K a bank.
+enum class Space { kDown, kUp };
 
 // Experts' rows in the compute dtype, RP rows an expert or rows of RP columns, each starting at a multiple of 16 bytes.
-struct Rows {
-  const void* vu = nullptr;
-  const void* other = nullptr;  // the IF branch's
+struct WeightView {
+  const void* bank[limits::kBanks] = {};
   int64_t expert = 0, row = 0;  // distances
 };
 
-// ---- weights brought into that shape: rounded, padded with zeros
+// What the products between tokens and rank space have in common.
+struct Product : Layout {
+  int64_t slots[limits::kBanks] = {};     // of each bank
+  int64_t in_order[limits::kBanks] = {};  // slot j has expert j, whatever `ids` say
+  int64_t streams[limits::kBanks] = {};   // of dropout
+  WeightView weights;                     // of the slots' experts, where there is a product with them
 
-struct Packing {  // of the VU branch's experts, then of the IF branch's; a branch without `to` stays as it is
-  Weight from[2];          // (experts, rows, columns)
-  void* to[2];             // (experts, to_rows, to_columns) T
-  int64_t experts[2];
-  int64_t rows, columns;   // of `from`
-  int64_t to_rows, to_columns;
-};
-
-// A row of `to` has `lanes` threads of a block, and a block 256 / lanes rows.
-template <class T>
-__global__ void __launch_bounds__(256, 1) pack_kernel(Packing p, int lanes) {
-  const int thread = threadIdx.x, rows = 256 / lanes;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * rows + thread / lanes;
-  if (thread / lanes >= rows || row >= (p.experts[0] + p.experts[1]) * p.to_rows) return;
-  const bool vu = row < p.experts[0] * p.to_rows;
-  if (!vu) row -= p.experts[0] * p.to_rows;
-  const Weight from = vu ? p.from[0] : p.from[1];
-  const int64_t expert = row / p.to_rows, from_row = row % p.to_rows;
-  const auto to = global<T>(vu ? p.to[0] : p.to[1]) + row * p.to_columns;
-  for (int64_t column = thread % lanes; column < p.to_columns; column += lanes) {
-    const bool inside = from_row < p.rows && column < p.columns;
-    to[column] = from_float<T>(inside ? weight_at(from, (expert * p.rows + from_row) * p.columns + column) : 0.0f);
-  }
-}
-
-// With rows and columns exchanged, 32 by 32 at a time through shared memory. Grid (columns, rows of `from`, experts).
-template <class T>
-__global__ void __launch_bounds__(256, 1) pack_exchanged_kernel(Packing p) {
-  Arena arena;
-  auto tile = arena.take<float>(32 * 33);
-  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * 32, column0 = static_cast<int64_t>(blockIdx.x) * 32;
-  const bool vu = blockIdx.z < p.experts[0];
-  const int64_t expert = vu ? blockIdx.z : blockIdx.z - p.experts[0];
-  const Weight from = vu ? p.from[0] : p.from[1];
-  const auto to = global<T>(vu ? p.to[0] : p.to[1]);
-  const int lane = threadIdx.x % 32;
-  for (int i = threadIdx.x / 32; i < 32; i += 8) {
-    const int64_t row = row0 + i, column = column0 + lane;
-    const bool inside = row < p.rows && column < p.columns;
-    tile[i * 33 + lane] = inside ? weight_at(from, (expert * p.rows + row) * p.columns + column) : 0.0f;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x / 32; i < 32; i += 8) {
-    const int64_t row = column0 + i, column = row0 + lane;  // of `to`
-    if (row < p.to_rows && column < p.to_columns) {
-      to[(expert * p.to_rows + row) * p.to_columns + column] = from_float<T>(tile[lane * 33 + i]);
+  Product(const Pass& p, Space space) : Layout(p) {
+    for (int bank = 0; bank < p.b; ++bank) {
+      slots[bank] = space == Space::kDown ? down_slots(p) : p.K;
+      in_order[bank] = p.ids == nullptr || (space == Space::kDown && p.shared);
+      streams[bank] = p.banks[bank].dropout_stream;
     }
   }
-}
+};
 
-// Launches it for the branches that have a place to go to; `exchanged`: `to` has the columns of `from` as rows.
-template <class T>
-void pack(const Layout& p, Packing packing, bool exchanged) {
-  for (int branch = 0; branch < 2; ++branch) {
-    if (packing.to[branch] == nullptr) packing.experts[branch] = 0;
+// Its tiles of 16 columns.
+struct RankTiles {
+  int first, total;  // of the first bank, and all
+  __host__ __device__ explicit RankTiles(const Product& p) {
+    const int per_slot = rank16(p.r) / 16;
+    first = static_cast<int>(p.slots[0]) * per_slot;
+    total = first + static_cast<int>(p.slots[1]) * per_slot;
   }
-  const int64_t experts = packing.experts[0] + packing.experts[1];
-  if (exchanged) {
-    const dim3 grid(static_cast<unsigned>(cdiv(packing.to_rows, 32)),
-                    static_cast<unsigned>(cdiv(packing.to_columns, 32)), static_cast<unsigned>(experts));
-    launch("pack", pack_exchanged_kernel<T>, grid, 256, 32 * 33 * 4, p.stream, false, packing);
-  } else {
-    const int lanes = static_cast<int>(std::min<int64_t>(packing.to_columns, 256));
-    const auto blocks = static_cast<unsigned>(cdiv(experts * packing.to_rows, 256 / lanes));
-    launch("pack", pack_kernel<T>, dim3(blocks), 256, 0, p.stream, false, packing, lanes);
-  }
+};
+
+// The expert of a tile, by its number in the bank, and the tile's first rank.
+__device__ __forceinline__ void expert_of_tile(const Product& p, const RankTiles& tiles, int seq, int tile,
+                                               int64_t& expert, int& rank) {
+  const int RP = rank16(p.r);
+  const bool second = tile >= tiles.first;
+  const int column = (second ? tile - tiles.first : tile) * 16, slot = column / RP;
+  rank = column % RP;
+  const bool in_order = second ? p.in_order[1] : p.in_order[0];
+  expert = expert_in(global<const int>(p.ids), in_order, (seq * p.b + second) * p.K + slot, slot);
 }

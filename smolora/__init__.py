@@ -4,13 +4,33 @@ from . import reference
 from .backends import backend_info, use_backend
 from .config import SMoLoRAConfig
 from .instruction import InstructionEncoder
-from .layer import FusedSMoLoRA
+from .methods import (
+    MIXTURES,
+    BranchLoRAConfig,
+    FusedBranchLoRA,
+    FusedLiLoRA,
+    FusedMoELoRA,
+    FusedRoutedLoRA,
+    FusedSMoLoRA,
+    LiLoRAConfig,
+    MoELoRAConfig,
+    RoutedLoRAConfig,
+)
 from .routing import Routing
 from .tuner import SMoLoRAModel, routing_report
 
 __all__ = [
+    "MIXTURES",
+    "BranchLoRAConfig",
+    "FusedBranchLoRA",
+    "FusedLiLoRA",
+    "FusedMoELoRA",
+    "FusedRoutedLoRA",
     "FusedSMoLoRA",
     "InstructionEncoder",
+    "LiLoRAConfig",
+    "MoELoRAConfig",
+    "RoutedLoRAConfig",
     "Routing",
     "SMoLoRAConfig",
     "SMoLoRAModel",

@@ -78,8 +78,104 @@ def dropout_threshold(p: float) -> int:
     return threshold
 
 
+def check_int(name: str, value: Any, least: int = 1) -> None:
+    """Check a whole number.
+
+    Raises:
+        ValueError: `value` is none, or is less than `least`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {kind}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Check one of some words.
+
+    Raises:
+        ValueError: `value` is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 @dataclass
-class SMoLoRAConfig(PeftConfig):
+class MixtureConfig(PeftConfig):
+    """What the configurations of all mixtures of low-rank experts have.
+
+    Args:
+        r: rank of each expert, 1 to 128.
+        lora_alpha: the adapter's output is scaled by `lora_alpha / r`.
+        lora_dropout: dropout on the adapter's input; a multiple of 1/256 after rounding.
+        target_modules: names of the linear layers to adapt, or a regular expression.
+        exclude_modules: names to leave out, or a regular expression.
+        modules_to_save: further modules to train and save.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    r: int = field(default=16, metadata={"help": "rank of each expert, 1 to 128"})
+    lora_alpha: float = field(default=32, metadata={"help": "the adapter's output is scaled by lora_alpha / r"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to adapt"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to leave out"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = register_peft_type(self.method.upper())
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        check_int("r", self.r)
+        if self.r > MAX_RANK:
+            raise ValueError(f"r must be at most {MAX_RANK}, got {self.r}")
+        alpha = self.lora_alpha
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
+            raise ValueError(f"lora_alpha must be a positive finite number, got {alpha!r}")
+        dropout_threshold(self.lora_dropout)
+
+    def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
+        """`method`: the name of the method in `smolora.MIXTURES`; a subclass without one has its parent's."""
+        super().__init_subclass__(**kwargs)
+        cls.method = method or cls.method
+
+    @property
+    def scaling(self) -> float:
+        """The factor s on every expert's output, `lora_alpha / r`."""
+        return self.lora_alpha / self.r
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`.
+
+        PEFT has written the adapter's tensors just before: they get the checksums that `from_pretrained` looks at.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        weights = os.path.join(save_directory, WEIGHT_FILES[0])
+        if os.path.isfile(weights):
+            add_checksums(weights)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> MixtureConfig:
+        """Read a saved configuration, from a folder or the Hub.
+
+        Raises:
+            ValueError: as for the constructor; or the adapter's tensors in the same folder are broken, which is looked
+                at here since PEFT does not.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        for name in WEIGHT_FILES:
+            if os.path.isfile(os.path.join(folder, name)):
+                read_tensors(os.path.join(folder, name))
+        return config
+
+
+@dataclass
+class SMoLoRAConfig(MixtureConfig, method="smolora"):
     """Configuration of SMoLoRA (Separable Mixture of Low-Rank Adaptation, ICCV 2025).
 
     The defaults are the paper's setting; where paper and released code differ, the first choice listed is the default
@@ -116,9 +212,6 @@ class SMoLoRAConfig(PeftConfig):
         ValueError: naming the argument, its value and what is allowed.
     """
 
-    r: int = field(default=16, metadata={"help": "rank of each expert, 1 to 128"})
-    lora_alpha: float = field(default=32, metadata={"help": "the adapter's output is scaled by lora_alpha / r"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input"})
     num_vu_experts: int = field(default=4, metadata={"help": "number of visual-understanding experts"})
     num_if_experts: int = field(default=4, metadata={"help": "number of instruction-following experts"})
     top_k: int = field(default=1, metadata={"help": "experts chosen in each branch"})
@@ -135,42 +228,26 @@ class SMoLoRAConfig(PeftConfig):
     router_grad: Literal["none", "straight_through"] = field(
         default="none", metadata={"help": "which gradient the routers get"}
     )
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to adapt"})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to leave out"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
     default_instruction: int | None = field(
         default=None, metadata={"help": "row of the saved instruction embeddings to use where a call gives none"}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = SMOLORA
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
-        for name in ("r", "num_vu_experts", "num_if_experts", "top_k", "instruction_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.r > MAX_RANK:
-            raise ValueError(f"r must be at most {MAX_RANK}, got {self.r}")
+        for name in ("num_vu_experts", "num_if_experts", "top_k", "instruction_dim"):
+            check_int(name, getattr(self, name))
         if self.top_k > min(self.num_vu_experts, self.num_if_experts):
             raise ValueError(
                 f"top_k must be at most min(num_vu_experts, num_if_experts) = "
                 f"{min(self.num_vu_experts, self.num_if_experts)}, got {self.top_k}"
             )
-        alpha = self.lora_alpha
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
-            raise ValueError(f"lora_alpha must be a positive finite number, got {alpha!r}")
-        dropout_threshold(self.lora_dropout)
         row = self.default_instruction
         if row is not None and (not isinstance(row, int) or isinstance(row, bool) or row < 0):
             raise ValueError(f"default_instruction must be a row number or None, got {row!r}")
         self.instruction_embeddings: Tensor | None = None
         self.instruction_texts: list[str | list[str] | None] | None = None
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), allowed)
 
     @classmethod
     def official(cls, **overrides) -> SMoLoRAConfig:
@@ -178,19 +255,13 @@ class SMoLoRAConfig(PeftConfig):
         return cls(**{"route_over": "all", "decode_routing": "token", **overrides})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and `instruction_embeddings.safetensors` if there are any.
-
-        PEFT has written the adapter's tensors just before: they get the checksums that `from_pretrained` looks at.
-        """
+        """Write `adapter_config.json`, and `instruction_embeddings.safetensors` if there are any."""
         super().save_pretrained(save_directory, **kwargs)
         if self.instruction_embeddings is not None:
             from .instruction import write_instruction_embeddings
 
             texts = self.instruction_texts or [None] * len(self.instruction_embeddings)
             write_instruction_embeddings(save_directory, self.instruction_embeddings, texts)
-        weights = os.path.join(save_directory, WEIGHT_FILES[0])
-        if os.path.isfile(weights):
-            add_checksums(weights)
 
     @classmethod
     def from_pretrained(
@@ -204,11 +275,8 @@ class SMoLoRAConfig(PeftConfig):
                 same folder are broken, which is looked at here since PEFT does not.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        for name in WEIGHT_FILES:
-            if os.path.isfile(os.path.join(folder, name)):
-                read_tensors(os.path.join(folder, name))
         if isinstance(config, SMoLoRAConfig) and config.default_instruction is not None:
+            folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
             path = os.path.join(folder, INSTRUCTION_FILE)
             if not os.path.isdir(folder):
                 download = cls._split_kwargs(kwargs)[0]
@@ -254,11 +322,6 @@ class SMoLoRAConfig(PeftConfig):
                 f"got {self.default_instruction}"
             )
         return self.instruction_embeddings[self.default_instruction]
-
-    @property
-    def scaling(self) -> float:
-        """The factor s on every expert's output, `lora_alpha / r`."""
-        return self.lora_alpha / self.r
 
     @property
     def routers_learn(self) -> bool:

@@ -179,3 +179,171 @@ def smolora_forward(
         torch.cat(shares) if shares else tokens.new_zeros(0),
     )
     return y, routing
+
+
+# ------------------------------------------------------------------------------------- the other mixtures, as written
+
+
+def _bounds(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    """First and last-plus-one token of each sequence of (B, S, d), or of packed tokens."""
+    edges = [b * x.shape[1] for b in range(x.shape[0] + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _dropped(tokens: Tensor, dropout: float, seed: int | None) -> Tensor:
+    """Tokens after dropout, with the mask of stream 0."""
+    if not dropout or seed is None:
+        return tokens
+    return tokens * dropout_factor(seed, *tokens.shape, 0, dropout).to(tokens.dtype)
+
+
+def _over_base(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor) -> Tensor:
+    """W x + b + adapter, of x's shape with k in place of d."""
+    tokens = x.reshape(-1, x.shape[-1])
+    y = F.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) + adapter
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def moelora_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """One MoELoRA layer (CoIN): y = W x + b + s sum_e softmax(R x)_e B_e A_e dropout(x), token by token.
+
+    Args:
+        x: (B, S, d) or (T, d). weight, bias: the frozen linear layer.
+        A, B, router: (E, r, d), (E, k, r), (E, d).
+        scaling: s. dropout, seed: as in `smolora_forward`.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    kept = _dropped(tokens, dropout, seed)
+    share = torch.softmax(F.linear(tokens, router.to(x.dtype)), -1)
+    adapter = tokens.new_zeros(len(tokens), weight.shape[0])
+    for e in range(len(A)):
+        adapter = adapter + share[:, e, None] * (scaling * F.linear(F.linear(kept, A[e].to(x.dtype)), B[e].to(x.dtype)))
+    return _over_base(x, weight, bias, adapter)
+
+
+def routedlora_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    experts: Tensor,
+    weights: Tensor | None = None,
+    *,
+    scaling: float,
+    cu_seqlens: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """Given LoRAs for each sequence: y = W x + b + s sum_j w_j B_e A_e dropout(x), e = experts[i, j]; -1 is no expert.
+
+    Args:
+        x: (B, S, d), or packed. weight, bias: the frozen linear layer.
+        A, B: (E, r, d), (E, k, r). experts: int (n, c). weights: (n, c), or None for 1.
+        scaling: s. dropout, seed: as in `smolora_forward`.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    kept = _dropped(tokens, dropout, seed)
+    outputs = [tokens.new_zeros(0, weight.shape[0])]
+    for i, (start, end) in enumerate(_bounds(x, cu_seqlens)):
+        output = tokens.new_zeros(end - start, weight.shape[0])
+        for j, e in enumerate(experts[i].tolist()):
+            if e >= 0:
+                one = scaling * F.linear(F.linear(kept[start:end], A[e].to(x.dtype)), B[e].to(x.dtype))
+                output = output + (one if weights is None else weights[i, j].to(x.dtype) * one)
+        outputs.append(output)
+    return _over_base(x, weight, bias, torch.cat(outputs))
+
+
+def branchlora_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    task: Tensor,
+    *,
+    scaling: float,
+    top_k: int,
+    router_input: str = "first",
+    renormalize: bool = False,
+    route_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """One BranchLoRA layer: y = W x + b + s sum of pi_b B_b A dropout(x) over the k largest pi = softmax(R_task x_r).
+
+    Args:
+        x: (B, S, d), or packed. weight, bias: the frozen linear layer.
+        A, B, router: (r, d), (N, k, r), (tasks, N, d). task: int (n,).
+        router_input: x_r is the "first", the "mean" or the "last" of the routed tokens.
+        renormalize: the chosen pi are divided by their sum.
+        scaling: s. dropout, seed: as in `smolora_forward`.
+    """
+    accurate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tokens = x.reshape(-1, x.shape[-1])
+    mask = torch.ones(len(tokens), dtype=torch.bool) if route_mask is None else route_mask.reshape(-1)
+    kept = _dropped(tokens, dropout, seed)
+    outputs = [tokens.new_zeros(0, weight.shape[0])]
+    for i, (start, end) in enumerate(_bounds(x, cu_seqlens)):
+        output = tokens.new_zeros(end - start, weight.shape[0])
+        seen = tokens[start:end][mask[start:end]].to(accurate)
+        seen = {"first": seen[:1], "mean": seen, "last": seen[-1:]}[router_input].sum(0) / max(
+            len(seen) if router_input == "mean" else 1, 1
+        )
+        pi = torch.softmax(router[int(task[i])].to(accurate) @ seen, 0)
+        chosen = torch.sort(pi, descending=True, stable=True).indices[:top_k]
+        share = pi[chosen] / pi[chosen].sum() if renormalize else pi[chosen]
+        for b, q in zip(chosen.tolist(), share, strict=True):
+            one = F.linear(F.linear(kept[start:end], A.to(x.dtype)), B[b].to(x.dtype))
+            output = output + q.to(x.dtype) * (scaling * one)
+        outputs.append(output)
+    return _over_base(x, weight, bias, torch.cat(outputs))
+
+
+def lilora_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    task_A: Tensor,
+    task_B: Tensor,
+    task_logit: Tensor,
+    task: Tensor,
+    *,
+    scaling: float,
+    cu_seqlens: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """One LiLoRA layer: y = W x + b + s (a B z + (1 - a) task_B (task_A z)), z = A dropout(x), a = sigmoid(task_logit).
+
+    Args:
+        x: (B, S, d), or packed. weight, bias: the frozen linear layer.
+        A, B: (r, d), (k, r). task_A, task_B, task_logit: (tasks, t, r), (tasks, k, t), (tasks,). task: int (n,).
+        scaling: s. dropout, seed: as in `smolora_forward`.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    kept = _dropped(tokens, dropout, seed)
+    outputs = [tokens.new_zeros(0, weight.shape[0])]
+    for i, (start, end) in enumerate(_bounds(x, cu_seqlens)):
+        t = int(task[i])
+        a = torch.sigmoid(task_logit[t]).to(x.dtype)
+        z = F.linear(kept[start:end], A.to(x.dtype))
+        pair = F.linear(F.linear(z, task_A[t].to(x.dtype)), task_B[t].to(x.dtype))
+        outputs.append(scaling * (a * F.linear(z, B.to(x.dtype)) + (1 - a) * pair))
+    return _over_base(x, weight, bias, torch.cat(outputs))

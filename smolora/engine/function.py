@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..spec import Bank, Dropout, Mixed, Router, Slots, Tokens
-from . import torch_passes
-from .ops import fuse_expand, grad_input, grad_output, route_shrink, without_autocast
+from ..spec import Bank, Dropout, Mixed, Router, Slots, Tokens, num_slots
+from . import cuda_passes, torch_passes
+from .ops import decode, fuse_expand, grad_input, grad_output, route_shrink, without_autocast
 
 
 class _Options(NamedTuple):
@@ -220,7 +220,21 @@ def mixture_linear(
 
     Returns:
         y (T, k), the mixture's alone without `weight`, and what was decided.
+
+    Raises:
+        RuntimeError: the backend is "cuda", whose kernels cannot take this mixture; the message says why.
     """
+    if backend == "cuda":
+        given_ids = None if slots is None else slots.ids
+        K = num_slots(given_ids, [bank.B for bank in banks], top_k)
+        cuda_passes.refuse_unsupported(mix, len(banks), K, banks[0].B.shape[2], token_weights is not None)
+        if cuda_passes.decodes(x, tokens.num_seqs, tokens.cu_seqlens, dropout.threshold, banks, K, routers, mix):
+            (mixed,) = decode_linears(
+                x, [banks], [(weight, bias)], tokens=tokens, scaling=scaling, backend=backend, mix=mix,
+                slots=None if slots is None else [slots], routers=[routers], top_k=top_k, gate=gate,
+                instruction=instruction,
+            )  # fmt: skip
+            return mixed
     ids = slot_weights = None
     if slots is not None:
         ids, slot_weights = slots
@@ -269,3 +283,63 @@ def mixture_linear(
         ids, slot_weights = routed_ids, routed_weights
     scores = fused if mix == "smolora" else token_weights if token_router is None else token_logits
     return Mixed(y, ids, slot_weights, logits if routers else None, scores)
+
+
+def decode_linears(
+    x: Tensor,
+    banks: Sequence[Sequence[Bank]],
+    bases: Sequence[tuple[Tensor | None, Tensor | None]],
+    *,
+    tokens: Tokens,
+    scaling: float,
+    backend: str,
+    mix: str = "weighted",
+    slots: Sequence[Slots] | None = None,
+    routers: Sequence[Sequence[Router]] = (),
+    top_k: int = 0,
+    gate: str = "chosen",
+    instruction: Tensor | None = None,
+) -> list[Mixed]:
+    """Apply mixtures to one token a sequence, in one launch for all projections of x; see `cuda_passes.decodes`.
+
+    Args:
+        banks: of each projection; all have as many, of the same rank, with experts alike in number.
+        bases: (weight, bias) of each projection's frozen linear layer, or (None, None) for the mixture's output alone.
+        slots, routers: of each projection, either of which is given for all or for none. Which router reads x is the
+            same in all of them.
+        tokens, scaling, backend, mix, top_k, gate, instruction: as in `mixture_linear`, the same for all projections.
+
+    Returns:
+        what `mixture_linear` gives for each projection, but for the weights of empty slots, which are as given.
+    """
+    ids = [] if slots is None else [each.ids for each in slots if each.ids is not None]
+    slot_weights = [] if slots is None else [each.weights for each in slots if each.weights is not None]
+    flat = [bank for each in banks for bank in each]
+    flat_routers = [router for each in routers for router in each]
+    results = decode(
+        x,
+        tokens.num_seqs,
+        tokens.route_mask,
+        instruction,
+        ids,
+        slot_weights,
+        [bank.A for bank in flat],
+        [bank.B for bank in flat],
+        [bank.importance for bank in flat] if mix == "smolora" else [],
+        [router.weight for router in flat_routers],
+        [router.reads_x for router in flat_routers[: len(banks[0])]],
+        [weight for weight, _ in bases],
+        [bias for _, bias in bases],
+        top_k,
+        gate,
+        scaling,
+        mix,
+        backend,
+    )
+    decoded = []
+    for i, (y, routed_ids, routed_weights, logits, scores) in enumerate(zip(*results, strict=True)):
+        chosen = Slots(None) if slots is None else slots[i]
+        if flat_routers:
+            chosen = Slots(routed_ids, routed_weights)
+        decoded.append(Mixed(y, *chosen, logits if flat_routers else None, scores if mix == "smolora" else None))
+    return decoded

@@ -156,7 +156,28 @@ def _fake_grad_input(
     return dx, dA, empty_like_if(need_token_router, dh if token_router is None else token_router)
 
 
+def _check_decode(x, num_seqs, route_mask, instruction, ids, slot_weights, A, B, *_) -> None:
+    check_values(x, num_seqs, None, route_mask, instruction)
+    banks = len(B) // max(len(ids), 1)
+    for i, chosen in enumerate(ids):
+        check_ids(chosen, B[i * banks : i * banks + banks])
+
+
+def _fake_decode(
+    x, num_seqs, route_mask, instruction, ids, slot_weights, A, B, importance, routers, router_reads_x, base_weight,
+    base_bias, top_k, gate, scaling, mix, backend,
+):  # fmt: skip
+    banks = len(A) // len(base_weight)
+    results = []
+    for first in range(0, len(B), banks):
+        routing = new_routing(x, num_seqs, B[first : first + banks], top_k, bool(routers))
+        scores = routing[2].new_empty(num_seqs if mix == "smolora" else 0)
+        results.append((x.new_empty((num_seqs, B[first].shape[1])), *routing, scores))
+    return tuple(map(list, zip(*results, strict=True)))
+
+
 route_shrink = _define(torch_passes.route_shrink, _fake_route_shrink, _check_route_shrink)
 fuse_expand = _define(torch_passes.fuse_expand, _fake_fuse_expand)
 grad_output = _define(torch_passes.grad_output, _fake_grad_output)
 grad_input = _define(torch_passes.grad_input, _fake_grad_input)
+decode = _define(cuda_passes.decode, _fake_decode, _check_decode)

@@ -341,7 +341,7 @@ def grad_output(
     scores = None if scores is None else blocks.split(scores)
     g_blocks = blocks.split(g).to(accurate)
     need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
-    dh = dslot_weights = dscores = dw = g.new_empty(0, dtype=accurate)
+    dh, dslot_weights, dscores, dw = (g.new_empty(0, dtype=accurate) for _ in range(4))
     dB = [b.new_empty(0) for b in B]
     dI = [i.new_empty(0) for i in importance]
     if need.p:

@@ -1,17 +1,20 @@
 """What the adapters of a whole model route by, and how it reaches them.
 
-A model's forward takes `instruction_embeds`, which no layer between it and the adapters knows. One plain object, the
-`RoutingContext`, is shared by a model and its adapter layers: a hook before the model's forward fills it with a `Call`,
-and the layers read that. It is neither a context variable nor a thread local, since a backward, and with it the
-recomputation of checkpointed layers, runs on other threads. A call stays after its forward for that recomputation, and
-the backward of its outputs brings it back, whatever other forwards came between; outside of both, a layer refuses to
-route. `generate()` is entered through `GenerateEntry`, since it encodes images before its first forward.
+A model's forward takes `instruction_embeds`, which no layer between it and the adapters knows. A hook before the
+forward makes a `Call` of it, and the layers read that from the `RoutingContext` that a model and its layers share. A
+call belongs to one forward: each thread has a stack of those that it runs, so that neither other threads nor a forward
+within another one see it. `generate()` claims the forwards that it prepares (see `entries`), and no others.
+
+A backward runs on other threads than its forward, and with it the recomputation of checkpointed layers. It brings the
+call back itself: a hook on the forward's outputs marks the backward pass with it, and of several such calls the numbers
+of the autograd nodes tell which one a layer belongs to. Where nothing tells, a layer refuses to route.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +23,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import Cache
 from transformers.utils import TransformersKwargs
 
 from ..config import SMoLoRAConfig
 from ..routing import Chosen
-from .call import MISSING, Call, Generation, checked_map, token_input
+from .call import CACHES, MISSING, Call, Generation, cache_input, checked_map, token_input
+from .entries import OWN_KEYWORDS, Entry, entries, generators
+from .images import Images, blank_image, images_of
 from .loading import LoadEntry
+from .packing import boundaries
 from .together import BESIDE, Ahead
 
 if TYPE_CHECKING:
@@ -33,16 +40,17 @@ if TYPE_CHECKING:
 
 CONTEXT = "_smolora_context"  # attribute of a model with adapters
 FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")  # which take any image of `image_size`
-OWN_KEYWORDS = ("instruction_embeds", "image_to_sample")
 IGNORED_LABEL = -100
 
 
 class _Started:
-    """What a cache was started with, the instruction and the routes, and the length that our last forward left it."""
+    """What a cache was started with, and the length that our last forward left it."""
 
-    def __init__(self, instruction: Tensor | None, kept: dict[tuple[str, str], Chosen]) -> None:
-        self.instruction = instruction
-        self.kept = kept
+    def __init__(self, call: Call | None = None, kept: dict[tuple[str, str], Chosen] | None = None) -> None:
+        self.instruction = None if call is None else call.instruction
+        self.packed = call is not None and call.cu_seqlens is not None
+        self.routed = None if call is None else call.routed
+        self.kept = kept or {}
         self._left: tuple[Tensor, int] | None = None
 
     def leave(self, length: Any) -> None:
@@ -69,51 +77,111 @@ def _in_place(before: _Started | None, kept: dict[tuple[str, str], Chosen]) -> d
     return tree_map(torch.clone, kept)
 
 
+class _Frame:
+    """One forward, or the part of a `generate()` that is in none.
+
+    Attributes:
+        graph: the backward pass that it runs in; -1 for none.
+        call: what it routes by; None if no adapter is in use.
+        generation: the `generate()` that it is a step of.
+        is_part: whether it is the forward of a module within the model, whose forward is the frame before it.
+        before: what compiled layers read before it.
+    """
+
+    def __init__(self, before: Call | None) -> None:
+        self.graph = torch._C._current_graph_task_id()
+        self.call: Call | None = None
+        self.generation: Generation | None = None
+        self.is_part = False
+        self.before = before
+
+
+class _Here(threading.local):
+    """What one thread runs.
+
+    Attributes:
+        frames: the forwards, each within the one before it.
+        generations: the `generate()` calls, likewise; None for one without adapters.
+        call: of the innermost forward, or of the backward that this thread runs: what compiled layers read.
+        ahead: what the layer that was called last has computed for the next one; see `together`.
+    """
+
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+        self.generations: list[Generation | None] = []
+        self.call: Call | None = None
+        self.ahead: Ahead | None = None
+
+    @property
+    def generation(self) -> Generation | None:
+        """The innermost `generate()`."""
+        return self.generations[-1] if self.generations else None
+
+    def enter(self) -> _Frame:
+        """Begin a forward that routes by nothing yet."""
+        frame = _Frame(self.call)
+        self.frames.append(frame)
+        self.call = None
+        return frame
+
+    def route(self, call: Call | None) -> None:
+        """Set what the innermost forward routes by."""
+        self.frames[-1].call = self.call = call
+
+    def leave(self) -> _Frame:
+        """End the innermost forward."""
+        frame = self.frames.pop()
+        self.call, self.ahead = frame.before, None
+        return frame
+
+
 class RoutingContext:
     """Shared by a model and its adapter layers; see the module.
 
     Attributes:
         model: the model.
         layers: the adapter layers of the model, by key.
-        call: of the forward that runs or ran last, or whose backward runs.
-        generation: of the `generate()` that runs.
-        ahead: what the layer that was called last has computed for the next one; see `together`.
+        here: what this thread runs.
+        call: of the forward that ended last, on whatever thread; None if it used no adapter.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        parameters = inspect.signature(model.forward).parameters
         self.model = model
         self.layers: dict[str, SMoLoRALayer] = {}
         self.call: Call | None = None
-        self.generation: Generation | None = None
-        self.ahead: Ahead | None = None
-        self._forward_names = list(parameters)
+        self._forward_names = list(inspect.signature(model.forward).parameters)
         self._image_token = getattr(getattr(model, "config", None), "image_token_id", None)
-        self._started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
+        self._entries: list[Entry] = []
         self._handles: list[Any] = []
+        self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled model starts without a call."""
-        return {**self.__dict__, "call": None, "generation": None, "ahead": None, "_started": None}
+        return {**self.__dict__, "call": None, "here": None, "_started": None, "_lock": None, "_alive": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._started = weakref.WeakKeyDictionary()
+        self.here = _Here()
+        self._started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self._alive: weakref.WeakSet[Call] = weakref.WeakSet()  # those that a backward may come back to
 
     # ------------------------------------------------------------------------------------------- installing, removing
 
     def install(self) -> None:
         """Hook the context into the model."""
-        model = self.model
-        setattr(model, CONTEXT, self)
-        self._handles = [
-            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
-            model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
-        ]
-        if hasattr(model, "generate"):
-            model.generate = GenerateEntry(model)
-        if hasattr(model, "_load_pretrained_model"):
-            model._load_pretrained_model = LoadEntry(model)
+        setattr(self.model, CONTEXT, self)
+        self._entries = entries(self)
+        for entry in self._entries:
+            entry.install()
+        for module in {self.model, *generators(self.model)}:
+            module.__dict__.setdefault(CONTEXT, self)
+            self._handles += [
+                module.register_forward_pre_hook(_before_forward, with_kwargs=True),
+                module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+            ]
+        if hasattr(self.model, "_load_pretrained_model"):
+            self.model._load_pretrained_model = LoadEntry(self.model)
 
     def install_anchor(self, decoder: nn.Module) -> None:
         """Have the text decoder tie in the image adapters where a batch has no image; see `_anchor_images`."""
@@ -124,12 +192,12 @@ class RoutingContext:
 
     def remove(self) -> None:
         """Undo `install` and `install_anchor`."""
-        model = self.model
         for handle in self._handles:
             handle.remove()
-        for name in ("generate", "_load_pretrained_model"):
-            model.__dict__.pop(name, None)
-        for module in model.modules():
+        for entry in self._entries:
+            entry.remove()
+        self.model.__dict__.pop("_load_pretrained_model", None)
+        for module in self.model.modules():
             module.__dict__.pop(CONTEXT, None)
 
     # --------------------------------------------------------------------------------------------------------- layers
@@ -138,16 +206,40 @@ class RoutingContext:
         """The call that a layer routes by.
 
         Raises:
-            RuntimeError: no forward of the model is running, and no backward that recomputes one.
+            RuntimeError: no forward of the model is running in this thread, and no backward that recomputes one; or
+                several may be recomputed.
         """
-        call = self.call
-        if call is None or not (torch.compiler.is_compiling() or call.active or _in_backward()):
+        here, call = self.here, None
+        if torch.compiler.is_compiling():
+            call = here.call
+        else:
+            graph = torch._C._current_graph_task_id()
+            if here.frames and here.frames[-1].graph == graph:
+                call = here.frames[-1].call
+            elif graph != -1:
+                call = self._recomputed(graph)
+        if call is None:
             raise RuntimeError(
                 "an adapted layer was called outside of its model's forward and generate(), so there is no instruction "
                 "to route by (get_image_features() and inner modules cannot be called by themselves): call the model "
                 "with instruction_embeds, or do it inside `with model.disable_adapter():`"
             )
         return call
+
+    def _recomputed(self, graph: int) -> Call | None:
+        """The call that a layer is recomputed for in a backward pass."""
+        with self._lock:
+            alive = list(self._alive)
+        found = [call for call in alive if graph in call.graphs] or alive
+        if len(found) > 1:
+            number = torch._C._current_autograd_node()._sequence_nr()
+            found = [call for call in found if call.first <= number < call.last]
+        if len(found) > 1 or (alive and not found):
+            raise RuntimeError(
+                "an adapted layer is recomputed in a backward pass, and nothing tells which of several forwards it "
+                "belongs to: run backward() from the model's outputs, once for the forwards of each thread"
+            )
+        return found[0] if found else None
 
     def configs(self) -> list[SMoLoRAConfig]:
         """The configurations of the adapters in use."""
@@ -164,90 +256,119 @@ class RoutingContext:
 
     # -------------------------------------------------------------------------------------------------------- forward
 
-    def begin(self, inputs: dict[str, Any], own: dict[str, Any]) -> None:
-        """Set the call of a forward, from its arguments by name."""
-        if self.generation is not None and self.generation.kept is not None:
-            self.call = self.generation.step(inputs)
-            return
-        configs = self.configs()
-        if not configs:
-            self.call = None
-            self.forget()
-            return
-        if self.generation is not None:
-            self._need(self.generation.instruction, configs)
-            self.call = self.generation.step(inputs)
-            return
+    def begin(self, module: nn.Module, inputs: dict[str, Any], own: dict[str, Any]) -> None:
+        """Set the call of the forward that this thread has just entered, from its arguments by name."""
+        here, generation, configs = self.here, self.here.generation, self.configs()
+        frame = here.frames[-1]
+        if generation is not None and generation.claims(token_input(inputs)):
+            if generation.kept is None:
+                self._need(generation.instruction, configs)
+            frame.generation = generation
+            step = generation.step(inputs)
+            here.route(Call(**step, images=self._images(inputs, step["instruction"], generation.image_to_sample)))
+        elif module is not self.model:
+            if getattr(module, "_is_replica", False) and configs:
+                raise RuntimeError(REPLICA)
+            frame.is_part = True
+            here.route(here.frames[-2].call if here.frames[:-1] else None)
+        elif configs:
+            here.route(self._call(inputs, own, configs))
+
+    def _call(self, inputs: dict[str, Any], own: dict[str, Any], configs: list[SMoLoRAConfig]) -> Call:
+        """The call of a forward that is no step of a `generate()`."""
         tokens = token_input(inputs)
-        batch = None if tokens is None else tokens.shape[0]
-        started = self._started_by(inputs.get("past_key_values"), configs)
+        shape = None if tokens is None else tuple(tokens.shape[:2])
+        started = self._started_by(cache_input(inputs), configs)
+        bounds = None if shape is None or started is not None else boundaries(inputs, *shape)
+        samples = None if shape is None else shape[0] if bounds is None else bounds.shape[0] - 1
         instruction = own["instruction_embeds"]
         if instruction is None and started is not None:
             instruction = started.instruction
-        instruction = self.instruction(instruction, configs, batch)
+        instruction = self.instruction(instruction, configs, samples, packed=bounds is not None)
         self._need(instruction, configs)
-        image_to_sample = checked_map(own["image_to_sample"], batch)
+        image_to_sample = checked_map(own["image_to_sample"], samples)
         masks = {}
         over = {c.route_over for c in configs if started is None or c.decode_routing != "prompt"}
-        if tokens is not None and over - {"all"}:
-            masks = self._masks(inputs, *tokens.shape[:2], labelled="prompt" in over)
-        if started is None:
-            self.forget()
-        self.call = Call(
-            instruction, ids=inputs.get("input_ids"), image_token=self._image_token, image_to_sample=image_to_sample,
-            kept=None if started is None else started.kept, **masks,
+        if shape is not None and over - {"all"}:
+            masks = self._masks(inputs, own["prompt_mask"], shape, prompted="prompt" in over)
+        return Call(
+            instruction, shape=shape, cu_seqlens=bounds,
+            images=self._images(inputs, instruction, image_to_sample, samples, bounds),
+            kept=None if started is None else started.kept, routed=None if started is None else started.routed,
+            **masks,
         )  # fmt: skip
 
+    def _images(
+        self,
+        inputs: dict[str, Any],
+        instruction: Tensor | None,
+        image_to_sample: Tensor | None,
+        samples: int | None = None,
+        bounds: Tensor | None = None,
+    ) -> Images:
+        """The images of a forward, if an adapter sees any."""
+        if not any(layer.takes_images and not layer.disable_adapters for layer in self.layers.values()):
+            return Images()
+        told = instruction is not None and instruction.dim() == 2 and instruction.shape[0] > 1
+        try:
+            return images_of(
+                self.model, inputs, told, image_to_sample, ids=inputs.get("input_ids"), token=self._image_token,
+                samples=samples, cu_seqlens=bounds,
+            )  # fmt: skip
+        except ValueError as error:  # for the first layer that gets images: they may have been encoded before
+            return Images(error=error)
+
     def end(self, output: Any) -> None:
-        """Close the call of a forward: keep its routes for what continues it, and come back in its backward."""
-        self.ahead = None
-        call = self.call
+        """Close a forward: keep its routes for what continues it, and come back in its backward."""
+        frame = self.here.leave()
+        call, generation = frame.call, frame.generation
+        if output is None or frame.is_part:  # it failed, or is no forward of the model
+            return
+        self.call = call
         if call is None:
             return
-        call.active = False
-        if output is None:  # the forward failed
-            return
-        generation, cache = self.generation, getattr(output, "past_key_values", None)
+        call.last = torch.autograd._get_sequence_nr()
+        cache = None if generation is not None else _cache_output(output)
         if call.kept is None and (generation is not None or cache is not None):
             kept = {
-                (layer.smolora_key, name): layer.smolora_experts[name].last_chosen()
+                (layer.smolora_key, name): Chosen(last[0].ids, last[0].slot_weights)
                 for layer in self.layers.values()
                 if not layer.takes_images
                 for name in layer.active_in_layer()
-                if layer.smolora_experts[name].has_routed
+                if (last := layer.decided(call, name)) is not None
             }
             if generation is not None:
                 generation.kept = kept
             else:
                 if getattr(cache, "is_compileable", False) and not torch.is_grad_enabled():
                     kept = _in_place(self._started.get(cache), kept)
-                self._started[cache] = _Started(call.instruction, kept)
-        if generation is None and getattr(cache, "is_compileable", False) and cache in self._started:
+                self._started[cache] = _Started(call, kept)
+        if getattr(cache, "is_compileable", False) and cache in self._started:
             self._started[cache].leave(cache.get_seq_length())
         if torch.is_grad_enabled():
-            for tensor in tree_leaves(output):
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(_Restore(self, call))
+            found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            for tensor in found:
+                tensor.register_hook(_Restore(self, call))
+            if found:
+                with self._lock:
+                    self._alive.add(call)
 
-    def forget(self) -> None:
-        """Drop what layers have of an earlier call."""
-        for layer in self.layers.values():
-            layer.forget_routing()
-
-    def misses_images(self) -> bool:
-        """Whether an image adapter trains that this forward did not run."""
+    def misses_images(self, call: Call) -> bool:
+        """Whether an image adapter trains that a forward did not run."""
         return any(
-            not experts.has_routed and any(p.requires_grad for p in experts.parameters())
+            layer.decided(call, name) is None and any(p.requires_grad for p in layer.smolora_experts[name].parameters())
             for layer in self.layers.values()
             if layer.takes_images and not layer.disable_adapters
-            for experts in (layer.smolora_experts[name] for name in layer.active_in_layer())
+            for name in layer.active_in_layer()
         )
 
-    def instruction(self, given: Any, configs: list[SMoLoRAConfig], batch: int | None) -> Tensor | None:
+    def instruction(
+        self, given: Any, configs: list[SMoLoRAConfig], samples: int | None, packed: bool = False
+    ) -> Tensor | None:
         """The instruction of a call, checked; the configured default, or None, if none is given.
 
         Raises:
-            TypeError, ValueError: it is no embedding of these adapters, or not one for each of `batch` samples.
+            TypeError, ValueError: it is no embedding of these adapters, or not one for each of `samples`.
         """
         configs = [c for c in configs if c.fusion != "vu"]
         if given is None and len(configs) == 1:
@@ -259,12 +380,12 @@ class RoutingContext:
             raise TypeError(f"instruction_embeds must be a floating point tensor, got {got}")
         for config in configs:
             e = config.instruction_dim
-            rows = "B" if batch is None else batch
-            fits = given.dim() == 1 or (given.dim() == 2 and batch in (None, given.shape[0]))
+            rows = "B" if samples is None else samples
+            fits = given.dim() == 1 or (given.dim() == 2 and samples in (None, given.shape[0]))
             if not fits or given.shape[-1] != e:
                 raise ValueError(
-                    f"instruction_embeds must have shape ({rows}, {e}), one row for each sample, or ({e},) for all, "
-                    f"got {tuple(given.shape)}"
+                    f"instruction_embeds must have shape ({rows}, {e}), one row for each sample"
+                    f"{' that is packed in the rows' if packed else ''}, or ({e},) for all, got {tuple(given.shape)}"
                 )
         return given
 
@@ -288,11 +409,19 @@ class RoutingContext:
                 "are no routes to keep (a copied cache, or one filled with the adapters disabled): go on with the "
                 "cache itself, or configure decode_routing='token'"
             )
-        return started or _Started(None, {})
+        if started is not None and started.packed:
+            raise RuntimeError(
+                "past_key_values was started by rows that several samples were packed in, and nothing tells which of "
+                "them goes on: start a cache with one sample a row"
+            )
+        return started or _Started()
 
-    def _masks(self, inputs: dict[str, Any], batch: int, count: int, labelled: bool) -> dict[str, Tensor | None]:
-        """The masks of a forward over (batch, count) tokens: which are valid, and which no answer."""
+    def _masks(
+        self, inputs: dict[str, Any], prompt_mask: Any, shape: tuple[int, int], prompted: bool
+    ) -> dict[str, Tensor | None]:
+        """The masks of a forward over (B, S) tokens: which are valid, and which no answer."""
         valid, labels = inputs.get("attention_mask"), inputs.get("labels")
+        batch, count = shape
         if valid is not None:
             if not isinstance(valid, Tensor) or valid.dim() != 2 or valid.shape[0] != batch or valid.shape[1] < count:
                 got = tuple(valid.shape) if isinstance(valid, Tensor) else type(valid).__name__
@@ -302,13 +431,32 @@ class RoutingContext:
                 )
             valid = valid[:, valid.shape[1] - count :].bool()
         prompt = None
-        if labels is not None and labelled:
-            if tuple(labels.shape) != (batch, count):
+        if prompted and prompt_mask is not None:
+            integers = (torch.bool, torch.int32, torch.int64)
+            if not isinstance(prompt_mask, Tensor) or prompt_mask.shape != shape or prompt_mask.dtype not in integers:
+                got = prompt_mask
+                if isinstance(got, Tensor):
+                    got = f"{got.dtype} of shape {tuple(got.shape)}"
+                raise ValueError(
+                    f"prompt_mask must be bool ({batch}, {count}), True where a token is no answer: the adapters route "
+                    f"over those (route_over='prompt'), got {got}"
+                )
+            prompt = prompt_mask.bool()
+        elif prompted and labels is not None:
+            if tuple(labels.shape) != shape:
                 raise ValueError(
                     f"labels must be ({batch}, {count}), {IGNORED_LABEL} where a token is no answer: the adapters "
                     f"route over those (route_over='prompt'), got {tuple(labels.shape)}"
                 )
             prompt = labels == IGNORED_LABEL
+        elif prompted and self.model.training:
+            raise ValueError(
+                "prompt_mask must be given in training where labels are not (Trainer takes them away for "
+                f"label_smoothing_factor and compute_loss_func): bool ({batch}, {count}), True where a token is no "
+                "answer. The adapters route over those (route_over='prompt'), as they do when answers are generated"
+            )
+        if prompt is not None and valid is not None:
+            prompt = prompt.to(valid.device)
         return {"valid": valid, "prompt": prompt}
 
     # ------------------------------------------------------------------------------------------------------- generate
@@ -316,36 +464,36 @@ class RoutingContext:
     @contextmanager
     def generating(self, inputs: dict[str, Any], own: dict[str, Any]) -> Iterator[None]:
         """Run a `generate()`: no route, mask or embedding of it outlives it, and none of an earlier call gets in."""
-        configs = self.configs()
-        if not configs:
-            yield
-            return
-        tokens = token_input(inputs)
-        batch = None if tokens is None else tokens.shape[0]
-        instruction = self.instruction(own["instruction_embeds"], configs, batch)
-        image_to_sample = checked_map(own["image_to_sample"], batch)
-        self.forget()
-        keeps_routes = all(c.decode_routing == "prompt" for c in configs)
-        self.generation = generation = Generation(instruction, image_to_sample, self._image_token, keeps_routes)
-        # images may be encoded before the first forward, and before the samples are repeated for beams
-        self.call = Call(
-            instruction, ids=inputs.get("input_ids"), image_token=self._image_token, image_to_sample=image_to_sample
-        )  # fmt: skip
-        expand = self.model._expand_inputs_for_generation
-
-        def expand_inputs(expand_size: int = 1, **kwargs: Any) -> Any:
-            tokens = token_input(kwargs) if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-            mask = kwargs.get("attention_mask")
-            generation.expand(expand_size, mask, tokens.shape[1] if mask is None else mask.shape[1])
-            return expand(expand_size=expand_size, **kwargs)
-
-        self.model.__dict__["_expand_inputs_for_generation"] = expand_inputs
+        here, configs = self.here, self.configs()
+        generation = call = None
+        if configs:
+            if own["prompt_mask"] is not None:
+                raise ValueError("prompt_mask must be left out of generate(), whose input is all prompt")
+            tokens, image_to_sample = token_input(inputs), own["image_to_sample"]
+            batch = None if tokens is None else tokens.shape[0]
+            if tokens is not None and boundaries(inputs, *tokens.shape[:2]) is not None:
+                raise ValueError(
+                    "generate() must be given one sample a row, but position_ids restart within a row (or "
+                    "cu_seq_lens_q, seq_idx or attention_mask say so)"
+                )
+            if tokens is None and isinstance(inputs.get("pixel_values"), Tensor):  # BLIP-2 writes a prompt for each
+                batch = inputs["pixel_values"].shape[0]
+                image_to_sample = torch.arange(batch) if image_to_sample is None else image_to_sample
+            instruction = self.instruction(own["instruction_embeds"], configs, batch)
+            self._need(instruction, configs)
+            image_to_sample = checked_map(image_to_sample, batch)
+            generation = Generation(instruction, image_to_sample, all(c.decode_routing == "prompt" for c in configs))
+            # images may be encoded before the first forward, and before the samples are repeated for beams
+            images = self._images(inputs, instruction, image_to_sample, batch)
+            call = Call(instruction, images=images, routed=generation.routed)
+        here.generations.append(generation)
+        here.enter()
+        here.route(call)
         try:
             yield
         finally:
-            del self.model.__dict__["_expand_inputs_for_generation"]
-            self.generation = None
-            self.call.active = False
+            here.leave()
+            here.generations.pop()
 
 
 class _Restore:
@@ -355,28 +503,21 @@ class _Restore:
         self.context, self.call = context, call
 
     def __call__(self, grad: Tensor) -> None:
-        self.context.call = self.call
+        self.call.graphs.add(torch._C._current_graph_task_id())
+        self.context.here.call = self.call
 
 
-class GenerateEntry:
-    """`generate` of a model with adapters. It refers to the model by attribute, so that a copied model gets its own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate(..., instruction_embeds=(B, e) or (e,), image_to_sample=(images,))`; else as the model's own."""
-        model = self.model
-        own = {name: kwargs.pop(name, None) for name in OWN_KEYWORDS}
-        inputs = dict(kwargs)
-        if inputs.get("input_ids") is None:
-            inputs["input_ids"] = args[0] if args else kwargs.get("inputs")
-        with getattr(model, CONTEXT).generating(inputs, own):
-            return type(model).generate(model, *args, **kwargs)
+REPLICA = (
+    "SMoLoRA adapters do not run in replicas of torch.nn.DataParallel, which would share one model's routes: start one "
+    "process a GPU, with torchrun or accelerate launch"
+)
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+def _cache_output(output: Any) -> Any:
+    """The cache that a forward gives; None if it gives none."""
+    if isinstance(output, tuple):  # return_dict=False
+        return next((part for part in output if isinstance(part, Cache)), None)
+    return next((found for name in CACHES if (found := getattr(output, name, None)) is not None), None)
 
 
 @torch.compiler.disable
@@ -387,6 +528,7 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
         TypeError: a keyword that the model does not know is close to one of ours.
     """
     context: RoutingContext = getattr(module, CONTEXT)
+    context.here.enter()  # before anything can fail: what follows a forward always leaves it
     own = {name: kwargs.get(name) for name in OWN_KEYWORDS}
     kwargs = {name: value for name, value in kwargs.items() if name not in OWN_KEYWORDS}
     for name in kwargs:
@@ -394,7 +536,7 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
             close = difflib.get_close_matches(name, OWN_KEYWORDS, 1, 0.7)
             if close:
                 raise TypeError(f"forward got an unexpected keyword {name!r}: did you mean {close[0]!r}?")
-    context.begin({**dict(zip(context._forward_names, args, strict=False)), **kwargs}, own)
+    context.begin(module, {**dict(zip(context._forward_names, args, strict=False)), **kwargs}, own)
     return args, kwargs
 
 
@@ -411,16 +553,15 @@ def _anchor_images(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     differ in which batches have images; and one process should update parameters as several do.
     """
     context: RoutingContext = getattr(decoder, CONTEXT)
-    embeds = kwargs.get("inputs_embeds")
-    if context.call is None or embeds is None or not torch.is_grad_enabled() or not context.misses_images():
+    embeds, frames = kwargs.get("inputs_embeds"), context.here.frames
+    call = frames[-1].call if frames else None
+    if call is None or embeds is None or not torch.is_grad_enabled() or not context.misses_images(call):
         return None
-    context.call.image_to_sample = torch.zeros(1, dtype=torch.long, device=embeds.device)
-    vision = context.model.config.vision_config
-    blank = embeds.new_zeros((1, vision.num_channels, vision.image_size, vision.image_size))
-    features = context.model.get_image_features(pixel_values=blank)
+    call.images = Images(samples=1)
+    features = context.model.get_image_features(**blank_image(context.model.config, embeds))
     features = getattr(features, "pooler_output", features)
     nothing = sum(feature[:0].sum() for feature in features)
     for layer in context.layers.values():
         if layer.takes_images:
-            layer.forget_routing()
+            layer.forget(call)
     return args, {**kwargs, "inputs_embeds": embeds + nothing.to(embeds)}

@@ -10,7 +10,10 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..config import SMoLoRAConfig
-from ..layer import SMoLoRAExperts
+from ..methods.base import Decision
+from ..methods.smolora import SMoLoRAExperts
+from ..spec import Mixed
+from .call import Call
 from .context import RoutingContext
 from .together import decoded_together
 
@@ -38,7 +41,7 @@ class SMoLoRALayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: SMoLoRAConfig) -> None:
         """Add an adapter."""
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device, dtype = place_of(self)
         experts = SMoLoRAExperts(
             self.in_features, self.out_features, config, device=device,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
@@ -51,10 +54,22 @@ class SMoLoRALayer(BaseTunerLayer):
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.smolora_experts]
 
-    def forget_routing(self) -> None:
-        """Drop what the last forward decided."""
-        for experts in self.smolora_experts.values():
-            experts.forget_routing()
+    def decided(self, call: Call, name: str) -> tuple[Mixed, Tensor | None] | None:
+        """What an adapter decided in a call, and the boundaries of packed rows; None if it did not run."""
+        return getattr(call.routed, self._label(name), None)
+
+    def decide(self, call: Call, name: str, last: tuple[Mixed, Tensor | None]) -> None:
+        """Keep what an adapter decided in a call."""
+        setattr(call.routed, self._label(name), last)
+
+    def forget(self, call: Call) -> None:
+        """Drop what was decided in a call."""
+        for name in self.smolora_experts:
+            vars(call.routed).pop(self._label(name), None)
+
+    def _label(self, name: str) -> str:
+        """An attribute for an adapter of this layer; torch.compile takes none with a dot."""
+        return f"{self.smolora_key} {name}".replace(".", "/")
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -75,7 +90,7 @@ class SMoLoRALayer(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the base's device. Not to its dtype, which would round float32 weights that were just loaded."""
         if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            device, _ = place_of(self)
         if adapter_name not in self.smolora_experts or device is None:
             return
         experts = self.smolora_experts[adapter_name]
@@ -118,24 +133,50 @@ class SMoLoRALinear(nn.Module, SMoLoRALayer):
         Args:
             x: (B, S, d), or (images, patches, d) in an image branch.
         """
-        names = [] if self.disable_adapters else self.active_in_layer()
-        if not names:
+        if self.disable_adapters or not self.active_in_layer():
             return self.base_layer(x, *args, **kwargs)
-        if len(names) == 1 and (y := decoded_together(self, names[0], x)) is not None:
-            return y
-        y = self.adapter_output(x, names[0], self.base_layer)
+        try:
+            return self._adapted(x)
+        except (ValueError, TypeError, RuntimeError) as error:
+            name_layer(error, self.smolora_key)
+            raise
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        call, names = self.smolora_context.current(), self.active_in_layer()
+        rows, bounds = call.arrange(x, self.takes_images)
+        if len(names) == 1 and bounds is None and (y := decoded_together(self, names[0], rows, call)) is not None:
+            return y.view(*x.shape[:-1], self.out_features)
+        y = self._output(call, rows, bounds, names[0], self.base_layer)
         for name in names[1:]:
-            y = y + self.adapter_output(x, name)
-        return y
+            y = y + self._output(call, rows, bounds, name)
+        return y.view(*x.shape[:-1], self.out_features)
 
-    def adapter_output(self, x: Tensor, name: str, base: nn.Module | None = None) -> Tensor:
+    def _output(
+        self, call: Call, rows: Tensor, bounds: Tensor | None, name: str, base: nn.Module | None = None
+    ) -> Tensor:
         """One adapter's output, with the base's if `base` is given."""
-        return self.smolora_experts[name](x, base=base, **self.arguments(x, name))
-
-    def arguments(self, x: Tensor, name: str) -> dict[str, Any]:
-        """What the forward of an adapter's experts takes besides x and the base."""
-        call, config = self.smolora_context.current(), self.smolora_experts[name].config
-        return call.arguments(x, config, (self.smolora_key, name), self.takes_images)
+        experts, decision = self.smolora_experts[name], Decision()
+        arguments = call.arguments(rows, bounds, experts.config, (self.smolora_key, name), self.takes_images)
+        y = experts(rows, base=base, decision=decision, **arguments)
+        self.decide(call, name, (decision.last, bounds))
+        return y
 
     def __repr__(self) -> str:
         return "smolora." + super().__repr__()
+
+
+def place_of(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where and in which dtype the adapter of a layer lies: as the base, or where an offloaded base runs."""
+    base = layer.get_base_layer()
+    device, dtype = layer._get_base_layer_device_and_dtype(base)
+    hook = getattr(base, "_hf_hook", None)
+    if device is not None and device.type == "meta" and hook is not None:
+        devices = (getattr(h, "execution_device", None) for h in getattr(hook, "hooks", (hook,)))
+        device = torch.device(next((d for d in devices if d is not None), "cpu"))
+    return device, dtype
+
+
+def name_layer(error: Exception, key: str) -> None:
+    """Put a layer's name before the message of an error that a model's forward raises in it."""
+    if error.args and isinstance(error.args[0], str):
+        error.args = (f"{key}: {error.args[0]}", *error.args[1:])

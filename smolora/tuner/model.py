@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import SMOLORA, SMoLoRAConfig
 from .context import CONTEXT, RoutingContext
-from .layer import NO_MERGE, SMoLoRALayer, SMoLoRALinear
+from .layer import NO_MERGE, SMoLoRALayer, SMoLoRALinear, place_of
 from .loading import PREFIX, check_names
 
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -60,6 +60,10 @@ class LinearTuner(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put the layer in. It has made its adapter where it is to run, which is not where an offloaded base lies."""
+        setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(self.no_merge)
 
@@ -81,9 +85,11 @@ class LinearTuner(BaseTuner):
 class SMoLoRAModel(LinearTuner):
     """A model with SMoLoRA adapters; `peft.get_peft_model` makes it.
 
-    The model's forward and `generate` take two keywords more:
-        instruction_embeds: (B, e), or (e,) for all samples.
+    The model's forward and `generate` take more keywords:
+        instruction_embeds: (B, e), or (e,) for all samples; where several samples are packed in a row, one for each.
         image_to_sample: (images,), the sample of each image, needed where `inputs_embeds` stand for `input_ids`.
+        prompt_mask: of the forward alone; bool (B, S), True where a token is no answer. Needed in training where there
+            are no labels to tell (`route_over="prompt"`).
 
     Args:
         model: the model to adapt.
@@ -96,12 +102,23 @@ class SMoLoRAModel(LinearTuner):
     no_merge = NO_MERGE
 
     def _pre_injection_hook(self, model: nn.Module, config: SMoLoRAConfig, adapter_name: str) -> None:
+        whole = getattr(model, "config", None)
+        if any(getattr(c, "is_encoder_decoder", False) for c in (whole, getattr(whole, "text_config", None))):
+            raise ValueError(
+                f"SMoLoRA needs a decoder-only language model, got {type(model).__name__}: an encoder and a decoder "
+                "have tokens of their own, and the prompt's routes would not reach the answer"
+            )
         if CONTEXT not in model.__dict__:
             RoutingContext(model).install()
 
     def new_layer(self, target: nn.Module, adapter_name: str, config: SMoLoRAConfig, key: str) -> SMoLoRALinear:
         context: RoutingContext = getattr(self.model, CONTEXT)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if _takes_sound(self.model, base):
+            raise ValueError(
+                f"target_modules must not name {key}, which sees sound of any length: nothing tells which sample a "
+                "part of it belongs to, nor which parts are padding"
+            )
         takes_images = _takes_images(self.model, base)
         if takes_images:
             context.install_anchor(_text_decoder(self.model))
@@ -115,7 +132,7 @@ class SMoLoRAModel(LinearTuner):
         if autocast_adapter_dtype:
             return
         for layer in getattr(self.model, CONTEXT).layers.values():
-            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            _, dtype = place_of(layer)
             if adapter_name in layer.smolora_experts and dtype is not None and dtype.is_floating_point:
                 layer.smolora_experts[adapter_name].to(dtype)
 
@@ -183,6 +200,14 @@ def _takes_images(model: nn.Module, base: nn.Module) -> bool:
     if decoder is None or base is model.get_output_embeddings():
         return False
     return not any(module is base for module in decoder.modules())
+
+
+def _takes_sound(model: nn.Module, base: nn.Module) -> bool:
+    """Whether a layer belongs to a model that takes sound and no images, and not to its text part."""
+    config = getattr(model, "config", None)
+    if getattr(config, "audio_config", None) is None or getattr(config, "vision_config", None) is not None:
+        return False
+    return base is not model.get_output_embeddings() and all(m is not base for m in model.get_decoder().modules())
 
 
 if SMOLORA not in PEFT_TYPE_TO_TUNER_MAPPING:

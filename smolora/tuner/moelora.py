@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..config import register_peft_type
+from .layer import name_layer, place_of
 from .model import LinearTuner
 
 MOELORA = register_peft_type("MOELORA")
@@ -114,9 +115,10 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("moelora_experts",)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoELoRAConfig) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoELoRAConfig, *, key: str) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.moelora_key = key
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.moelora_experts = nn.ModuleDict()
@@ -126,7 +128,7 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MoELoRAConfig) -> None:
         """Add an adapter."""
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device, dtype = place_of(self)
         self.moelora_experts[adapter_name] = MoELoRAExperts(
             self.in_features, self.out_features, config, device=device,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
@@ -135,13 +137,15 @@ class MoELoRALinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output (..., k) plus that of each active adapter."""
-        y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        try:
+            y = self.base_layer(x, *args, **kwargs)
+            for name in () if self.disable_adapters else self.active_adapters:
+                if name in self.moelora_experts:
+                    y = y + self.moelora_experts[name](x).to(y.dtype)
             return y
-        for name in self.active_adapters:
-            if name in self.moelora_experts:
-                y = y + self.moelora_experts[name](x).to(y.dtype)
-        return y
+        except (ValueError, TypeError, RuntimeError) as error:
+            name_layer(error, self.moelora_key)
+            raise
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused.
@@ -166,7 +170,7 @@ class MoELoRAModel(LinearTuner):
     no_merge = NO_MERGE
 
     def new_layer(self, target: nn.Module, adapter_name: str, config: MoELoRAConfig, key: str) -> MoELoRALinear:
-        return MoELoRALinear(target, adapter_name, config)
+        return MoELoRALinear(target, adapter_name, config, key=key)
 
 
 if MOELORA not in PEFT_TYPE_TO_TUNER_MAPPING:

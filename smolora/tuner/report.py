@@ -23,6 +23,7 @@ class LayerRouting(TypedDict):
     alpha: Tensor  # the VU branch's share (n, S)
     beta: Tensor  # the IF branch's share (n, S), 1 - alpha
     valid: Tensor | None  # bool (n, S), the tokens that are no padding; None if all are
+    cu_seqlens: Tensor | None  # int32 (n + 1,), of rows that are packed: what is (n, S) above is (T,) then
 
 
 def routing_report(model: nn.Module, adapter: str | None = None) -> dict[str, LayerRouting]:
@@ -51,24 +52,29 @@ def routing_report(model: nn.Module, adapter: str | None = None) -> dict[str, La
     elif not any(adapter in layer.smolora_experts for layer in layers):
         raise ValueError(f"adapter must be one of the model's, got {adapter!r}")
     report: dict[str, LayerRouting] = {}
-    for layer in layers:
-        if adapter not in layer.smolora_experts or not layer.smolora_experts[adapter].has_routed:
+    call = layers[0].smolora_context.call
+    for layer in layers if call is not None else ():
+        decided = layer.decided(call, adapter) if adapter in layer.smolora_experts else None
+        if decided is None:
             continue
-        last = layer.smolora_experts[adapter].last_routing()
-        rows = (last.gates[0] if last.gates[0] is not None else last.gates[1]).shape[0]
-        call = layer.smolora_context.call
+        last, bounds = decided
+        found = layer.smolora_experts[adapter].routing(last)
+        shape = (last.ids.shape[0] if bounds is None else 1, -1)
+        alpha, beta = (share.view(shape) if bounds is None else share.flatten() for share in (found.alpha, found.beta))
+        valid = None if layer.takes_images else call.valid
         report[layer.smolora_key] = LayerRouting(
             adapter=adapter,
             rows="images" if layer.takes_images else "samples",
-            vu_experts=last.routes[0],
-            if_experts=last.routes[1],
-            vu_gates=last.gates[0],
-            if_gates=last.gates[1],
-            vu_logits=last.logits[0],
-            if_logits=last.logits[1],
-            alpha=last.alpha.view(rows, -1),
-            beta=last.beta.view(rows, -1),
-            valid=None if layer.takes_images else call.valid,
+            vu_experts=found.routes[0],
+            if_experts=found.routes[1],
+            vu_gates=found.gates[0],
+            if_gates=found.gates[1],
+            vu_logits=found.logits[0],
+            if_logits=found.logits[1],
+            alpha=alpha,
+            beta=beta,
+            valid=valid if valid is None or bounds is None else valid.flatten(),
+            cu_seqlens=bounds,
         )
     if not report:
         raise RuntimeError("routing_report() needs a forward of the model first")

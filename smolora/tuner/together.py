@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import resolve_backend
-from ..layer import SMoLoRAExperts, compute_dtype, has_hooks, is_local, is_plain_linear
+from ..methods.base import Decision, compute_dtype, has_hooks, is_local, is_plain_linear
+from ..methods.smolora import SMoLoRAExperts
 
 if TYPE_CHECKING:
     from .call import Call
@@ -30,7 +31,7 @@ class State(NamedTuple):
 
     tensors: tuple[Tensor, ...]  # x and parameters
     versions: tuple[int, ...]  # theirs, which writing in place raises
-    others: tuple[SMoLoRALayer, str, Call | None, torch.dtype, bool, torch.cuda.Stream | None]
+    others: tuple[SMoLoRALayer, str, Call, torch.dtype, bool, torch.cuda.Stream | None]
 
     def same(self, other: State | None) -> bool:
         """Whether nothing has changed, so that the output would be the same."""
@@ -49,7 +50,7 @@ class Ahead(NamedTuple):
     result: tuple[Tensor, ...]
 
 
-def state_of(layer: SMoLoRALayer, name: str, x: Tensor) -> State | None:
+def state_of(layer: SMoLoRALayer, name: str, x: Tensor, call: Call) -> State | None:
     """The state of a layer whose only active adapter is `name`; None unless one launch is all that a call would do."""
     experts, base, dtype = layer.smolora_experts[name], layer.base_layer, compute_dtype(x)
     if type(experts) is not SMoLoRAExperts or has_hooks(layer) or has_hooks(experts) or _has_any_global_hook():
@@ -62,30 +63,42 @@ def state_of(layer: SMoLoRALayer, name: str, x: Tensor) -> State | None:
         return None
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     versions = tuple([t._version for t in tensors])
-    return State(tensors, versions, (layer, name, layer.smolora_context.call, dtype, experts.training, stream))
+    return State(tensors, versions, (layer, name, call, dtype, experts.training, stream))
 
 
-def decoded_together(layer: SMoLoRALayer, name: str, x: Tensor) -> Tensor | None:
+def decoded_together(layer: SMoLoRALayer, name: str, x: Tensor, call: Call) -> Tensor | None:
     """The layer's output, base and adapter `name`, if a launch for two layers gives it or has given it; else None."""
     if torch.compiler.is_compiling():
         return None
     context = layer.smolora_context
-    ahead, context.ahead = context.ahead, None
+    ahead, context.here.ahead = context.here.ahead, None
     if torch.is_grad_enabled() or x.dim() != 3 or x.shape[1] != 1:
         return None
-    experts = layer.smolora_experts[name]
-    if ahead is not None and ahead.state.same(state_of(layer, name, x)):
-        return experts.finish(x, ahead.result)
+    if ahead is not None and ahead.state.same(state_of(layer, name, x, call)):
+        return _finish(layer, name, x, call, ahead.result)
     other = context.beside(layer)
     if other is None or other.disable_adapters or other.active_in_layer() != [name]:
         return None
-    states = [state_of(each, name, x) for each in (layer, other)]
+    states = [state_of(each, name, x, call) for each in (layer, other)]
     if states[0] is None or states[1] is None:
         return None
-    results = NotImplemented(
-        x, [(each.smolora_experts[name], each.base_layer, each.arguments(x, name)) for each in (layer, other)]
-    )
+    each = [
+        (
+            one.smolora_experts[name],
+            one.base_layer,
+            call.arguments(x, None, one.smolora_experts[name].config, (one.smolora_key, name), one.takes_images),
+        )
+        for one in (layer, other)
+    ]
+    results = None
     if results is None:
         return None
-    context.ahead = Ahead(states[1], results[1])
-    return experts.finish(x, results[0])
+    context.here.ahead = Ahead(states[1], results[1])
+    return _finish(layer, name, x, call, results[0])
+
+
+def _finish(layer: SMoLoRALayer, name: str, x: Tensor, call: Call, result: tuple[Tensor, ...]) -> Tensor:
+    decision = Decision()
+    y = layer.smolora_experts[name].finish(x, result, decision)
+    layer.decide(call, name, (decision.last, None))
+    return y

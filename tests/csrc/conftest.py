@@ -3,7 +3,7 @@
 import pytest
 
 import emulation
-from smolora import cuda
+from smolora.engine import cuda_build
 
 
 @pytest.fixture
@@ -11,7 +11,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch):
     """The backend "cuda" is the emulation, which takes CPU tensors."""
     module = emulation.load()
     module.set_order(False)
-    monkeypatch.setattr(cuda, "extension", module)
+    monkeypatch.setattr(cuda_build, "extension", module)
     return module
 
 
@@ -20,6 +20,6 @@ def device(request: pytest.FixtureRequest) -> str:
     """The device of a test that runs both ways."""
     if request.param == "cpu":
         request.getfixturevalue("emulated")
-    elif (reason := cuda.obstacle()) is not None:
+    elif (reason := cuda_build.obstacle()) is not None:
         pytest.fail(f"backend 'cuda' cannot run on this GPU: {reason}")
     return request.param

@@ -18,7 +18,7 @@ import setuptools
 import torch
 
 import cuda_report
-from smolora import cuda
+from smolora.engine import cuda_build as cuda
 
 ROOT = Path(__file__).parents[2]
 KNOWN = "sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"

@@ -36,9 +36,16 @@ def test_unknown_field(emulated):
     """A field that the params struct does not have is an error, and not one that is left out."""
     with pytest.raises(TypeError, match=r"unknown field among .*typo"):
         emulated.decode(dict(typo=1))
+    with pytest.raises(TypeError, match=r"unknown field among .*typo"):
+        emulated.decode(dict(banks=[dict(E=1), dict(typo=1)]))
+
+
+def test_too_many_banks(emulated):
+    with pytest.raises(ValueError, match="banks must be at most 2, got 3"):
+        emulated.decode(dict(banks=[{}, {}, {}]))
 
 
 def test_memory_of_no_tensor(emulated):
     emulated.forget()
     with pytest.raises(RuntimeError, match="mix: a pointer to no tensor of this launch"):
-        emulated.fuse_expand(dict(T=1, n=1, r=4, M=1, N=1, h=(64, 0)))
+        emulated.fuse_expand(dict(T=1, n=1, r=4, banks=[dict(E=1)], h=(64, 0)))

@@ -62,7 +62,7 @@ def both(model: PeftModel, launches: list[int], forward: Callable[[PeftModel], t
         expected = forward(own)
         assert 2 not in launches
     assert torch.equal(got, expected)
-    assert getattr(model.get_base_model(), CONTEXT).ahead is None
+    assert getattr(model.get_base_model(), CONTEXT).here.ahead is None
     return counts
 
 
@@ -115,9 +115,9 @@ def test_nothing_is_kept(model: PeftModel):
 
     def forward(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
         gate = self.gate_proj(x)
-        alive.append(weakref.ref(context.ahead.result[0]))
+        alive.append(weakref.ref(context.here.ahead.result[0]))
         up = self.up_proj(x)
-        assert context.ahead is None
+        assert context.here.ahead is None
         return self.down_proj(self.act_fn(gate) * up)
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
@@ -125,11 +125,11 @@ def test_nothing_is_kept(model: PeftModel):
         step(model)
         patch.setattr(LlamaMLP, "forward", lambda self, x: self.gate_proj(x))
         step(model)
-        assert context.ahead is None
+        assert context.here.ahead is None
         patch.setattr(LlamaMLP, "forward", lambda self, x: (self.gate_proj(x), 1 / 0))
         with pytest.raises(ZeroDivisionError):
             step(model)
-        assert context.ahead is None
+        assert context.here.ahead is None
     assert len(alive) == 2 and all(y() is None for y in alive)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import smolora
-from smolora import FusedSMoLoRA, SMoLoRAConfig, rank_space
+from smolora import FusedSMoLoRA, SMoLoRAConfig
+from smolora.engine import torch_passes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"))]
@@ -162,7 +163,7 @@ CALLS = [
 def test_refused_calls(tokens, keywords: dict, exception: type, words: list[str], backend: str, monkeypatch):
     """The table above. Nothing ran: no pass was called, and the layer knows of no forward."""
     ran = lambda *_: pytest.fail("a pass ran on bad input")  # noqa: E731
-    monkeypatch.setattr(rank_space, "route_shrink", ran)
+    monkeypatch.setattr(torch_passes, "route_shrink", ran)
     if backend == "triton":
         from smolora.kernels import passes
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import smolora
 from cases import plain
 from oracle import PARAMETERS, Case, agree, build, error, run
-from smolora import FusedSMoLoRA, SMoLoRAConfig, rank_space
+from smolora import FusedSMoLoRA, SMoLoRAConfig
+from smolora.engine import torch_passes
 
 # ---------------------------------------------------------------------------------------------------------- what trains
 
@@ -106,7 +107,8 @@ MEMORY = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", MEMORY, ids=str)
 def test_memory_kept_for_backward(case: Case, dtype: torch.dtype, train: str):
-    """x and T (2 r top_k + 1) floats, nothing k-sized, no mask and no copy; without x where every A is frozen. Exact
+    """x and T (2 r top_k + 1) floats (the 1 for an adaptive fusion alone), nothing k-sized, no mask and no copy; without
+    x where every A is frozen. Exact
     for what grows with the tokens, and what grows with the instances is small."""
     case = case.but(r=4, d=96, k=160, B=2)
     layer, _ = build(case, dtype)
@@ -118,7 +120,7 @@ def test_memory_kept_for_backward(case: Case, dtype: torch.dtype, train: str):
         kept(layer, torch.randn(case.B, S, case.d, dtype=dtype, requires_grad=True), instruction=instruction)
         for S in (64, 192)
     )
-    per_token = x_bytes + (2 * case.r * case.top_k + 1) * 4
+    per_token = x_bytes + (2 * case.r * case.top_k + (case.fusion == "adaptive")) * 4
     assert long - short == case.B * 128 * per_token
     instances = case.e + case.d + case.M + case.N + 4 * case.top_k  # embedding, mean, logits, routes and gates
     assert short - case.B * 64 * per_token <= 4 * (case.B * instances + (case.M + case.N) * case.r) + 8
@@ -145,16 +147,17 @@ def test_no_work_for_what_is_frozen(monkeypatch):
     """With if_B alone training: no pass over x in backward, no other gradient computed and then thrown away."""
     calls = {}
     for name in ("grad_output", "grad_input"):
-        original = getattr(rank_space, name)
-        monkeypatch.setattr(rank_space, name, lambda *a, name=name, f=original: calls.setdefault(name, f(*a)))
+        original = getattr(torch_passes, name)
+        monkeypatch.setattr(torch_passes, name, lambda *a, name=name, f=original: calls.setdefault(name, f(*a)))
     layer, batch = build(plain.but(router_grad="straight_through"), torch.float32)
     for name in PARAMETERS:
         getattr(layer, name).requires_grad_(name == "if_B")
     with smolora.use_backend("torch"):
         layer(batch.x, **batch.keywords).backward(batch.cotangent)
     assert calls.keys() == {"grad_output"}
-    sizes = [result.numel() for result in calls["grad_output"]]  # dh, dvu_B, dif_B, dvu_importance, dif_importance, dq
-    assert sizes == [0, 0, layer.if_B.numel(), 0, 0, 0]
+    dh, dB, dI, dslot_weights, dscores = calls["grad_output"]
+    sizes = [result.numel() for result in (dh, *dB, *dI, dslot_weights, dscores)]
+    assert sizes == [0, 0, layer.if_B.numel(), 0, 0, 0, 0]
     assert layer.if_B.grad.any()
 
 

@@ -213,7 +213,7 @@ def test_two_forwards_before_a_backward(how, order):
     first = model(**inputs, instruction_embeds=e, use_cache=False).loss
     last = model(**second, instruction_embeds=other, use_cache=False).loss
     with torch.no_grad():
-        model(**batch((6,)), instruction_embeds=embeddings(1, 9), use_cache=False)
+        model(**batch((6,), **ANSWER), instruction_embeds=embeddings(1, 9), use_cache=False)
     ORDERS[order](first, last)
     got = {n.replace("_checkpoint_wrapped_module.", ""): g for n, g in gradients(model).items()}
     assert_same(got, want)
@@ -227,10 +227,11 @@ def test_a_loss_of_ones_own_on_logits_or_hidden_states(how):
         found = []
         for name in (None, how):
             model = recomputing(name)
-            options = {"output_hidden_states": True, "use_cache": False}
+            prompt = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+            options = {"output_hidden_states": True, "use_cache": False, "prompt_mask": prompt}
             loss = pick(model(**inputs, instruction_embeds=e, **options)).square().mean()
             if name is not None:
-                model(**inputs, instruction_embeds=other, use_cache=False)
+                model(**inputs, instruction_embeds=other, use_cache=False, prompt_mask=prompt)
             loss.backward()
             found.append(gradients(model))
         assert_same(found[1], found[0])

@@ -1,4 +1,4 @@
-"""The CUDA C++ sources, compiled by g++ against csrc/emulate: thread blocks on the CPU."""
+"""The CUDA C++ sources, compiled by g++ against tests/csrc/emulator: thread blocks on the CPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [*sorted(ROOT.glob("csrc/*.cu")), ROOT / "csrc/emulate/emulate.cpp", ROOT / "csrc/bindings.cpp"]
-HEADERS = [path for pattern in ("csrc/*.h", "csrc/*.cuh", "csrc/emulate/*.h") for path in sorted(ROOT.glob(pattern))]
+EMULATOR = ROOT / "tests/csrc/emulator"
+SOURCES = [*sorted(ROOT.glob("csrc/*.cu")), EMULATOR / "emulate.cpp", ROOT / "csrc/bindings.cpp"]
+HEADERS = [*sorted(ROOT.glob("csrc/**/*.h")), *sorted(ROOT.glob("csrc/**/*.cuh")), EMULATOR / "emulate.h"]
 OPTIONS = ["-O1", "-std=c++17", "-fPIC", "-DSMOLORA_EMULATE"]
 
 
@@ -24,7 +25,12 @@ def compile_all(folder: Path) -> Path:
     import pybind11  # for what is emulated alone: tests on a GPU go without
 
     compiler = os.environ.get("CXX", "g++")
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    includes = [
+        f"-I{ROOT / 'csrc'}",
+        f"-I{EMULATOR}",
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_path('include')}",
+    ]
     command = [compiler, *OPTIONS, "-DSMOLORA_MODULE=smolora_emulated", *includes, "-x", "c++"]
     headers = b"".join(path.read_bytes() for path in HEADERS)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from oracle import collect, complaints
 from smolora.engine.function import mixture_linear
 from smolora.reference import dropout_factor
-from smolora.spec import Bank, Dropout, Router, Slots, Tokens
+from smolora.spec import Bank, Dropout, Mixed, Router, Slots, Tokens
 
 SEED = 12345
 
@@ -134,29 +134,24 @@ def build_call(case: MixCase) -> Call:
 
 def run_call(call: Call, backend: str, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Forward and backward of the engine; `without` names what needs no gradient."""
-    c = call.case
     x = call.x.detach().requires_grad_("x" not in without)
     named = {name: t.detach().requires_grad_(name not in without) for name, t in call.named.items()}
-    given = call.given
-    banks = [
-        Bank(named[f"A{i}"], named[f"B{i}"], i, named.get(f"I{i}"), given.get(f"trained{i}")) for i in range(len(c.E))
-    ]
-    routers = [
-        Router(named[f"router{i}"], c.reads_x and i == 0, given.get("rows")) for i in range(len(c.E) if c.routed else 0)
-    ]
-    slots = None
-    if not c.routed and ("ids" in given or "slot_weights" in named):
-        slots = Slots(given.get("ids"), named.get("slot_weights"))
+    return collect(forward_call(call, backend, x, named).y, x, named, call.cotangent)
+
+
+def forward_call(call: Call, backend: str, x: Tensor, named: dict[str, Tensor]) -> Mixed:
+    """Forward of the engine."""
+    c, given = call.case, call.given
     seed = torch.tensor([SEED], device=x.device) if c.threshold else None
-    mixed = mixture_linear(
+    return mixture_linear(
         x,
-        banks,
+        banks_of(call, named),
         tokens=Tokens(_num_seqs(call), given.get("cu_seqlens"), given.get("route_mask")),
         scaling=1.5,
         backend=backend,
         mix=c.mix,
-        slots=slots,
-        routers=routers,
+        slots=slots_of(call, named),
+        routers=routers_of(call, named),
         top_k=c.K if c.routed else 0,
         gate=c.gate,
         gate_grad=c.gate_grad,
@@ -167,7 +162,28 @@ def run_call(call: Call, backend: str, without: tuple[str, ...] = ()) -> dict[st
         weight=given.get("weight"),
         bias=given.get("bias"),
     )
-    return collect(mixed.y, x, named, call.cotangent)
+
+
+def banks_of(call: Call, named: dict[str, Tensor]) -> list[Bank]:
+    given = call.given
+    return [
+        Bank(named[f"A{i}"], named[f"B{i}"], i, named.get(f"I{i}"), given.get(f"trained{i}"))
+        for i in range(len(call.case.E))
+    ]
+
+
+def routers_of(call: Call, named: dict[str, Tensor]) -> list[Router]:
+    c = call.case
+    return [
+        Router(named[f"router{i}"], c.reads_x and i == 0, call.given.get("rows"))
+        for i in range(len(c.E) if c.routed else 0)
+    ]
+
+
+def slots_of(call: Call, named: dict[str, Tensor]) -> Slots | None:
+    if call.case.routed or not ("ids" in call.given or "slot_weights" in named):
+        return None
+    return Slots(call.given.get("ids"), named.get("slot_weights"))
 
 
 def _num_seqs(call: Call) -> int:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import smolora
 from cases import plain
 from oracle import PARAMETERS, Case, build, run
-from smolora import ops
+from smolora.engine import function
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [pytest.param("torch", "cpu")]
@@ -28,19 +28,26 @@ def test_opcheck(case: Case, backend: str, device: str, monkeypatch: pytest.Monk
     """Every operator, with the arguments that a layer calls it with: schema, fakes, and nothing mutated or aliased."""
     calls = {}
     for name in ("route_shrink", "fuse_expand", "grad_output", "grad_input"):
-        operator = getattr(ops, name)
+        operator = getattr(function, name)
 
         def record(*arguments, name=name, operator=operator):
             calls[name] = (operator, arguments)
             return operator(*arguments)
 
-        monkeypatch.setattr(ops, name, record)
+        monkeypatch.setattr(function, name, record)
     layer, batch = build(case, torch.float32, device)
     run(layer, batch, backend)
     assert len(calls) == 4
     torch.utils.deterministic.fill_uninitialized_memory = False  # empty outputs are compared too
     for operator, arguments in calls.values():
-        detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        detached = [
+            [t.detach() if isinstance(t, torch.Tensor) else t for t in a]
+            if isinstance(a, list)
+            else a.detach()
+            if isinstance(a, torch.Tensor)
+            else a
+            for a in arguments
+        ]
         torch.library.opcheck(operator, tuple(detached))
 
 

@@ -1,7 +1,7 @@
 // What tests ask of the emulation, and kernels with a fault each that it has to find.
 
-#include "../ptx.cuh"
-#include "../smolora.h"
+#include "params.h"
+#include "ptx.cuh"
 
 void emulate_allow(uintptr_t address, size_t bytes) {
   if (bytes) emulate::allowed[address] = std::max(emulate::allowed[address], bytes);
@@ -36,49 +36,49 @@ __global__ void one_block_leaves() {  // before the grid's barrier
   grid_barrier();
 }
 __global__ void past_the_array() {
-  Arena arena;
-  auto a = arena.take<float>(kThreads);
-  arena.take<float>(kThreads);
+  SmemAllocator smem;
+  auto a = smem.take<float>(kThreads);
+  smem.take<float>(kThreads);
   a[threadIdx.x + 1] = 0;
 }
 __global__ void past_the_tensor(const float* p) { (void)(global<const float>(p) + 3)[kThreads - 3]; }
 __global__ void misaligned(const float* p) { (void)*view<const float4>(global<const float>(p) + 1); }
 __global__ void too_much_shared() {
-  Arena arena;
-  arena.take<float>(1000);
+  SmemAllocator smem;
+  smem.take<float>(1000);
 }
 __global__ void unsynchronised(float* p) {  // reads what another thread may not have written yet
-  Arena arena;
-  auto a = arena.take<float>(kThreads);
+  SmemAllocator smem;
+  auto a = smem.take<float>(kThreads);
   a[threadIdx.x] = 1;
   global<float>(p)[threadIdx.x] = a[kThreads - 1 - threadIdx.x];
 }
 __global__ void overwritten() {  // what another thread may still have to read
-  Arena arena;
-  auto a = arena.take<float>(kThreads);
+  SmemAllocator smem;
+  auto a = smem.take<float>(kThreads);
   a[threadIdx.x] = 1;
   __syncthreads();
   const float other = a[kThreads - 1 - threadIdx.x];
   a[threadIdx.x] = other;
 }
 __global__ void across_warps() {  // a warp's barrier is none of the block
-  Arena arena;
-  auto a = arena.take<float>(kThreads);
+  SmemAllocator smem;
+  auto a = smem.take<float>(kThreads);
   a[threadIdx.x] = 1;
   __syncwarp();
   (void)static_cast<float>(a[threadIdx.x ^ 1]);
   (void)static_cast<float>(a[threadIdx.x ^ 32]);
 }
 __global__ void by_a_shuffle() {  // which orders no memory
-  Arena arena;
-  auto a = arena.take<float>(kThreads);
+  SmemAllocator smem;
+  auto a = smem.take<float>(kThreads);
   a[threadIdx.x] = 1;
   shuffle_xor(1.0f, 1);
   (void)static_cast<float>(a[threadIdx.x ^ 1]);
 }
 __global__ void unawaited(float* p) {  // reads what a cp.async may not have brought yet
-  Arena arena;
-  auto a = arena.take<float>(4);
+  SmemAllocator smem;
+  auto a = smem.take<float>(4);
   if (threadIdx.x == 0) {
     cp_async16(a, global<const float>(p));
     cp_async_commit();

@@ -1,13 +1,14 @@
-// What the passes share: weights of any dtype, dropout's masks, top-k, where a tile of tokens lies.
+// What the kernels share: weights of any dtype, dropout's masks, top-k, where a tile of tokens lies.
 #pragma once
 
 #include <type_traits>
 
+#include "params.h"
 #include "ptx.cuh"
-#include "smolora.h"
 
 __host__ __device__ constexpr int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-__host__ __device__ constexpr int rank_columns(int64_t r) { return static_cast<int>(cdiv(r, 16) * 16); }
+// Columns of a rank in rank space: a multiple of the 16 of a tensor core.
+__host__ __device__ constexpr int rank16(int64_t r) { return static_cast<int>(cdiv(r, 16) * 16); }
 
 __device__ __forceinline__ float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 
@@ -40,7 +41,7 @@ __device__ __forceinline__ void unpack(float (&v)[4], const Four<T>& four) {
 
 // Elements i to i + 3 in float32, zeros from the `count`-th on; `aligned`: they start where one load can take them.
 template <class T>
-__device__ __forceinline__ void four_at(float (&v)[4], Ptr<const T> p, int64_t i, int64_t count, bool aligned) {
+__device__ __forceinline__ void load4(float (&v)[4], Ptr<const T> p, int64_t i, int64_t count, bool aligned) {
   if (!aligned || count < 4) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) v[j] = j < count ? to_float(p[i + j]) : 0.0f;
@@ -48,17 +49,17 @@ __device__ __forceinline__ void four_at(float (&v)[4], Ptr<const T> p, int64_t i
     unpack<T>(v, *view<const Four<T>>(p + i));
   }
 }
-__device__ __forceinline__ void four_at(float (&v)[4], Weight w, int64_t i, int64_t count, bool aligned) {
+__device__ __forceinline__ void load4(float (&v)[4], Weight w, int64_t i, int64_t count, bool aligned) {
   switch (w.dtype) {
-    case kFloat32: return four_at(v, global<const float>(w.data), i, count, aligned);
-    case kFloat16: return four_at(v, global<const fp16>(w.data), i, count, aligned);
-    case kBfloat16: return four_at(v, global<const bf16>(w.data), i, count, aligned);
+    case kFloat32: return load4(v, global<const float>(w.data), i, count, aligned);
+    case kFloat16: return load4(v, global<const fp16>(w.data), i, count, aligned);
+    case kBfloat16: return load4(v, global<const bf16>(w.data), i, count, aligned);
     default:
       for (int j = 0; j < 4; ++j) v[j] = j < count ? weight_at(w, i + j) : 0.0f;
   }
 }
 
-__device__ __forceinline__ bool is_aligned(const void* p, int bytes) {
+__host__ __device__ __forceinline__ bool is_aligned(const void* p, int bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
@@ -79,7 +80,7 @@ __device__ __forceinline__ float rounded(float v) {
 
 // v as the compute dtype has them.
 template <class T>
-__device__ __forceinline__ void round_four(float (&v)[4]) {
+__device__ __forceinline__ void round4(float (&v)[4]) {
   round_pair<T>(v[0], v[1]);
   round_pair<T>(v[2], v[3]);
 }
@@ -95,7 +96,7 @@ __device__ __forceinline__ float warp_dot(const Weight& a, int64_t i, const Weig
 // A block's part of an expert's w = s B^T I, (r,), over rows `begin` to `end` of B; `scratch` has 4 THREADS elements.
 // Weights come by reference: out of a copy nvcc would not know that they lie in global memory.
 template <class T, int THREADS>
-__device__ __forceinline__ void add_w_part(const Layout& p, const Weight& B, const Weight& I, int64_t k,
+__device__ __forceinline__ void add_w_part(const Layout& p, const Weight& B, const Weight& importance, int64_t k,
                                            int64_t expert, int64_t begin, int64_t end, Ptr<float> scratch,
                                            Ptr<float> out) {
   const int r = static_cast<int>(p.r), quads = static_cast<int>(cdiv(r, 4)), rows = THREADS / quads;
@@ -106,10 +107,10 @@ __device__ __forceinline__ void add_w_part(const Layout& p, const Weight& B, con
 #pragma unroll 4
     for (int64_t row = begin + first; row < end; row += rows) {
       float v[4];
-      four_at(v, B, (expert * k + row) * r + quad * 4, r - quad * 4, aligned);
-      const float importance = rounded<T>(weight_at(I, row));
+      load4(v, B, (expert * k + row) * r + quad * 4, r - quad * 4, aligned);
+      const float with = rounded<T>(weight_at(importance, row));
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum[j] += rounded<T>(v[j]) * importance;
+      for (int j = 0; j < 4; ++j) sum[j] += rounded<T>(v[j]) * with;
     }
   }
 #pragma unroll
@@ -146,9 +147,10 @@ __device__ __forceinline__ uint32_t keep_bits(int64_t seed, int64_t row, uint32_
   return bits;
 }
 
-// softmax(top_k(z)) of Eq. 5 and 6 over z (E,), ties to the lowest; by one thread. Each chosen expert follows the one
-// before in the order of falling logits and rising numbers.
-__device__ __forceinline__ void choose(Ptr<const float> z, int E, int K, Ptr<int> routes, Ptr<float> gates) {
+// Chooses the top K of z (E,), ties to the lowest, with the softmax over the chosen for weights, or over all with `gate_all`;
+// by one thread. Each chosen expert follows the one before in the order of falling logits and rising numbers.
+__device__ __forceinline__ void choose(Ptr<const float> z, int E, int K, bool gate_all, Ptr<int> ids,
+                                       Ptr<float> weights) {
   float last = INFINITY, first = 0, total = 0;
   int last_expert = -1;
   for (int j = 0; j < K; ++j) {
@@ -160,54 +162,66 @@ __device__ __forceinline__ void choose(Ptr<const float> z, int E, int K, Ptr<int
     }
     if (expert < 0) expert = min(last_expert + 1, E - 1);  // a NaN follows nothing: stay inside
     if (j == 0) first = best;
-    routes[j] = expert;
-    gates[j] = expf(best - first);
-    total += gates[j];
+    ids[j] = expert;
+    weights[j] = expf(best - first);
+    total += weights[j];
     last = best, last_expert = expert;
   }
-  for (int j = 0; j < K; ++j) gates[j] = gates[j] / total;
+  if (gate_all) {
+    total = 0;
+    for (int i = 0; i < E; ++i) total += expf(z[i] - first);
+  }
+  for (int j = 0; j < K; ++j) weights[j] = weights[j] / total;
 }
 
-// Where the tiles of BT tokens lie. An instance of L tokens has room for (L + slack BT - 1) / BT tiles; those past its
+// The expert in a slot of `ids` (n, b, K), or the slot's number where there are none; an empty slot counts as expert 0,
+// with a weight of 0.
+__device__ __forceinline__ int expert_in(Ptr<const int> ids, bool in_order, int64_t at, int slot) {
+  return in_order ? slot : max(ids[at], 0);
+}
+
+// Where the tiles of BT tokens lie. A sequence of L tokens has room for (L + extra BT - 1) / BT tiles; those past its
 // last token are empty.
-struct Span {
-  int instance;
-  int64_t tile;        // its number in the instance
-  int64_t start, end;  // of the instance
+struct SeqTile {
+  int seq;
+  int64_t tile;        // its number in the sequence
+  int64_t start, end;  // of the sequence
 };
 
-__device__ __forceinline__ int64_t tile_base(int64_t i, Ptr<const int> cu, bool packed, int64_t S, int BT, int slack) {
-  return packed ? cu[i] / BT + i * slack : i * ((S + slack * BT - 1) / BT);
+__device__ __forceinline__ int64_t tile_base(const Layout& p, int64_t seq, int BT, int extra) {
+  return p.cu != nullptr ? global<const int>(p.cu)[seq] / BT + seq * extra
+                         : seq * ((p.T / p.n + extra * BT - 1) / BT);
 }
 
-__device__ __forceinline__ Span locate(int64_t tile, Ptr<const int> cu, bool packed, int64_t n, int64_t S, int BT,
-                                       int slack) {
-  Span span;
-  if (packed) {
-    int64_t low = 0, high = n;
+__device__ __forceinline__ SeqTile tile_to_seq(const Layout& p, int64_t tile, int BT, int extra) {
+  SeqTile at;
+  if (p.cu != nullptr) {
+    const auto cu = global<const int>(p.cu);
+    int64_t low = 0, high = p.n;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      if (tile_base(middle, cu, packed, S, BT, slack) <= tile) {
+      if (tile_base(p, middle, BT, extra) <= tile) {
         low = middle;
       } else {
         high = middle;
       }
     }
-    span.instance = static_cast<int>(low);
-    span.start = cu[low], span.end = cu[low + 1];
+    at.seq = static_cast<int>(low);
+    at.start = cu[low], at.end = cu[low + 1];
   } else {
-    const int64_t i = tile / ((S + slack * BT - 1) / BT);
-    span.instance = static_cast<int>(i);
-    span.start = i * S, span.end = span.start + S;
+    const int64_t S = p.T / p.n, i = tile / ((S + extra * BT - 1) / BT);
+    at.seq = static_cast<int>(i);
+    at.start = i * S, at.end = at.start + S;
   }
-  span.tile = tile - tile_base(span.instance, cu, packed, S, BT, slack);
-  return span;
+  at.tile = tile - tile_base(p, at.seq, BT, extra);
+  return at;
 }
 
-// The instance of a token.
-__device__ __forceinline__ int instance_of(int64_t token, Ptr<const int> cu, bool packed, int64_t n, int64_t S) {
-  if (!packed) return static_cast<int>(token / S);
-  int64_t low = 0, high = n;  // the last boundary that is not past the token
+// The sequence of a token.
+__device__ __forceinline__ int seq_of(const Layout& p, int64_t token) {
+  if (p.cu == nullptr) return static_cast<int>(token / (p.T / p.n));
+  const auto cu = global<const int>(p.cu);
+  int64_t low = 0, high = p.n;  // the last boundary that is not past the token
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     if (cu[middle] <= token) {
@@ -220,10 +234,13 @@ __device__ __forceinline__ int instance_of(int64_t token, Ptr<const int> cu, boo
 }
 
 // Tiles that cover all tokens, as the host counts them.
-inline int64_t tile_count(const Layout& p, int64_t BT, int64_t slack) {
+inline int64_t tile_count(const Layout& p, int64_t BT, int64_t extra) {
   if (p.n == 0) return 0;
-  return p.cu != nullptr ? p.T / BT + slack * p.n : p.n * ((p.T / p.n + slack * BT - 1) / BT);
+  return p.cu != nullptr ? p.T / BT + extra * p.n : p.n * ((p.T / p.n + extra * BT - 1) / BT);
 }
+
+// Slots of a bank in h and dh.
+__host__ __device__ inline int64_t down_slots(const Layout& p) { return p.shared ? 1 : p.K; }
 
 // Calls f with a zero of the compute dtype.
 template <class F>

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cases import OPTIONS, RANKS, SHAPES, plain
 from oracle import PARAMETERS, Case, build, check, run
-from smolora import rank_space
+from smolora.engine import philox, torch_passes
 from smolora.reference import philox_bytes, smolora_forward
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -85,11 +85,11 @@ def test_masks_are_those_of_the_reference(
 ):
     """Three implementations of one random stream, over more columns than a counter block has."""
     if not compiled:
-        monkeypatch.setattr(rank_space, "compiled", None)
-    elif rank_space.compiled is None:
+        monkeypatch.setattr(philox, "compiled", None)
+    elif philox.compiled is None:
         pytest.skip("smolora was installed without a C++ compiler")
     for rows, columns in ((9, 41), (1, 16), (0, 16), (70, 1040)):
-        masks = rank_space.keep_masks(torch.tensor([seed]), rows, columns, 64, (0, 1), dtype)
+        masks = philox.keep_masks(torch.tensor([seed]), rows, columns, 64, (0, 1), dtype)
         for stream, mask in enumerate(masks):
             assert torch.equal(
                 mask, torch.from_numpy(philox_bytes(seed % 2**64, rows, columns, stream) >= 64).to(dtype)
@@ -100,7 +100,7 @@ def test_masks_are_those_of_the_reference(
 def test_dropout_keeps_what_it_says():
     """The share that is kept is 1 - threshold / 256, to five standard deviations."""
     for threshold in (1, 13, 128, 255):
-        (mask,) = rank_space.keep_masks(torch.tensor([3]), 500, 1000, threshold, (0,), torch.float32)
+        (mask,) = philox.keep_masks(torch.tensor([3]), 500, 1000, threshold, (0,), torch.float32)
         p = threshold / 256
         assert abs((1 - mask.double().mean().item()) - p) < 5 * (p * (1 - p) / mask.numel()) ** 0.5
 
@@ -121,6 +121,6 @@ def test_repeatable_on_several_threads(threads: int):
 
 
 def test_ties_take_the_lowest_expert():
-    routes, gates = rank_space.choose(torch.tensor([[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]]), 2)
+    routes, gates = torch_passes.choose(torch.tensor([[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]]), 2)
     assert routes.tolist() == [[1, 2], [0, 1]]
     assert torch.equal(gates, torch.full((2, 2), 0.5))

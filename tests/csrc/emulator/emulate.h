@@ -410,9 +410,9 @@ Ptr<U> view(const Ptr<T>& p) {
   return Ptr<U>(reinterpret_cast<U*>(p.raw()), p.low(), p.high());
 }
 
-class Arena {
+class SmemAllocator {
  public:
-  Arena() {
+  SmemAllocator() {
     auto start = (reinterpret_cast<uintptr_t>(emulate::block().shared.data()) + 127) / 128 * 128;
     next_ = reinterpret_cast<char*>(start);
     end_ = next_ + emulate::block().shared.size() - 128;

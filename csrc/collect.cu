@@ -1,0 +1,65 @@
+#include "collect.cuh"
+
+namespace {
+
+constexpr int kThreads = 256;
+
+// Grid (blocks of r L, experts of all banks). Which chunks an expert was chosen in, each thread asks of one, for all.
+__global__ void __launch_bounds__(kThreads, 1) collect_kernel(Collect p) {
+  SmemAllocator smem;
+  auto slots = smem.take<int>(kThreads);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const bool second = blockIdx.y >= p.experts[0];
+  const int64_t expert = second ? blockIdx.y - p.experts[0] : blockIdx.y;
+  const Weight out = second ? p.out[1] : p.out[0];
+  if (out.data == nullptr) return;
+  const bool inside = i < p.r * p.L;
+  const auto trained = global<const uint8_t>(second ? p.trained[1] : p.trained[0]);
+  if ((second ? p.trained[1] : p.trained[0]) != nullptr && !trained[expert]) {
+    if (inside) set_weight(out, expert * p.r * p.L + i, 0.0f);
+    return;
+  }
+  const int64_t rank = p.by_column ? i / p.L : i % p.r, l = p.by_column ? i % p.L : i / p.r;
+  const RankTiles tiles(p);
+  const int64_t K = second ? p.slots[1] : p.slots[0], width = tiles.total * 16, column0 = second ? tiles.first * 16 : 0;
+  const bool in_order = second ? p.in_order[1] : p.in_order[0];
+  const int RP = rank16(p.r);
+  const auto ids = global<const int>(p.ids);
+  const auto seqs = global<const int>(p.chunk_to_seq);
+  const auto part = global<const float>(p.part);
+  const auto holds = [&](int64_t seq, int64_t slot) {
+    return in_order ? slot == expert : ids[(seq * p.b + second) * p.K + slot] == expert;
+  };
+  float sum = 0;
+  for (int64_t first = 0; first < p.chunks; first += kThreads) {
+    const int64_t asked = first + threadIdx.x, seq = asked < p.chunks ? seqs[asked] : -1;
+    int slot = 0;  // the first with the expert; given ids may have it several times
+    while (slot < K && (seq < 0 || !holds(seq, slot))) ++slot;
+    __syncthreads();
+    slots[threadIdx.x] = slot;
+    __syncthreads();
+    const int count = static_cast<int>(min(p.chunks - first, static_cast<int64_t>(kThreads)));
+#pragma unroll 4
+    for (int chunk = 0; chunk < count; ++chunk) {
+      for (int64_t j = slots[chunk]; j < K && inside; ++j) {
+        if (j > slots[chunk] && !holds(seqs[first + chunk], j)) continue;
+        const int64_t column = (first + chunk) * width + column0 + j * RP + rank;
+        sum += part[p.by_column ? column * p.L + l : (column / 16 * p.L + l) * 16 + column % 16];
+      }
+    }
+  }
+  if (!inside) return;
+  sum *= static_cast<float>(p.scale);
+  if (p.factor != nullptr) {
+    sum += weight_at(second ? p.addend[1] : p.addend[0], l) * global<const float>(p.factor)[blockIdx.y * p.r + rank];
+  }
+  set_weight(out, expert * p.r * p.L + i, sum);
+}
+
+}  // namespace
+
+void collect(const Collect& p) {
+  const dim3 grid(static_cast<unsigned>(cdiv(p.r * p.L, kThreads)),
+                  static_cast<unsigned>(p.experts[0] + p.experts[1]));
+  launch("collect", collect_kernel, grid, kThreads, kThreads * sizeof(int), p.stream, false, p);
+}

@@ -1,0 +1,24 @@
+"""The methods that run on the engine, one file each; a new one is a file and a line here."""
+
+from .base import Mixture
+from .branchlora import BRANCHLORA, BranchLoRAConfig, FusedBranchLoRA
+from .lilora import LILORA, FusedLiLoRA, LiLoRAConfig
+from .moelora import MOELORA, FusedMoELoRA, MoELoRAConfig
+from .routedlora import ROUTEDLORA, FusedRoutedLoRA, RoutedLoRAConfig
+from .smolora import SMOLORA, FusedSMoLoRA, SMoLoRAConfig
+
+MIXTURES: dict[str, Mixture] = {mixture.name: mixture for mixture in (SMOLORA, MOELORA, ROUTEDLORA, BRANCHLORA, LILORA)}
+
+__all__ = [
+    "MIXTURES",
+    "BranchLoRAConfig",
+    "FusedBranchLoRA",
+    "FusedLiLoRA",
+    "FusedMoELoRA",
+    "FusedRoutedLoRA",
+    "FusedSMoLoRA",
+    "LiLoRAConfig",
+    "MoELoRAConfig",
+    "RoutedLoRAConfig",
+    "SMoLoRAConfig",
+]

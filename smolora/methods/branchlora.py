@@ -1,0 +1,267 @@
+"""BranchLoRA (Zhang et al., ACL 2025): one A, several branches B, the top k of them by a router a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..config import MixtureConfig, check_choice, check_int
+from ..spec import Bank, Mixed, Router, Slots, Tokens, accurate_dtype
+from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
+from .checks import check_ids, check_task, check_tensor
+from .routedlora import SlotRouting
+
+CHOICES = {
+    "router_input": ("first", "mean", "last", "image"),
+    "freeze_pool": ("all", "tunable"),
+    "route_over": ("prompt", "valid", "all"),
+    "decode_routing": ("prompt", "token"),
+}
+
+
+@dataclass
+class BranchLoRAConfig(MixtureConfig, method="branchlora"):
+    """Configuration of BranchLoRA. Where the paper leaves a point open, the first choice listed is the default.
+
+    Args:
+        num_branches: number of branches B (the paper's N).
+        top_k: branches that a sequence uses.
+        num_tasks: routers, one a task.
+        router_input: what the router sees of a sequence: its "first" routed token, the "mean" of them, the "last", or,
+            in a whole model, the first "image" token (the first routed one of a sample without an image). Under a
+            template with a fixed opening the first token is the same for every sample, so the weights of "first" are
+            then a learned constant a task.
+        renormalize: make the weights of the chosen branches sum to 1.
+        freeze_pool: which branches may be frozen after a task: the most used of "all", or of those still "tunable".
+        freeze_A_after: number of tasks after which A is frozen; None: never.
+        route_over: tokens of a whole model that are routed: "prompt" (valid tokens that are no answer), "valid" (all
+            but padding) or "all".
+        decode_routing: "prompt" keeps the branches and weights of a `generate()` call's first forward; "token" routes
+            every new token by itself.
+        r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`.
+    """
+
+    num_branches: int = field(default=8, metadata={"help": "number of branches"})
+    top_k: int = field(default=2, metadata={"help": "branches that a sequence uses"})
+    num_tasks: int = field(default=1, metadata={"help": "routers, one a task"})
+    router_input: Literal["first", "mean", "last", "image"] = field(
+        default="first", metadata={"help": "what the router sees of a sequence"}
+    )
+    renormalize: bool = field(default=False, metadata={"help": "weights of the chosen branches sum to 1"})
+    freeze_pool: Literal["all", "tunable"] = field(
+        default="all", metadata={"help": "branches of which the most used are frozen after a task"}
+    )
+    freeze_A_after: int | None = field(default=None, metadata={"help": "tasks after which A is frozen"})
+    route_over: Literal["prompt", "valid", "all"] = field(
+        default="prompt", metadata={"help": "tokens of a whole model that are routed"}
+    )
+    decode_routing: Literal["prompt", "token"] = field(
+        default="prompt", metadata={"help": "route once a generate() call, or every new token"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_branches", "top_k", "num_tasks"):
+            check_int(name, getattr(self, name))
+        if self.top_k > self.num_branches:
+            raise ValueError(f"top_k must be at most num_branches = {self.num_branches}, got {self.top_k}")
+        if self.freeze_A_after is not None:
+            check_int("freeze_A_after", self.freeze_A_after)
+        if not isinstance(self.renormalize, bool):
+            raise ValueError(f"renormalize must be True or False, got {self.renormalize!r}")
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+
+
+class BranchLoRAExperts(MixtureExperts):
+    """One BranchLoRA adapter on one linear layer: y = W x + b + s sum_b pi_b B_b A x over the k largest pi.
+
+    pi = softmax(router[task] x_r) of the sequence, x_r being what `router_input` names.
+
+    Parameters (N branches):
+        A (r, d) ~ N(0, 0.01^2), B (N, k, r) = 0, router (tasks, N, d) as `nn.Linear`. Frozen branches, and routers of
+        tasks that are not in the batch, keep their values under any optimiser.
+
+    Buffers:
+        frozen_branches: bool (N,), saved with the state.
+    """
+
+    config: BranchLoRAConfig
+    config_class = BranchLoRAConfig
+    sliced = ("B", "router")
+
+    def __init__(self, *args: Any, device: torch.device | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, device=device, **kwargs)
+        N = self.config.num_branches
+        self.register_buffer("frozen_branches", torch.zeros(N, dtype=torch.bool, device=device))
+        self.register_buffer("_usage", torch.zeros(N, dtype=torch.int64, device=device), persistent=False)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        c, d, k = self.config, self.in_features, self.out_features
+        return {"A": (c.r, d), "B": (c.num_branches, k, c.r), "router": (c.num_tasks, c.num_branches, d)}
+
+    def trains(self, name: str) -> bool:
+        after = self.config.freeze_A_after
+        return name != "A" or after is None or self.config.num_tasks <= after
+
+    def prepare(
+        self,
+        x: Tensor,
+        task: int | Tensor | None = None,
+        *,
+        routes: tuple[Tensor, Tensor] | SlotRouting | None = None,
+        route_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Prepared:
+        """Check a call, and say what it computes.
+
+        Args:
+            x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
+            task: the task of all n sequences, or int (n,), of each. Needed unless the routes are given.
+            routes: (ids (n, k) int, weights (n, k)), instead of routing: what `last_routing()` gave.
+            route_mask: bool, x's shape without d: the tokens that a router may see (default: all).
+            cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
+
+        Raises:
+            TypeError, ValueError: see `MixtureExperts.prepare`.
+        """
+        batch = self.batch(x, cu_seqlens, route_mask)
+        frozen = None if not self._any_frozen else ~self.frozen_branches
+        banks = [Bank(self.A[None], self.B, trained=frozen)]
+        if routes is not None:
+            return Prepared(batch, banks, {"slots": self._given(routes, batch)})
+        n = batch.tokens.num_seqs
+        if task is None:
+            raise ValueError(f"task must be given, an int or int of shape ({n},): the router is the task's; got None")
+        rows = check_task(task, n, self.config.num_tasks, self.A.device)
+        if isinstance(rows, int):
+            router = Router(self.router[rows], True)
+        else:
+            router = Router(self.router, True, rows)
+        gate = "chosen" if self.config.renormalize else "all"
+        seen = batch._replace(tokens=seen_tokens(batch.tokens, batch.x.shape[0], self.config.router_input, x.device))
+        how = {"routers": [router], "top_k": self.config.top_k, "gate": gate, "gate_grad": gate}
+        return Prepared(seen, banks, how)
+
+    def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
+        if mixed.logits is not None:  # routed, not given
+            number = torch.arange(self.config.num_branches, device=x.device)
+            self._usage += (mixed.ids.reshape(-1, 1) == number).sum(0)
+        return super().finish(x, mixed, decision)
+
+    def _given(self, routes: tuple[Tensor, Tensor] | SlotRouting, batch: Any) -> Slots:
+        """Check given branches and weights.
+
+        Raises:
+            TypeError, ValueError: they do not fit.
+        """
+        if not isinstance(routes, (tuple, list)) or len(routes) < 2:
+            raise ValueError(f"routes must be a pair (ids, weights), got {type(routes).__name__}")
+        ids, weights = routes[:2]
+        shape = (batch.tokens.num_seqs, self.config.top_k)
+        ids = check_ids(
+            "routes[0]", ids, (shape,), self.A.device, below=self.config.num_branches, what="a branch"
+        ).int()
+        check_tensor("routes[1]", weights, self.A.device)
+        if weights is None or not weights.is_floating_point() or tuple(weights.shape) != shape:
+            got = None if weights is None else f"{weights.dtype} of {tuple(weights.shape)}"
+            raise ValueError(f"routes[1] must be floating point of shape {shape}, got {got}")
+        return Slots(ids[:, None].contiguous(), weights[:, None].to(accurate_dtype(batch.x.dtype)).contiguous())
+
+    def last_routing(self) -> SlotRouting:
+        """Return the branches and weights of the last forward, and the router's logits.
+
+        Raises:
+            RuntimeError: there was no forward yet.
+        """
+        last = self._decided("last_routing()")
+        return SlotRouting(last.ids[:, 0], last.slot_weights[:, 0], last.logits)
+
+    def freeze_branches(self, frozen: Tensor) -> None:
+        """Stop the gradients of branches for good; those that were frozen before stay so.
+
+        Args:
+            frozen: bool (N,).
+
+        Raises:
+            TypeError, ValueError: it is not.
+        """
+        check_tensor("frozen", frozen, self.frozen_branches.device)
+        N = self.config.num_branches
+        if frozen is None or frozen.dtype != torch.bool or tuple(frozen.shape) != (N,):
+            got = None if frozen is None else f"{frozen.dtype} of {tuple(frozen.shape)}"
+            raise ValueError(f"frozen must be bool of shape ({N},), got {got}")
+        self.frozen_branches |= frozen
+        self.__dict__.pop("_frozen_known", None)
+
+    @property
+    def _any_frozen(self) -> bool:
+        """Whether a branch is frozen, looked up once: on a GPU looking waits for the device."""
+        if "_frozen_known" not in self.__dict__:
+            self.__dict__["_frozen_known"] = bool(self.frozen_branches.any())
+        return self.__dict__["_frozen_known"]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.__dict__.pop("_frozen_known", None)
+
+    def usage(self) -> Tensor:
+        """Return how often each branch was chosen since `reset_usage()`, int64 (N,); given routes do not count."""
+        return self._usage.clone()
+
+    def reset_usage(self) -> None:
+        """Count from 0."""
+        self._usage.zero_()
+
+    def trained_slices(self) -> dict[str, int]:
+        """Return the branches that are not frozen, and one router: one task's is in use at a time."""
+        return {"B": int((~self.frozen_branches).sum()), "router": 1}
+
+    def facts(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "branches": c.num_branches,
+            "top_k": c.top_k,
+            "tasks": c.num_tasks,
+            "router_input": repr(c.router_input),
+        }
+
+
+def seen_tokens(tokens: Tokens, T: int, which: str, device: torch.device) -> Tokens:
+    """Mark the tokens whose mean is what a router sees: of the routed ones the first, the last, or all.
+
+    Args:
+        which: as `router_input`; the routed tokens of "image" are the image's.
+    """
+    if which == "mean":
+        return tokens
+    n, cu, mask = tokens
+    if mask is None:
+        mask = torch.ones(T, dtype=torch.bool, device=device)
+    count = mask.cumsum(0)
+    if cu is None:
+        ends = torch.arange(1, n + 1, device=device) * (T // max(n, 1))
+        starts = ends - T // max(n, 1)
+        seq = torch.arange(n, device=device).repeat_interleave(T // max(n, 1), output_size=T)
+    else:
+        starts, ends = cu[:-1].long(), cu[1:].long()
+        seq = torch.searchsorted(ends, torch.arange(T, device=device), right=True).clamp(max=max(n - 1, 0))
+    total = torch.cat([count.new_zeros(1), count])
+    edge = total[starts] + 1 if which in ("first", "image") else total[ends]
+    return tokens._replace(route_mask=mask & (count == edge.index_select(0, seq)))
+
+
+class FusedBranchLoRA(DropIn, BranchLoRAExperts):
+    """A linear layer with a BranchLoRA adapter, a drop-in for the `nn.Linear` it wraps."""
+
+
+BRANCHLORA = Mixture(
+    "branchlora",
+    BranchLoRAConfig,
+    BranchLoRAExperts,
+    FusedBranchLoRA,
+    "BranchLoRA cannot be merged into the base: which branches a sample uses depends on its task and tokens",
+)

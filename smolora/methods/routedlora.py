@@ -1,0 +1,130 @@
+"""RoutedLoRA: given experts for each sequence, summed by given weights.
+
+It is a LoRA for each task, D-MoLE's sum of several, or a batch in which every request has a LoRA of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..config import MixtureConfig, check_int
+from ..spec import Bank, Slots, accurate_dtype
+from .base import DropIn, Mixture, MixtureExperts, Prepared
+from .checks import check_ids, check_tensor, reads_values
+
+
+@dataclass
+class RoutedLoRAConfig(MixtureConfig, method="routedlora"):
+    """Configuration of RoutedLoRA.
+
+    Args:
+        num_experts: number of LoRAs.
+        r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`.
+    """
+
+    num_experts: int = field(default=8, metadata={"help": "number of experts"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("num_experts", self.num_experts)
+
+
+class SlotRouting(NamedTuple):
+    """The experts of n sequences in K slots, as a forward used them."""
+
+    ids: Tensor  # int32 (n, K); -1: an empty slot
+    weights: Tensor | None  # (n, K); None: all 1
+    logits: Tensor | None = None  # (n, E), of the router; None where the experts were given
+
+
+class RoutedLoRAExperts(MixtureExperts):
+    """Several LoRAs on one linear layer: y = W x + b + s sum_j w_j B_e A_e x with e = experts[j] of the sequence.
+
+    Parameters (E experts):
+        A (E, r, d) ~ N(0, 0.01^2), B (E, k, r) = 0.
+    """
+
+    config: RoutedLoRAConfig
+    config_class = RoutedLoRAConfig
+    sliced = ("A", "B")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        E, r, d, k = self.config.num_experts, self.config.r, self.in_features, self.out_features
+        return {"A": (E, r, d), "B": (E, k, r)}
+
+    def prepare(
+        self,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Prepared:
+        """Check a call, and say what it computes.
+
+        Args:
+            x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
+            experts: int (n, c), those of each of the n sequences; -1 for an empty slot.
+            weights: floating point (n, c), theirs, which may need a gradient; by default 1.
+            cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
+
+        Raises:
+            TypeError, ValueError: see `MixtureExperts.prepare`.
+        """
+        batch = self.batch(x, cu_seqlens)
+        return Prepared(batch, [Bank(self.A, self.B)], {"slots": self._slots(experts, weights, batch)})
+
+    def _slots(self, experts: Tensor, weights: Tensor | None, batch: Any) -> Slots:
+        """Check the slots, and leave out those that are empty in every sequence, where looking waits for no device."""
+        n = batch.tokens.num_seqs
+        ids = check_ids("experts", experts, ((n, "c"),), self.A.device, below=self.config.num_experts, least=-1).int()
+        check_tensor("weights", weights, self.A.device)
+        if weights is not None:
+            if not weights.is_floating_point() or weights.shape != ids.shape:
+                raise ValueError(
+                    f"weights must be floating point of shape {tuple(ids.shape)}, as experts, got {weights.dtype} of "
+                    f"{tuple(weights.shape)}"
+                )
+            weights = weights.to(accurate_dtype(batch.x.dtype))
+        if ids.shape[1] == 0:  # no expert at all is a slot that is empty
+            ids = ids.new_full((n, 1), -1)
+            weights = None if weights is None else weights.new_zeros((n, 1))
+        if reads_values(ids):
+            used = ids >= 0
+            if weights is not None and not weights.requires_grad:
+                used = used & (weights != 0)
+            used = used.any(0)
+            if not bool(used.all()):
+                used[0] = used[0] | ~used.any()
+                ids, weights = ids[:, used], None if weights is None else weights[:, used]
+        if weights is None:
+            weights = (ids >= 0).to(accurate_dtype(batch.x.dtype))
+        return Slots(ids[:, None].contiguous(), weights[:, None])
+
+    def last_routing(self) -> SlotRouting:
+        """Return the experts and weights of the last forward; slots that no sequence used are left out.
+
+        Raises:
+            RuntimeError: there was no forward yet.
+        """
+        last = self._decided("last_routing()")
+        return SlotRouting(last.ids[:, 0], last.slot_weights[:, 0])
+
+    def facts(self) -> dict[str, Any]:
+        return {"experts": self.config.num_experts}
+
+
+class FusedRoutedLoRA(DropIn, RoutedLoRAExperts):
+    """A linear layer with several LoRAs, of which each sequence uses given ones: a drop-in for the `nn.Linear`."""
+
+
+ROUTEDLORA = Mixture(
+    "routedlora",
+    RoutedLoRAConfig,
+    RoutedLoRAExperts,
+    FusedRoutedLoRA,
+    "RoutedLoRA cannot be merged into the base: the experts depend on the sequence",
+)

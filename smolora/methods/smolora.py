@@ -1,0 +1,294 @@
+"""SMoLoRA (ICCV 2025): a visual-understanding and an instruction-following expert, fused token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SMoLoRAConfig
+from ..routing import Chosen, Routing
+from ..spec import Bank, Mixed, Router, Slots, accurate_dtype
+from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
+from .checks import check_ids, check_tensor
+from .released import load_released
+
+# The branches that a fusion uses, which are also their dropout streams: VU is 0, IF is 1.
+BRANCHES = {"adaptive": (0, 1), "mean": (0, 1), "vu": (0,), "if": (1,)}
+# What is added to a branch's logit of the two-way softmax, where the fusion is not adaptive.
+FIXED_LOGIT = {"mean": 0.0, "vu": float("inf"), "if": -float("inf")}
+RELEASED = {  # ours: the released code's
+    "vu_router": "lora_vu_gate",
+    "if_router": "lora_ins_gate",
+    "vu_importance": "lora_fc_A",
+    "if_importance": "lora_fc_B",
+}
+
+
+class SMoLoRAExperts(MixtureExperts):
+    """One SMoLoRA adapter on one linear layer (Eq. 4 to 9).
+
+    Parameters (d inputs, k outputs, M VU and N IF experts, e the size of the embedding):
+        vu_A (M, r, d), vu_B (M, k, r), if_A (N, r, d), if_B (N, k, r): the experts; A ~ N(0, 0.01^2), B = 0.
+        vu_router (M, d), if_router (N, e): fixed random projections unless they can learn (`top_k` above 1 or
+            `router_grad="straight_through"`).
+        vu_importance (k,), if_importance (k,): the fusion's scores.
+
+    Attributes:
+        keep_alpha: set it to True to have `last_routing()` carry alpha.
+    """
+
+    config: SMoLoRAConfig
+    config_class = SMoLoRAConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keep_alpha = False
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        c, d, k = self.config, self.in_features, self.out_features
+        M, N = c.num_vu_experts, c.num_if_experts
+        return {
+            "vu_A": (M, c.r, d),
+            "vu_B": (M, k, c.r),
+            "if_A": (N, c.r, d),
+            "if_B": (N, k, c.r),
+            "vu_router": (M, d),
+            "if_router": (N, c.instruction_dim),
+            "vu_importance": (k,),
+            "if_importance": (k,),
+        }
+
+    def trains(self, name: str) -> bool:
+        branch, _, kind = name.partition("_")
+        if ("vu", "if").index(branch) not in BRANCHES[self.config.fusion]:
+            return False
+        if kind == "router":
+            return self.config.routers_learn
+        return kind != "importance" or self.config.fusion == "adaptive"
+
+    def prepare(
+        self,
+        x: Tensor,
+        instruction: Tensor | None = None,
+        *,
+        route_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        routes: Chosen | tuple[Tensor | None, Tensor | None] | None = None,
+        gates: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> Prepared:
+        """Check a call, and say what it computes.
+
+        Args:
+            x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`; computed in the autocast dtype, else in its
+                own.
+            instruction: embeddings (n, e), or (e,) for all of the n instances. Needed unless the routes are given or
+                the fusion is "vu".
+            route_mask: bool, x's shape without d: the tokens that the VU router averages (default: all). An instance
+                whose mask is empty routes by a zero mean where the values are not checked.
+            cu_seqlens: int32 (n + 1,), boundaries of the packed instances.
+            routes: chosen experts (VU, IF), (n,) or (n, top_k) each, instead of routing; None for a branch not in use.
+                Or what `last_chosen()` gave, which has the gates in it.
+            gates: weights of the chosen experts (VU, IF), (n, top_k) each, with `routes`; by default 1 / top_k.
+
+        Raises:
+            TypeError, ValueError: see `MixtureExperts.prepare`.
+        """
+        c = self.config
+        batch = self.batch(x, cu_seqlens, route_mask)
+        how: dict[str, Any] = {"mix": "weighted"}
+        if c.fusion == "adaptive":
+            how["mix"] = "smolora"
+        elif c.fusion == "mean":
+            how["scaling"] = c.scaling / 2
+        chosen = self._given(routes, gates, batch.tokens.num_seqs, accurate_dtype(batch.x.dtype))
+        if chosen is not None:
+            how["slots"] = Slots(*chosen)
+        else:
+            how |= {"routers": self._in_use(Router(self.vu_router, True), Router(self.if_router, False))}
+            how |= {"instruction": self._instruction(instruction, batch.tokens.num_seqs), "top_k": c.top_k}
+            if c.routers_learn:
+                how["gate_grad"] = "all" if c.router_grad == "straight_through" else "chosen"
+        banks = self._in_use(
+            Bank(self.vu_A, self.vu_B, 0, self.vu_importance), Bank(self.if_A, self.if_B, 1, self.if_importance)
+        )
+        return Prepared(batch, banks, how)
+
+    def _in_use(self, *pair: Any) -> list[Any]:
+        """Return of a pair (VU, IF) what the fusion uses."""
+        return [pair[branch] for branch in BRANCHES[self.config.fusion]]
+
+    def _instruction(self, instruction: Tensor | None, num_seqs: int) -> Tensor | None:
+        """Return the embeddings (n, e) that the IF branch routes by; None if it routes nothing.
+
+        Raises:
+            TypeError, ValueError: they are missing, or do not fit.
+        """
+        if self.config.fusion == "vu":
+            return None
+        e = self.config.instruction_dim
+        if instruction is None:
+            raise ValueError(
+                f"instruction must be given, an embedding of shape ({e},) or ({num_seqs}, {e}): the IF branch routes by "
+                "it; got None"
+            )
+        check_tensor("instruction", instruction, self.vu_A.device)
+        if not instruction.is_floating_point():
+            raise TypeError(f"instruction must be floating point, got {instruction.dtype}")
+        if tuple(instruction.shape) not in ((e,), (num_seqs, e)):
+            raise ValueError(
+                f"instruction must have shape ({e},) or ({num_seqs}, {e}), {num_seqs} being the batch size of x, "
+                f"got {tuple(instruction.shape)}"
+            )
+        return (instruction if instruction.dim() == 2 else instruction.expand(num_seqs, -1)).contiguous()
+
+    def _given(
+        self,
+        routes: Chosen | tuple[Tensor | None, Tensor | None] | None,
+        gates: tuple[Tensor | None, Tensor | None] | None,
+        num_seqs: int,
+        dtype: torch.dtype,
+    ) -> Chosen | None:
+        """Return given routes, and gates in `dtype`, as the engine takes them.
+
+        Raises:
+            TypeError, ValueError: they do not fit.
+        """
+        if routes is None:
+            if gates is not None:
+                raise ValueError("gates must come with routes, got gates alone")
+            return None
+        if isinstance(routes, Chosen):
+            if routes.routes.shape[0] != num_seqs:
+                raise ValueError(f"routes must be those of {num_seqs} instances, got {routes.routes.shape[0]}")
+            return routes
+        top_k = self.config.top_k
+        shapes = ((num_seqs,), (num_seqs, top_k)) if top_k == 1 else ((num_seqs, top_k),)
+        picked: dict[str, list[Tensor]] = {"routes": [], "gates": []}
+        for name, pair in (("routes", routes), ("gates", gates)):
+            if pair is None:
+                continue
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise ValueError(f"{name} must be a pair (VU, IF), got {type(pair).__name__}")
+            for branch in BRANCHES[self.config.fusion]:
+                value, label = pair[branch], f"{name}[{branch}]"
+                if name == "routes":
+                    experts = (self.vu_A, self.if_A)[branch].shape[0]
+                    value = check_ids(
+                        label,
+                        value,
+                        shapes,
+                        self.vu_A.device,
+                        below=experts,
+                        what=("a VU expert", "an IF expert")[branch],
+                    )
+                else:
+                    _check_gates(label, value, shapes, self.vu_A.device)
+                picked[name].append(value.view(num_seqs, top_k))
+        chosen = torch.stack(picked["routes"], 1).int()
+        if gates is None:
+            return Chosen(chosen, torch.full(chosen.shape, 1 / top_k, dtype=dtype, device=chosen.device))
+        return Chosen(chosen, torch.stack(picked["gates"], 1).to(dtype))
+
+    def last_routing(self) -> Routing:
+        """Return what the last forward decided; `alpha` is in it if `keep_alpha` was set then.
+
+        Raises:
+            RuntimeError: there was no forward yet.
+        """
+        return self.routing(self._decided("last_routing()"))
+
+    def routing(self, decided: Mixed) -> Routing:
+        """Return what a forward decided, branch by branch; alpha and beta are in it if it has scores."""
+        pair: dict[str, list[Tensor | None]] = {"routes": [None, None], "logits": [None, None], "gates": [None, None]}
+        experts = self._in_use(self.config.num_vu_experts, self.config.num_if_experts)
+        for bank, branch in enumerate(BRANCHES[self.config.fusion]):
+            pair["routes"][branch] = decided.ids[:, bank, 0] if self.config.top_k == 1 else decided.ids[:, bank]
+            pair["gates"][branch] = decided.slot_weights[:, bank]
+            if decided.logits is not None:
+                pair["logits"][branch] = decided.logits.split(experts, 1)[bank]
+        alpha = beta = None
+        if decided.scores is not None:
+            alpha, beta = torch.sigmoid(decided.scores), torch.sigmoid(-decided.scores)
+        return Routing(*(tuple(values) for values in pair.values()), alpha, beta)
+
+    def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
+        keep = self.keep_alpha or decision is not None
+        scores = mixed.scores if keep else None
+        if keep and self.config.fusion != "adaptive":
+            fixed = FIXED_LOGIT[self.config.fusion]
+            scores = torch.full(mixed.y.shape[:1], fixed, dtype=mixed.slot_weights.dtype, device=mixed.y.device)
+        return super().finish(x, mixed._replace(scores=scores), decision)
+
+    def last_chosen(self) -> Chosen:
+        """Return the experts and gates of the last forward, as `forward` takes them for `routes`.
+
+        Raises:
+            RuntimeError: there was no forward yet.
+        """
+        last = self._decided("last_chosen()")
+        return Chosen(last.ids, last.slot_weights)
+
+    def facts(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "experts": f"{c.num_vu_experts} VU + {c.num_if_experts} IF",
+            "top_k": c.top_k,
+            "fusion": repr(c.fusion),
+            "router_grad": repr(c.router_grad),
+        }
+
+
+def _check_gates(name: str, gates: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
+    """Check given weights of a branch.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if not isinstance(gates, Tensor) or tuple(gates.shape) not in shapes:
+        got = tuple(gates.shape) if isinstance(gates, Tensor) else gates
+        raise ValueError(f"{name} must be a tensor of shape {' or '.join(map(str, shapes))}, got {got}")
+    if gates.device != device:
+        raise ValueError(f"{name} must be on {device}, got {gates.device}")
+    if not gates.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {gates.dtype}")
+
+
+class FusedSMoLoRA(DropIn, SMoLoRAExperts):
+    """A linear layer with a SMoLoRA adapter (Eq. 4 to 9), a drop-in for the `nn.Linear` it wraps.
+
+    Of M visual-understanding (VU) and N instruction-following (IF) experts of rank r, each instance uses one of either
+    branch (`top_k` of them in general): the VU expert its tokens' mean is routed to, and the IF expert its instruction
+    embedding is routed to. A learned share, token by token, fuses the two.
+    """
+
+    def load_official_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load a layer of the released code: its live state dict, or the keys under one layer of a saved adapter.
+
+        VU experts come first there, IF experts after them. The keys of the linear layer itself (`weight`, `bias`) are
+        loaded into the base if they are in.
+
+        Args:
+            state_dict: `lora_A.default.loraA.0.weight` and the like; the adapter's name may be missing, and the second
+                name of an expert (`...loraA.0.mlp.weight`) is the same tensor again.
+
+        Raises:
+            KeyError, ValueError: see `released.load_released`.
+        """
+        targets = {released: self.get_parameter(name) for name, released in RELEASED.items()}
+        for letter in "AB":
+            experts = [*self.get_parameter(f"vu_{letter}").unbind(0), *self.get_parameter(f"if_{letter}").unbind(0)]
+            targets |= {f"lora_{letter}.{i}": expert for i, expert in enumerate(experts)}
+        load_released(targets, dict(self.base_layer.named_parameters()), state_dict)
+
+
+SMOLORA = Mixture(
+    "smolora",
+    SMoLoRAConfig,
+    SMoLoRAExperts,
+    FusedSMoLoRA,
+    "SMoLoRA cannot be merged into the base: which experts a sample uses, and their shares alpha and beta, depend on the "
+    "sample and the token, so no single weight equals base and adapter; keep the adapter, or unload() it",
+)
