@@ -18,7 +18,6 @@ is doubt the smaller number is taken, which asks for a faster pass:
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import sys
 import time
@@ -36,33 +35,15 @@ import roofline
 from accuracy import LIMITS, WrongResult, relative
 from peers import OURS, TRAINED
 from problem import SCALING, draw_batch, draw_layer
+from recorded import RESULTS, RecordedPasses, named_results
 from report import Row
 from runs import Run, choose_cases, choose_device, free_memory, positive, progress, unavailable
 from shapes import PRESETS, Case
-from smolora import ops, rank_space
+from smolora.engine import torch_passes
+from smolora.engine.function import mixture_linear
+from smolora.engine.ops import BACKENDS
+from smolora.spec import Bank, Router, Tokens
 from timing import Job, clock_for
-
-RESULTS = {
-    "route_shrink": ("h", "w", "routes", "gates", "logits", "mean"),
-    "fuse_expand": ("y", "lead"),
-    "grad_output": ("dh", "dvu_B", "dif_B", "dvu_importance", "dif_importance", "dgates"),
-    "grad_input": ("dx", "dvu_A", "dif_A"),
-}
-MODULES = {"torch": "smolora.rank_space", "triton": "smolora.kernels.passes", "cuda": "smolora.cuda"}
-
-
-class _Calls(TorchDispatchMode):
-    """The arguments of every operator of smolora's, by its name; the last, the backend, left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arguments: dict[str, tuple] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "smolora":
-            plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in args[:-1])
-            self.arguments[func.overloadpacket.__name__] = plain
-        return func(*args, **(kwargs or {}))
 
 
 class _Allocations(TorchDispatchMode):
@@ -85,7 +66,7 @@ def _storages(tree: Any) -> dict[int, Tensor]:
     return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
 
 
-def allocated(function: Any, arguments: tuple) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+def allocated(function: Any, arguments: tuple) -> tuple[tuple, list[Tensor]]:
     """The results of a pass, and what it allocated besides them."""
     with _Allocations() as allocations:
         results = function(*arguments)
@@ -99,30 +80,49 @@ def training_calls(case: Case, device: torch.device) -> dict[str, tuple]:
     batch = draw_batch(layer, case.batch, case.seq)
     adapter = {name: tensor.float().requires_grad_(name in TRAINED) for name, tensor in layer.adapter.items()}
     x, dy = batch.x.flatten(0, 1).requires_grad_(), batch.dy.flatten(0, 1)
-    with _Calls() as calls:
-        y, *_ = ops.smolora_linear(
-            x, **adapter, instruction=batch.instruction, instances=case.batch, threshold=0, top_k=1, scaling=SCALING,
-            fusion="adaptive", router_grad="none", backend="torch",
-        )  # fmt: skip
-        torch.autograd.grad(y, [x, *(adapter[name] for name in TRAINED)], dy)
-    return {name: calls.arguments[name] for name in RESULTS}
+    banks = [
+        Bank(adapter[f"{kind}_A"], adapter[f"{kind}_B"], stream, adapter[f"{kind}_importance"])
+        for stream, kind in enumerate(("vu", "if"))
+    ]
+    with RecordedPasses() as recorded:
+        mixed = mixture_linear(
+            x,
+            banks,
+            tokens=Tokens(case.batch),
+            scaling=SCALING,
+            backend="torch",
+            mix="smolora",
+            routers=[Router(adapter["vu_router"], True), Router(adapter["if_router"], False)],
+            top_k=1,
+            instruction=batch.instruction,
+        )
+        torch.autograd.grad(mixed.y, [x, *(adapter[name] for name in TRAINED)], dy)
+    return {name: recorded.arguments[name] for name in RESULTS}
 
 
-def in_float64(name: str, arguments: tuple) -> tuple[Tensor, ...]:
+def in_float64(name: str, arguments: tuple) -> dict[str, Tensor]:
     """The results of a pass on the same arguments in float64."""
     double = {dtype: torch.float64 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-    wide = [a.to(double.get(a.dtype, a.dtype)) if isinstance(a, Tensor) else double.get(a, a) for a in arguments]
-    return getattr(rank_space, name)(*wide)
+
+    def widen(argument: Any) -> Any:
+        if isinstance(argument, list):
+            return [widen(each) for each in argument]
+        if isinstance(argument, Tensor):
+            return argument.to(double.get(argument.dtype, argument.dtype))
+        return double.get(argument, argument)
+
+    return named_results(name, getattr(torch_passes, name)(*map(widen, arguments)))
 
 
-def check_pass(what: str, name: str, results: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: str) -> float:
+def check_pass(what: str, results: dict[str, Tensor], expected: dict[str, Tensor], dtype: str) -> float:
     """The largest relative error of a pass's results.
 
     Raises:
         WrongResult: one is over its limit, or of another shape; whole numbers must be equal.
     """
     worst = 0.0
-    for label, actual, exact in zip(RESULTS[name], results, expected, strict=True):
+    for label, exact in expected.items():
+        actual = results[label]
         if actual.shape != exact.shape:
             raise WrongResult(f"{what}: {label} is {tuple(actual.shape)}, not {tuple(exact.shape)}")
         if exact.is_floating_point():
@@ -162,9 +162,9 @@ def measure_case(run: Run, case: Case) -> None:
             what = f"{name} of {backend}, {case.name}"
             run.say(f"checking {what}")
             try:
-                function = getattr(importlib.import_module(MODULES[backend]), name)
+                function = getattr(BACKENDS[backend](), name)
                 results, buffers = allocated(function, arguments)
-                worst = check_pass(what, name, results, expected, case.dtype)
+                worst = check_pass(what, named_results(name, results), expected, case.dtype)
             except Exception as error:  # a kernel that does not compile raises anything: the others are measured
                 run.drop(what, error)
                 continue

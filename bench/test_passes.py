@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -15,9 +14,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import passes
-from passes import RESULTS, allocated, check_pass, in_float64, main, operand_bytes, partial_bytes, training_calls
+from passes import allocated, check_pass, in_float64, main, operand_bytes, partial_bytes, training_calls
+from recorded import RESULTS, named_results
 from shapes import PRESETS
-from smolora import rank_space
+from smolora.engine import torch_passes
+from smolora.engine.ops import BACKENDS
 
 CPU = torch.device("cpu")
 TINY = replace(PRESETS["small"][0], d=96, k=160, r=8, batch=4, seq=64, dropout=0.0)
@@ -36,16 +37,15 @@ def broken(monkeypatch):
     """The backend "triton" is torch's, but for a wrong and a failing pass."""
 
     def wrong(*arguments):
-        dh, dvu_B, *rest = rank_space.grad_output(*arguments)
-        return dh, dvu_B * 1.01, *rest
+        dh, dB, *rest = torch_passes.grad_output(*arguments)
+        return dh, [dB[0] * 1.01, *dB[1:]], *rest
 
     def failing(*_):
         raise RuntimeError("does not compile")
 
-    functions = {name: getattr(rank_space, name) for name in RESULTS}
+    functions = {name: getattr(torch_passes, name) for name in RESULTS}
     module = SimpleNamespace(**functions | {"grad_output": wrong, "fuse_expand": failing})
-    monkeypatch.setitem(sys.modules, "broken_passes", module)
-    monkeypatch.setitem(passes.MODULES, "triton", "broken_passes")
+    monkeypatch.setitem(BACKENDS, "triton", lambda: module)
     monkeypatch.setattr(passes, "unavailable", lambda *_: None)
 
 
@@ -65,11 +65,10 @@ def test_operands_by_hand():
 
 def print_triton_counts():
     """Partial bytes of every pass, checked first; for a process in which Triton's interpreter is on."""
-    kernels = importlib.import_module(passes.MODULES["triton"])
     counts = {}
     for name, arguments in training_calls(TILES, CPU).items():
-        results, buffers = allocated(getattr(kernels, name), arguments)
-        check_pass(name, name, results, in_float64(name, arguments), "float32")
+        results, buffers = allocated(getattr(BACKENDS["triton"](), name), arguments)
+        check_pass(name, named_results(name, results), in_float64(name, arguments), "float32")
         counts[name] = partial_bytes(TILES, name, buffers)
     print(json.dumps(counts))
 
@@ -83,7 +82,7 @@ def test_partial_buffers_of_triton_by_hand():
     counted = json.loads(done.stdout.splitlines()[-1])
     T, d, tiles = 80, 24, 4
     columns, chosen = T * (2 * 8 + 8) * 4, T * (8 + 8) * 4  # written; read
-    sums, mean, logits, tokens, w = tiles * d * 4, 2 * d * 4, 2 * 2 * 4, 2 * 2 * 8, 4 * 8 * 4
+    sums, mean, logits, tokens, w = tiles * d * 4, 2 * d * 4, 2 * 4 * 4, 2 * 2 * 8, 4 * 8 * 4
     assert counted["route_shrink"] == columns + chosen + 2 * (sums + mean + logits + tokens + w)
     assert counted["fuse_expand"] == 0  # h, w and B go straight into y
     dA, owner = tiles * 2 * 8 * d * 4, tiles * 4
@@ -111,24 +110,25 @@ def test_allocations_are_what_does_not_come_back():
 def test_torch_passes_agree_with_float64(dtype):
     calls = training_calls(replace(TINY, dtype=dtype), CPU)
     for name, arguments in calls.items():
-        results, expected = getattr(rank_space, name)(*arguments), in_float64(name, arguments)
-        assert all(t.dtype == torch.float64 for t in expected if t.is_floating_point() and t.numel())
-        assert check_pass(name, name, results, expected, dtype) > 0
-        for i, label in enumerate(RESULTS[name]):
-            if not results[i].numel():
-                continue
-            other = 1 - results[i] if label == "routes" else results[i] * 1.02
-            with pytest.raises(passes.WrongResult, match=label):
-                check_pass(name, name, (*results[:i], other, *results[i + 1 :]), expected, dtype)
+        results = named_results(name, getattr(torch_passes, name)(*arguments))
+        expected = in_float64(name, arguments)
+        assert all(t.dtype == torch.float64 for t in expected.values() if t.is_floating_point() and t.numel())
+        assert check_pass(name, results, expected, dtype) > 0
+        for label, result in results.items():
+            if result.numel():
+                other = 1 - result if label == "ids" else result * 1.02
+                with pytest.raises(passes.WrongResult, match=label):
+                    check_pass(name, results | {label: other}, expected, dtype)
 
 
 def test_a_pass_is_timed_without_the_base_with_every_gradient():
     calls = training_calls(TINY, CPU)
-    assert calls["fuse_expand"][-3:] == (None, None, None)  # x, weight, bias
-    assert calls["grad_input"][-2:] == (None, None)  # g, weight
+    assert calls["fuse_expand"][-3:] == (None, None, None)  # x, base_weight, base_bias
+    assert calls["grad_input"][-2:] == (None, None)  # g, base_weight
     for name in ("grad_output", "grad_input"):
-        empty = [r for r, t in zip(RESULTS[name], getattr(rank_space, name)(*calls[name]), strict=True) if not len(t)]
-        assert empty == (["dgates"] if name == "grad_output" else [])
+        results = named_results(name, getattr(torch_passes, name)(*calls[name]))
+        empty = [label for label, result in results.items() if not len(result)]
+        assert empty == (["dslot_weights", "dscores"] if name == "grad_output" else ["dtoken_router"])
 
 
 def test_a_run_leaves_a_row_for_each_pass(tiny, tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_a_run_leaves_a_row_for_each_pass(tiny, tmp_path, capsys):
 
 
 def test_wrong_and_failing_passes_are_refused_and_the_others_timed(tiny, broken, tmp_path):
-    with pytest.raises(SystemExit, match=r"refused.*does not compile.*relative error of dvu_B .* is 1\.00e-02"):
+    with pytest.raises(SystemExit, match=r"refused.*does not compile.*relative error of dB0 .* is 1\.00e-02"):
         main([*FLAGS, "--backends", "torch,triton", "--output", str(tmp_path)])
     content = result(tmp_path)
     timed = {(row["pass"], row["backend"]) for row in content["rows"]}

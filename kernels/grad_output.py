@@ -305,23 +305,24 @@ def reduce_dw_dweights_kernel(
     pid = tl.program_id(0)
     o_r = tl.arange(0, RP)
     if pid < EXPERTS:
-        bank = 0
-        first = 0
-        for later in tl.static_range(1, BANKS):
-            bank = tl.where(pid < FIRST[later], bank, later)
-            first = tl.where(pid < FIRST[later], first, FIRST[later])
-        b_dw = tl.zeros([RP], tl.float32)
-        for t in range(0, tiles, TILES):
-            o_t = t + tl.arange(0, TILES)
-            i_n = tl.load(tile_to_seq_ptr + o_t, mask=o_t < tiles, other=-1)
-            for j in tl.static_range(K):
-                expert = tl.where(i_n >= 0, j, -1)
-                if ids_ptr is not None:
-                    expert = tl.load(ids_ptr + (i_n * BANKS + bank) * K + j, mask=i_n >= 0, other=-1)
-                p_dw = dw_part_ptr + ((o_t.to(tl.int64) * BANKS + bank) * K + j)[:, None] * R + o_r[None, :]
-                m_dw = (expert == pid - first)[:, None] & (o_r < R)[None, :]
-                b_dw += tl.sum(tl.load(p_dw, mask=m_dw, other=0), 0)
-        tl.store(dw_ptr + pid * R + o_r, b_dw, mask=o_r < R)
+        if dw_part_ptr is not None:
+            bank = 0
+            first = 0
+            for later in tl.static_range(1, BANKS):
+                bank = tl.where(pid < FIRST[later], bank, later)
+                first = tl.where(pid < FIRST[later], first, FIRST[later])
+            b_dw = tl.zeros([RP], tl.float32)
+            for t in range(0, tiles, TILES):
+                o_t = t + tl.arange(0, TILES)
+                i_n = tl.load(tile_to_seq_ptr + o_t, mask=o_t < tiles, other=-1)
+                for j in tl.static_range(K):
+                    expert = tl.where(i_n >= 0, j, -1)
+                    if ids_ptr is not None:
+                        expert = tl.load(ids_ptr + (i_n * BANKS + bank) * K + j, mask=i_n >= 0, other=-1)
+                    p_dw = dw_part_ptr + ((o_t.to(tl.int64) * BANKS + bank) * K + j)[:, None] * R + o_r[None, :]
+                    m_dw = (expert == pid - first)[:, None] & (o_r < R)[None, :]
+                    b_dw += tl.sum(tl.load(p_dw, mask=m_dw, other=0), 0)
+            tl.store(dw_ptr + pid * R + o_r, b_dw, mask=o_r < R)
     else:
         if dweights_part_ptr is not None:
             seq = pid - EXPERTS

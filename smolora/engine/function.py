@@ -104,7 +104,7 @@ class _Mixture(torch.autograd.Function):
         dy = dy.contiguous()
         learn = o.gate_grad is not None and (need_x or need_instruction or any(need_routers))
         through_tokens = token_router is not None and (need_x or need_token_router)
-        need_dh = need_x or any(need_A)
+        need_dh = need_x or any(need_A) or need_token_router
         dh, dB, dI, dslot_weights, dscores = grad_output(
             dy, h, w, ids, slot_weights, scores, B, importance, trained, o.num_seqs, cu_seqlens, o.scaling, o.mix,
             need_dh, need_B, any(need_I), need_weights or learn, need_scores or through_tokens, o.backend,
@@ -119,7 +119,7 @@ class _Mixture(torch.autograd.Function):
                 if dmean is not None:
                     dmean = dmean / torch_passes.routed_tokens(route_mask, h.shape[0], o.num_seqs, cu_seqlens, mean)
         dA: list[Tensor | None] = [None] * len(A)
-        if need_dh or need_token_router:
+        if need_dh:
             dx, dA, dtoken_router = grad_input(
                 x, dh, ids, A, token_router, dscores if through_tokens else None, o.num_seqs, cu_seqlens, route_mask,
                 dmean if need_x else None, seed, o.streams, o.threshold, ctx.dtype, need_x, need_A, need_token_router,

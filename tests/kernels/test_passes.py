@@ -1,4 +1,4 @@
-"""The Triton passes, through the layer, against the float64 reference: on a GPU, or under the interpreter."""
+"""The Triton passes, through the layer and the engine, against float64: on a GPU, or under the interpreter."""
 
 import os
 
@@ -7,9 +7,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import mixtures
 import smolora
 from cases import OPTIONS, RANKS, SHAPES, plain
-from oracle import Case, build, check, run
+from mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, check_call, run_call
+from oracle import Case, build, check, error, run
+from recorded import RecordedPasses, named_results
+from smolora.engine import torch_passes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="the interpreter is off: kernels run on the GPU here")
@@ -33,6 +37,53 @@ def test_against_float64(case: Case, device: str, dtype: torch.dtype):
 def test_half_precision(case: Case, device: str, dtype: torch.dtype):
     """float16 takes other tiles, and rounds parameters and what B is multiplied with."""
     check(case, dtype, "triton", device)
+
+
+@pytest.mark.parametrize("case", MIX_OPTIONS + MIX_SHAPES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), [*ON_CPU[:1], *ON_GPU])
+def test_mixtures_against_the_equation(case: MixCase, device: str, dtype: torch.dtype):
+    check_call(case, dtype, "triton", device)
+
+
+@pytest.mark.parametrize("case", [*MIX_OPTIONS[:1], *MIX_OPTIONS[9:11], MIX_OPTIONS[16], MIX_OPTIONS[24]], ids=str)
+@pytest.mark.parametrize(("device", "dtype"), ON_CPU[1:])
+def test_mixtures_in_half_precision(case: MixCase, device: str, dtype: torch.dtype):
+    check_call(case, dtype, "triton", device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("case", "without"),
+    [
+        (MIX_OPTIONS[0], ("x",)),
+        (MIX_OPTIONS[0], ("A0", "slot_weights")),
+        (MIX_OPTIONS[2], ("x", "A0")),  # scores alone, and B
+        (mixtures.plain.but(frozen=True), ("x", "A0", "slot_weights")),  # programs with nothing to sum
+        (mixtures.plain.but(E=(4, 3), K=2, threshold=26), ("A1", "B0")),  # a bank of which A trains, one with B
+        (mixtures.plain.but(E=(4, 4), reads_x=False, routed=True, K=2, r=32), ("A0", "A1")),
+        (MIX_OPTIONS[16], ("token_router", "B0")),
+        (MIX_OPTIONS[16], ("x", "A0", "B0")),  # the token router alone
+        (MIX_SHAPES[8], ("A0",)),
+        (MIX_OPTIONS[21], ()),
+        (MIX_OPTIONS[24], ("x", "A0", "A1", "I0", "I1")),
+        (MIX_SHAPES[1], ()),
+    ],
+    ids=str,
+)
+def test_each_pass_is_the_torch_pass(case: MixCase, without: tuple[str, ...], device: str):
+    """On the same tensors every pass returns the same, by name, also where some gradients are not asked for."""
+    from smolora.kernels import passes
+
+    with RecordedPasses() as recorded:
+        run_call(build_call(case).to(device, torch.float32), "torch", without)
+    assert recorded.arguments.keys() >= {"route_shrink", "fuse_expand", "grad_output"}
+    for name, arguments in recorded.arguments.items():
+        got = named_results(name, getattr(passes, name)(*arguments))
+        expected = named_results(name, getattr(torch_passes, name)(*arguments))
+        assert got.keys() == expected.keys()
+        for label, value in expected.items():
+            assert (got[label].shape, got[label].dtype) == (value.shape, value.dtype), (name, label)
+            assert error(got[label], value) <= (2e-6 if value.is_floating_point() else 0), (name, label)
 
 
 @st.composite
@@ -73,9 +124,59 @@ def test_any_case(part: int):
     holds()
 
 
-@pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
+@st.composite
+def mix_cases(draw) -> MixCase:
+    """Any call of the engine, of few tokens."""
+    mix = draw(st.sampled_from(["weighted", "weighted", "softmax", "smolora"]))
+    banks = {"softmax": 1, "smolora": 2}.get(mix) or draw(st.integers(1, 2))
+    routed = mix == "smolora" or (mix == "weighted" and draw(st.booleans()))
+    dense = mix == "softmax" or (not routed and draw(st.booleans()))
+    E = tuple(draw(st.integers(1, 6)) for _ in range(banks))
+    weights = "one" if mix == "softmax" else draw(st.sampled_from(["one", "seq", "token"][: 3 if banks == 1 else 2]))
+    gate = draw(st.sampled_from(["chosen", "all"]))
+    lengths = tuple(draw(st.lists(st.integers(0, 30), min_size=1, max_size=4))) if draw(st.booleans()) else None
+    return MixCase(
+        n=draw(st.integers(1, 3)),
+        S=draw(st.integers(0, 25)),
+        lengths=lengths,
+        d=draw(st.integers(1, 80)),
+        k=draw(st.integers(1, 90)),
+        r=draw(st.sampled_from([1, 3, 8, 12, 16, 16, 24, 32, 64])),
+        E=(E[0],) * banks if dense else E,
+        K=0 if dense else draw(st.integers(1, min((*E, 3)))),
+        mix=mix,
+        shared=draw(st.booleans()),
+        weights=weights,
+        routed=routed,
+        reads_x=draw(st.booleans()),
+        tasks=draw(st.sampled_from([0, 0, 2])) if routed else 0,
+        gate=gate,
+        gate_grad=draw(st.sampled_from([None, gate, "all"])),
+        empty=mix == "weighted" and weights == "seq" and draw(st.booleans()),
+        frozen=draw(st.booleans()),
+        threshold=draw(st.sampled_from([0, 0, 13, 128])),
+        mask=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        base=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@pytest.mark.slow
+@interpreter
+@pytest.mark.parametrize("part", range(4))
+def test_any_mixture(part: int):
+    """200 seeded calls of the engine in four parts."""
+
+    @settings(max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(mix_cases(), st.sampled_from([torch.float32, torch.float16]), st.just(part))
+    def holds(case: MixCase, dtype: torch.dtype, part: int):
+        check_call(case.but(seed=case.seed * 4 + part), dtype, "triton", slack=5)
+
+    holds()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_repeatable(device: str):
     """Forward and backward with dropout, bit for bit: 250 times on a GPU, where blocks run in any order."""
     layer, batch = build(plain.but(dropout=0.1, B=4, S=70, top_k=2, mask=True), torch.float32, device)
@@ -85,9 +186,7 @@ def test_repeatable(device: str):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", [plain.but(S=70, M=4), plain.but(S=70, M=4, r=64)], ids=["one pass", "two passes"])
 def test_route_logits_do_not_move(case: Case, device: str):
     """An instance's logits are the same bits alone, in a batch, packed, and padded on either side: all of the sums run

@@ -1,4 +1,4 @@
-"""Cases of the engine alone: any mix, banks and slots, against k-sized sums in a Python loop that torch differentiates."""
+"""Cases of the engine alone: any mix, banks and slots, against k-sized sums in a loop that torch differentiates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from oracle import collect
+from oracle import collect, complaints
 from smolora.engine.function import mixture_linear
 from smolora.reference import dropout_factor
 from smolora.spec import Bank, Dropout, Mixed, Router, Slots, Tokens
@@ -210,7 +210,7 @@ def naive_call(call: Call) -> dict[str, Tensor]:
             if c.routed:
                 router = named[f"router{bank}"]
                 router = router[given["rows"][i]] if c.tasks else router
-                seen = named["instruction"][i]
+                seen = named["instruction"][i].to(router.dtype)
                 if c.reads_x and bank == 0:
                     seen = x_i[mask[start:end]].sum(0) / max(int(mask[start:end].sum()), 1)
                 z = router @ seen
@@ -246,7 +246,15 @@ def naive_call(call: Call) -> dict[str, Tensor]:
     y = torch.cat(outputs) if outputs else x.new_zeros(0, c.k)
     if c.base:
         y = y + F.linear(x, given["weight"], given.get("bias"))
-    return collect(y, x, named, call.cotangent)
+    return collect(y.to(x.dtype), x, named, call.cotangent)
+
+
+def check_call(case: MixCase, dtype: torch.dtype, backend: str, device: str = "cpu", slack: float = 1) -> None:
+    """Hold a backend against the equation in float64, as far as the equation in `dtype` agrees with it."""
+    call = build_call(case)
+    got = run_call(call.to(device, dtype), backend)
+    found = complaints(got, naive_call(call), naive_call(call.to("cpu", dtype)), dtype, slack)
+    assert not found, f"{case} {dtype} {backend}: {'; '.join(found)}"
 
 
 plain = MixCase()
