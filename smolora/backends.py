@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .engine import cuda_build as cuda, philox
+from .engine import cuda_build as cuda
+from .engine import philox
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

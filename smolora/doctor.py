@@ -234,8 +234,8 @@ def check_compilers(report: Report) -> None:
 def check_backends(report: Report) -> None:
     """What `backend_info()` says, and whether each backend that claims to run gets a small layer right."""
     heading = "Backends"
-    from .engine import cuda_build as cuda
     from .backends import backend_info
+    from .engine import cuda_build as cuda
 
     info = backend_info()
     report.add(heading, "asked for", info["requested"])

@@ -6,6 +6,7 @@ Slow on purpose: nothing here shares a line, or an idea, with the fast code. Imp
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -187,7 +188,7 @@ def smolora_forward(
 def _bounds(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
     """First and last-plus-one token of each sequence of (B, S, d), or of packed tokens."""
     edges = [b * x.shape[1] for b in range(x.shape[0] + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _dropped(tokens: Tensor, dropout: float, seed: int | None) -> Tensor:

@@ -65,7 +65,7 @@ def _define(signature: Callable, fake: Callable, check: Callable[..., None] | No
     return getattr(torch.ops.smolora, name).default
 
 
-# -------------------------------------------------------------------------------------- value checks: on a GPU they sync
+# ------------------------------------------------------------------------------------- value checks: on a GPU they sync
 
 
 def check_values(

@@ -95,7 +95,7 @@ def _is_common(A: list[Tensor], ids: Tensor | None) -> bool:
 
 
 def _down(A: list[Tensor], ids: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The slots' down projections, rounded to the compute dtype: (N, b, K r, d), or (1, ...) where all have the same."""
+    """The slots' down projections, rounded to the compute dtype: (N, b, K r, d), or (1, ...) where all are alike."""
     if _is_common(A, ids):
         picked = torch.stack([a.to(dtype) for a in A])[None] if len(A) > 1 else A[0].to(dtype)[None, None]
     else:

@@ -31,6 +31,6 @@ def carry_task_ids(model: type[PeftModel]) -> None:
 
 
 for found in vars(peft).values():
-    if isinstance(found, type) and issubclass(found, PeftModel) and "forward" in vars(found):
-        if "task_ids" in inspect.signature(found.forward).parameters:
-            carry_task_ids(found)
+    is_model = isinstance(found, type) and issubclass(found, PeftModel) and "forward" in vars(found)
+    if is_model and "task_ids" in inspect.signature(found.forward).parameters:
+        carry_task_ids(found)

@@ -9,6 +9,7 @@ from cases import plain
 from oracle import PARAMETERS, Batch, Case, build, check, complaints, error, reference
 from smolora.engine import cuda_passes
 from smolora.engine.function import decode_linears
+from smolora.methods.smolora import SMoLoRAExperts
 from smolora.spec import Mixed, Slots, Tokens
 
 float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
@@ -192,7 +193,7 @@ def test_decode_is_one_kernel(given: bool):
     """The same, as the driver counts it, for the adapter by itself."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # the fills would be kernels, too
     layer, batch = build(plain.but(S=1, given=given), bfloat16, "cuda")
-    forward = smolora.layer.SMoLoRAExperts.forward
+    forward = SMoLoRAExperts.forward
     with torch.no_grad(), smolora.use_backend("cuda"):
         forward(layer, batch.x, **batch.keywords)
         keywords = {"routes": layer.last_chosen()} if given else batch.keywords

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import smolora
-from smolora import cuda
+from smolora.engine import cuda_passes as cuda
 from smolora.tuner import context as tuner_context
 from smolora.tuner.context import CONTEXT
 from tiny_llava import INSTRUCTION_DIM, fill_adapters, tiny_config, tiny_llama

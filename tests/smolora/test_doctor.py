@@ -13,8 +13,8 @@ import torch
 from transformers.integrations import peft as integration
 
 from smolora import FusedSMoLoRA, backends, cli, doctor
-from smolora.engine import cuda_build as cuda
 from smolora.doctor import Report, diagnose
+from smolora.engine import cuda_build as cuda
 
 
 def examined(*checks: str) -> Report:

@@ -107,9 +107,10 @@ MEMORY = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", MEMORY, ids=str)
 def test_memory_kept_for_backward(case: Case, dtype: torch.dtype, train: str):
-    """x and T (2 r top_k + 1) floats (the 1 for an adaptive fusion alone), nothing k-sized, no mask and no copy; without
-    x where every A is frozen. Exact
-    for what grows with the tokens, and what grows with the instances is small."""
+    """x and T (2 r top_k + 1) floats (the 1 for an adaptive fusion alone): nothing k-sized, no mask and no copy.
+
+    Without x where every A is frozen. Exact for what grows with the tokens; what grows with the instances is small.
+    """
     case = case.but(r=4, d=96, k=160, B=2)
     layer, _ = build(case, dtype)
     for name in PARAMETERS:

@@ -123,7 +123,7 @@ def test_broken_adapters_are_refused(method: str, tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 4]) + whole[-4:])
-    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
         PeftModel.from_pretrained(tiny_llava(), tmp_path)
     path.write_bytes(whole)
     tensors = load_file(path)

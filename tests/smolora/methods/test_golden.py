@@ -1,6 +1,8 @@
 """Layers against the outputs and gradients of released codes."""
 
 import json
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,10 @@ class Golden:
         agree(got, expected, 1e-12 if self.dtype == torch.float64 else 2e-6)
 
 
+def gradient_of(layer: nn.Module, name: str, expert: int) -> Tensor:
+    return layer.get_parameter(name).grad[expert]
+
+
 def gradients_of(places: dict) -> dict[str, Tensor]:
     return {name: pick() for name, pick in places.items()}
 
@@ -65,9 +71,8 @@ def test_moelora(name: str):
     again = layer.official_state_dict()
     assert all(torch.equal(again[key], value.to(again[key].dtype)) for key, value in released.items())
     places = {"lora_router.default.weight": lambda: layer.router.grad}
-    for letter in "AB":
-        for e in range(E):
-            places[f"lora_{letter}.default.lora{letter}.{e}.weight"] = lambda e=e, p=getattr(layer, letter): p.grad[e]
+    for letter, e in product("AB", range(E)):
+        places[f"lora_{letter}.default.lora{letter}.{e}.weight"] = partial(gradient_of, layer, letter, e)
     golden.check(layer, places)
 
 
@@ -115,9 +120,8 @@ def test_routed_lora_is_the_sum_of_d_mole(name: str):
             for e in range(E):
                 layer.get_parameter(letter)[e].copy_(golden.parameter(f"lora_{letter}.default.{e}.weight"))
     places = {
-        f"lora_{letter}.default.{e}.weight": lambda e=e, p=layer.get_parameter(letter): p.grad[e]
-        for letter in "AB"
-        for e in active
+        f"lora_{letter}.default.{e}.weight": partial(gradient_of, layer, letter, e)
+        for letter, e in product("AB", active)
         if f"grad.lora_{letter}.default.{e}.weight" in golden.tensors
     }
     assert places

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import smolora.layer
-from smolora.common import active_streams
+import smolora.methods.base
 from smolora.reference import smolora_forward
+from smolora.spec import Bank, Dropout, Mixed, Router, Slots, Tokens
 from smolora.train.recipe import load_recipe
 from smolora.train.run import Run
 
@@ -21,32 +21,47 @@ ROOT = Path(__file__).parents[3]
 
 def reference_linear(
     x: Tensor,
-    *parameters: Tensor,
-    instances: int,
-    threshold: int,
-    backend: str,
+    banks: list[Bank],
+    *,
+    tokens: Tokens,
+    scaling: float,
+    dropout: Dropout,
     weight: Tensor,
     bias: Tensor | None,
-    seed: Tensor | None,
-    routes: Tensor | None,
-    gates: Tensor | None,
-    route_mask: Tensor | None,
-    fusion: str,
+    mix: str,
+    slots: Slots | None = None,
+    routers: tuple[Router, ...] = (),
+    instruction: Tensor | None = None,
     **options,
-) -> tuple[Tensor, ...]:
-    """The oracle in the place of `smolora_linear`, for a plain linear layer and top-1 routes."""
-    *weights, instruction = parameters
+) -> Mixed:
+    """The oracle in the place of `mixture_linear`, for a plain linear layer and top-1 routes."""
+    assert mix == "smolora"
+    n = tokens.num_seqs
+    vu, other = banks
+    vu_router, if_router = (r.weight for r in routers) if routers else (None, None)
     out, routing = smolora_forward(
-        x.view(instances, -1, x.shape[1]), weight, bias, *weights, instruction, fusion=fusion, dropout=threshold / 256,
-        seed=None if seed is None else int(seed), return_routing=True,
-        route_mask=None if route_mask is None else route_mask.view(instances, -1),
-        routes=None if routes is None else [routes[:, slot] for slot in range(2)],
-        **{key: value for key, value in options.items() if key != "cu_seqlens"},
-    )  # fmt: skip
-    used = active_streams(fusion)
-    chosen, gates = (torch.stack([pair[branch] for branch in used], 1) for pair in (routing.routes, routing.gates))
-    logits = x.new_zeros(instances, 0) if routing.logits[0] is None else torch.cat(routing.logits, 1)
-    return out.reshape(len(x), -1), chosen.int(), gates.detach(), logits.detach(), torch.logit(routing.alpha).detach()
+        x.view(n, -1, x.shape[1]),
+        weight,
+        bias,
+        vu.A,
+        vu.B,
+        other.A,
+        other.B,
+        vu_router,
+        if_router,
+        vu.importance,
+        other.importance,
+        instruction,
+        scaling=scaling,
+        dropout=dropout.threshold / 256,
+        seed=None if dropout.seed is None else int(dropout.seed),
+        return_routing=True,
+        route_mask=None if tokens.route_mask is None else tokens.route_mask.view(n, -1),
+        routes=None if slots is None else [slots.ids[:, bank] for bank in range(2)],
+    )
+    chosen, gates = (torch.stack(pair, 1) for pair in (routing.routes, routing.gates))
+    logits = None if routing.logits[0] is None else torch.cat(routing.logits, 1)
+    return Mixed(out.reshape(len(x), -1), chosen.int(), gates, logits, torch.logit(routing.alpha))
 
 
 def losses_and_results(recipe, output) -> tuple[list[float], dict]:
@@ -67,7 +82,7 @@ def assert_same_curve(recipe, folder, monkeypatch, steps: int) -> None:
         calls.append(None)
         return reference_linear(*args, **kwargs)
 
-    monkeypatch.setattr(smolora.layer, "smolora_linear", counted)
+    monkeypatch.setattr(smolora.methods.base, "mixture_linear", counted)
     written, written_results = losses_and_results(recipe, folder / "reference")
     assert len(calls) > 8 * steps, "the reference ran in every layer"
     assert len(fused) == len(written) == steps
