@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import convert_moelora
 from .checkpoint import named, read_json, read_tensors, save_tensors, write_tensors
 from .config import INSTRUCTION_FILE, SMOLORA, SMoLoRAConfig
 from .instruction import read_instruction_embeddings, write_instruction_embeddings
@@ -394,6 +395,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    (convert_to_official if args.to_official else convert_official)(args.adapter, args.output)
+    kind = read_json(Path(args.adapter) / "adapter_config.json").get("peft_type")
+    to_official, from_official = convert_to_official, convert_official
+    if kind in (convert_moelora.OFFICIAL_PEFT_TYPE, "MOELORA"):
+        to_official, from_official = convert_moelora.convert_to_official, convert_moelora.convert_official
+    (to_official if args.to_official else from_official)(args.adapter, args.output)
     print(f"wrote {args.output}")
     return 0
