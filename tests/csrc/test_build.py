@@ -18,9 +18,9 @@ import setuptools
 import torch
 
 import cuda_report
+from project import ROOT, add_packages, copy_project, empty_environment
 from smolora.engine import cuda_build as cuda
 
-ROOT = Path(__file__).parents[2]
 KNOWN = "sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
 NVCC = """#!/bin/sh
 if [ "$1" = --list-gpu-code ]; then echo {known} | tr ' ' '\\n'; exit; fi
@@ -59,7 +59,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
         captured = {}
         monkeypatch.setattr(setuptools, "setup", lambda **keywords: captured.update(keywords))
-        runpy.run_path(str(ROOT / "setup.py"))
+        setup.namespace = runpy.run_path(str(ROOT / "setup.py"))
         plans = {extension.name: getattr(extension, "plan", None) for extension in captured["ext_modules"]}
         assert plans.pop("smolora._cpu") is None  # in any case
         return plans["smolora._C"][1] if plans else captured["cmdclass"]["build_ext"].log or None
@@ -226,3 +226,94 @@ def test_not_built(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cuda, "_missing", "said by the import")
     assert cuda.obstacle() == "said by the import"
     assert cuda.info()["version"] is None and "no measurement" in cuda.info()["auto"]
+
+
+# ------------------------------------------------------------------------------------------------- builds that fail
+
+ERROR = "decode.cu(98): error: calling a __device__ function is not allowed"
+FAILS = (
+    "if [ \"$(basename $last)\" = decode.cu.o ]; then echo 'warning: odd'; echo '{error}' >&2; echo '  ^'; exit 2; fi\n"
+)
+
+
+@pytest.fixture
+def failing(tmp_path: Path):
+    """A copy of the project where nvcc does not compile one source, and there is a card; `run(command, ...)` in it."""
+    project = copy_project(tmp_path / "project")
+    lines = NVCC.format(known=KNOWN, log=tmp_path / "log").splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if line.startswith("for last"))
+    script(tmp_path / "cuda/bin/nvcc", "".join([*lines[: at + 1], FAILS.format(error=ERROR), *lines[at + 1 :]]))
+    script(tmp_path / "bin/nvidia-smi", "#!/bin/sh\necho 9.0\n")
+    kept = {n: v for n, v in os.environ.items() if n not in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")}
+    kept |= {"CUDA_HOME": str(tmp_path / "cuda"), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    kept |= {"CC": "false", "CXX": "false"}  # the extension for the CPU is not asked for here
+
+    def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            list(map(str, command)), cwd=project, env=kept | environment, text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    run.project, run.nvcc = project, tmp_path / "cuda/bin/nvcc"
+    return run
+
+
+SETUP = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+IN_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+
+def test_a_failed_build_leaves_the_extension_out(failing, tmp_path: Path):
+    """pip installs all else, says so on the terminal, and what the compiler said is found from the installation."""
+    python = empty_environment(tmp_path / "environment")
+    done = failing(sys.executable, "-c", IN_TERMINAL, python, "-m", "pip", "install", "--no-deps", "-e", ".")
+    assert done.returncode == 0, done.stdout
+    add_packages(python)
+    frame = [line for line in done.stdout.splitlines() if line.startswith(("|", "+-"))]
+    assert frame[0] == frame[-1] == "+" + "-" * 98 + "+" and {len(line) for line in frame} == {100}
+    assert "WITHOUT its CUDA C++ kernels" in frame[1] and ERROR in frame[2] and "smolora doctor" in frame[3]
+    code = "import json, smolora; print(json.dumps(smolora.backend_info()['backends']['cuda']))"
+    info = json.loads(failing(python, "-c", code).stdout.splitlines()[-1])
+    assert not info["available"] and info["build_error"] == ERROR and ERROR in info["reason"]
+    log = Path(info["build_log"])
+    assert log == failing.project / "smolora/_C.log" and "FAILED: " in log.read_text() and "^" in log.read_text()
+
+
+def test_a_failed_build_that_was_asked_for_fails(failing):
+    """With the compiler's error as the last line, and no traceback after it."""
+    for environment in (dict(FORCE_CUDA="1"), dict(TORCH_CUDA_ARCH_LIST="9.0")):
+        done = failing(*SETUP, **environment)
+        assert done.returncode == 1 and done.stdout.splitlines()[-1] == ERROR, done.stdout
+        assert "Traceback" not in done.stdout and "FORCE_CUDA=0" in done.stdout
+    assert not list(failing.project.glob("smolora/_C.*"))
+
+
+def test_no_installation_has_what_an_earlier_one_built(failing):
+    """After a failure, or without CUDA, there is no extension; after a success no log of a failure."""
+    built = lambda: {path.suffix for path in failing.project.glob("smolora/_C.*")}  # noqa: E731
+    broken, works = failing.nvcc.read_text(), failing.nvcc.read_text().replace("exit 2", ":")
+    for nvcc, environment, left in (
+        (works, {}, {".so"}), (broken, {}, {".log"}), (works, {}, {".so"}), (works, {"FORCE_CUDA": "0"}, set()),
+        (broken, {}, {".log"}), (broken, {"FORCE_CUDA": "0"}, set()),
+    ):  # fmt: skip
+        failing.nvcc.write_text(nvcc)
+        shutil.rmtree(failing.project / "build", ignore_errors=True)
+        assert failing(*SETUP, **environment).returncode == 0
+        assert built() == left
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [
+        ("[1/7] nvcc a.cu\nFAILED: a.o\nnvcc a.cu\na.cu(9): warning: x\na.cu(8): error: y\n  ^", "a.cu(8): error: y"),
+        ("a.cu(8): error: y\nb.cu(7): error: z", "a.cu(8): error: y"),
+        ("FAILED: a.o\nh.h:13:2: error: #error -- unsupported", "h.h:13:2: error: #error -- unsupported"),
+        ("a.cu(7): error #20: y", "a.cu(7): error #20: y"),
+        ("nvcc fatal   : Unsupported gpu architecture", "nvcc fatal   : Unsupported gpu architecture"),
+        ("a.cu:1:10: fatal error: b.h: No such file", "a.cu:1:10: fatal error: b.h: No such file"),
+        ("FAILED: a.o\nnvcc /error/a.cu\nKilled\nninja: build stopped: subcommand failed.", "Killed"),
+        ("", "the compiler says nothing"),
+    ],
+)  # fmt: skip
+def test_the_first_error(machine, output: str, error: str):
+    machine()
+    assert machine.namespace["first_error"](output) == error
