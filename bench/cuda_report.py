@@ -89,10 +89,11 @@ def supported(nvcc: str, architectures: Iterable[str]) -> list[str]:
 def split_name(mangled: str) -> tuple[str, str]:
     """A kernel's name and its template arguments, of a mangled name: "shrink_kernel", "bf16 5"."""
     name = next(m[1] for m in re.finditer(r"\d+([a-z_]+_kernel)", mangled))
-    arguments = mangled.split(name, 1)[1]
+    arguments = mangled.split(name, 1)[1].split("EEv")[0].split("Ev")[0]
     types = [("bf16", "nv_bfloat16"), ("fp16", "6__half"), ("float", "If")]
-    found = [short for short, mark in types if mark in arguments.split("EEv")[0].split("Ev")[0]]
-    return name, " ".join([*found[:1], *re.findall(r"L[ib](\d+)E", arguments)])
+    found = [short for short, mark in types if mark in arguments][:1]
+    mixes = [mix for mix in ("Smolora", "Weighted") if mix in arguments]
+    return name, " ".join([*found, *mixes, *re.findall(r"L[ib](\d+)E", arguments + "E")])
 
 
 def compile_file(nvcc: str, arch: str, file: str) -> list[Row]:

@@ -1,5 +1,5 @@
-// The module: a function a pass, which takes a dict of the fields of its params struct: numbers, for a tensor its address
-// and dtype, and for the banks a list of dicts.
+// The module: a function a pass, which takes a dict of the fields of its params struct: numbers, for a tensor its
+// address and dtype, and for the banks a list of dicts.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,3 +1,7 @@
+// Parts of gradients, by chunk and slot:
+//
+//   collect_kernel  their sums by expert
+
 #include "collect.cuh"
 
 namespace {
@@ -21,14 +25,16 @@ __global__ void __launch_bounds__(kThreads, 1) collect_kernel(Collect p) {
   }
   const int64_t rank = p.by_column ? i / p.L : i % p.r, l = p.by_column ? i % p.L : i / p.r;
   const RankTiles tiles(p);
-  const int64_t K = second ? p.slots[1] : p.slots[0], width = tiles.total * 16, column0 = second ? tiles.first * 16 : 0;
+  const int K = static_cast<int>(second ? p.slots[1] : p.slots[0]);
+  const int64_t width = tiles.total * 16, column0 = (second ? tiles.first * 16 : 0) + rank;
   const bool in_order = second ? p.in_order[1] : p.in_order[0];
   const int RP = rank16(p.r);
-  const auto ids = global<const int>(p.ids);
+  const auto ids = in_order ? global<const int>(p.ids) : global<const int>(p.ids) + second * p.K;  // of the bank
   const auto seqs = global<const int>(p.chunk_to_seq);
-  const auto part = global<const float>(p.part);
-  const auto holds = [&](int64_t seq, int64_t slot) {
-    return in_order ? slot == expert : ids[(seq * p.b + second) * p.K + slot] == expert;
+  const auto part = global<const float>(p.part) +  // a slot's columns are whole tiles
+                    (p.by_column ? column0 * p.L + l : (column0 / 16 * p.L + l) * 16 + column0 % 16);
+  const auto holds = [&](int64_t seq, int slot) {
+    return in_order ? slot == expert : ids[seq * p.b * p.K + slot] == expert;
   };
   float sum = 0;
   for (int64_t first = 0; first < p.chunks; first += kThreads) {
@@ -41,10 +47,9 @@ __global__ void __launch_bounds__(kThreads, 1) collect_kernel(Collect p) {
     const int count = static_cast<int>(min(p.chunks - first, static_cast<int64_t>(kThreads)));
 #pragma unroll 4
     for (int chunk = 0; chunk < count; ++chunk) {
-      for (int64_t j = slots[chunk]; j < K && inside; ++j) {
+      for (int j = slots[chunk]; j < K && inside; ++j) {
         if (j > slots[chunk] && !holds(seqs[first + chunk], j)) continue;
-        const int64_t column = (first + chunk) * width + column0 + j * RP + rank;
-        sum += part[p.by_column ? column * p.L + l : (column / 16 * p.L + l) * 16 + column % 16];
+        sum += part[((first + chunk) * width + j * RP) * p.L];
       }
     }
   }

@@ -1,10 +1,12 @@
-// One token a sequence, in one launch for all projections of an input: y += the mixture's output.
+// One token a sequence, in one launch for all projections of an input:
+//
+//   decode_kernel  y += the mixture's output
 //
 // Each projection has blocks of its own. Before the grid's barrier they share out what reads weights alone: A x of the
-// experts somebody uses, router logits, and w = s B^T I, each in parts over slices of d or of k. After it, a block takes
-// a slice of k for a group of sequences: it adds their parts up, chooses, mixes and expands. All sums run in an order
-// that neither the number of blocks nor the other projections change. There is little to compute, so what counts is how
-// often a thread waits for memory: independent loads are issued back to back, so that their latencies overlap.
+// experts somebody uses, router logits, and w = s B^T I, each in parts over slices of d or of k. After it, a block has a
+// slice of k for a group of sequences: it adds their parts up, chooses, mixes and expands. All sums run in an order that
+// neither the number of blocks nor the other projections change. There is little to compute, so what counts is how often
+// a thread waits for memory: independent loads are issued back to back, so that their latencies overlap.
 
 #include "grid.cuh"
 #include "mix.cuh"
@@ -249,8 +251,8 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
   }
 }
 
-// y of one output, y[g * outputs], += a slot's share of it, for the sequences of a group from `begin` on that the thread
-// has, the bits of `taken`.
+// y of one output, y[g * outputs], += a slot's share of it, for the sequences of a group from `begin` on that the
+// thread has, the bits of `taken`.
 template <class T, class Reader>
 __device__ __forceinline__ void expand_slot(const Decode& p, const Sizes& s, const Reader& B, int experts,
                                             int64_t output, Ptr<const uint64_t> masks, int begin, uint64_t taken,
@@ -395,14 +397,16 @@ struct Block {
     const bool router = row >= rows;
     if (router && row - rows >= s.x_rows) return;
     const int rank = row % s.r;
-    const int down = router ? s.first_x + row - rows : p.shared ? row / s.r : list[row / s.r];  // or the expert's number
+    const int down = router ? s.first_x + row - rows  // an expert's number
+                            : p.shared ? row / s.r : list[row / s.r];
     const bool second = router || !p.shared ? down >= s.E0 : down >= 1;
     const Weight& weight = router ? (second ? p.banks[1].router : p.banks[0].router)
                                   : (second ? p.banks[1].A : p.banks[0].A);
     const int in_bank = p.shared && !router ? 0 : second ? down - s.E0 : down;
     const int source = router ? in_bank : in_bank * s.r + rank;
+    const int64_t numbers = static_cast<int64_t>(s.n) * s.downs;
     const auto out = router ? global<float>(p.z_part) + (slice * s.n * s.E + down)
-                            : global<float>(p.h_part) + (slice * static_cast<int64_t>(s.n * s.downs) + down) * s.r + rank;
+                            : global<float>(p.h_part) + ((slice * numbers + down) * s.r + rank);
     with_reader<WIDE>(weight, [&](auto reader) {
       dot_item<T, WIDE>(p, reader, source * p.d + slice * kSlice, router, slice,
                         router || p.shared ? everybody() : users[down], lane, out, router ? s.E : s.downs * s.r);
@@ -477,10 +481,10 @@ struct Block {
         if (writes) global<float>(p.logits)[i * s.E + e] = sum;
       }
       __syncwarp();
-      const int at = i * s.slots;
-      if (lane == 0) choose(logits, s.E0, s.K, p.gate_all, ids + at, weights + at);
-      if (lane == 0 && p.b > 1) {
-        choose(logits + s.E0, s.E - s.E0, s.K, p.gate_all, ids + at + s.K, weights + at + s.K);
+#pragma unroll 1  // or the registers of both would be taken
+      for (int bank = 0; lane == 0 && bank < p.b; ++bank) {
+        const int at = i * s.slots + bank * s.K;
+        choose(logits + bank * s.E0, bank ? s.E - s.E0 : s.E0, s.K, p.gate_all, ids + at, weights + at);
       }
       __syncwarp();  // the next sequence's logits take the place of these
     }
@@ -507,7 +511,8 @@ struct Block {
           for (int c = lane; c < s.columns; c += 32) {
             const int slot = c / s.padded, rank = c % s.padded, second = slot >= s.K;
             if (rank >= s.r) continue;
-            score += M::score_term(second, my_weights[slot], w[(max(static_cast<int>(my_ids[slot]), 0) + second * s.E0) * s.r + rank], mine[c]);
+            const int expert = max(static_cast<int>(my_ids[slot]), 0) + second * s.E0;
+            score += M::score_term(second, my_weights[slot], w[expert * s.r + rank], mine[c]);
           }
           score = warp_sum(score);
           if (writes && lane == 0) global<float>(p.scores)[begin + g] = score;

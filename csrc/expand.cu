@@ -1,3 +1,7 @@
+// Rank space out to y or dx:
+//
+//   expand_kernel  its product with rows of weights
+
 #include "expand.cuh"
 
 namespace {

@@ -1,13 +1,13 @@
 // From g = dL/dy to rank space: p = s B^T g and the gradients of B and I. In the order they run:
 //
-//   mix                 what B was multiplied with, again
-//   pack                B as the product reads it
-//   outer               the pass over g: partial dB of a chunk of tokens, and partial p over a block of outputs; or
-//   shrink              another read of g for partial p, where the chosen experts have too many columns for that
-//   mix_backward        dh from p; partial dw and weight gradients of a tile
-//   reduce_dw_dweights  dw of every expert, and the weight gradients of every sequence
-//   collect             dB
-//   importance          dI
+//   mix                        what B was multiplied with, again
+//   pack                       B as the product reads it
+//   outer                      the pass over g: partial dB of a chunk of tokens, and partial p over a block of outputs
+//   shrink                     another read of g for partial p, where the slots have too many columns for one read
+//   mix_backward_kernel        dh from p; partial dw and weight gradients of a tile
+//   reduce_dw_dweights_kernel  dw of every expert, and the weight gradients of every sequence
+//   collect                    dB
+//   importance_kernel          dI
 
 #include "collect.cuh"
 #include "mix.cuh"
@@ -97,14 +97,16 @@ __global__ void __launch_bounds__(kSumThreads, 1) reduce_dw_dweights_kernel(Grad
   const bool of_expert = blockIdx.x < E;
   const int64_t item = of_expert ? blockIdx.x : blockIdx.x - E;
   const int64_t bank = item < E0 ? 0 : 1, expert = item - bank * E0;
+  const bool in_order = p.ids == nullptr;  // then an expert has one slot
+  const int64_t first = bank * K + (in_order ? expert : 0), last = in_order ? first + 1 : first + K;
   float sum = 0;
   for (int64_t t = group; group < groups && t < tiles; t += groups) {
     const int64_t seq = seqs[t];
     if (seq < 0) continue;
     if (of_expert) {
-      for (int64_t j = 0; j < K; ++j) {
-        const int64_t slot = bank * K + j;
-        if (p.ids == nullptr ? j == expert : global<const int>(p.ids)[seq * b * K + slot] == expert) {
+#pragma unroll 1
+      for (int64_t slot = first; slot < last; ++slot) {
+        if (in_order || global<const int>(p.ids)[seq * b * K + slot] == expert) {
           sum += global<const float>(p.dw_part)[(t * b * K + slot) * r + rank];
         }
       }

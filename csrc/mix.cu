@@ -1,3 +1,7 @@
+// What B is multiplied with:
+//
+//   mix_kernel  u = s c h, and the scores that c hangs on
+
 #include "mix.cuh"
 
 namespace {
@@ -19,6 +23,7 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(Mix p) {
     if (p.given != nullptr) {
       score = global<const float>(p.given)[token];
     } else {
+#pragma unroll 2
       for (int c = lane; c < slots * r; c += 32) {
         const int slot = c / r, rank = c % r;
         const float w = global<const float>(p.w)[of.row(slot) * r + rank];
@@ -41,8 +46,8 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(Mix p) {
 void mix(const Mix& p) {
   with_dtype(p.dtype, [&](auto zero) {
     with_mix(p.mix, [&](auto formulas) {
-      launch("mix", mix_kernel<decltype(zero), decltype(formulas)>, dim3(static_cast<unsigned>(cdiv(p.T, kThreads / 32))),
-             kThreads, 0, p.stream, false, p);
+      const dim3 grid(static_cast<unsigned>(cdiv(p.T, kThreads / 32)));
+      launch("mix", mix_kernel<decltype(zero), decltype(formulas)>, grid, kThreads, 0, p.stream, false, p);
     });
   });
 }

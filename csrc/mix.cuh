@@ -1,5 +1,5 @@
-// Between shrink and expand: what B is multiplied with, u = s c h. The coefficients c are a mix's, a struct of the formulas
-// in mixes/; q is a slot's weight. A mix with `kScores` makes a number of each token's h first, on which c hangs.
+// Between shrink and expand: what B is multiplied with, u = s c h. The coefficients c are a mix's, a struct of formulas in
+// mixes/; q is a slot's weight. A mix with `kScores` makes a number of each token's h first, on which c hangs.
 #pragma once
 
 #include "mixes/smolora.cuh"
@@ -30,21 +30,19 @@ void mix(const Mix& p);
 
 // A sequence's slots as a mix sees them; slots count through the banks.
 struct SlotsOf {
-  Ptr<const int> ids;
-  Ptr<const float> weights;
-  bool in_order, unweighted;
+  const Layout& p;
+  int64_t at;  // the first of its slots
   int K, E0;
 
-  __device__ __forceinline__ SlotsOf(const Layout& p, int64_t seq, int64_t E0_)
-      : ids(global<const int>(p.ids)), weights(global<const float>(p.slot_weights)), in_order(p.ids == nullptr),
-        unweighted(p.slot_weights == nullptr), K(static_cast<int>(p.K)), E0(static_cast<int>(E0_)) {
-    if (!in_order) ids = ids + seq * p.b * K;
-    if (!unweighted) weights = weights + seq * p.b * K;
-  }
+  __device__ __forceinline__ SlotsOf(const Layout& p_, int64_t seq, int64_t E0_)
+      : p(p_), at(seq * p.b * p.K), K(static_cast<int>(p.K)), E0(static_cast<int>(E0_)) {}
   __device__ __forceinline__ int bank(int slot) const { return slot >= K; }
-  __device__ __forceinline__ float weight(int slot) const { return unweighted ? 1.0f : weights[slot]; }
+  __device__ __forceinline__ float weight(int slot) const {
+    return p.slot_weights == nullptr ? 1.0f : global<const float>(p.slot_weights)[at + slot];
+  }
   // The row of w.
   __device__ __forceinline__ int row(int slot) const {
-    return expert_in(ids, in_order, slot, slot >= K ? slot - K : slot) + (slot >= K ? E0 : 0);
+    return expert_in(global<const int>(p.ids), p.ids == nullptr, at + slot, slot >= K ? slot - K : slot) +
+           (slot >= K ? E0 : 0);
   }
 };

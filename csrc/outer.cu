@@ -1,3 +1,7 @@
+// Tokens and rank space, summed over tokens:
+//
+//   outer_kernel  their outer product, and the tokens' product with rows of weights from the same read
+
 #include "outer.cuh"
 
 namespace {

@@ -1,6 +1,6 @@
 // The outer product of tokens with rank space, summed over a chunk of a sequence's tokens: the gradients of A and B.
-// Where `p_part` is given, the product of the same tokens with rows of weights into rank space comes from the same read,
-// and there is no dropout.
+// Where `p_part` is given, the product of the same tokens with rows of weights comes from the same read, and there is no
+// dropout.
 #pragma once
 
 #include "tile.cuh"

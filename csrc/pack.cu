@@ -1,3 +1,8 @@
+// Weights as products read them:
+//
+//   pack_kernel             rounded and padded
+//   pack_transposed_kernel  and transposed
+
 #include "pack.cuh"
 
 namespace {

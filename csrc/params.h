@@ -5,8 +5,8 @@
 //     d inputs, k outputs, e size of an instruction; sum E: the banks' experts one after another
 //     K' slots of a bank in h and dh: 1 where its B share an A, else K
 //
-// Tensors are contiguous. "T" as a type is the compute dtype; outputs and workspaces come uninitialised. The fields of a
-// struct are in one list, from which the struct is declared and bindings.cpp reads it.
+// Tensors are contiguous. "T" as a type is the compute dtype; outputs and workspaces come uninitialised. A struct's
+// fields are in one list, by which it is declared here and read in bindings.cpp.
 #pragma once
 
 #include <cstddef>

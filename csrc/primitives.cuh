@@ -147,8 +147,8 @@ __device__ __forceinline__ uint32_t keep_bits(int64_t seed, int64_t row, uint32_
   return bits;
 }
 
-// Chooses the top K of z (E,), ties to the lowest, with the softmax over the chosen for weights, or over all with `gate_all`;
-// by one thread. Each chosen expert follows the one before in the order of falling logits and rising numbers.
+// Chooses the top K of z (E,), ties to the lowest; weights are the softmax over the chosen, or with `gate_all` over all.
+// By one thread. Each chosen expert follows the one before in the order of falling logits and rising numbers.
 __device__ __forceinline__ void choose(Ptr<const float> z, int E, int K, bool gate_all, Ptr<int> ids,
                                        Ptr<float> weights) {
   float last = INFINITY, first = 0, total = 0;

@@ -1,7 +1,7 @@
 // What the kernels ask of the hardware, in thin wrappers: the only file with PTX in it.
 //
-// Compiled by g++ with SMOLORA_EMULATE, the emulate.h of the tests gives the same names on the CPU. Ptr<T> is T* here and
-// a pointer that checks its bounds there, so kernels take all memory, global and shared, through Ptr.
+// Compiled by g++ with SMOLORA_EMULATE, the emulate.h of the tests gives the same names on the CPU. Ptr<T> is T* here
+// and a pointer that checks its bounds there, so kernels take all memory, global and shared, through Ptr.
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,12 @@
 // Choose each sequence's slots and bring its tokens into rank space: one read of x. In the order they run:
 //
-//   prepare         routing by the instruction, the routed tokens of each sequence, and partial sums of w = s B^T I
-//   pack            A as the product reads it
-//   shrink          the pass over x: A x of the slots, or of all experts of a bank that x routes, and column sums
-//   route           the mean of x over routed tokens, and the routes of banks whose router reads it
-//   reduce_split_k  h of the slots, and w, from their parts
+//   prepare_kernel         routing by the instruction, the routed tokens of each sequence, and parts of w = s B^T I
+//   pack                   A as the product reads it
+//   shrink                 the pass over x: A x of the slots, or of all experts of a bank that x routes, and column sums
+//   route_kernel           the mean of x over routed tokens, and the routes of banks whose router reads it
+//   reduce_split_k_kernel  h of the slots, and w, from their parts
 //
-// A route by x is known only when all of a sequence has been read, so one pass computes all experts of such a bank; when
+// A route by x is known only when all of a sequence has been read, so one pass computes all experts of such a bank. When
 // they have too many columns for that, a first pass takes the sums alone and a second one the chosen experts. A route
 // must not depend on batch or padding: all sums over tokens and inputs run in an order that only the sequence and the
 // layer set.
@@ -22,23 +22,23 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kRouteThreads = 512;
 
 // Chooses a sequence's slots of a bank by its logits z; by one thread.
-__device__ __forceinline__ void choose_slots(const RouteShrink& p, Ptr<const float> z, int64_t E, int64_t seq, int bank) {
+__device__ __forceinline__ void choose_slots(const RouteShrink& p, Ptr<const float> z, int E, int64_t seq, int bank) {
   const int64_t at = (seq * p.b + bank) * p.K;
-  choose(z, static_cast<int>(E), static_cast<int>(p.K), p.gate_all, global<int>(p.routed_ids) + at,
+  choose(z, E, static_cast<int>(p.K), p.gate_all, global<int>(p.routed_ids) + at,
          global<float>(p.routed_weights) + at);
 }
 
 // The first of a sequence's routers in a bank's.
-__device__ __forceinline__ int64_t first_router(const RouteShrink& p, int64_t E, int64_t seq) {
+__device__ __forceinline__ int64_t first_router(const RouteShrink& p, int E, int64_t seq) {
   return p.router_rows == nullptr ? 0 : global<const int64_t>(p.router_rows)[seq] * E;
 }
 
 // Grid (n + (sum E) parts): a sequence, then a part of an expert's w.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
-  const int64_t E0 = p.banks[0].E, E = E0 + p.banks[1].E;
+  const int E0 = static_cast<int>(p.banks[0].E), E = E0 + static_cast<int>(p.banks[1].E);
   SmemAllocator smem;
-  auto scratch = smem.take<float>(max(4 * kThreads, static_cast<int>(E)));
+  auto scratch = smem.take<float>(max(4 * kThreads, E));
   auto tokens = smem.take<int64_t>(2 * kThreads);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int64_t seqs = p.routes ? p.n : 0;
@@ -69,11 +69,12 @@ __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
         global<int>(p.arrived)[i] = 0;
       }
     }
-    for (int64_t expert = warp; expert < E; expert += kWarps) {
+    for (int expert = warp; expert < E; expert += kWarps) {
       const bool second = expert >= E0;
       if (second ? p.banks[1].router_reads_x : p.banks[0].router_reads_x) continue;
       const int64_t row = first_router(p, second ? E - E0 : E0, i) + expert - (second ? E0 : 0);
-      const float sum = warp_dot(second ? p.banks[1].router : p.banks[0].router, row * p.e, p.instruction, i * p.e, p.e);
+      const Weight& router = second ? p.banks[1].router : p.banks[0].router;
+      const float sum = warp_dot(router, row * p.e, p.instruction, i * p.e, p.e);
       if (lane == 0) {
         scratch[expert] = sum;
         global<float>(p.logits)[i * E + expert] = sum;
@@ -89,8 +90,9 @@ __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
   const int64_t item = blockIdx.x - seqs, expert = item % E;
   const int64_t begin = item / E * limits::kPrepareOutputs, end = min(p.k, begin + limits::kPrepareOutputs);
   const bool second = expert >= E0;
-  add_w_part<T, kThreads>(p, second ? p.banks[1].B : p.banks[0].B, second ? p.banks[1].importance : p.banks[0].importance,
-                          p.k, second ? expert - E0 : expert, begin, end, scratch,
+  const Weight& B = second ? p.banks[1].B : p.banks[0].B;
+  const Weight& importance = second ? p.banks[1].importance : p.banks[0].importance;
+  add_w_part<T, kThreads>(p, B, importance, p.k, second ? expert - E0 : expert, begin, end, scratch,
                           global<float>(p.w_part) + item * p.r);
 }
 
@@ -100,11 +102,11 @@ __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
 __global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) {
   constexpr int GROUPS = 4, LANES = kRouteThreads / GROUPS, COLUMNS = kRouteThreads / LANES;
   static_assert(limits::kRouteInputs == kRouteThreads);
-  const int64_t E0 = p.banks[0].E, E = E0 + p.banks[1].E;
+  const int E0 = static_cast<int>(p.banks[0].E), E = E0 + static_cast<int>(p.banks[1].E);
   SmemAllocator smem;
   auto group_sums = smem.take<float>(GROUPS * kRouteThreads);
   auto scratch = smem.take<float>(kRouteThreads / 32);
-  auto z = smem.take<float>(static_cast<int>(E));
+  auto z = smem.take<float>(E);
   auto last = smem.take<int>(1);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int64_t i = blockIdx.x, slice = blockIdx.y, slices = gridDim.y, c0 = slice * limits::kRouteInputs;
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) 
   mean /= static_cast<float>(max(routed[i * 2 + 1], static_cast<int64_t>(1)));
   if (c < p.d) global<float>(p.mean)[i * p.d + c] = mean;
   auto z_part = global<float>(p.z_part);
-  for (int64_t expert = 0; expert < E; ++expert) {
+  for (int expert = 0; expert < E; ++expert) {
     const bool second = expert >= E0;
     if (!(second ? p.banks[1].router_reads_x : p.banks[0].router_reads_x)) continue;
     const int64_t row = first_router(p, second ? E - E0 : E0, i) + expert - (second ? E0 : 0);
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) 
   }
   __syncthreads();
   if (!last[0]) return;
-  for (int64_t expert = thread; expert < E; expert += kRouteThreads) {
+  for (int expert = thread; expert < E; expert += kRouteThreads) {
     if (!(expert >= E0 ? p.banks[1].router_reads_x : p.banks[0].router_reads_x)) continue;
     float sum = 0;
     for (int64_t s = 0; s < slices; ++s) sum += z_part[(i * slices + s) * E + expert];
@@ -171,7 +173,8 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) 
   }
 }
 
-// A thread has an element of h, or one of w. `parts` is the product that made h's: in one pass with all experts of some banks.
+// A thread has an element of h, or one of w. `parts` is the product that made h's: in one pass it has all experts of the
+// banks that x routes.
 __global__ void __launch_bounds__(kThreads, 1) reduce_split_k_kernel(RouteShrink p, Shrink parts) {
   const int r = static_cast<int>(p.r), down = static_cast<int>(down_slots(p));
   const int64_t columns = p.b * down * r, size = p.T * columns;

@@ -1,3 +1,7 @@
+// Tokens into rank space:
+//
+//   shrink_kernel  their product with rows of weights, and column sums
+
 #include "shrink.cuh"
 
 namespace {
@@ -8,8 +12,8 @@ template <class T, int TILES>
 constexpr size_t kShared = kStages * (limits::kTile + TILES * 16) * limits::kRow +
                                  4 * limits::kTile * (kColumns<T> / 16) * 2 + limits::kTile + 16 * TILES;
 
-// Grid (tiles, splits, blocks of tiles in rank space). The tiles of a pass that sums a mask are laid from the first routed token, so
-// that left padding moves no sum.
+// Grid (tiles, parts of L, blocks of tiles in rank space). The tiles of a pass that sums a mask are laid from the first
+// routed token, so that left padding moves no sum.
 template <class T, int TILES>
 __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(Shrink p) {
   constexpr int BT = limits::kTile, COLUMNS = kColumns<T>, BLOCKS = COLUMNS / 16;

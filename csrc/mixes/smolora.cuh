@@ -1,6 +1,6 @@
-// Mix "smolora": c = q alpha in the first bank and q beta in the second, alpha and beta a token's softmax over I . x_1 and
-// I . x_2 (Eq. 8 and 9). Its score is I . x_1 - I . x_2, which is w . h in rank space; alpha = sigmoid(score), and beta is
-// sigmoid(-score), which 1 - alpha would round away where beta is small.
+// Mix "smolora": c = q alpha in the first bank and q beta in the second, where alpha and beta are a token's softmax over
+// I . x_1 and I . x_2 (Eq. 8 and 9). Its score is I . x_1 - I . x_2, which is w . h in rank space. alpha is
+// sigmoid(score) and beta sigmoid(-score), which 1 - alpha would round away where beta is small.
 #pragma once
 
 #include "../primitives.cuh"

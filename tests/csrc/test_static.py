@@ -4,6 +4,7 @@ This compiles sm_90a; the other architectures are for `make kernels`.
 """
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,6 +36,16 @@ def test_no_faults(tmp_path: Path):
     assert all(row["wide"] > 0 and (row["tensor_core"] > 0) == ("float" not in row["types"]) for row in products)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda path: path.name)
+def test_header_lists_the_kernels(path: Path):
+    """The comment that a file starts with names its kernels, and what else runs, and nothing more."""
+    text = path.read_text()
+    header = text[: text.index("#include")]
+    listed = re.findall(r"^//   (\w+)  +\S", header, re.MULTILINE)
+    assert sorted(name for name in listed if name.endswith("_kernel")) == sorted(re.findall(r"(\w+_kernel)\(", text))
+    assert all(re.search(rf"^  .*\b{name}\(", text, re.MULTILINE) for name in listed if not name.endswith("_kernel"))
+
+
 def test_faults_are_named():
     row = cuda_report.Row("90a", "", "outer_kernel", "bf16 4 1", 128, 0, 0, 0, 0, 8, 8)
     faults = lambda **changes: " ".join(replace(row, **changes).faults())  # noqa: E731
@@ -48,6 +59,12 @@ def test_faults_are_named():
     ("mangled", "expected"),
     [
         ("_ZN41_GLOBAL__N__7_9_decode_cu_5113decode_kernelI13__nv_bfloat16EEv6Decode", ("decode_kernel", "bf16")),
+        ("_ZN3_GLOBAL__N__2_6_mix_cu_510mix_kernelIf7SmoloraEEv3Mix", ("mix_kernel", "float Smolora")),
+        ("_ZN3_GLOBAL__N__2_6_mix_cu_510mix_kernelI13__nv_bfloat168WeightedEEv3Mix", ("mix_kernel", "bf16 Weighted")),
+        (
+            "_ZN3_GLOBAL__N__2_6_g_cu_5119mix_backward_kernelI8WeightedLb1EEEv10GradOutput",
+            ("mix_backward_kernel", "Weighted 1"),
+        ),
         ("_Z13shrink_kernelIfLi8EEv6Shrink", ("shrink_kernel", "float 8")),
         ("_Z12outer_kernelI6__halfLi2ELb1EEv5Outer", ("outer_kernel", "fp16 2 1")),
         ("_ZN41_GLOBAL__N__x_9_y_cu_5114collect_kernelE7Collect", ("collect_kernel", "")),
