@@ -195,7 +195,8 @@ def measure_sweep(run: Run, case: Shape, layer: Layer, peers: dict[str, Peer], f
         tokens = case.batch * seq
         if seq == case.seq:
             for row in [row for row in run.rows if row["kind"] == "layer" and row["case"] == case.name]:
-                keys = ("method", "case", "peer", "tokens", "shape", "dtype", "weights_dtype", *run.environment, "both", "error")
+                head = ("method", "case", "peer", "tokens", "shape", "dtype", "weights_dtype")
+                keys = (*head, *run.environment, "both", "error")
                 run.rows.append({"kind": "sweep"} | {key: row[key] for key in keys})
         elif not run.late(f"sweep, {tokens} tokens"):
             batch = draw_batch(layer, case.batch, seq)

@@ -7,7 +7,7 @@ experts, as D-MoLE sets them once a batch. BranchLoRA routes each sequence by it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -75,9 +75,7 @@ class MixtureLayer(Layer):
         return method.layer(linear, config)
 
     @staticmethod
-    def official(
-        x: Tensor, base: Tensor, adapter: dict[str, Tensor], call: dict[str, Any], dropout: Dropout
-    ) -> Tensor:
+    def official(x: Tensor, base: Tensor, adapter: dict[str, Tensor], call: dict[str, Any], dropout: Dropout) -> Tensor:
         """y (B, S, k) as the authors' code computes it; `base` (B, S, k) may be written to."""
         raise NotImplementedError
 
@@ -181,6 +179,13 @@ class LiLoRA(MixtureLayer):
 
     def call(self, sequences: int) -> dict[str, Any]:
         return {"task": self.case.tasks - 1}
+
+    def draw_batch(self, x: Tensor, normal: Draw) -> Batch:
+        """Lean dy towards what the task's logit changes, or its gradient would be a sum that cancels to rounding."""
+        batch = super().draw_batch(x, normal)
+        B, A_t, B_t = (self.adapter[name].float() for name in ("B", "task_A", "task_B"))
+        change = F.linear(F.linear(batch.x.float(), self.adapter["A"].float()), B - B_t[-1] @ A_t[-1])
+        return replace(batch, dy=(batch.dy + change).to(batch.dy.dtype))
 
     @staticmethod
     def official(x, base, adapter, call, dropout):

@@ -133,12 +133,13 @@ def sum_table(title: str, rows: list[Row]) -> str:
         if p != "linear"
     }
     linear, official = (whole[p] if p in complete else None for p in ("linear", "official"))
+    method = rows[0]["method"]
     lines = [f"{title:<32}{'both ms':>10}{'/ linear':>10}{'own ms':>10}{'official /':>12}{'official own / own':>20}"]
     for peer in complete:
         own = owns.get(peer)
         ratio = owns["official"] / own if "official" in owns and own and own > 0 else None
         lines.append(
-            f"{label(peer, rows[0]['method']):<32}{whole[peer]:>10.3f}{_number(linear and whole[peer] / linear, '.2f'):>10}"
+            f"{label(peer, method):<32}{whole[peer]:>10.3f}{_number(linear and whole[peer] / linear, '.2f'):>10}"
             f"{_number(own, '.3f'):>10}{_number(official and official / whole[peer], '.2f'):>12}"
             f"{_number(ratio, '.1f'):>20}"
         )

@@ -84,9 +84,9 @@ def _smolora(case: Case) -> dict[str, Work]:
 
 
 def _mixture(case: MixtureCase) -> dict[str, Work]:
-    """The other methods': routers, gates and what a step does once for all tokens are left out, which is next to nothing.
+    """The other methods'. What is done once a sequence or a step (gates, LiLoRA's B) is left out, being little.
 
-    MoELoRA's router is counted: it is multiplied by every token.
+    MoELoRA's router is counted, for every token goes through it.
     """
     T, d, k, item = case.tokens, case.d, case.k, case.item
     columns, rank = case.columns, case.mixed
