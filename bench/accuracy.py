@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peers import TRAINED, Peer
+from peers import Peer
 from problem import SCALING, Batch, Layer
-from smolora.reference import smolora_forward
 
 # Relative norm errors that a correct computation stays under: about twice what k-sized torch shows in 16 bits (0.3% for
 # y and dx, 0.5% for gradients in bfloat16), ten times in float32, where sums grow longer with the shape.
@@ -46,26 +45,22 @@ class Errors:
 
 
 def expect(formula: str, layer: Layer, batch: Batch) -> Expected:
-    """Results of "smolora", "linear" or "lora" in float64, one instance at a time to bound the memory."""
+    """Results of the "method", "linear" or "lora" in float64, one instance at a time to bound the memory."""
     weight = layer.weight.double()
     bias = None if layer.bias is None else layer.bias.double()
     adapter = {name: tensor.double() for name, tensor in layer.adapter.items()}
     if formula == "lora":
-        leaves = {
-            "lora_A": torch.cat([adapter["vu_A"][0], adapter["if_A"][0]]),
-            "lora_B": torch.cat([adapter["vu_B"][0], adapter["if_B"][0]], 1),
-        }
+        leaves = dict(zip(("lora_A", "lora_B"), layer.lora(adapter, layer.case), strict=True))
     else:
-        leaves = {name: adapter[name] for name in TRAINED} if formula == "smolora" else {}
+        leaves = {name: adapter[name] for name in layer.trained} if formula == "method" else {}
     for leaf in leaves.values():
         leaf.requires_grad_()
     grads = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     ys, dxs = [], []
     for b in range(len(batch.x)):
         x = batch.x[b : b + 1].double().requires_grad_()
-        if formula == "smolora":
-            instruction = batch.instruction[b : b + 1].double()
-            y = smolora_forward(x, weight, bias, **adapter, instruction=instruction, scaling=SCALING)
+        if formula == "method":
+            y = layer.reference(x, weight, bias, adapter, batch, b)
         else:
             y = F.linear(x, weight, bias)
             if formula == "lora":

@@ -1,12 +1,15 @@
-"""FusedSMoLoRA beside what one would otherwise use: correctness first, then time and memory, side by side in one run.
+"""A drop-in layer beside what one would otherwise use: correctness first, then time and memory, all in one run.
 
     python bench/fused_vs_naive.py --quick                    the CPU's shape, two minutes
     python bench/fused_vs_naive.py --preset llava-7b          a LLaVA-1.5-7B's shapes, on a GPU
     python bench/fused_vs_naive.py --d 2048 --k 8192 --r 32 --batch 4 --seq 512 --dtype float16
+    python bench/fused_vs_naive.py --method moelora --experts 8
 
 Peers: linear (the frozen base alone), official (the released algorithm), gathered (chosen experts only),
 compiled_gathered and compiled_rank_space (torch.compile), peft_lora (rank 2r, adapter in the compute dtype; _fp32:
 PEFT's default), and smolora under its backends torch, triton and cuda. "own": time less linear's in the same round.
+--method measures another method in the same way: linear, official, peft_lora of its active rank, and its own layer;
+bench/mixtures.py says what official is of each, and what a batch is.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import argparse
 import gc
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 
+import mixtures
 import report
 import roofline
 from accuracy import Errors, WrongResult, check, check_step, expect, forward_backward
@@ -27,15 +32,17 @@ from peers import PEERS, Peer
 from problem import Batch, Layer, draw_batch, draw_layer
 from report import MODES, Row
 from runs import Run, choose_cases, choose_device, free_memory, positive, progress, unavailable
-from shapes import ITEM_BYTES, PRESETS, Case
+from shapes import ITEM_BYTES, METHODS, PRESETS, Case, MixtureCase, Shape
 from timing import Job, Timing, capture, ceilings, clock_for, kept_for_backward, peak
 
 LAYER_GROUPS = 4
-CHANGES = ("d", "k", "r", "vu", "if_", "batch", "seq", "dtype", "dropout")  # flags that replace what a preset has
+CHANGES = ("d", "k", "r", "batch", "seq", "dtype", "dropout")  # flags that replace what a preset has
+NUMBERS = ("vu", "if_", "experts", "tasks", "active")  # flags that only some methods have
+KINDS: dict[str, type[Layer]] = {"smolora": Layer, **mixtures.LAYERS}
 SWEEP = (1 / 16, 1 / 4, 1, 2)  # of the case's sequence length
 
 
-def checked(run: Run, case: Case, peers: dict[str, Peer], batch: Batch) -> dict[str, Errors]:
+def checked(run: Run, case: Shape, peers: dict[str, Peer], batch: Batch) -> dict[str, Errors]:
     """Errors of every peer; one that is wrong, fails or does not fit in memory leaves `peers`, with the reason."""
     layer = next(iter(peers.values())).layer
     expected = {}
@@ -71,10 +78,11 @@ def layer_jobs(peers: dict[str, Peer], batch: Batch) -> list[Job]:
     return [job(name, peer) for name, peer in peers.items()]
 
 
-def row_head(run: Run, case: Case, name: str, peer: Peer, batch: Batch, kind: str) -> Row:
+def row_head(run: Run, case: Shape, name: str, peer: Peer, batch: Batch, kind: str) -> Row:
     instances, seq = batch.x.shape[:2]
     return {
         "kind": kind,
+        "method": case.method,
         "case": case.name,
         "peer": name,
         "tokens": instances * seq,
@@ -85,7 +93,7 @@ def row_head(run: Run, case: Case, name: str, peer: Peer, batch: Batch, kind: st
     }
 
 
-def measure_layer(run: Run, card: roofline.Card, case: Case, layer: Layer, peers: dict[str, Peer]) -> None:
+def measure_layer(run: Run, card: roofline.Card, case: Shape, layer: Layer, peers: dict[str, Peer]) -> None:
     """Forward, backward and both; memory; shares of `linear` and of the floor."""
     batch = draw_batch(layer, case.batch, case.seq)
     errors = checked(run, case, peers, batch)
@@ -106,12 +114,13 @@ def measure_layer(run: Run, card: roofline.Card, case: Case, layer: Layer, peers
 
     floors = {mode: seconds * 1e3 for mode, seconds in roofline.layer_seconds(case, card).items()}
     gemm = roofline.base(case)["base forward"].seconds(card) * 1e3
+    given = [value for value in batch.call.values() if isinstance(value, torch.Tensor)]
     for name, peer in peers.items():
         live = replace(batch, x=batch.x.detach().requires_grad_())
         with peer.scope():
-            kept = kept_for_backward(lambda: peer(live), [*peer.parameters(), batch.instruction])  # noqa: B023
+            kept = kept_for_backward(lambda: peer(live), [*peer.parameters(), *given])  # noqa: B023
         floor = {
-            "smolora": floors,
+            "method": floors,
             "linear": {mode: gemm * (2 if mode == "both" else 1) for mode in MODES},
             "lora": dict.fromkeys(MODES),
         }[peer.formula]
@@ -131,7 +140,7 @@ def measure_layer(run: Run, card: roofline.Card, case: Case, layer: Layer, peers
         )
 
 
-def measure_decode(run: Run, case: Case, layer: Layer, peers: dict[str, Peer], sequences: int) -> None:
+def measure_decode(run: Run, case: Shape, layer: Layer, peers: dict[str, Peer], sequences: int) -> None:
     """One new token of each sequence, without autograd; on a GPU the replay of a captured graph."""
     batch = draw_batch(layer, sequences, 1)
     expected: dict[str, torch.Tensor] = {}
@@ -180,13 +189,14 @@ def measure_decode(run: Run, case: Case, layer: Layer, peers: dict[str, Peer], s
         )
 
 
-def measure_sweep(run: Run, case: Case, layer: Layer, peers: dict[str, Peer], factors: tuple[float, ...]) -> None:
+def measure_sweep(run: Run, case: Shape, layer: Layer, peers: dict[str, Peer], factors: tuple[float, ...]) -> None:
     """Forward + backward over token counts; the case's own count was measured before."""
     for seq in sorted({max(1, round(case.seq * factor)) for factor in factors}):
         tokens = case.batch * seq
         if seq == case.seq:
             for row in [row for row in run.rows if row["kind"] == "layer" and row["case"] == case.name]:
-                keys = ("case", "peer", "tokens", "shape", "dtype", "weights_dtype", *run.environment, "both", "error")
+                head = ("method", "case", "peer", "tokens", "shape", "dtype", "weights_dtype")
+                keys = (*head, *run.environment, "both", "error")
                 run.rows.append({"kind": "sweep"} | {key: row[key] for key in keys})
         elif not run.late(f"sweep, {tokens} tokens"):
             batch = draw_batch(layer, case.batch, seq)
@@ -198,13 +208,13 @@ def measure_sweep(run: Run, case: Case, layer: Layer, peers: dict[str, Peer], fa
                 run.rows.append(head | {"both": timings[name][-1].summary(), "error": asdict(errors[name])})
 
 
-def measure_case(run: Run, card: roofline.Card, case: Case, decode: list[int], sweep: tuple[float, ...]) -> None:
+def measure_case(run: Run, card: roofline.Card, case: Shape, decode: list[int], sweep: tuple[float, ...]) -> None:
     """All there is to measure about one shape."""
     if run.late(case.name):
         return
     torch.compiler.reset()
-    layer = draw_layer(case, run.device)
-    peers = {name: PEERS[name](layer) for name in run.names}
+    layer = draw_layer(case, run.device, kind=KINDS[case.method])
+    peers = {name: known_peers(case.method)[name](layer) for name in run.names}
     measure_layer(run, card, case, layer, peers)
     for sequences in decode:
         if not run.late(f"{case.name}, decoding {sequences}"):
@@ -215,28 +225,38 @@ def measure_case(run: Run, card: roofline.Card, case: Case, decode: list[int], s
     free_memory(run.device)
 
 
-def choose_peers(args: argparse.Namespace, device: torch.device, dtype: str) -> tuple[list[str], dict[str, str]]:
+def known_peers(method: str) -> dict[str, Callable[[Layer], Peer]]:
+    """What a method is measured against, and its own layer."""
+    return PEERS if method == "smolora" else mixtures.PEERS
+
+
+def choose_peers(args: argparse.Namespace, device: torch.device, case: Shape) -> tuple[list[str], dict[str, str]]:
     """Names of the peers to measure, and why others are not."""
+    known = known_peers(args.method)
     if args.peers:
+        groups = {"compiled"} if args.method == "smolora" else set()
         wanted = [
-            name for asked in args.peers.split(",") for name in PEERS if asked == name or asked == name.split("_")[0]
+            name for asked in args.peers.split(",") for name in known if asked == name or asked == name.split("_")[0]
         ]
-        unknown = set(args.peers.split(",")) - set(PEERS) - {"compiled"}
+        unknown = set(args.peers.split(",")) - set(known) - groups
         if unknown:
-            sys.exit(f"--peers: {', '.join(sorted(unknown))} unknown; known: compiled, {', '.join(PEERS)}")
+            sys.exit(f"--peers: {', '.join(sorted(unknown))} unknown; known: {', '.join([*groups, *known])}")
     else:
-        wanted = list(PEERS)
+        wanted = list(known)
     skipped = {}
     if args.quick and not args.peers:
         for name in [name for name in wanted if name.startswith("compiled")]:
             skipped[name] = "left out by --quick: compiling takes longer than all the rest"
     for name in wanted:
-        if name not in skipped and (reason := unavailable(name, device, dtype)):
+        reason = unavailable(name, device, case.dtype)
+        if name == "cuda" and isinstance(case, MixtureCase):
+            reason = mixtures.cuda_refuses(case) or reason
+        if name not in skipped and reason:
             skipped[name] = reason
     return [name for name in dict.fromkeys(wanted) if name not in skipped], skipped
 
 
-def print_results(run: Run, cases: list[Case]) -> None:
+def print_results(run: Run, cases: list[Shape]) -> None:
     """Every table, shape by shape."""
     for case in cases:
         rows = [row for row in run.rows if row["case"] == case.name]
@@ -256,6 +276,7 @@ def print_results(run: Run, cases: list[Case]) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, default="smolora", help="default: %(default)s")
     parser.add_argument("--preset", choices=PRESETS, help="shapes to measure (default: small)")
     parser.add_argument("--case", action="append", help="only this shape of the preset, e.g. 'gate/up'; repeatable")
     parser.add_argument("--quick", action="store_true", help="the preset small, without torch.compile, in two minutes")
@@ -263,12 +284,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "d": "inputs",
         "k": "outputs",
         "r": "rank of an expert",
-        "vu": "VU experts",
+        "vu": "VU experts of smolora",
+        "experts": "experts, or branches, of another method",
+        "active": "experts that a sequence uses, of branchlora and routedlora",
+        "tasks": "tasks of branchlora and lilora",
         "batch": "instances",
         "seq": "tokens of an instance",
     }.items():
         parser.add_argument(f"--{flag}", type=positive, help=what)
-    parser.add_argument("--if", dest="if_", type=positive, help="IF experts")
+    parser.add_argument("--if", dest="if_", type=positive, help="IF experts of smolora")
     parser.add_argument("--dtype", choices=ITEM_BYTES)
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--peers", help="comma-separated; 'compiled' means both compiled peers")
@@ -281,7 +305,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick and args.preset not in (None, "small"):
         parser.error(f"--quick measures the preset small, not {args.preset}")
+    for name in NUMBERS:
+        if getattr(args, name) is not None and name not in METHODS[args.method]:
+            parser.error(f"--{name.strip('_')} means nothing to --method {args.method}")
+    args.numbers = {name: getattr(args, name) or default for name, default in METHODS[args.method].items()}
+    if args.numbers.get("active", 0) > args.numbers.get("experts", 0):
+        parser.error(f"--active must be at most --experts, {args.numbers['experts']}, got {args.numbers['active']}")
     return args
+
+
+def of_method(case: Case, method: str, numbers: dict[str, int]) -> Case | MixtureCase:
+    """A preset's shape for a method, with its numbers of experts and the like."""
+    if method == "smolora":
+        return replace(case, **numbers)
+    common = {field.name: getattr(case, field.name) for field in fields(Shape)}
+    return MixtureCase(**common, method=method, **numbers)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -290,7 +328,8 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     changes = {name: value for name in CHANGES if (value := getattr(args, name)) is not None}
     cases, note = choose_cases(args.preset or "small", args.case, changes, device)
-    names, skipped = choose_peers(args, device, cases[0].dtype)
+    cases = [of_method(case, args.method, args.numbers) for case in cases]
+    names, skipped = choose_peers(args, device, cases[0])
     if args.decode == "none":
         decode = []
     else:
@@ -332,6 +371,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     folder = report.results_folder(args.output, environment)
     stem = args.preset or ("small" if cases[0].name == "small" else "custom")
+    if args.method != "smolora":
+        stem = f"{args.method}_{stem}"
     content = {
         "environment": environment,
         "ceilings": asdict(ceiling),

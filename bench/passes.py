@@ -33,8 +33,8 @@ from torch.utils._pytree import tree_leaves
 import report
 import roofline
 from accuracy import LIMITS, WrongResult, relative
-from peers import OURS, TRAINED
-from problem import SCALING, draw_batch, draw_layer
+from peers import OURS
+from problem import SCALING, TRAINED, draw_batch, draw_layer
 from recorded import RESULTS, RecordedPasses, named_results
 from report import Row
 from runs import Run, choose_cases, choose_device, free_memory, positive, progress, unavailable

@@ -1,8 +1,9 @@
 """The implementations that are compared.
 
 Every peer is built from the same `Layer` and maps the same `Batch` to y; what it trains is in `leaves`, under the names
-of `FusedSMoLoRA`'s parameters. The written-out peers hold the adapter in the compute dtype, their fastest honest form;
-`FusedSMoLoRA` and `peft_lora_fp32` hold it as they do by default, in float32.
+of our layer's parameters. The written-out peers hold the adapter in the compute dtype, their fastest honest form; our
+layer and `peft_lora_fp32` hold it as they do by default, in float32. What is written out here is SMoLoRA; the other
+methods are in mixtures.py.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import smolora
-from problem import INSTRUCTION_DIM, SCALING, Batch, Layer
-
-TRAINED = ("vu_A", "vu_B", "if_A", "if_B", "vu_importance", "if_importance")
+from problem import SCALING, Batch, Layer
 
 Dropout = Callable[[Tensor], Tensor]
 
@@ -28,7 +27,7 @@ Dropout = Callable[[Tensor], Tensor]
 class Peer:
     """One implementation: `peer(batch)` is a training forward, `peer.step(batch)` one decode step."""
 
-    formula = "smolora"  # which float64 formula it must agree with
+    formula = "method"  # which float64 formula it must agree with: the method's, "linear" or "lora"
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -151,7 +150,7 @@ class Written(Peer):
         self.algorithm = algorithm
         self.routes_itself = routes_itself
         self.adapter = {name: tensor.clone() for name, tensor in layer.adapter.items()}
-        self.leaves = {name: self.adapter[name].requires_grad_() for name in TRAINED}
+        self.leaves = {name: self.adapter[name].requires_grad_() for name in layer.trained}
 
     def __call__(self, batch: Batch) -> Tensor:
         p = self.layer.case.dropout
@@ -222,13 +221,14 @@ def _base_module(layer: Layer) -> nn.Linear:
 
 
 class PeftLora(Peer):
-    """PEFT's stock LoRA of rank 2r: the same adapter size without a method."""
+    """PEFT's stock LoRA of the method's active rank (SMoLoRA: 2r): the same adapter size without a method."""
 
     formula = "lora"
 
     def __init__(self, layer: Layer, float32_adapter: bool) -> None:
         super().__init__(layer)
-        rank = 2 * layer.case.r
+        with_values = layer.lora(layer.adapter, layer.case)
+        rank = len(with_values[0])
         config = peft.LoraConfig(
             r=rank, lora_alpha=SCALING * rank, lora_dropout=layer.case.dropout, target_modules=["linear"]
         )
@@ -237,8 +237,8 @@ class PeftLora(Peer):
         self.module = adapted.base_model.model["linear"]
         A, B = self.module.lora_A["default"].weight, self.module.lora_B["default"].weight
         with torch.no_grad():
-            A.copy_(torch.cat([layer.adapter["vu_A"][0], layer.adapter["if_A"][0]]))
-            B.copy_(torch.cat([layer.adapter["vu_B"][0], layer.adapter["if_B"][0]], 1))
+            for parameter, value in zip((A, B), with_values, strict=True):
+                parameter.copy_(value)
         self.leaves = {"lora_A": A, "lora_B": B}
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -251,31 +251,22 @@ class PeftLora(Peer):
 
 
 class Fused(Peer):
-    """`smolora.FusedSMoLoRA` under one backend."""
+    """Our layer of the method under one backend."""
 
     def __init__(self, layer: Layer, backend: str) -> None:
         super().__init__(layer)
-        case = layer.case
         self.backend = backend
-        config = smolora.SMoLoRAConfig(
-            r=case.r,
-            lora_alpha=SCALING * case.r,
-            lora_dropout=case.dropout,
-            num_vu_experts=case.vu,
-            num_if_experts=case.if_,
-            instruction_dim=INSTRUCTION_DIM,
-        )
-        self.module = smolora.FusedSMoLoRA(_base_module(layer), config)
+        self.module = layer.fused(_base_module(layer))
         with torch.no_grad():
             for name, tensor in layer.adapter.items():
                 getattr(self.module, name).copy_(tensor)
-        self.leaves = {name: getattr(self.module, name) for name in TRAINED}
+        self.leaves = {name: getattr(self.module, name) for name in layer.trained}
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self.module(batch.x, instruction=batch.instruction)
+        return self.module(batch.x, **batch.call)
 
     def step(self, batch: Batch) -> Tensor:
-        return self.module(batch.x, routes=batch.chosen)
+        return self.module(batch.x, **batch.step_call)
 
     def train(self, mode: bool) -> None:
         self.module.train(mode)

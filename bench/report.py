@@ -62,8 +62,8 @@ def results_folder(asked: Path | None, environment: Row) -> Path:
     return path
 
 
-def label(peer: str) -> str:
-    return f"smolora {peer}" if peer in OURS else peer
+def label(peer: str, method: str = "smolora") -> str:
+    return f"{method} {peer}" if peer in OURS else peer
 
 
 def spread(timing: Row) -> str:
@@ -85,7 +85,7 @@ def layer_table(rows: list[Row]) -> str:
     for row in rows:
         error = row["error"]
         lines.append(
-            f"{label(row['peer']):<20}"
+            f"{label(row['peer'], row['method']):<20}"
             + "".join(f"{spread(row[mode]):>27}" for mode in MODES)
             + f"{_number(row['times_linear']['both'], '.2f'):>9}{_number(_median(row['own_ms']['both']), '.2f'):>9}"
             + f"{_number(row['official_own_over_own']['both'], '.1f'):>10}{_number(row['of_floor']['both'], '.0%'):>9}"
@@ -117,7 +117,7 @@ def decode_table(rows: list[Row]) -> str:
             t = row["step"]
             text = f"{t['median'] * 1e3:.1f} ({t['p20'] * 1e3:.1f}-{t['p80'] * 1e3:.1f})"
             cells.append(text + (f"  {1 / row['times_linear']:.2f}x" if row["times_linear"] else ""))
-        lines.append(f"{label(peer):<20}" + "".join(f"{cell:>38}" for cell in cells))
+        lines.append(f"{label(peer, rows[0]['method']):<20}" + "".join(f"{cell:>38}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -133,12 +133,13 @@ def sum_table(title: str, rows: list[Row]) -> str:
         if p != "linear"
     }
     linear, official = (whole[p] if p in complete else None for p in ("linear", "official"))
+    method = rows[0]["method"]
     lines = [f"{title:<32}{'both ms':>10}{'/ linear':>10}{'own ms':>10}{'official /':>12}{'official own / own':>20}"]
     for peer in complete:
         own = owns.get(peer)
         ratio = owns["official"] / own if "official" in owns and own and own > 0 else None
         lines.append(
-            f"{label(peer):<32}{whole[peer]:>10.3f}{_number(linear and whole[peer] / linear, '.2f'):>10}"
+            f"{label(peer, method):<32}{whole[peer]:>10.3f}{_number(linear and whole[peer] / linear, '.2f'):>10}"
             f"{_number(own, '.3f'):>10}{_number(official and official / whole[peer], '.2f'):>12}"
             f"{_number(ratio, '.1f'):>20}"
         )
@@ -161,7 +162,7 @@ def plot(path: Path, rows: list[Row], title: str) -> None:
         style = {"linewidth": 2.5, "marker": "o"} if peer in OURS else {"linewidth": 1.2, "marker": "."}
         if peer == "linear":
             style |= {"color": "black", "linestyle": "--"}
-        (line,) = axes.plot(tokens, [t["median"] for _, t in points], label=label(peer), **style)
+        (line,) = axes.plot(tokens, [t["median"] for _, t in points], label=label(peer, rows[0]["method"]), **style)
         axes.fill_between(
             tokens, [t["p20"] for _, t in points], [t["p80"] for _, t in points], color=line.get_color(), alpha=0.15
         )

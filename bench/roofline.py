@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
-from shapes import PRESETS, Case
+from shapes import PRESETS, Case, MixtureCase, Shape
 
 FLOAT = 4  # bytes of h, alpha, dh, and of a float32 gradient
 
@@ -64,8 +64,12 @@ def _route_shrink(case: Case) -> Work:
     return Work(reads + weights + T * columns * FLOAT, 2 * T * d * (columns + case.vu))
 
 
-def adapter(case: Case) -> dict[str, Work]:
+def adapter(case: Case | MixtureCase) -> dict[str, Work]:
     """The adapter's four passes over one batch; y and dx are written once and the base GEMM accumulates on them."""
+    return _mixture(case) if isinstance(case, MixtureCase) else _smolora(case)
+
+
+def _smolora(case: Case) -> dict[str, Work]:
     T, d, k, r, item = case.tokens, case.d, case.k, case.r, case.item
     chosen = min(case.batch, case.vu) + min(case.batch, case.if_)  # experts that some instance uses
     A, B = chosen * r * d, chosen * r * k  # elements
@@ -79,7 +83,27 @@ def adapter(case: Case) -> dict[str, Work]:
     }
 
 
-def base(case: Case) -> dict[str, Work]:
+def _mixture(case: MixtureCase) -> dict[str, Work]:
+    """The other methods'. What is done once a sequence or a step (gates, LiLoRA's B) is left out, being little.
+
+    MoELoRA's router is counted, for every token goes through it.
+    """
+    T, d, k, item = case.tokens, case.d, case.k, case.item
+    columns, rank = case.columns, case.mixed
+    router = case.experts if case.method == "moelora" else 0
+    branches = min(case.batch * case.active, case.experts) if case.method == "branchlora" else rank // case.r
+    A, B = (columns + router) * d, branches * case.r * k  # elements
+    h, scores = T * columns * FLOAT, T * router * FLOAT
+    down = 2 * T * d * (columns + router)
+    return {
+        "route_shrink": Work(T * d * item + A * item + h + scores, down),
+        "fuse_expand": Work(h + scores + B * item + T * k * item, 2 * T * k * rank),
+        "grad_output": Work(T * k * item + 2 * (h + scores) + B * (item + FLOAT), 2 * 2 * T * k * rank),
+        "grad_input": Work(2 * T * d * item + h + scores + A * (item + FLOAT), 2 * down),
+    }
+
+
+def base(case: Shape) -> dict[str, Work]:
     """The frozen linear layer: y = W x and dx = W^T g."""
     T, d, k = case.tokens, case.d, case.k
     gemm = Work((T * d + d * k + T * k) * case.item, 2 * T * d * k)
@@ -90,21 +114,21 @@ FORWARD = ("route_shrink", "fuse_expand")
 BACKWARD = ("grad_output", "grad_input")
 
 
-def adapter_seconds(case: Case, card: Card) -> dict[str, float]:
+def adapter_seconds(case: Case | MixtureCase, card: Card) -> dict[str, float]:
     """Floors of the adapter's own share in seconds: {"forward", "backward", "both"}."""
     passes = {name: work.seconds(card) for name, work in adapter(case).items()}
     forward, backward = sum(passes[name] for name in FORWARD), sum(passes[name] for name in BACKWARD)
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-def layer_seconds(case: Case, card: Card) -> dict[str, float]:
+def layer_seconds(case: Case | MixtureCase, card: Card) -> dict[str, float]:
     """Floors of base and adapter together in seconds: {"forward", "backward", "both"}."""
     own = adapter_seconds(case, card)
     gemm = base(case)["base forward"].seconds(card)
     return {mode: own[mode] + (2 if mode == "both" else 1) * gemm for mode in own}
 
 
-def table(case: Case, cards: tuple[Card, ...]) -> str:
+def table(case: Case | MixtureCase, cards: tuple[Card, ...]) -> str:
     """The floor table of one case, in microseconds."""
     passes = adapter(case) | base(case)
     lines = [

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layer `d -> k` with `vu` + `if_` experts of rank `r`, on `batch` instances of `seq` tokens."""
+class Shape:
+    """A layer `d -> k` with experts of rank `r`, on `batch` instances of `seq` tokens."""
 
     name: str
     d: int
     k: int
     r: int = 16
-    vu: int = 4
-    if_: int = 4
     batch: int = 8
     seq: int = 1024
     dtype: str = "bfloat16"
@@ -33,11 +32,67 @@ class Case:
         """Bytes of one element of x, W and y."""
         return ITEM_BYTES[self.dtype]
 
+    def counts(self) -> str:
+        """How many experts there are, in words."""
+        raise NotImplementedError
+
     def describe(self) -> str:
         return (
-            f"{self.name}: d {self.d} -> k {self.k}, r {self.r}, {self.vu}+{self.if_} experts, "
+            f"{self.name}: d {self.d} -> k {self.k}, r {self.r}, {self.counts()}, "
             f"{self.batch}x{self.seq} tokens, {self.dtype}, dropout {self.dropout:g}"
         )
+
+
+@dataclass(frozen=True)
+class Case(Shape):
+    """A layer with SMoLoRA: `vu` + `if_` experts."""
+
+    method: ClassVar[str] = "smolora"
+
+    vu: int = 4
+    if_: int = 4
+
+    def counts(self) -> str:
+        return f"{self.vu}+{self.if_} experts"
+
+
+@dataclass(frozen=True)
+class MixtureCase(Shape):
+    """A layer with another method; a number that means nothing to it is None."""
+
+    method: str = "moelora"
+    experts: int | None = None  # experts, or branches
+    tasks: int | None = None
+    active: int | None = None  # experts that a sequence uses
+
+    @property
+    def task_r(self) -> int:
+        """Rank of a task's pair within LiLoRA's B, half of r as its authors have it."""
+        return max(1, self.r // 2)
+
+    @property
+    def columns(self) -> int:
+        """Numbers that A makes of a token."""
+        return self.r * {"moelora": self.experts, "routedlora": self.active}.get(self.method, 1)
+
+    @property
+    def mixed(self) -> int:
+        """Numbers of a token that B is multiplied by, once they are mixed."""
+        return self.r * {"moelora": self.experts, "lilora": 1}.get(self.method, self.active)
+
+    def counts(self) -> str:
+        numbers = {"experts": self.experts, "active": self.active, "tasks": self.tasks}
+        return f"{self.method}, " + ", ".join(f"{n} {what}" for what, n in numbers.items() if n is not None)
+
+
+# The numbers that each method has, and their defaults.
+METHODS: dict[str, dict[str, int]] = {
+    "smolora": {"vu": 4, "if_": 4},
+    "moelora": {"experts": 8},
+    "branchlora": {"experts": 8, "active": 2, "tasks": 8},
+    "lilora": {"tasks": 8},
+    "routedlora": {"experts": 8, "active": 2},
+}
 
 
 def _llava(d: int, k: int) -> tuple[Case, ...]:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import fused_vs_naive
 import roofline
 from accuracy import LIMITS, WrongResult, check, expect
-from peers import PEERS, TRAINED, Written, gathered, official, rank_space
-from problem import SCALING, draw_batch, draw_layer
+from peers import PEERS, Written, gathered, official, rank_space
+from problem import SCALING, TRAINED, draw_batch, draw_layer
 from shapes import PRESETS
 from timing import CpuClock, Job, Timing, interleave, kept_for_backward
 
@@ -80,7 +80,7 @@ def test_peers_agree_with_float64(dtype):
     for name in ("linear", "official", "gathered", "peft_lora", "peft_lora_fp32", "torch"):
         peer = PEERS[name](layer)
         check(name, peer, batch, expect(peer.formula, layer, batch))
-    check("rank_space", Written(layer, rank_space), batch, expect("smolora", layer, batch))
+    check("rank_space", Written(layer, rank_space), batch, expect("method", layer, batch))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -88,13 +88,13 @@ def test_peers_agree_with_float64(dtype):
 def test_wrong_peers_are_refused(mutant, dtype):
     layer, batch = draw(dtype)
     with pytest.raises(WrongResult, match="mutant"):
-        check("mutant", Written(layer, mutant), batch, expect("smolora", layer, batch))
+        check("mutant", Written(layer, mutant), batch, expect("method", layer, batch))
 
 
 def test_expected_gradients_are_those_of_the_whole_batch():
     """The reference runs instance by instance: its sum must be autograd's over the batch."""
     layer, batch = draw("float32")
-    expected = expect("smolora", layer, batch)
+    expected = expect("method", layer, batch)
     adapter = {name: tensor.double() for name, tensor in layer.adapter.items()}
     leaves = [adapter[name].requires_grad_() for name in TRAINED]
     x = batch.x.double()

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import report
-from peers import TRAINED
-from problem import INSTRUCTION_DIM
+from problem import INSTRUCTION_DIM, TRAINED
 from report import Row
 from timing import Job, clock_for, interleave, kept_for_backward, peak
 from whole_model import (

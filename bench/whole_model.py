@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import smolora
-from peers import TRAINED, official
-from problem import INSTRUCTION_DIM, SCALING
+from peers import official
+from problem import INSTRUCTION_DIM, SCALING, TRAINED
 from runs import choose_device
 from smolora.tuner.model import DEFAULT_TARGETS
 
