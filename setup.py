@@ -27,6 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cu"), ROOT / "csrc/bindings.cpp"])
+CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/cpu*.cpp"), ROOT / "csrc/dropout.cpp"])
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")  # of FORCE_CUDA=1
 
 
@@ -181,7 +182,13 @@ def ninja() -> str:
 
 
 planned = plan()
-cpu = Extension("smolora._cpu", ["csrc/dropout.cpp"], extra_compile_args=["-std=c++17", "-O3"], optional=True)
+cpu = Extension(
+    "smolora._cpu",
+    CPU_SOURCES,
+    depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu*.h")],
+    extra_compile_args=["-std=c++17", "-O3", "-Wno-psabi"],
+    optional=True,
+)
 extensions = [cpu]
 if planned is not None:
     extensions.append(Extension("smolora._C", SOURCES))
