@@ -1,12 +1,8 @@
 // Dropout's masks on a CPU: the random stream of common.cuh, many counters at a time so that vectors hold them.
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-
-namespace py = pybind11;
 
 // the widest vectors of the CPU that it runs on, not of the one that compiled it
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -64,16 +60,13 @@ WIDEST_VECTORS void fill_double(double* mask, int64_t count, int64_t blocks, uin
 
 }  // namespace
 
-PYBIND11_MODULE(_cpu, m) {
-  m.def(
-      "keep_mask",
-      [](uintptr_t mask, bool is_double, int64_t count, int64_t blocks, uint32_t stream, uint64_t seed,
-         int threshold) {
-        if (is_double) {
-          fill_double(reinterpret_cast<double*>(mask), count, blocks, stream, seed, threshold);
-        } else {
-          fill_float(reinterpret_cast<float*>(mask), count, blocks, stream, seed, threshold);
-        }
-      },
-      py::call_guard<py::gil_scoped_release>());
+namespace cpu {
+
+void keep_mask(float* mask, int64_t count, int64_t blocks, uint32_t stream, uint64_t seed, int threshold) {
+  fill_float(mask, count, blocks, stream, seed, threshold);
 }
+void keep_mask(double* mask, int64_t count, int64_t blocks, uint32_t stream, uint64_t seed, int threshold) {
+  fill_double(mask, count, blocks, stream, seed, threshold);
+}
+
+}  // namespace cpu

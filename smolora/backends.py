@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from .engine import cpu_passes
 from .engine import cuda_build as cuda
-from .engine import philox
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -142,7 +142,7 @@ def backend_info() -> dict[str, Any]:
         reason = _obstacle(name)
         backends[name] = {"available": reason is None, "reason": reason}
     backends["torch"]["version"] = torch.__version__
-    backends["torch"]["dropout"] = "compiled" if philox.compiled else "not compiled: slow on a CPU"
+    backends["torch"]["dropout"] = "compiled" if cpu_passes.compiled else "not compiled: slow on a CPU"
     backends["triton"]["version"] = metadata.version("triton") if _HAS_TRITON else None
     backends["triton"]["interpreted"] = _interpreted()
     backends["cuda"] |= cuda.info()

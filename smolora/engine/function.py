@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..spec import Bank, Dropout, Mixed, Router, Slots, Tokens, num_slots
-from . import cuda_passes, torch_passes
+from . import cpu_passes, cuda_passes, torch_passes
 from .ops import decode, fuse_expand, grad_input, grad_output, route_shrink, without_autocast
 
 
@@ -235,6 +235,9 @@ def mixture_linear(
                 instruction=instruction,
             )  # fmt: skip
             return mixed
+    fixed = not dropout.threshold and token_weights is None and token_router is None
+    if fixed and cpu_passes.decodes(backend, x, banks, tokens, slots):
+        return cpu_passes.decode(x, banks, slots, scaling, mix, weight, bias)
     ids = slot_weights = None
     if slots is not None:
         ids, slot_weights = slots

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-try:
-    compiled: ModuleType | None = importlib.import_module("smolora._cpu")
-except ImportError:  # no C++ compiler where smolora was built
-    compiled = None
+from . import cpu_passes
 
 LOW = 0xFFFFFFFF
 
@@ -26,6 +20,7 @@ def keep_masks(
     """
     device, blocks = seed.device, -(-columns // 16)
     masks = torch.empty((len(streams), rows, 16 * blocks), dtype=dtype, device=device)
+    compiled = cpu_passes.compiled
     if compiled is not None and device.type == "cpu" and dtype in (torch.float32, torch.float64):
         key = int(seed) % 2**64
         for mask, stream in zip(masks, streams, strict=True):
