@@ -79,7 +79,8 @@ WARPGROUP = {
         Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=128),
         Tile(64, BT=32, BD=64, BC=64, warps=4, stages=3, registers=255),
         Tile(128, BT=32, BD=64, BC=64, warps=4, stages=2, registers=255),
-        Tile(None, BT=32, BD=64, BC=64, warps=4, stages=1),
+        Tile(256, BT=32, BD=64, BC=64, warps=4, stages=1),
+        Tile(None, BT=32, BD=64, BC=64, warps=8, stages=1),
     ),
 }
 # mma.sync, on every other card: within the 99 KB of the smaller ones
@@ -98,7 +99,8 @@ WARP = {
         Tile(16, BT=32, BD=64, BC=16, warps=8, stages=3, registers=128),
         Tile(32, BT=32, BD=64, BC=32, warps=4, stages=2, registers=255),
         Tile(64, BT=32, BD=32, BC=64, warps=8, stages=2, registers=255),
-        Tile(None, BT=32, BD=32, BC=64, warps=4, stages=1),
+        Tile(256, BT=32, BD=32, BC=64, warps=4, stages=1),
+        Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1),
     ),
 }
 # rank space alone, in float32 on every card
@@ -109,7 +111,9 @@ RANK_SPACE = (
 SMALL = {"num_warps": 4, "maxnreg": 168}  # launch options of the kernels that only add up
 
 
-def choose_tile(kernel: str, r: int, slots: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
+def choose_tile(
+    kernel: str, r: int, slots: int, dtype: torch.dtype, capability: tuple[int, int], token_router: bool = False
+) -> Tile:
     """Return the tile of a kernel.
 
     Args:
@@ -118,15 +122,17 @@ def choose_tile(kernel: str, r: int, slots: int, dtype: torch.dtype, capability:
         slots: experts whose columns a bank has in the kernel, the most of any bank.
         dtype: compute dtype.
         capability: compute capability; any that is not named above gets the tiles that fit the smallest card.
+        token_router: whether the kernel has one besides, for which the tiles of 16 columns leave no registers.
     """
     columns = next_power_of_2(slots) * padded_rank(r)
+    least = 32 if token_router else columns
     if kernel in ("reduce_split_k", "mix_backward"):
         rows = RANK_SPACE
     elif dtype == torch.float32:
         rows = FLOAT32[kernel]
     else:
         rows = (WARPGROUP if capability[0] in (9, 10) else WARP)[kernel]
-    tile = next(row for row in rows if row.max_columns is None or columns <= row.max_columns)
+    tile = next(row for row in rows if row.max_columns is None or max(columns, least) <= row.max_columns)
     return replace(tile, BC=min(columns, tile.BC))
 
 
