@@ -258,20 +258,17 @@ def test_wrong_recipes(recipe, tmp_path, capsys):
         assert re.search(match, capsys.readouterr().err), overrides
 
 
-@pytest.mark.slow
-def test_torchrun(base_folder, adapter_folder, released, tmp_path):
+def test_torchrun(base_folder, adapter_folder, released, tmp_path, capfd):
     """Two processes of a launcher: the files and the printed lines of one."""
     adapter = ["--adapter", str(adapter_folder), "--instruction", "saved", "--token-budget", "200"]
-    found = []
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
-        command = arguments(base_folder, released, tmp_path / name, *adapter)
-        done = subprocess.run(
-            [sys.executable, *launcher, "-m", "smolora.cli", *command], capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        files = {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.json*")}
-        found.append((done.stdout, files))
-    assert found[0] == found[1] and len(found[0][1]) == 5
+    assert cli.main(arguments(base_folder, released, tmp_path / "one", *adapter)) == 0
+    said = capfd.readouterr().out
+    two = arguments(base_folder, released, tmp_path / "two", *adapter)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "smolora.cli", *two]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = ({f.name: f.read_bytes() for f in (tmp_path / n).rglob("*.json*")} for n in ("one", "two"))
+    assert done.stdout == said and other == one and len(one) == 5
 
 
 def test_the_evaluator_does_not_need_the_trainer():

@@ -60,9 +60,18 @@ ZERO3 = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sharded", [(), FSDP2, ZERO3], ids=["ddp", "fsdp2", "zero3"])
-@pytest.mark.parametrize("method", ["smolora", "seqlora"])
+@pytest.mark.parametrize(
+    ("method", "sharded"),
+    [
+        pytest.param("smolora", (), id="smolora-ddp"),  # what several GPUs run first
+        *(
+            pytest.param(method, sharded, id=f"{method}-{name}", marks=pytest.mark.slow)
+            for method in ("smolora", "seqlora")
+            for name, sharded in (("ddp", ()), ("fsdp2", FSDP2), ("zero3", ZERO3))
+            if (method, name) != ("smolora", "ddp")
+        ),
+    ],
+)
 def test_two_ranks_equal_one(world, tmp_path, method, sharded):
     """Without dropout, whose masks differ from process to process: losses, adapters, answers and scores."""
     if sharded == ZERO3:
