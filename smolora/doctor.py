@@ -61,9 +61,8 @@ class Report:
             lines += [f"| {escape(_line(name))} | {escape(_line(value))} |" for name, value in rows]
             lines.append("")
         lines += ["## Problems", ""]
-        lines += [f"{i}. {_line(what)}\n   - {_line(remedy)}" for i, (what, remedy) in enumerate(self.problems, 1)] or [
-            "None found."
-        ]
+        found = [f"{i}. {_line(what)}\n   - {_line(remedy)}" for i, (what, remedy) in enumerate(self.problems, 1)]
+        lines += found or ["None found."]
         return "\n".join(lines) + "\n"
 
 

@@ -64,7 +64,7 @@ class Conversation(NamedTuple):
     """A record of a training file: one question about at most one image, and its answer."""
 
     index: int
-    text: str  # without the image token
+    text: str  # without the image's place
     answer: str
     image: str | None = None
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -173,9 +173,12 @@ def generate_answers(
         return _answer_all(model, encoder, transform, job, embed, settings, state)
 
 
-def _only_run(output: Path, state: PartialState) -> Any:
-    """The lock of an answers file, which the main process has for all of them."""
-    return locked(output.with_name(output.name + ".lock"), str(output)) if state.is_main_process else nullcontext()
+def _only_run(output: Path, state: PartialState) -> AbstractContextManager[None]:
+    """The lock of an answers file that is to be written, which the main process has for all of them."""
+    finished = output.exists() and not Parts(output, {}).folder.exists()
+    if finished or not state.is_main_process:
+        return nullcontext()
+    return locked(output.with_name(output.name + ".lock"), str(output))
 
 
 def _answer_all(

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..data.format import read_json
 from ..io.files import path_argument
+from ..io.markdown import printable
 
 Row = Sequence[float | None]
 Figures = dict[str, list[float | None]]
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
 def _table(tasks: Sequence[str], figures: Figures) -> str:
     """One line a stage, two decimals."""
     stages = len(figures["AP"])
-    names = list(tasks) if stages == len(tasks) else ["all"]
+    names = [printable(name).replace("\n", " ") for name in tasks] if stages == len(tasks) else ["all"]
     width = max(len("stage"), *map(len, names))
     lines = [f"{'stage':<{width}}" + "".join(f"{name:>10}" for name in FIGURES)]
     for k, name in enumerate(names):

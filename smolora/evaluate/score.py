@@ -47,7 +47,7 @@ class Score:
     @property
     def remark(self) -> str | None:
         """What a reader of the figures should know, if anything."""
-        if self.count == 1 and "cider" in (self.metric[:5], *self.further):
+        if self.count == 1 and self.metric.startswith("cider"):
             return (
                 f"{self.dataset}: CIDEr weighs an n-gram by how few of the pictures have it, so that of a single "
                 "picture it is 0 whatever the caption says"
@@ -60,6 +60,7 @@ class Score:
         self.show_remark()
 
     def show_remark(self) -> None:
+        """Print to stderr what a reader of the figures should know, if anything."""
         if self.remark is not None:
             print(self.remark, file=sys.stderr, flush=True)
 

@@ -168,7 +168,7 @@ def training_arguments(
         bf16=recipe.model.dtype == "bfloat16",
         fp16=recipe.model.dtype == "float16",
     )
-    arguments._n_gpu = 1  # of several that this process sees: else `Trainer` would take a batch for each of them
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else `Trainer` would take a batch for each that this process sees
     arguments.gradient_accumulation_steps = accumulation(recipe, arguments.world_size)
     return arguments
 

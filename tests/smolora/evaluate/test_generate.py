@@ -175,6 +175,14 @@ def test_a_finished_run_is_not_done_again(model, questions, whole, encoder, tran
     assert found == info(whole) and whole.stat().st_mtime_ns == before and not calls
 
 
+def test_a_finished_run_needs_no_lock(model, questions, whole, encoder, transform):
+    """It is read, also where nothing may be written."""
+    job = Job("VQAv2", questions, questions.parent, whole, "small")
+    with locked(whole.with_name(whole.name + ".lock"), "whole"):
+        found = generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+    assert found == info(whole)
+
+
 def test_other_weights_under_the_same_name_are_another_run(questions, whole, encoder, transform):
     job = Job("VQAv2", questions, questions.parent, whole, "small")
     other = small_llava.small_adapter(small_llava.small_llava(), seed=2)

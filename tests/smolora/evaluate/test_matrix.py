@@ -182,3 +182,11 @@ def test_command_for_an_adapter_a_task(tmp_path, capsys):
         assert cli.main(["metrics", str(path), "--json"]) == 0
         figures = json.loads(capsys.readouterr().out)
         assert figures["AP"][:2] == [80, 70] and figures["MAP"] == [None] * 3 and figures["BWT"] == [None, 0, 0]
+
+
+def test_a_name_of_several_lines_keeps_its_row(tmp_path, capsys):
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"tasks": ["a\nb\u001b[31m", "\ud800"], "matrix": [[1], [2, 3]]}))
+    assert cli.main(["metrics", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].startswith("a b\N{REPLACEMENT CHARACTER}[31m ")
