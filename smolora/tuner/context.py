@@ -30,12 +30,13 @@ from ..config import MixtureConfig
 from ..routing import Chosen
 from .call import CACHES, Call, Generation, cache_input, checked_map, image_positions, token_input
 from .entries import OWN_KEYWORDS, Entry, entries, generators
+from .frames import Frame, Here
 from .images import Images, blank_image, images_of
 from .loading import LoadEntry
 from .packing import boundaries
 from .peft_forward import CARRIED
 from .samples import Samples, read_samples
-from .together import BESIDE, Ahead
+from .together import BESIDE
 
 if TYPE_CHECKING:
     from .layer import MixtureLayer
@@ -79,64 +80,6 @@ def _in_place(before: _Started | None, kept: dict[tuple[str, str], Chosen]) -> d
     return tree_map(torch.clone, kept)
 
 
-class _Frame:
-    """One forward, or the part of a `generate()` that is in none.
-
-    Attributes:
-        graph: the backward pass that it runs in; -1 for none.
-        call: what it routes by; None if no adapter is in use.
-        generation: the `generate()` that it is a step of.
-        is_part: whether it is the forward of a module within the model, whose forward is the frame before it.
-        before: what compiled layers read before it.
-    """
-
-    def __init__(self, before: Call | None) -> None:
-        self.graph = torch._C._current_graph_task_id()
-        self.call: Call | None = None
-        self.generation: Generation | None = None
-        self.is_part = False
-        self.before = before
-
-
-class _Here(threading.local):
-    """What one thread runs.
-
-    Attributes:
-        frames: the forwards, each within the one before it.
-        generations: the `generate()` calls, likewise; None for one without adapters.
-        call: of the innermost forward, or of the backward that this thread runs: what compiled layers read.
-        ahead: what the layer that was called last has computed for the next one; see `together`.
-    """
-
-    def __init__(self) -> None:
-        self.frames: list[_Frame] = []
-        self.generations: list[Generation | None] = []
-        self.call: Call | None = None
-        self.ahead: Ahead | None = None
-
-    @property
-    def generation(self) -> Generation | None:
-        """The innermost `generate()`."""
-        return self.generations[-1] if self.generations else None
-
-    def enter(self) -> _Frame:
-        """Begin a forward that routes by nothing yet."""
-        frame = _Frame(self.call)
-        self.frames.append(frame)
-        self.call = None
-        return frame
-
-    def route(self, call: Call | None) -> None:
-        """Set what the innermost forward routes by."""
-        self.frames[-1].call = self.call = call
-
-    def leave(self) -> _Frame:
-        """End the innermost forward."""
-        frame = self.frames.pop()
-        self.call, self.ahead = frame.before, None
-        return frame
-
-
 class RoutingContext:
     """Shared by a model and its adapter layers; see the module.
 
@@ -163,7 +106,7 @@ class RoutingContext:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.here = _Here()
+        self.here = Here()
         self._started: weakref.WeakKeyDictionary[Any, _Started] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._alive: weakref.WeakSet[Call] = weakref.WeakSet()  # those that a backward may come back to
@@ -211,15 +154,10 @@ class RoutingContext:
             RuntimeError: no forward of the model is running in this thread, and no backward that recomputes one; or
                 several may be recomputed.
         """
-        here, call = self.here, None
         if torch.compiler.is_compiling():
-            call = here.call
+            call = self.here.call
         else:
-            graph = torch._C._current_graph_task_id()
-            if here.frames and here.frames[-1].graph == graph:
-                call = here.frames[-1].call
-            elif graph != -1:
-                call = self._recomputed(graph)
+            call = self._running(self.here.frames, torch._C._current_graph_task_id())
         if call is None:
             raise RuntimeError(
                 "an adapted layer was called outside of its model's forward and generate(), so there is no instruction "
@@ -228,20 +166,35 @@ class RoutingContext:
             )
         return call
 
+    def _running(self, frames: list[Frame], graph: int) -> Call | None:
+        """The call of the innermost of a thread's forwards, or that a backward pass recomputes a part of."""
+        if frames and frames[-1].graph == graph:
+            return frames[-1].call
+        return self._recomputed(graph) if graph != -1 else None
+
     def _recomputed(self, graph: int) -> Call | None:
-        """The call that a layer is recomputed for in a backward pass."""
+        """The call that a backward pass recomputes a part of.
+
+        It is the one whose outputs the pass went through. Of several, the one that has the node which is evaluated
+        now; and so where the pass went through none, since it began within a model. A recomputed part may recompute in
+        its turn, in a pass of its own, whose nodes are newer than the outer pass.
+        """
+        here, number = self.here, torch._C._current_autograd_node()._sequence_nr()
         with self._lock:
             alive = list(self._alive)
-        found = [call for call in alive if graph in call.graphs] or alive
-        if len(found) > 1:
-            number = torch._C._current_autograd_node()._sequence_nr()
-            found = [call for call in found if call.first <= number < call.last]
-        if len(found) > 1 or (alive and not found):
+        if not alive:
+            return None
+        passed = found = [call for call in alive if graph in call.graphs]
+        if len(passed) != 1:
+            found = [call for call in passed or alive if call.first <= number < call.last]
+        if not found and here.restored is not None and number >= here.restored[0]:
+            found = [call for call in alive if call is here.restored[1]()]
+        if len(found) != 1:
             raise RuntimeError(
                 "an adapted layer is recomputed in a backward pass, and nothing tells which of several forwards it "
                 "belongs to: run backward() from the model's outputs, once for the forwards of each thread"
             )
-        return found[0] if found else None
+        return found[0]
 
     def configs(self) -> list[MixtureConfig]:
         """The configurations of the adapters in use."""
@@ -272,7 +225,7 @@ class RoutingContext:
             if getattr(module, "_is_replica", False) and configs:
                 raise RuntimeError(REPLICA)
             frame.is_part = True
-            here.route(here.frames[-2].call if here.frames[:-1] else None)
+            here.route(self._running(here.frames[:-1], frame.graph))
         elif configs:
             here.route(self._call(inputs, own, configs))
 
@@ -487,8 +440,9 @@ class _Restore:
         self.context, self.call = context, call
 
     def __call__(self, grad: Tensor) -> None:
+        here = self.context.here
         self.call.graphs.add(torch._C._current_graph_task_id())
-        self.context.here.call = self.call
+        here.call, here.restored = self.call, (torch.autograd._get_sequence_nr(), weakref.ref(self.call))
 
 
 REPLICA = (
