@@ -36,6 +36,18 @@ def test_against_the_equation(case: MixCase, dtype: torch.dtype, device: str):
     assert not complaints(got, naive_call(call), eager, dtype)
 
 
+@pytest.mark.parametrize("case", [plain.but(shared=True, frozen=True), plain.but(E=(4, 3), K=1), smolora], ids=str)
+def test_only_what_is_needed(case: MixCase, device: str):
+    """Each gradient alone has the bits that it has among all of them."""
+    call = build_call(case).to(device, float32)
+    names = [*call.named, "x"]
+    full = run_call(call, "cuda")
+    for name in names:
+        got = run_call(call, "cuda", without=tuple(other for other in names if other != name))
+        assert got.keys() == {"y", f"d{name}"}
+        assert torch.equal(got[f"d{name}"], full[f"d{name}"])
+
+
 def record_calls(call: Call, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
     """The arguments of each pass in a forward and backward of the torch backend, by name."""
     calls = {}

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import smolora
-from smolora.engine import cuda_passes as cuda
+from smolora.engine import cuda_passes
 from smolora.tuner import context as tuner_context
 from smolora.tuner.context import CONTEXT
 from tiny_llava import INSTRUCTION_DIM, fill_adapters, tiny_config, tiny_llama
@@ -30,14 +30,14 @@ def model(device: str) -> PeftModel:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many projections each launch of decode had."""
-    run, counts = cuda._run, []
+    run, counts = cuda_passes._run, []
 
     def record(name: str, like: torch.Tensor, *parts: dict) -> None:
         if name == "decode":
             counts.append(len(parts))
         run(name, like, *parts)
 
-    monkeypatch.setattr(cuda, "_run", record)
+    monkeypatch.setattr(cuda_passes, "_run", record)
     return counts
 
 
