@@ -66,7 +66,7 @@ def instruction_of(prompt: str, templates: Iterable[str] = ()) -> str:
         raise ValueError(f"prompt must hold an instruction, got {prompt!r}")
     best = ""
     for template in templates:
-        template = template.replace("\r\n", "\n").strip()
+        template = _without_images(template.replace("\r\n", "\n"))
         head = text.removesuffix(template)
         if len(template) > len(best) and len(head) < len(text) and (not head or head[-1].isspace()):
             best = template

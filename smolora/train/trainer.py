@@ -63,6 +63,7 @@ REFUSED_ARGUMENTS = {  # field of TrainingArguments: why it must keep its defaul
     "neftune_noise_alpha": f"{_UNSEEN}, noise",
     "save_only_model": _STOPPED,
     "ignore_data_skip": _STOPPED,
+    "dataloader_in_order": _STOPPED,
     "resume_from_checkpoint": "a run finds its checkpoints by itself",
     "auto_find_batch_size": _SAMPLES,
     "accelerator_config": _SAMPLES,

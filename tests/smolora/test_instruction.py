@@ -55,6 +55,12 @@ PROMPTS = [
 ]
 
 
+def test_a_template_with_the_images_place():
+    """As a recipe may have it, copied out of its prompts."""
+    assert instruction_of(f"<image>\n{CAPTION}", [f"<image>\n{CAPTION}"]) == CAPTION
+    assert instruction_of(f"Which?\n{CAPTION}", ["<image>", f"{CAPTION}\n<image>"]) == CAPTION
+
+
 @pytest.mark.parametrize(("prompt", "known", "unknown"), PROMPTS)
 def test_instruction_of(prompt: str, known: str, unknown: str):
     for templates in (TEMPLATES, TEMPLATES[::-1]):  # order means nothing

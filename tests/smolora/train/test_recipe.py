@@ -120,6 +120,10 @@ def test_overrides(path, override, get, value):
         ),
         ("training.arguments.save_only_model=true", r"got True: a run that was stopped and goes on would not equal"),
         ("training.arguments.ignore_data_skip=true", r"got True: a run that was stopped and goes on would not equal"),
+        (
+            "training.arguments.dataloader_in_order=false",
+            r"got False: a run that was stopped and goes on would not equal",
+        ),
         ("training.arguments.resume_from_checkpoint=x", r"a run finds its checkpoints by itself"),
         ("training.arguments.auto_find_batch_size=true", r"how many samples a step has is said by training.batch_size"),
         ("training.arguments.accelerator_config={split_batches: true}", r"how many samples a step has"),
