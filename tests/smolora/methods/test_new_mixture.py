@@ -1,4 +1,4 @@
-"""A mixture that the package does not know: the one of docs/architecture.md, in one class each, and one registration."""
+"""A mixture that the package does not know: the one of docs/architecture.md, made known by one registration."""
 
 from __future__ import annotations
 
