@@ -9,7 +9,7 @@ Peers: linear (the frozen base alone), official (the released algorithm), gather
 compiled_gathered and compiled_rank_space (torch.compile), peft_lora (rank 2r, adapter in the compute dtype; _fp32:
 PEFT's default), and smolora under its backends torch, triton and cuda. "own": time less linear's in the same round.
 --method measures another method in the same way: linear, official, peft_lora of its active rank, and its own layer;
-bench/mixtures.py says what official is of each, and what a batch is.
+bench/methods.py says what official is of each, and what a batch is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-import mixtures
+import methods
 import report
 import roofline
 from accuracy import Errors, WrongResult, check, check_step, expect, forward_backward
@@ -38,7 +38,7 @@ from timing import Job, Timing, capture, ceilings, clock_for, kept_for_backward,
 LAYER_GROUPS = 4
 CHANGES = ("d", "k", "r", "batch", "seq", "dtype", "dropout")  # flags that replace what a preset has
 NUMBERS = ("vu", "if_", "experts", "tasks", "active")  # flags that only some methods have
-KINDS: dict[str, type[Layer]] = {"smolora": Layer, **mixtures.LAYERS}
+KINDS: dict[str, type[Layer]] = {"smolora": Layer, **methods.LAYERS}
 SWEEP = (1 / 16, 1 / 4, 1, 2)  # of the case's sequence length
 
 
@@ -227,7 +227,7 @@ def measure_case(run: Run, card: roofline.Card, case: Shape, decode: list[int], 
 
 def known_peers(method: str) -> dict[str, Callable[[Layer], Peer]]:
     """What a method is measured against, and its own layer."""
-    return PEERS if method == "smolora" else mixtures.PEERS
+    return PEERS if method == "smolora" else methods.PEERS
 
 
 def choose_peers(args: argparse.Namespace, device: torch.device, case: Shape) -> tuple[list[str], dict[str, str]]:
@@ -250,7 +250,7 @@ def choose_peers(args: argparse.Namespace, device: torch.device, case: Shape) ->
     for name in wanted:
         reason = unavailable(name, device, case.dtype)
         if name == "cuda" and isinstance(case, MixtureCase):
-            reason = mixtures.cuda_refuses(case) or reason
+            reason = methods.cuda_refuses(case) or reason
         if name not in skipped and reason:
             skipped[name] = reason
     return [name for name in dict.fromkeys(wanted) if name not in skipped], skipped

@@ -3,7 +3,7 @@
 Every peer is built from the same `Layer` and maps the same `Batch` to y; what it trains is in `leaves`, under the names
 of our layer's parameters. The written-out peers hold the adapter in the compute dtype, their fastest honest form; our
 layer and `peft_lora_fp32` hold it as they do by default, in float32. What is written out here is SMoLoRA; the other
-methods are in mixtures.py.
+methods are in methods.py.
 """
 
 from __future__ import annotations

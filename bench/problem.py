@@ -56,7 +56,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layer:
-    """A frozen linear layer and its adapter, all rounded to the case's dtype: SMoLoRA's, others are in mixtures.py.
+    """A frozen linear layer and its adapter, all rounded to the case's dtype: SMoLoRA's, others are in methods.py.
 
     weight (k, d), bias (k,) or None; adapter: vu_A (M, r, d), vu_B (M, k, r), if_A (N, r, d), if_B (N, k, r),
     vu_router (M, d), if_router (N, e), vu_importance (k,), if_importance (k,).

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import smolora
-from smolora.tuner import MoELoRAConfig, SMoLoRALinear
+from smolora import MoELoRAConfig
+from smolora.tuner import MixtureLinear
 from tiny_llava import (
     INSTRUCTION_DIM,
     adapted,
@@ -286,4 +287,4 @@ def test_an_error_keeps_its_type_and_place():
         model(**batch(), instruction_embeds=e)
     assert found.value.args == ("model.language_model.layers.1.mlp.up_proj: of a hook", 3)
     assert os.path.basename(str(found.traceback[-1].path)) == os.path.basename(__file__)
-    assert isinstance(model.get_base_model().model.language_model.layers[1].mlp.up_proj, SMoLoRALinear)
+    assert isinstance(model.get_base_model().model.language_model.layers[1].mlp.up_proj, MixtureLinear)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import fused_vs_naive
-import mixtures
+import methods
 import roofline
 from accuracy import LIMITS, WrongResult, check, check_step, expect
 from fused_vs_naive import of_method
-from mixtures import LAYERS, PEERS
+from methods import LAYERS, PEERS
 from problem import draw_batch, draw_layer
 from runs import unavailable
 from shapes import METHODS, PRESETS
@@ -199,5 +199,5 @@ def test_floors_by_hand():
 def test_every_method_of_the_package_is_measured():
     import smolora
 
-    assert set(METHODS) == set(smolora.MIXTURES) == {"smolora", *mixtures.LAYERS}
+    assert set(METHODS) == set(smolora.MIXTURES) == {"smolora", *methods.LAYERS}
     assert unavailable("official", CPU, "float32") is None
