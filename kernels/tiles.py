@@ -7,6 +7,7 @@ tiles that order a router's sums are the same for every batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -46,6 +47,7 @@ class Tile:
 FLOAT32 = {
     "shrink": (Tile(None, BT=32, BD=16, BC=64, warps=8, stages=2),),
     "expand": (
+        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=2, registers=128),
         Tile(32, BT=32, BD=64, BC=32, warps=4, stages=2),
         Tile(64, BT=32, BD=32, BC=64, warps=4, stages=2),
         Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1),
@@ -111,6 +113,7 @@ RANK_SPACE = (
 SMALL = {"num_warps": 4, "maxnreg": 168}  # launch options of the kernels that only add up
 
 
+@cache  # once for every launch of a model
 def choose_tile(
     kernel: str, r: int, slots: int, dtype: torch.dtype, capability: tuple[int, int], token_router: bool = False
 ) -> Tile:
