@@ -18,7 +18,7 @@ from ..launch import card_of, cdiv, next_power_of_2, split_k, tile_count
 from ..spec import num_slots
 from . import tiles
 from .mixes import MIXES
-from .primitives import columns, sequences, slot_experts, slot_weights, tile_span
+from .primitives import columns, load_slot_weights, sequences, slot_experts, tile_span
 from .products import scaled_h
 
 
@@ -75,7 +75,7 @@ def fuse_expand_kernel(
         slot, rank = columns(0, BC, RP)
         held = ()
         for bank in tl.static_range(BANKS):
-            b_q = slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
+            b_q = load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
             b_u = scaled_h(
                 h_ptr, scores_ptr, state, b_q, rows, inside, slot, rank, scaling, bank, SHARE, BANKS, K, DOWN, R
             ).to(dtype)
@@ -92,7 +92,7 @@ def fuse_expand_kernel(
                 if BLOCKS == 1:
                     b_u = held[bank]
                 else:
-                    b_q = slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
+                    b_q = load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
                     b_u = scaled_h(
                         h_ptr, scores_ptr, state, b_q, rows, inside, slot, rank, scaling, bank, SHARE, BANKS, K, DOWN, R
                     ).to(dtype)

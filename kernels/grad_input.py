@@ -250,7 +250,8 @@ def grad_input(
     if all(a.shape[0] == 1 for a in A):
         ids = None  # all slots have the one A
     card, RP = card_of(dh.device), tiles.padded_rank(r)
-    tile = tiles.choose_tile("grad_input", r, K, dtype, card.capability, token_router=dtoken_logits is not None)
+    variant = "" if dtoken_logits is None else "token_router"
+    tile = tiles.choose_tile("grad_input", r, K, dtype, card.capability, variant)
     seqs = sequences(T, num_seqs, cu_seqlens, alike=ids is None and dmean is None)
     blocks = cdiv(next_power_of_2(K) * RP, tile.BC)
     d_blocks = cdiv(d, tile.BD)

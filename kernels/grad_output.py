@@ -25,7 +25,7 @@ from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
 from ..spec import empty_like_if, grad_needs, num_slots
 from . import tiles
 from .mixes import MIXES
-from .primitives import columns, sequences, slot_experts, slot_weights, tile_span, to_int64, zero_tile
+from .primitives import columns, load_slot_weights, sequences, slot_experts, tile_span, to_int64, zero_tile
 from .products import load_h, scaled_h, shrink
 
 
@@ -104,7 +104,7 @@ def grad_output_kernel(
             expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
             p_b = B_ptrs[bank] + (expert.to(tl.int64) * k * R + rank)[None, :] + o_k[:, None].to(tl.int64) * R
             b_up = b_up + (tl.load(p_b, mask=m_k[:, None] & m_c[None, :], other=0).to(dtype),)
-        b_q = b_q + (slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K),)
+        b_q = b_q + (load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K),)
         bank_trains = NEED_B[bank]
         if trained_ptrs is not None:
             m_t = trained_columns(trained_ptrs, ids_ptr, i_n, bank, slot, BANKS, K)
@@ -128,26 +128,12 @@ def grad_output_kernel(
                 b_p = tl.dot(b_g, b_up[bank], input_precision="ieee")
                 tl.store(p_part_ptrs[bank] + o_p, b_p, mask=inside[:, None] & m_c[None, :])
             b_sum = b_dB[bank]
-            if NEED_B[bank]:
-                if trains[bank]:
-                    b_u = scaled_h(
-                        h_ptr,
-                        scores_ptr,
-                        state,
-                        b_q[bank],
-                        rows,
-                        inside,
-                        slot,
-                        rank,
-                        scaling,
-                        bank,
-                        SHARE,
-                        BANKS,
-                        K,
-                        DOWN,
-                        R,
-                    )
-                    b_sum = tl.dot(tl.trans(b_g), b_u.to(dtype), b_sum, input_precision="ieee")
+            if trains[bank]:
+                q = b_q[bank]
+                b_u = scaled_h(
+                    h_ptr, scores_ptr, state, q, rows, inside, slot, rank, scaling, bank, SHARE, BANKS, K, DOWN, R
+                )
+                b_sum = tl.dot(tl.trans(b_g), b_u.to(dtype), b_sum, input_precision="ieee")
             b_summed = b_summed + (b_sum,)
         b_dB = b_summed
 
@@ -236,7 +222,7 @@ def mix_backward_kernel(
                     slot = tl.full([1], j, tl.int32)
                     b_p = sum_p(p_part_ptrs[bank], rows, inside, slot, rank, T, p_parts, scaling, K, R, BT, BR)
                     b_h = load_h(h_ptr, rows, inside, slot, rank, bank, BANKS, K, DOWN, R)
-                    b_q = slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
+                    b_q = load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
                     b_sum += tl.sum(b_p * b_h * b_q[None, :], 1)
             b_ph = b_ph + (b_sum,)
         b_delta = FUSE_BACKWARD(state, b_ph)  # [BT] each
@@ -251,7 +237,7 @@ def mix_backward_kernel(
             for j in tl.static_range(K):
                 slot = tl.full([1], j, tl.int32)
                 o_slot = (bank * K + j) * R + rank
-                b_q = slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
+                b_q = load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
                 b_p = sum_p(p_part_ptrs[bank], rows, inside, slot, rank, T, p_parts, scaling, K, R, BT, BR)
                 b_gated = SHARE(state, scores_ptr, rows, inside, slot, bank, K) * b_p
                 if FUSE_BACKWARD is not None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .primitives import columns, slot_experts, slot_weights
+from .primitives import columns, load_slot_weights, slot_experts
 from .products import load_h
 
 
@@ -118,7 +118,7 @@ def smolora_score(
         slot, rank = columns(block, BC, RP)
         expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
         b_w = tl.load(w_ptr + expert * R + rank, mask=(slot < K) & (rank < R), other=0)
-        b_w *= slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
+        b_w *= load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
         b_score += tl.sum(load_h(h_ptr, rows, inside, slot, rank, bank, BANKS, K, DOWN, R) * b_w[None, :], 1)
     return b_score
 

@@ -119,7 +119,7 @@ def slot_experts(
 
 
 @triton.jit
-def slot_weights(
+def load_slot_weights(
     slot_weights_ptr,  # (n, b, K), or None: 1
     i_n,
     bank: tl.constexpr,

@@ -214,7 +214,7 @@ def shrink(
     T, d = x.shape
     banks, widest = len(A), max(slots, default=num_columns)
     card, RP = card_of(x.device), tiles.padded_rank(r)
-    tile = tiles.choose_tile("shrink", r, widest, x.dtype, card.capability)
+    tile = tiles.choose_tile("shrink", r, widest, x.dtype, card.capability, "one_bank" if banks == 1 else "")
     extra_tiles = 1 if routed is None or route_mask is None else 2
     number = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed, extra_tiles)
     BC = tuple(min(next_power_of_2(s) * RP, tile.BC) for s in slots)

@@ -242,6 +242,7 @@ def reduce_split_k_kernel(
     CHOOSE: tl.constexpr,  # of each bank: they are all experts, of which the ids choose
     TOTAL: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    GROUP: tl.constexpr,  # parts that are loaded at once
     K: tl.constexpr,
     DOWN: tl.constexpr,
     R: tl.constexpr,
@@ -266,18 +267,20 @@ def reduce_split_k_kernel(
                 if CHOOSE[bank]:
                     source = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
                 b_h = tl.zeros([BT, BC], tl.float32)
-                for i in tl.static_range(SPLIT_K):
-                    p_part = part_ptrs[bank] + (rows[:, None] + to_int64(i) * T) * (SLOTS[bank] * R)
-                    b_h += tl.load(p_part + (source * R + rank)[None, :], mask=m_c, other=0)
+                for s in range(0, SPLIT_K, GROUP):
+                    for i in tl.static_range(GROUP):
+                        p_part = part_ptrs[bank] + (rows[:, None] + to_int64(s + i) * T) * (SLOTS[bank] * R)
+                        b_h += tl.load(p_part + (source * R + rank)[None, :], mask=m_c, other=0)
                 p_h = h_ptr + rows[:, None] * (BANKS * DOWN * R) + (bank * DOWN * R + slot * R + rank)[None, :]
                 tl.store(p_h, b_h * scale, mask=m_c)
         if logits_part_ptr is not None:
             o_z = tl.arange(0, ZP)
             m_z = inside[:, None] & (o_z < Z)[None, :]
             b_z = tl.zeros([BT, ZP], tl.float32)
-            for i in tl.static_range(SPLIT_K):
-                p_part = logits_part_ptr + (rows[:, None] + to_int64(i) * T) * Z + o_z[None, :]
-                b_z += tl.load(p_part, mask=m_z, other=0)
+            for s in range(0, SPLIT_K, GROUP):
+                for i in tl.static_range(GROUP):
+                    p_part = logits_part_ptr + (rows[:, None] + to_int64(s + i) * T) * Z + o_z[None, :]
+                    b_z += tl.load(p_part, mask=m_z, other=0)
             tl.store(token_logits_ptr + rows[:, None] * Z + o_z[None, :], b_z, mask=m_z)
     else:
         if w_part_ptr is not None:
@@ -447,6 +450,7 @@ def route_shrink(
             CHOOSE=tuple(choose),
             TOTAL=total,
             SPLIT_K=shrunk.split_k,
+            GROUP=min(shrunk.split_k, max(1, 32768 // (tile.BT * tile.BC))),  # 256 registers of 128 threads
             K=K,
             DOWN=down,
             R=r,

@@ -7,6 +7,7 @@ tiles that order a router's sums are the same for every batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -46,6 +47,7 @@ class Tile:
 FLOAT32 = {
     "shrink": (Tile(None, BT=32, BD=16, BC=64, warps=8, stages=2),),
     "expand": (
+        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=2, registers=128),
         Tile(32, BT=32, BD=64, BC=32, warps=4, stages=2),
         Tile(64, BT=32, BD=32, BC=64, warps=4, stages=2),
         Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1),
@@ -65,6 +67,10 @@ WARPGROUP = {
     "shrink": (
         Tile(64, BT=64, BD=64, BC=64, warps=8, stages=4, registers=128),
         Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
+    ),
+    "shrink/one_bank": (
+        Tile(64, BT=64, BD=64, BC=64, warps=8, stages=4, registers=128),
+        Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4, registers=128),
     ),
     "expand": (
         Tile(64, BT=128, BD=64, BC=64, warps=8, stages=2, registers=128),
@@ -89,7 +95,8 @@ WARP = {
     "expand": (
         Tile(64, BT=128, BD=64, BC=64, warps=8, stages=2, registers=128),
         Tile(128, BT=32, BD=64, BC=64, warps=8, stages=1, registers=255),
-        Tile(None, BT=64, BD=64, BC=64, warps=8, stages=1, registers=255),
+        Tile(256, BT=64, BD=64, BC=64, warps=8, stages=1, registers=255),
+        Tile(None, BT=32, BD=64, BC=32, warps=8, stages=1, registers=255),
     ),
     "grad_output": (
         Tile(16, BT=32, BD=256, BC=16, warps=8, stages=3),
@@ -103,6 +110,9 @@ WARP = {
         Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1),
     ),
 }
+for table in (FLOAT32, WARPGROUP, WARP):
+    # a token router takes registers, which the tile of 16 columns does not leave
+    table["grad_input/token_router"] = table["grad_input"][1:]
 # rank space alone, in float32 on every card
 RANK_SPACE = (
     Tile(32, BT=32, BC=32, warps=4, registers=168),
@@ -111,8 +121,9 @@ RANK_SPACE = (
 SMALL = {"num_warps": 4, "maxnreg": 168}  # launch options of the kernels that only add up
 
 
+@cache  # once for every launch of a model
 def choose_tile(
-    kernel: str, r: int, slots: int, dtype: torch.dtype, capability: tuple[int, int], token_router: bool = False
+    kernel: str, r: int, slots: int, dtype: torch.dtype, capability: tuple[int, int], variant: str = ""
 ) -> Tile:
     """Return the tile of a kernel.
 
@@ -122,17 +133,15 @@ def choose_tile(
         slots: experts whose columns a bank has in the kernel, the most of any bank.
         dtype: compute dtype.
         capability: compute capability; any that is not named above gets the tiles that fit the smallest card.
-        token_router: whether the kernel has one besides, for which the tiles of 16 columns leave no registers.
+        variant: of a launch that may have tiles of its own, "one_bank" or "token_router".
     """
     columns = next_power_of_2(slots) * padded_rank(r)
-    least = 32 if token_router else columns
     if kernel in ("reduce_split_k", "mix_backward"):
         rows = RANK_SPACE
-    elif dtype == torch.float32:
-        rows = FLOAT32[kernel]
     else:
-        rows = (WARPGROUP if capability[0] in (9, 10) else WARP)[kernel]
-    tile = next(row for row in rows if row.max_columns is None or max(columns, least) <= row.max_columns)
+        table = FLOAT32 if dtype == torch.float32 else WARPGROUP if capability[0] in (9, 10) else WARP
+        rows = table.get(f"{kernel}/{variant}", table[kernel])
+    tile = next(row for row in rows if row.max_columns is None or columns <= row.max_columns)
     return replace(tile, BC=min(columns, tile.BC))
 
 
