@@ -24,11 +24,7 @@ from ..config import SMoLoRAConfig
 from ..io.files import read_text, surrogate, user_path
 
 PathText = Annotated[str, user_path]  # a type, and what is made of its value
-ARGUMENT_PATHS = (
-    "deepspeed",
-    "fsdp_config",
-    "logging_dir",
-)  # of TrainingArguments, where they are a file and no section
+ARGUMENT_PATHS = ("deepspeed", "fsdp_config")  # of TrainingArguments, where they are a file and no section
 
 ADAPTER_KEYS = (
     "r", "lora_alpha", "lora_dropout", "num_vu_experts", "num_if_experts", "top_k", "instruction_dim", "route_over",

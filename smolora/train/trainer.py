@@ -47,7 +47,6 @@ OWN_ARGUMENTS = {  # field of TrainingArguments: what sets it
     "dataloader_num_workers": "training.workers",
     "remove_unused_columns": "the trainer",
     "train_sampling_strategy": "the trainer",
-    "group_by_length": "the trainer",
     "seed": "seed",
     "data_seed": "seed",
     "bf16": "model.dtype",
