@@ -20,6 +20,7 @@ from problem import SCALING, STD_A, Draw, Layer, lean, up_std
 from shapes import MixtureCase
 from smolora import reference
 from smolora.engine.cuda_passes import unsupported_reason
+from smolora.routing import Chosen
 
 Dropout = Callable[[Tensor], Tensor]
 
@@ -137,7 +138,7 @@ class BranchLoRA(MixtureLayer):
         batch = super().draw_batch(x, normal)
         pi = torch.softmax(batch.x[:, 0].float() @ router.float().mT, -1)
         weights, ids = pi.topk(top_k)
-        return Batch(batch.x, batch.dy, batch.call, {"routes": (ids, weights)})
+        return replace(batch, step_call={"routes": Chosen(ids[:, None].int(), weights[:, None])})
 
     @staticmethod
     def official(x, base, adapter, call, dropout):
