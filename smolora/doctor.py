@@ -281,7 +281,7 @@ def _layer_fault(backend: str, device: str) -> str | None:
 
     from .backends import use_backend
     from .config import SMoLoRAConfig
-    from .layer import FusedSMoLoRA
+    from .methods import FusedSMoLoRA
 
     generator = torch.Generator().manual_seed(0)
     config = SMoLoRAConfig(r=4, lora_alpha=8, lora_dropout=0.0, num_vu_experts=2, num_if_experts=2, instruction_dim=8)

@@ -354,3 +354,8 @@ class Mixture(NamedTuple):
     experts: type[MixtureExperts]
     layer: type[nn.Module]  # `Fused<Name>`
     no_merge: str  # why it cannot be merged into the base
+
+    @property
+    def title(self) -> str:
+        """The method's name as papers write it, such as "SMoLoRA"."""
+        return self.layer.__name__.removeprefix("Fused")

@@ -162,7 +162,7 @@ class MixtureLinear(nn.Module, MixtureLayer):
         if len(names) == 1 and bounds is None and (y := decoded_together(self, names[0], rows, call)) is not None:
             return y.view(*x.shape[:-1], self.out_features)
         y = self._output(call, rows, bounds, names[0], self.base_layer)
-        if y.grad_fn is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and y.grad_fn is not None:
             y.grad_fn.metadata["smolora_call"] = call  # which lives as long as a backward may recompute the layer
         for name in names[1:]:
             y = y + self._output(call, rows, bounds, name)
@@ -184,13 +184,12 @@ class MixtureLinear(nn.Module, MixtureLayer):
 
 def layer_class(mixture: Mixture) -> type[MixtureLinear]:
     """Make the adapter layer of a method, such as `SMoLoRALinear`."""
-    name = mixture.layer.__name__.replace("Fused", "", 1)
     attributes = {
-        "__doc__": f"A linear layer of a model, possibly quantised, with {name} adapters.",
+        "__doc__": f"A linear layer of a model, possibly quantised, with {mixture.title} adapters.",
         "mixture": mixture,
         "adapter_layer_names": (f"{mixture.name}_experts",),
     }
-    return type(f"{name}Linear", (MixtureLinear,), attributes)
+    return type(f"{mixture.title}Linear", (MixtureLinear,), attributes)
 
 
 def place_of(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dtype | None]:

@@ -48,7 +48,15 @@ class MixtureModel(BaseTuner):
     target_module_mapping = DEFAULT_TARGETS
 
     def _pre_injection_hook(self, model: nn.Module, config: MixtureConfig, adapter_name: str) -> None:
-        if config.takes and CONTEXT not in model.__dict__:
+        if not config.takes:  # it treats every token alike, wherever its layers are
+            return
+        whole = getattr(model, "config", None)
+        if any(getattr(c, "is_encoder_decoder", False) for c in (whole, getattr(whole, "text_config", None))):
+            raise ValueError(
+                f"{self.mixture.title} needs a decoder-only language model, got {type(model).__name__}: an encoder and "
+                "a decoder have tokens of their own, and the prompt's routes would not reach the answer"
+            )
+        if CONTEXT not in model.__dict__:
             RoutingContext(model).install()
 
     def _create_and_replace(
@@ -101,6 +109,11 @@ class MixtureModel(BaseTuner):
         """Make the layer that is put in the place of `target`, which is called `key`."""
         context: RoutingContext | None = self.model.__dict__.get(CONTEXT)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if context is not None and _takes_sound(self.model, base):
+            raise ValueError(
+                f"target_modules must not name {key}, which sees sound of any length: nothing tells which sample a "
+                "part of it belongs to, nor which parts are padding"
+            )
         takes_images = context is not None and _takes_images(self.model, base)
         if takes_images:
             context.install_anchor(_text_decoder(self.model))
@@ -200,14 +213,13 @@ def register(mixture: Mixture) -> type[MixtureModel]:
     """Make a method known to PEFT, once."""
     peft_type = register_peft_type(mixture.name.upper())
     if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
-        name = mixture.layer.__name__.replace("Fused", "", 1)
         attributes = {
-            "__doc__": f"A model with {name} adapters; see `MixtureModel`.",
+            "__doc__": f"A model with {mixture.title} adapters; see `MixtureModel`.",
             "mixture": mixture,
             "prefix": f"{mixture.name}_",
             "tuner_layer_cls": layer_class(mixture),
         }
-        model = type(f"{name}Model", (MixtureModel,), attributes)
+        model = type(f"{mixture.title}Model", (MixtureModel,), attributes)
         for made in (model, model.tuner_layer_cls):  # where pickle looks for the class of an object
             made.__module__ = __name__
             globals()[made.__name__] = made

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import smolora
+from smolora.tuner.entries import OWN_KEYWORDS
 from spy import Spy, check
 from tiny_llava import INSTRUCTION_DIM, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llava
 
@@ -95,7 +96,8 @@ def test_the_signature():
     own = list(inspect.signature(tiny_llava().forward).parameters)
     model = adapted()
     names = list(inspect.signature(model.get_base_model().forward).parameters)
-    assert [name for name in names if name not in own] == ["instruction_embeds", "image_to_sample", "prompt_mask"]
+    assert [name for name in names if name not in own] == list(OWN_KEYWORDS)
+    assert {"instruction_embeds", "task_ids", "experts", "image_to_sample", "prompt_mask"} <= set(OWN_KEYWORDS)
     assert [name for name in names if name in own] == own and names[-1] == own[-1]
     assert list(inspect.signature(model.unload().forward).parameters) == own
 
