@@ -223,6 +223,7 @@ def mixture_linear(
 
     Raises:
         RuntimeError: the backend is "cuda", whose kernels cannot take this mixture; the message says why.
+        ValueError: coefficients are given twice, or a slot names an expert that does not exist.
     """
     if backend == "cuda":
         given_ids = None if slots is None else slots.ids
@@ -241,6 +242,8 @@ def mixture_linear(
     ids = slot_weights = None
     if slots is not None:
         ids, slot_weights = slots
+        if token_weights is not None and slot_weights is not None:
+            raise ValueError("token_weights must come without weights of the slots: a coefficient is one or the other")
         if ids is not None and slot_weights is not None and mix == "weighted":
             slot_weights = slot_weights.masked_fill(ids < 0, 0)  # an empty slot
     A, B = [bank.A for bank in banks], [bank.B for bank in banks]
