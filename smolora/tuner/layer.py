@@ -145,7 +145,7 @@ class SMoLoRALinear(nn.Module, SMoLoRALayer):
         if len(names) == 1 and bounds is None and (y := decoded_together(self, names[0], rows, call)) is not None:
             return y.view(*x.shape[:-1], self.out_features)
         y = self._output(call, rows, bounds, names[0], self.base_layer)
-        if y.grad_fn is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and y.grad_fn is not None:
             y.grad_fn.metadata["smolora_call"] = call  # which lives as long as a backward may recompute the layer
         for name in names[1:]:
             y = y + self._output(call, rows, bounds, name)
