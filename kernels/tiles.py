@@ -62,7 +62,7 @@ FLOAT32 = {
         Tile(None, BT=16, BD=32, BC=16, warps=4, stages=1),
     ),
 }
-# wgmma and tcgen05 read shared memory, of which there are 227 KB: compute capabilities 9 and 10
+# wgmma reads shared memory, of which there are 227 KB: compute capability 9
 WARPGROUP = {
     "shrink": (
         Tile(64, BT=64, BD=64, BC=64, warps=8, stages=4, registers=128),
@@ -89,6 +89,14 @@ WARPGROUP = {
         Tile(None, BT=32, BD=64, BC=64, warps=8, stages=1),
     ),
 }
+# tcgen05 does so, too, and its code takes a few registers more: compute capability 10
+TENSOR_MEMORY = {
+    **WARPGROUP,
+    "grad_input": (
+        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=152),
+        *WARPGROUP["grad_input"][1:],
+    ),
+}
 # mma.sync, on every other card: within the 99 KB of the smaller ones
 WARP = {
     "shrink": (Tile(None, BT=64, BD=16, BC=64, warps=4, stages=4),),
@@ -110,7 +118,7 @@ WARP = {
         Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1),
     ),
 }
-for table in (FLOAT32, WARPGROUP, WARP):
+for table in (FLOAT32, WARPGROUP, TENSOR_MEMORY, WARP):
     # a token router takes registers, which the tile of 16 columns does not leave
     table["grad_input/token_router"] = table["grad_input"][1:]
 # rank space alone, in float32 on every card
@@ -139,7 +147,8 @@ def choose_tile(
     if kernel in ("reduce_split_k", "mix_backward"):
         rows = RANK_SPACE
     else:
-        table = FLOAT32 if dtype == torch.float32 else WARPGROUP if capability[0] in (9, 10) else WARP
+        halves = {9: WARPGROUP, 10: TENSOR_MEMORY}.get(capability[0], WARP)
+        table = FLOAT32 if dtype == torch.float32 else halves
         rows = table.get(f"{kernel}/{variant}", table[kernel])
     tile = next(row for row in rows if row.max_columns is None or columns <= row.max_columns)
     return replace(tile, BC=min(columns, tile.BC))
