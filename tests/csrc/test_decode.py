@@ -8,9 +8,9 @@ import smolora
 from cases import plain
 from oracle import PARAMETERS, Batch, Case, build, check, complaints, error, reference
 from smolora.engine import cuda_passes
-from smolora.engine.function import decode_linears
+from smolora.methods.base import decode_layers
 from smolora.methods.smolora import SMoLoRAExperts
-from smolora.spec import Mixed, Slots, Tokens
+from smolora.spec import Mixed
 
 float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -88,21 +88,13 @@ SEVERAL = [
 
 def together(x: torch.Tensor, layers: list[smolora.FusedSMoLoRA], batch: Batch) -> list[Mixed]:
     """Layers that share x, in one launch; where routes are given, those of each layer's last forward."""
-    config, given = layers[0].config, "routes" in batch.keywords
-    mask, instruction = batch.keywords.get("route_mask"), batch.keywords.get("instruction")
-    return decode_linears(
-        x.view(-1, x.shape[-1]),
-        [layer.banks() for layer in layers],
-        [(layer.base_layer.weight, layer.base_layer.bias) for layer in layers],
-        tokens=Tokens(x.shape[0], route_mask=None if mask is None else mask.view(-1)),
-        scaling=config.scaling,
-        backend="cuda",
-        mix="smolora" if config.fusion == "adaptive" else "weighted",
-        slots=[Slots(*layer.last_chosen()) for layer in layers] if given else None,
-        routers=() if given else [layer.routers() for layer in layers],
-        top_k=config.top_k,
-        instruction=instruction,
-    )
+    calls = []
+    for layer in layers:
+        layer.config = layers[0].config  # as the layers of a model have one
+        call = {"routes": layer.last_chosen()} if "routes" in batch.keywords else batch.keywords
+        calls.append((layer, layer.base_layer, call))
+    with smolora.use_backend("cuda"):
+        return decode_layers(x, calls)
 
 
 @pytest.mark.sanitizer

@@ -76,8 +76,7 @@ for name in dir(built):
     if name.startswith("_") or not callable(entry) or name == "driver_version":
         continue
     said[name] = []
-    weight = "vu_A" if name == "grad_input" else "vu_B"
-    for fields in ({}, {"typo": 1}, {weight: (64, 4)}):
+    for fields in ({}, {"typo": 1}, {"banks": [{"A": (64, 4)}]}):
         try:
             said[name].append(entry(fields))
         except Exception as error:
