@@ -7,7 +7,7 @@ experts, as D-MoLE sets them once a batch. BranchLoRA routes each sequence by it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +43,6 @@ class MixtureLayer(Layer):
 
     case: MixtureCase
     mix: ClassVar[str] = "weighted"  # of the engine
-    sizes: ClassVar[tuple[str, ...]] = ()  # fields of the configuration, besides r, alpha and dropout
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -71,7 +70,7 @@ class MixtureLayer(Layer):
             r=self.case.r,
             lora_alpha=SCALING * self.case.r,
             lora_dropout=self.case.dropout,
-            **{name: numbers[name] for name in self.sizes},
+            **{field.name: numbers[field.name] for field in fields(method.config) if field.name in numbers},
         )
         return method.layer(linear, config)
 
@@ -85,7 +84,6 @@ class MoELoRA(MixtureLayer):
     """A (E, r, d), B (E, k, r), router (E, d); CoIN's code."""
 
     mix = "softmax"
-    sizes = ("num_experts",)
 
     @staticmethod
     def draw_adapter(case: MixtureCase, normal: Draw, uniform: Draw) -> dict[str, Tensor]:
@@ -114,8 +112,6 @@ class MoELoRA(MixtureLayer):
 
 class BranchLoRA(MixtureLayer):
     """A (r, d), B (N, k, r), router (tasks, N, d); no code is released: all branches dense, zero where not chosen."""
-
-    sizes = ("num_branches", "top_k", "num_tasks")
 
     @staticmethod
     def draw_adapter(case: MixtureCase, normal: Draw, uniform: Draw) -> dict[str, Tensor]:
@@ -165,8 +161,6 @@ class BranchLoRA(MixtureLayer):
 class LiLoRA(MixtureLayer):
     """A (r, d), B (k, r), task_A (tasks, t, r), task_B (tasks, k, t), task_logit (tasks,)."""
 
-    sizes = ("task_r", "num_tasks")
-
     @staticmethod
     def draw_adapter(case: MixtureCase, normal: Draw, uniform: Draw) -> dict[str, Tensor]:
         tasks, t, d, k, r = case.tasks, case.task_r, case.d, case.k, case.r
@@ -208,8 +202,6 @@ class LiLoRA(MixtureLayer):
 
 class RoutedLoRA(MixtureLayer):
     """A (E, r, d), B (E, k, r); D-MoLE's code."""
-
-    sizes = ("num_experts",)
 
     @staticmethod
     def draw_adapter(case: MixtureCase, normal: Draw, uniform: Draw) -> dict[str, Tensor]:
