@@ -2,7 +2,6 @@
 // address and dtype, and for the banks a list of dicts.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <iterator>
 #include <type_traits>
@@ -34,12 +33,12 @@ class Fields {
     ++found_;
     const py::handle value = values_[name];
     if constexpr (std::is_array_v<V>) {
-      const auto items = value.cast<std::vector<py::dict>>();
+      const auto items = value.cast<py::list>();
       if (items.size() > std::size(field)) {
         throw py::value_error(std::string(name) + " must be at most " + std::to_string(std::size(field)) + ", got " +
                               std::to_string(items.size()));
       }
-      for (size_t i = 0; i < items.size(); ++i) field[i] = parsed<std::remove_extent_t<V>>(items[i]);
+      for (size_t i = 0; i < items.size(); ++i) field[i] = parsed<std::remove_extent_t<V>>(items[i].cast<py::dict>());
     } else if constexpr (std::is_same_v<V, Weight> || std::is_pointer_v<V>) {
       const auto [address, dtype] = value.cast<std::pair<uintptr_t, int64_t>>();
       if constexpr (std::is_pointer_v<V>) {
