@@ -15,7 +15,7 @@ from .images import Images
 from .packing import spread, sums
 from .samples import MISSING, Samples
 
-CACHES = ("cache", "past_key_values")  # its names in a forward's arguments and outputs: of transformers 5.24, and before
+CACHES = ("cache", "past_key_values")  # its names in arguments and outputs: of transformers 5.24, and before
 
 
 def token_input(inputs: dict[str, Any]) -> Tensor | None:
