@@ -3,13 +3,16 @@
 #include "cpu_philox.h"
 #include "cpu_tile.h"
 
+#include <memory>
+
 namespace cpu {
 namespace {
 
-constexpr int64_t kTokens = 64;   // tokens that are taken at a time
-constexpr int64_t kFew = 8;       // tokens whose rows lie in the nearest cache together
-constexpr int64_t kColumns = 128; // columns of x or y that are taken at a time
-constexpr int64_t kGroups = 8;    // of columns, each of which sums up a p of its own
+constexpr int64_t kTokens = 64;    // tokens that are taken at a time
+constexpr int64_t kFew = 8;        // tokens whose rows lie in the nearest cache together
+constexpr int64_t kColumns = 128;  // columns of x or y that are taken at a time
+constexpr int64_t kStrip = 512;    // columns of y that are written at a time
+constexpr int64_t kGroups = 8;     // of columns, each of which sums up a p of its own
 
 int64_t chunks(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
 
@@ -20,6 +23,20 @@ T* room(int64_t size) {
   if (int64_t(kept.size()) < size + 16) kept.resize(size + 16);
   const uintptr_t address = reinterpret_cast<uintptr_t>(kept.data());
   return reinterpret_cast<T*>((address + 63) / 64 * 64);
+}
+
+// Copies a block of some tokens and columns, with zeros up to kColumns, so that it lies in the nearest cache as a whole;
+// rows of the next block, of which there are `more`, are fetched meanwhile.
+template <class T>
+INLINE void copy_block(const T* from, int64_t from_row, int64_t rows, int64_t count, int64_t more, T* to) {
+  for (int64_t row = 0; row < rows; ++row, from += from_row, to += kColumns) {
+    if (row < more) {
+      const char* next = reinterpret_cast<const char*>(from + rows * from_row);
+      for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(next + i, 0, 2);
+    }
+    std::copy_n(from, count, to);
+    std::fill(to + count, to + kColumns, T(0));
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ between x and rank space
@@ -117,19 +134,13 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
         }
         if (job.dA[bank] == nullptr) continue;
         const T* x = job.x + token * job.d + first;
-        int64_t x_row = job.d;
-        if (job.threshold || count != kColumns) {
-          for (int64_t row = 0; row < rows; ++row) {
-            T* to = kept + row * kColumns;
-            for (int64_t i = 0; i < count; ++i) to[i] = x[row * job.d + i];
-            if (job.threshold) {
-              for (int64_t i = 0; i < count; ++i) to[i] *= mask[row * mask_row + i];
-            }
-            std::fill(to + count, to + kColumns, T(0));
-          }
-          x = kept, x_row = kColumns;
+        if (job.threshold || bank == 0 || job.dA[0] == nullptr) {
+          copy_block(x, job.d, rows, count, bank == 0 ? std::min(kTokens, end - token - rows) : 0, kept);
         }
-        multiply<T, Bytes>(per_bank, padded(count, kTile), rows, dh_bank, 1, used, x, x_row,
+        for (int64_t row = 0; row < rows && job.threshold; ++row) {
+          for (int64_t i = 0; i < count; ++i) kept[row * kColumns + i] *= mask[row * mask_row + i];
+        }
+        multiply<T, Bytes>(per_bank, padded(count, kTile), rows, dh_bank, 1, used, kept, kColumns,
                            sums + bank * per_bank * kColumns, kColumns, true);
       }
     }
@@ -145,38 +156,42 @@ FOR_ALL_VECTORS(grad_down_task, Down)
 
 // ------------------------------------------------------------------------------------------------ between rank space and y
 
-// y of some columns
+// y of a strip of columns
 template <class T, int Bytes>
 INLINE void expand_task_body(const Up<T>& job, int64_t task) {
+  constexpr int64_t kTile = kWidth<T, Bytes>;
   const Layout& at = job.at;
-  const int64_t first = task * kColumns, count = std::min(kColumns, job.k - first);
+  const int64_t first = task * kStrip, count = std::min(kStrip, job.k - first);
   const int64_t used = at.columns(), seqs = at.ids == nullptr ? 1 : at.seqs;
-  T* B = room<T, 1>((used + 1) * kColumns);  // (b K r, columns)
-  T* part = room<T, 5>(kTokens * kColumns);
-  std::fill(B, B + (used + 1) * kColumns, T(0));
+  T* B = room<T, 1>(used * kStrip);  // (tiles, b K r, columns of a tile)
+  T* part = room<T, 5>(kFew * kTile);
+  if (count < kStrip) std::fill(B, B + used * kStrip, T(0));
   for (int64_t seq = 0; seq < seqs; ++seq) {
     const int64_t begin = at.ids == nullptr ? 0 : at.begin(seq), end = at.ids == nullptr ? at.tokens : at.end(seq);
     if (begin == end) continue;
     for (int64_t slot = 0; slot < at.banks * at.slots; ++slot) {
       const int64_t bank = slot / at.slots, expert = std::max<int64_t>(at.expert(seq, bank, slot % at.slots), 0);
       const T* from = job.B[bank] + (expert * job.k + first) * at.rank;
-      T* to = B + slot * at.rank * kColumns;
-      for (int64_t j = 0; j < at.rank; ++j) {
-        for (int64_t i = 0; i < count; ++i) to[j * kColumns + i] = from[i * at.rank + j];
+      for (int64_t i = 0; i < count; ++i) {
+        T* to = B + (i / kTile * used + slot * at.rank) * kTile + i % kTile;
+        for (int64_t j = 0; j < at.rank; ++j) to[j * kTile] = from[i * at.rank + j];
       }
     }
-    for (int64_t token = begin; token < end; token += kTokens) {
-      const int64_t rows = std::min(kTokens, end - token);
-      T* y = job.y + token * job.k + first;
-      const bool direct = count == kColumns;
-      T* out = direct ? y : part;
-      const int64_t out_row = direct ? job.k : kColumns;
-      if (job.bias != nullptr) {
-        for (int64_t row = 0; row < rows; ++row) std::copy_n(job.bias + first, count, out + row * out_row);
+    for (int64_t token = begin; token < end; token += kFew) {
+      const int64_t rows = std::min(kFew, end - token);
+      for (int64_t c = 0; c < count; c += kTile) {
+        T* y = job.y + token * job.k + first + c;
+        const int64_t inside = std::min(kTile, count - c);
+        const bool direct = inside == kTile;
+        T* out = direct ? y : part;
+        const int64_t out_row = direct ? job.k : kTile;
+        for (int64_t row = 0; row < rows && job.bias != nullptr; ++row) {
+          std::copy_n(job.bias + first + c, inside, out + row * out_row);
+        }
+        tile_rows<T, Bytes, kTileRows<Bytes>>(rows, used, job.u + token * used, used, 1, B + c * used, kTile, out,
+                                              out_row, job.bias != nullptr);
+        for (int64_t row = 0; row < rows && !direct; ++row) std::copy_n(part + row * kTile, inside, y + row * job.k);
       }
-      multiply<T, Bytes>(rows, padded(count, kWidth<T, Bytes>), used, job.u + token * used, used, 1, B, kColumns, out,
-                         out_row, job.bias != nullptr);
-      for (int64_t row = 0; row < rows && !direct; ++row) std::copy_n(part + row * kColumns, count, y + row * job.k);
     }
   }
 }
@@ -193,6 +208,7 @@ INLINE void grad_up_task_body(const Up<T>& job, int64_t task) {
   T* sums = room<T, 2>(kColumns * room_used);  // dB of a sequence
   T* u = room<T, 3>(kTokens * room_used);
   T* p = room<T, 4>(kTokens * room_used);
+  T* g = room<T, 5>(kTokens * kColumns);
   std::fill(u, u + kTokens * room_used, T(0));
   bool written = false;
   for (int64_t piece = pieces * task / kGroups; piece < pieces * (task + 1) / kGroups; ++piece) {
@@ -224,12 +240,13 @@ INLINE void grad_up_task_body(const Up<T>& job, int64_t task) {
       if (need_B && live) std::fill(sums, sums + count * room_used, T(0));
       for (int64_t token = begin; token < end; token += kTokens) {
         const int64_t rows = std::min(kTokens, end - token);
-        const T* g = job.g + token * job.k + first;
+        const int64_t more = std::min(kTokens, end - token - rows);
+        copy_block(job.g + token * job.k + first, job.k, rows, count, more, g);
         if (job.p != nullptr) {
           T* mine = job.parts + (task * at.tokens + token) * used;
           const bool direct = used == room_used;
           T* out = direct ? mine : p;
-          multiply<T, Bytes>(rows, room_used, count, g, job.k, 1, B, room_used, out, room_used, direct && written);
+          multiply<T, Bytes>(rows, room_used, count, g, kColumns, 1, B, room_used, out, room_used, direct && written);
           for (int64_t i = 0; i < rows * used && !direct; ++i) {
             const T value = p[i / used * room_used + i % used];
             mine[i] = written ? mine[i] + value : value;
@@ -241,7 +258,7 @@ INLINE void grad_up_task_body(const Up<T>& job, int64_t task) {
             for (int64_t row = 0; row < rows; ++row) std::copy_n(right + row * used, used, u + row * room_used);
             right = u;
           }
-          multiply<T, Bytes>(count, room_used, rows, g, 1, job.k, right, room_used, sums, room_used, true);
+          multiply<T, Bytes>(count, room_used, rows, g, 1, kColumns, right, room_used, sums, room_used, true);
         }
       }
       for (int64_t slot = 0; slot < at.banks * at.slots && need_B && live; ++slot) {
@@ -329,13 +346,14 @@ void grad_down(const Down<T>& job) {
 
 template <class T>
 void expand(const Up<T>& job) {
-  parallel(chunks(job.k, kColumns), job.at.threads, [&](int64_t task) { expand_task(job, task); });
+  parallel(chunks(job.k, kStrip), job.at.threads, [&](int64_t task) { expand_task(job, task); });
 }
 
 template <class T>
 void grad_up(Up<T> job) {
-  std::vector<T> parts(job.p == nullptr ? 0 : kGroups * job.at.tokens * job.at.columns());
-  job.parts = parts.data();
+  const int64_t size = kGroups * job.at.tokens * job.at.columns();
+  const std::unique_ptr<T[]> parts(job.p == nullptr ? nullptr : new T[size]);  // no zeros: all of it is written
+  job.parts = parts.get();
   parallel(kGroups, job.at.threads, [&](int64_t task) { grad_up_task(job, task); });
   if (job.p == nullptr) return;
   parallel(chunks(job.at.tokens, kTokens), job.at.threads, [&](int64_t task) { add_parts(job, task); });
