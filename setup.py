@@ -11,8 +11,8 @@ at all where there is none. In the environment:
     CUDA_HOME             where nvcc is, else nvcc on PATH, else /usr/local/cuda
     MAX_JOBS              compilers at a time
 
-`smolora._cpu`, dropout's masks for the CPU, is built by the C++ compiler; where there is none, torch computes the same
-masks several times slower.
+`smolora._cpu`, the passes of the torch backend for a CPU, comes from csrc/cpu* by the C++ compiler; where there is
+none, torch's own operators compute the same, slower.
 """
 
 import os

@@ -118,7 +118,8 @@ void define(py::module_& m, const std::string& type) {
       unlocked);
   m.def(
       ("expand_" + type).c_str(),
-      [](const Sizes& sizes, Address cu, Address ids, const Banks& banks, int64_t k, Address u, Address bias, Address y) {
+      [](const Sizes& sizes, Address cu, Address ids, const Banks& banks, int64_t k, Address u, Address bias,
+         Address y) {
         cpu::Up<T> job = up<T>(sizes, cu, ids, banks, k);
         job.u = at<T>(u), job.bias = at<T>(bias), job.y = at<T>(y);
         cpu::expand(job);
@@ -126,8 +127,8 @@ void define(py::module_& m, const std::string& type) {
       unlocked);
   m.def(
       ("grad_up_" + type).c_str(),
-      [](const Sizes& sizes, Address cu, Address ids, const Banks& banks, int64_t k, double scaling, Address g, Address u,
-         Address p) {
+      [](const Sizes& sizes, Address cu, Address ids, const Banks& banks, int64_t k, double scaling, Address g,
+         Address u, Address p) {
         cpu::Up<T> job = up<T>(sizes, cu, ids, banks, k);
         job.scaling = scaling, job.g = at<T>(g), job.u = at<T>(u), job.p = at<T>(p);
         cpu::grad_up(job);
@@ -149,8 +150,8 @@ void define(py::module_& m, const std::string& type) {
       unlocked);
   m.def(
       ("grad_scores_" + type).c_str(),
-      [scores](const std::array<int64_t, 4>& sizes, double scaling, Address B, Address importance, Address c, Address dB,
-               Address dI) {
+      [scores](const std::array<int64_t, 4>& sizes, double scaling, Address B, Address importance, Address c,
+               Address dB, Address dI) {
         cpu::Scores<T> job = scores(sizes, scaling, B, importance);
         job.c = at<T>(c), job.dB = at<T>(dB), job.dI = at<T>(dI);
         cpu::grad_scores(job);

@@ -7,8 +7,8 @@ namespace cpu {
 
 constexpr int kLanes = 64;  // counters at a time; fewer would be unrolled before they could be vectorised
 
-// A mask (rows, 16 blocks): 1 where the byte of Philox4x32-10 with counter (column block, row low, row high, stream) and
-// key `seed` reaches the threshold, else 0; of rows from `row` and column blocks from `block` on.
+// A mask (rows, 16 blocks): 1 where the byte of Philox4x32-10 with counter (column block, row low, row high, stream)
+// and key `seed` reaches the threshold, else 0; of rows from `row` and column blocks from `block` on.
 template <class T>
 INLINE void keep_mask(T* mask, int64_t row, int64_t rows, int64_t block, int64_t blocks, uint32_t stream, uint64_t seed,
                       int threshold) {

@@ -25,8 +25,8 @@ T* room(int64_t size) {
   return reinterpret_cast<T*>((address + 63) / 64 * 64);
 }
 
-// Copies a block of some tokens and columns, with zeros up to kColumns, so that it lies in the nearest cache as a whole;
-// rows of the next block, of which there are `more`, are fetched meanwhile.
+// Copies a block of some tokens and columns, with zeros up to kColumns, so that it lies in the nearest cache as a
+// whole; rows of the next block, of which there are `more`, are fetched meanwhile.
 template <class T>
 INLINE void copy_block(const T* from, int64_t from_row, int64_t rows, int64_t count, int64_t more, T* to) {
   for (int64_t row = 0; row < rows; ++row, from += from_row, to += kColumns) {
@@ -39,7 +39,7 @@ INLINE void copy_block(const T* from, int64_t from_row, int64_t rows, int64_t co
   }
 }
 
-// ------------------------------------------------------------------------------------------------ between x and rank space
+// -------------------------------------------------------------------------------------------- between x and rank space
 
 template <class T, int Bytes>
 INLINE void shrink_task_body(const Down<T>& job, int64_t task) {
@@ -154,7 +154,7 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
 }
 FOR_ALL_VECTORS(grad_down_task, Down)
 
-// ------------------------------------------------------------------------------------------------ between rank space and y
+// -------------------------------------------------------------------------------------------- between rank space and y
 
 // y of a strip of columns
 template <class T, int Bytes>
@@ -284,14 +284,15 @@ INLINE void add_parts_body(const Up<T>& job, int64_t task) {
   for (int64_t i = first * used; i < last * used; ++i) {
     T total = 0;
     for (int64_t group = 0; group < kGroups; ++group) {
-      if (pieces * group / kGroups < pieces * (group + 1) / kGroups) total += job.parts[group * job.at.tokens * used + i];
+      if (pieces * group / kGroups == pieces * (group + 1) / kGroups) continue;  // it had no columns
+      total += job.parts[group * job.at.tokens * used + i];
     }
     job.p[i] = job.scaling * total;
   }
 }
 FOR_ALL_VECTORS(add_parts, Up)
 
-// ------------------------------------------------------------------------------------------------------------- the scores
+// -------------------------------------------------------------------------------------------------------- the scores
 
 template <class T, int Bytes>
 INLINE void scores_task_body(const Scores<T>& job, int64_t expert) {

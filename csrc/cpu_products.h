@@ -8,8 +8,8 @@ namespace cpu {
 
 constexpr int kBanks = 2;
 
-// How T tokens fall into n sequences, and which experts they use: slot j of bank b has the columns from (b K + j) r on of
-// rank space, where K is 1 if the slots share an A.
+// How T tokens fall into n sequences, and which experts they use: slot j of bank b has the columns from (b K + j) r on
+// of rank space, where K is 1 if the slots share an A.
 struct Layout {
   int64_t tokens, seqs, banks, slots, rank;
   const int32_t* cu;   // (n + 1,), or null: all alike

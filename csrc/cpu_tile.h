@@ -49,8 +49,8 @@ INLINE void tile_rows(int64_t rows, int64_t inner, const T* left, int64_t row, i
   }
 }
 
-// out (rows, columns) (+)= left right; left[m, q] lies at m row + q step. `columns` is a multiple of the tile's width, to
-// which `right` (inner, columns) and `out` are padded.
+// out (rows, columns) (+)= left right; left[m, q] lies at m row + q step. `columns` is a multiple of the tile's width,
+// to which `right` (inner, columns) and `out` are padded.
 template <class T, int Bytes>
 INLINE void multiply(int64_t rows, int64_t columns, int64_t inner, const T* left, int64_t row, int64_t step,
                      const T* right, int64_t right_row, T* out, int64_t out_row, bool add) {

@@ -1,8 +1,8 @@
 """What is compiled for a CPU, in the optional module `smolora._cpu`: without it, torch does the same.
 
-Compiled code takes float32 and float64 in plain memory, with parameters of x's dtype; the rest is torch's. It sums in an
-order that depends on shapes alone: threads change no bit. In these products rank space has the columns (b, K, r) of
-`torch_passes`, and K is 1 where the slots share an A.
+Compiled code takes float32 and float64 in plain memory, with parameters of x's dtype; the rest is torch's. It sums in
+an order that depends on shapes and on the CPU's vectors alone: threads change no bit. In these products rank space has
+the columns (b, K, r) of `torch_passes`, and K is 1 where the slots share an A.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def decode(
     return Mixed(y, ids, slot_weights, None, scores)
 
 
-# --------------------------------------------------------------------------------------------- the products of the passes
+# ------------------------------------------------------------------------------------------- the products of the passes
 
 
 class Layout(NamedTuple):

@@ -52,7 +52,7 @@ class Spy:
         monkeypatch.setattr(cpu_passes, "_function", noted)
 
 
-# ------------------------------------------------------------------------------------------------------------- the passes
+# ---------------------------------------------------------------------------------------------------------- the passes
 
 LARGE = [  # more than one block of tokens and of columns, and more than one tile in each direction
     fused.but(n=3, S=150, d=300, k=290, r=16),
@@ -95,8 +95,8 @@ def test_what_runs_compiled(monkeypatch: pytest.MonkeyPatch):
         run_call(call, "torch")
         assert spy.called == expected, dtype
     spy = Spy(monkeypatch)
-    call.x, call.given["weight"], call.given["bias"] = call.x.double(), call.given["weight"].double(), None
-    call.given.pop("bias")
+    call.x = call.x.double()
+    call.given.update(weight=call.given["weight"].double(), bias=call.given["bias"].double())
     run_call(call, "torch")
     assert spy.called == set()
 
@@ -119,7 +119,7 @@ def test_threads_change_nothing(case: MixCase, width: int):
         assert all(torch.equal(results[0][name], again[name]) for name in again if name != "drouter0")
 
 
-# --------------------------------------------------------------------------------------------------------------- decoding
+# ------------------------------------------------------------------------------------------------------------- decoding
 
 STEP = plain.but(S=1, n=5)
 STEPS = [
@@ -192,9 +192,9 @@ def test_what_is_decoded_compiled(monkeypatch: pytest.MonkeyPatch):
     """Not what autograd records, has more tokens than sequences, or is in another precision than its parameters."""
     call = build_call(STEP).to("cpu", torch.float32)
     banks = [Bank(call.named["A0"], call.named["B0"])]
-    slots = Slots(call.given["ids"], call.named["slot_weights"])
+    slots, five = Slots(call.given["ids"], call.named["slot_weights"]), Tokens(5)
 
-    def decodes(x=call.x, banks=banks, tokens=Tokens(5), slots=slots, backend="torch") -> bool:
+    def decodes(x=call.x, banks=banks, tokens=five, slots=slots, backend="torch") -> bool:
         return cpu_passes.decodes(backend, x, banks, tokens, slots)
 
     assert not decodes()  # autograd is on
