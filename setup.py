@@ -12,8 +12,8 @@ first line, and what the compiler said. In the environment:
     CUDA_HOME             where nvcc is, else nvcc on PATH, else /usr/local/cuda
     MAX_JOBS              compilers at a time
 
-`smolora._cpu`, dropout's masks for the CPU, is built by the C++ compiler; where there is none, torch computes the same
-masks several times slower.
+`smolora._cpu`, the passes of the torch backend for a CPU, comes from csrc/cpu* by the C++ compiler; where there is
+none, torch's own operators compute the same, slower.
 """
 
 import atexit
@@ -32,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cu"), ROOT / "csrc/bindings.cpp"])
-CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/cpu*.cpp"), ROOT / "csrc/dropout.cpp"])
+CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu*.cpp"))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")  # of FORCE_CUDA=1
 
 
@@ -267,7 +267,7 @@ extensions = [
         "smolora._cpu",
         CPU_SOURCES,
         depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu*.h")],
-        extra_compile_args=["-std=c++17", "-O3", "-Wno-psabi"],
+        extra_compile_args=["-std=c++17", "-O3", "-Wno-psabi", "-ffp-contract=fast"],
         optional=True,
     ),
     Extension("smolora._C", SOURCES, optional=not forced()),

@@ -132,17 +132,17 @@ def backend_info() -> dict[str, Any]:
     Returns:
         "requested": by `use_backend` or SMOLORA_BACKEND. "active": the backend for float32 tensors of each device type
         (None where the requested one cannot run). "backends": for each, whether it is "available", the "reason" if
-        not, and the "version" of what it needs. Of torch, whether "dropout" masks on a CPU come from compiled code,
-        as they do where the installation found a C++ compiler, or, the same ones several times slower, from torch. Of
-        the CUDA kernels the "driver" and "architectures", when "auto" takes them, and where they could not be built the
-        "build_error", such as the compiler's first, and the file "build_log" with all that it said.
+        not, and the "version" of what it needs. Of torch, whether its passes on a CPU are "compiled", as they are where
+        the installation found a C++ compiler, or slower, the same in torch's own operators. Of the CUDA kernels the
+        "driver" and "architectures", when "auto" takes them, and where they could not be built the "build_error", such as
+        the compiler's first, and the file "build_log" with all that it said.
     """
     backends = {}
     for name in BACKENDS[1:]:
         reason = _obstacle(name)
         backends[name] = {"available": reason is None, "reason": reason}
     backends["torch"]["version"] = torch.__version__
-    backends["torch"]["dropout"] = "compiled" if cpu_passes.compiled else "not compiled: slow on a CPU"
+    backends["torch"]["compiled"] = cpu_passes.describe()
     backends["triton"]["version"] = metadata.version("triton") if _HAS_TRITON else None
     backends["triton"]["interpreted"] = _interpreted()
     backends["cuda"] |= cuda.info()

@@ -1,6 +1,8 @@
-"""What is compiled for a CPU, in the optional module `smolora._cpu`: without it the torch passes do the same.
+"""What is compiled for a CPU, in the optional module `smolora._cpu`: without it, torch does the same.
 
-Compiled code takes float32 and float64 in plain memory, with parameters of x's dtype; the rest is torch's.
+Compiled code takes float32 and float64 in plain memory, with parameters of x's dtype; the rest is torch's. It sums in
+an order that depends on shapes and on the CPU's vectors alone: threads change no bit. In these products rank space has
+the columns (b, K, r) of `torch_passes`, and K is 1 where the slots share an A.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +22,34 @@ try:
 except ImportError:  # no C++ compiler where smolora was built
     compiled = None
 
-DTYPES = (torch.float32, torch.float64)
+TYPES = {torch.float32: "float", torch.float64: "double"}
+BANKS = 2  # at most
 EMPTY, OUT_OF_RANGE = 1, 2  # what compiled code finds among given slots
+
+
+def describe() -> str:
+    """Say whether there is compiled code, and for which vectors of this CPU."""
+    return "no: slower on a CPU" if compiled is None else f"yes, for vectors of {compiled.widest()} bytes"
 
 
 def _is_plain(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     """Whether a tensor lies in the memory of the CPU as compiled code reads it."""
     return t.shape == shape and t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous()
+
+
+def _function(name: str, dtype: torch.dtype) -> Any:
+    return getattr(compiled, f"{name}_{TYPES[dtype]}")
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def keep_mask(mask: Tensor, blocks: int, stream: int, seed: int, threshold: int) -> None:
+    """Write a dropout mask (rows, 16 blocks); see `philox.keep_masks`."""
+    _function("keep_mask", mask.dtype)(
+        mask.data_ptr(), mask.shape[0], blocks, stream, seed % 2**64, threshold, torch.get_num_threads()
+    )
 
 
 def decodes(backend: str, x: Tensor, banks: Sequence[Bank], tokens: Tokens, slots: Slots | None) -> bool:
@@ -40,7 +64,7 @@ def decodes(backend: str, x: Tensor, banks: Sequence[Bank], tokens: Tokens, slot
         or len(banks) > 2
     ):
         return False
-    if type(x) is not Tensor or x.dtype not in DTYPES or not _is_plain(x, x.dtype, x.shape):
+    if type(x) is not Tensor or x.dtype not in TYPES or not _is_plain(x, x.dtype, x.shape):
         return False
     n, b, _ = shape = slots.ids.shape
     if not _is_plain(slots.ids, torch.int32, shape) or (n, b) != (tokens.num_seqs, len(banks)):
@@ -77,14 +101,13 @@ def decode(
         y = torch.nn.functional.linear(x, weight, bias)
     ids, slot_weights = slots
     scores = x.new_empty(n) if mix == "smolora" else None
-    run = compiled.decode_float if x.dtype == torch.float32 else compiled.decode_double
-    found = run(
+    found = _function("decode", x.dtype)(
         x.data_ptr(),
         y.data_ptr(),
         ids.data_ptr(),
-        0 if slot_weights is None else slot_weights.data_ptr(),
-        [(a.data_ptr(), b.data_ptr(), 0 if i is None else i.data_ptr(), b.shape[0]) for a, b, _, i, _ in banks],
-        0 if scores is None else scores.data_ptr(),
+        _address(slot_weights),
+        [(a.data_ptr(), b.data_ptr(), _address(i), b.shape[0]) for a, b, _, i, _ in banks],
+        _address(scores),
         (n, d, k, r, ids.shape[2]),
         banks[0].A.shape[0] == 1,
         scaling,
@@ -97,3 +120,131 @@ def decode(
     if found == EMPTY and slot_weights is not None and mix == "weighted":
         slot_weights = slot_weights.masked_fill(ids < 0, 0)
     return Mixed(y, ids, slot_weights, None, scores)
+
+
+# ------------------------------------------------------------------------------------------- the products of the passes
+
+
+class Layout(NamedTuple):
+    """Whose experts the tokens use."""
+
+    num_seqs: int
+    cu_seqlens: Tensor | None  # int32 (n + 1,)
+    ids: Tensor | None  # int32 (n, b, K), -1 for an empty slot; None: all experts, in order
+
+    def sizes(self, tokens: int, parameters: list[Tensor], rank: int) -> tuple[int, int, int, int, int]:
+        slots = parameters[0].shape[0] if self.ids is None else self.ids.shape[2]
+        return tokens, self.num_seqs, slots, rank, torch.get_num_threads()
+
+    def addresses(self) -> tuple[int, int]:
+        return _address(self.cu_seqlens), _address(self.ids)
+
+
+def takes(wide: Tensor, layout: Layout, parameters: Sequence[Tensor]) -> bool:
+    """Whether compiled code takes a product of a wide array (T, d or k) with parameters of each bank."""
+    if compiled is None or wide.dtype not in TYPES or len(parameters) > BANKS:
+        return False
+    tensors = [(wide, wide.dtype), *((p, wide.dtype) for p in parameters)]
+    tensors += [(t, torch.int32) for t in layout[1:] if t is not None]
+    return all(_is_plain(t, dtype, t.shape) for t, dtype in tensors)
+
+
+def shrink(
+    x: Tensor, layout: Layout, A: list[Tensor], seed: Tensor | None, streams: list[int], threshold: int
+) -> Tensor:
+    """Return h = A dropout(x), (T, b K r)."""
+    tokens, d = x.shape
+    sizes = layout.sizes(tokens, A, A[0].shape[1])
+    h = x.new_empty((tokens, len(A) * sizes[2] * sizes[3]))
+    banks = [(a.data_ptr(), a.shape[0], 0, 0) for a in A]
+    key = int(seed) % 2**64 if threshold else 0
+    _function("shrink", x.dtype)(
+        sizes, *layout.addresses(), banks, threshold, key, streams, d, x.data_ptr(), h.data_ptr()
+    )
+    return h
+
+
+def grad_down(
+    x: Tensor | None,
+    dh: Tensor,
+    layout: Layout,
+    A: list[Tensor],
+    seed: Tensor | None,
+    streams: list[int],
+    threshold: int,
+    need_dx: bool,
+    need_A: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return dx (T, d) and dA of each bank from dh (T, b K r), which has dropout's factor in it."""
+    (_, r, d), tokens = A[0].shape, dh.shape[0]
+    dx = dh.new_empty((tokens, d) if need_dx else 0)
+    dA = [torch.empty_like(a) if need else a.new_empty(0) for a, need in zip(A, need_A, strict=True)]
+    banks = [
+        (a.data_ptr(), a.shape[0], grad.data_ptr() if need else 0, 0)
+        for a, grad, need in zip(A, dA, need_A, strict=True)
+    ]
+    key = int(seed) % 2**64 if threshold else 0
+    _function("grad_down", dh.dtype)(
+        layout.sizes(tokens, A, r), *layout.addresses(), banks, threshold, key, streams, d, _address(x), dh.data_ptr(),
+        dx.data_ptr() if need_dx else 0,
+    )  # fmt: skip
+    return dx, dA
+
+
+def expand(u: Tensor, layout: Layout, B: list[Tensor], bias: Tensor | None) -> Tensor:
+    """Return y = B u + bias (T, k) from u (T, b K r)."""
+    _, k, r = B[0].shape
+    y = u.new_empty((u.shape[0], k))
+    banks = [(b.data_ptr(), b.shape[0], 0, 0) for b in B]
+    _function("expand", u.dtype)(
+        layout.sizes(u.shape[0], B, r), *layout.addresses(), banks, k, u.data_ptr(), _address(bias), y.data_ptr()
+    )
+    return y
+
+
+def grad_up(
+    g: Tensor,
+    u: Tensor,
+    layout: Layout,
+    B: list[Tensor],
+    trained: list[Tensor],
+    scaling: float,
+    need_p: bool,
+    need_B: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return p = s B^T g (T, b K r), and dB = g u^T of each bank, from one read of g (T, k)."""
+    _, k, r = B[0].shape
+    p = torch.empty_like(u) if need_p else u.new_empty(0)
+    dB = [torch.empty_like(b) if need else b.new_empty(0) for b, need in zip(B, need_B, strict=True)]
+    learn = trained or [None] * len(B)
+    banks = [
+        (b.data_ptr(), b.shape[0], grad.data_ptr() if need else 0, _address(mask))
+        for b, grad, need, mask in zip(B, dB, need_B, learn, strict=True)
+    ]
+    _function("grad_up", g.dtype)(
+        layout.sizes(g.shape[0], B, r), *layout.addresses(), banks, k, scaling, g.data_ptr(), u.data_ptr(),
+        p.data_ptr() if need_p else 0,
+    )  # fmt: skip
+    return p, dB
+
+
+def score_weights(B: list[Tensor], importance: list[Tensor], scaling: float) -> Tensor:
+    """Return w = s B^T I of the banks' experts, (sum of E, r)."""
+    w = B[0].new_empty((sum(b.shape[0] for b in B), B[0].shape[2]))
+    for b, i, out in zip(B, importance, w.split([b.shape[0] for b in B]), strict=True):
+        sizes = (*b.shape, torch.get_num_threads())
+        _function("scores", b.dtype)(sizes, scaling, b.data_ptr(), i.data_ptr(), out.data_ptr())
+    return w
+
+
+def grad_score_weights(
+    c: Tensor, B: Tensor, importance: Tensor, scaling: float, dB: Tensor | None, need_importance: bool
+) -> Tensor:
+    """Add what c = dL/dw (E, r) of one bank brings to dB, s I c^T, and return dI = s B c, or (0,)."""
+    sizes = (*B.shape, torch.get_num_threads())
+    dI = torch.empty_like(importance) if need_importance else importance.new_empty(0)
+    _function("grad_scores", B.dtype)(
+        sizes, scaling, B.data_ptr(), importance.data_ptr(), c.data_ptr(), _address(dB),
+        dI.data_ptr() if need_importance else 0,
+    )  # fmt: skip
+    return dI

@@ -20,12 +20,9 @@ def keep_masks(
     """
     device, blocks = seed.device, -(-columns // 16)
     masks = torch.empty((len(streams), rows, 16 * blocks), dtype=dtype, device=device)
-    compiled = cpu_passes.compiled
-    if compiled is not None and device.type == "cpu" and dtype in (torch.float32, torch.float64):
-        key = int(seed) % 2**64
+    if cpu_passes.compiled is not None and device.type == "cpu" and dtype in cpu_passes.TYPES:
         for mask, stream in zip(masks, streams, strict=True):
-            address, is_double = mask.data_ptr(), dtype == torch.float64
-            compiled.keep_mask(address, is_double, rows * blocks, blocks, stream, key, threshold)
+            cpu_passes.keep_mask(mask, blocks, stream, int(seed), threshold)
         return masks[..., :columns]
     # a CPU goes through some rows at a time, so that ten rounds of a counter find it in the cache
     step = max(1, rows)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..spec import accurate_dtype, down_slots, grad_needs, num_slots
+from . import cpu_passes
 from .mixes import MIX
 from .philox import keep_masks
 from .varlen import Blocks, cut, whole
@@ -239,11 +240,17 @@ def route_shrink(
         chosen_ids, slot_weights = (
             torch.stack(parts, 1) for parts in zip(*(choose(each, top_k, gate) for each in z), strict=True)
         )
-    if _is_common(A, chosen_ids) and blocks.number != 1:
+    layout = cpu_passes.Layout(num_seqs, cu_seqlens, None if _is_common(A, chosen_ids) else chosen_ids)
+    taken = cpu_passes.takes(x, layout, A)
+    if not taken and _is_common(A, chosen_ids) and blocks.number != 1:
         x_blocks, blocks = x.to(accurate)[None], whole(x.shape[0])
-    down = _down(A, blocks.spread(chosen_ids), x.dtype)
     token_logits = x.new_empty((x.shape[0], 0), dtype=accurate)
-    if threshold:
+    down = None if taken else _down(A, blocks.spread(chosen_ids), x.dtype)
+    if taken:
+        h = cpu_passes.shrink(x, layout, A, seed, streams, threshold)
+        if token_router is not None:
+            token_logits = x @ token_router.to(x.dtype).mT
+    elif threshold:
         kept = _keep(seed, *x.shape, threshold, streams, blocks, accurate).mul_(x_blocks)
         h = torch.bmm(kept.flatten(0, 1), down.transpose(0, 1).flatten(0, 1).mT)
         h = h.view(*kept.shape[:3], down.shape[2]).permute(1, 2, 0, 3).contiguous().mul_(256 / (256 - threshold))
@@ -255,9 +262,12 @@ def route_shrink(
         h, token_logits = h.contiguous()[None], token_logits.contiguous()
     else:
         h = torch.bmm(x_blocks, down.flatten(1, 2).mT)
-    h = blocks.join(h).reshape(x.shape[0], len(A), down_slots(A, num_slots(chosen_ids, B, 0)), A[0].shape[1])
+    h = h if taken else blocks.join(h)
+    h = h.reshape(x.shape[0], len(A), down_slots(A, num_slots(chosen_ids, B, 0)), A[0].shape[1])
     w = x.new_empty((0, A[0].shape[1]), dtype=accurate)
-    if mix == "smolora":
+    if mix == "smolora" and cpu_passes.takes(x, layout, B) and cpu_passes.takes(x, layout, importance):
+        w = cpu_passes.score_weights(B, importance, scaling)
+    elif mix == "smolora":
         rounded = [(b.to(x.dtype).to(accurate), i.to(x.dtype).to(accurate)) for b, i in zip(B, importance, strict=True)]
         # no matrix-vector product: its last bits depend on where in memory B lies
         w = scaling * torch.cat([(b * i[:, None]).sum(1) for b, i in rounded])
@@ -291,8 +301,8 @@ def fuse_expand(
     Returns:
         y (T, k), and the scores that the mix made of h, (T,), or (0,).
     """
-    tokens = h.shape[0]
-    blocks = _laid(tokens, num_seqs, cu_seqlens, ids is None and slot_weights is None)
+    layout = cpu_passes.Layout(num_seqs, cu_seqlens, ids)
+    blocks = _laid(h.shape[0], num_seqs, cu_seqlens, ids is None and slot_weights is None)
     ids, slot_weights, h = blocks.spread(ids), blocks.spread(slot_weights), blocks.split(h)
     fused = h.new_empty(0)
     if MIX[mix].fuse is not None:
@@ -301,9 +311,12 @@ def fuse_expand(
     elif scores is not None:
         scores = blocks.split(scores)
     c = MIX[mix].coefficients(slot_weights, scores, scaling)
-    up = _up(B, ids, dtype)
+    scaled = _scaled(h, c, num_slots(ids, B, 0))
+    if dtype == h.dtype and cpu_passes.takes(h, layout, B):
+        y = cpu_passes.expand(blocks.join(scaled), layout, B, base_bias)
+        return (y if base_weight is None else y.addmm_(x, base_weight.mT)), fused
     base = None if base_weight is None else torch.nn.functional.linear(x, base_weight, base_bias)
-    return _accumulate(base, _scaled(h, c, num_slots(ids, B, 0)), up.mT, blocks, dtype), fused
+    return _accumulate(base, scaled, _up(B, ids, dtype).mT, blocks, dtype), fused
 
 
 def grad_output(
@@ -336,23 +349,42 @@ def grad_output(
     """
     accurate = accurate_dtype(g.dtype)
     slots = num_slots(ids, B, 0)
+    layout = cpu_passes.Layout(num_seqs, cu_seqlens, ids)
+    taken = cpu_passes.takes(g, layout, B) and cpu_passes.takes(h, layout, importance)
     blocks = _laid(h.shape[0], num_seqs, cu_seqlens, ids is None and slot_weights is None)
     ids, slot_weights, h = blocks.spread(ids), blocks.spread(slot_weights), blocks.split(h)
     scores = None if scores is None else blocks.split(scores)
-    g_blocks = blocks.split(g).to(accurate)
+    c = MIX[mix].coefficients(slot_weights, scores, scaling)
     need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
     dh, dslot_weights, dscores, dw = (g.new_empty(0, dtype=accurate) for _ in range(4))
     dB = [b.new_empty(0) for b in B]
     dI = [i.new_empty(0) for i in importance]
+    if taken and (need.p or any(need_B)):
+        u = blocks.join(_scaled(h, c, slots))
+        p, dB = cpu_passes.grad_up(g, u, layout, B, trained, scaling, need.p, need_B)
+        p = blocks.split(p) if need.p else p
+    elif not taken:
+        g_blocks = blocks.split(g).to(accurate)
+        if need.p:
+            up = _up(B, ids, g.dtype)
+            p = torch.bmm(g_blocks, up).mul_(scaling)
     if need.p:
-        up = _up(B, ids, g.dtype)
-        p = torch.bmm(g_blocks, up).mul_(scaling).view(*h.shape[:3], slots, h.shape[4])
+        p = p.view(*h.shape[:3], slots, h.shape[4])
         w_slots = _slots_of_w(w, ids, B) if mix == "smolora" else None
         grads = MIX[mix].backward(p, h, w_slots, slot_weights, scores, need_slot_weights)
         dw = grads.dw
         dh = blocks.join(grads.dh) if need_dh else dh
         dslot_weights = blocks.gather(grads.slot_weights) if need_slot_weights else dslot_weights
         dscores = blocks.join(grads.scores) if need_scores else dscores
+    if taken:
+        for bank, own in enumerate(_membership(ids, [b.shape[0] for b in B], accurate) if need.dw else ()):
+            of_w = _by_expert(own, dw)
+            if trained:
+                of_w = of_w.masked_fill(~trained[bank][:, None], 0)
+            dI[bank] = cpu_passes.grad_score_weights(
+                of_w, B[bank], importance[bank], scaling, dB[bank] if need_B[bank] else None, need_importance
+            )
+        return dh, dB, dI, dslot_weights, dscores
     if need_importance:
         by_bank = (dw.flatten(2)[..., None] * torch.eye(2, dtype=accurate, device=dw.device)[:, None]).flatten(1, 2)
         both = scaling * torch.bmm(up, by_bank).sum(0)  # (k, 2)
@@ -360,7 +392,6 @@ def grad_output(
     used = _span(need_B)
     if used is None:
         return dh, dB, dI, dslot_weights, dscores
-    c = MIX[mix].coefficients(slot_weights, scores, scaling)
     banks = range(len(B))[used]
     live = _live_slots(ids, trained)
     if ids is not None:
@@ -432,18 +463,28 @@ def grad_input(
     accurate = accurate_dtype(dtype)
     common = _is_common(A, ids)
     tokens, d = dh.shape[0], A[0].shape[2]
+    layout = cpu_passes.Layout(num_seqs, cu_seqlens, None if common else ids)
+    taken = dtype == dh.dtype and cpu_passes.takes(dh, layout, A) and (x is None or cpu_passes.takes(x, layout, []))
     blocks = _laid(tokens, num_seqs, cu_seqlens, common)
-    slots = dh.shape[2]
+    slots, flat = dh.shape[2], dh.flatten(1)  # (T, b K r)
     dh, ids = blocks.split(dh).flatten(3), None if common else blocks.spread(ids)  # (N, L, b, K r)
     used = _span(need_A)
     keep = None
-    if threshold:
+    if taken:
+        flat = flat * (256 / (256 - threshold)) if threshold else flat
+    elif threshold:
         keep = _keep(seed, tokens, d, threshold, streams, blocks, accurate)
         dh = (dh * (256 / (256 - threshold))).permute(2, 0, 1, 3).contiguous()  # (b, N, L, K r)
     dx = dh.new_empty(0, dtype=dtype)
     dA = [a.new_empty(0) for a in A]
     drouter = dh.new_empty(0) if token_router is None else token_router.new_empty(0)
-    if need_dx:
+    if taken and (need_dx or used is not None):
+        dx, dA = cpu_passes.grad_down(x, flat, layout, A, seed, streams, threshold, need_dx, need_A)
+        if need_dx and dtoken_logits is not None:
+            dx.addmm_(dtoken_logits, token_router.to(dtype))
+        if need_dx and base_weight is not None:
+            dx.addmm_(g, base_weight)
+    elif need_dx:
         down = _down(A, ids, dtype)
         base = None if base_weight is None else g @ base_weight
         if dtoken_logits is not None:
@@ -457,13 +498,13 @@ def grad_input(
             dx = parts[0].mul_(keep[0])
             dx = blocks.join(dx if len(parts) == 1 else dx.addcmul_(parts[1], keep[1]))
             dx = (dx if base is None else dx.add_(base)).to(dtype)
-        if dmean is not None:
-            by_seq = cut(tokens, num_seqs, cu_seqlens)
-            routed, _ = _routed(route_mask, tokens, num_seqs, by_seq, dh)
-            dx += by_seq.join(routed[..., None] * by_seq.spread(dmean)[:, None])
+    if need_dx and dmean is not None:
+        by_seq = cut(tokens, num_seqs, cu_seqlens)
+        routed, _ = _routed(route_mask, tokens, num_seqs, by_seq, dh)
+        dx += by_seq.join(routed[..., None] * by_seq.spread(dmean)[:, None])
     if need_token_router:
         drouter = (dtoken_logits.mT @ x.to(accurate)).to(token_router.dtype)
-    if used is None:
+    if taken or used is None:
         return dx, dA, drouter
     banks = range(len(A))[used]
     x_blocks = blocks.split(x).to(accurate)

@@ -207,7 +207,7 @@ class MixtureExperts(nn.Module):
             **{"scaling": self.config.scaling, **how},
         )
         if base is not None and not plain:
-            mixed = mixed._replace(y=mixed.y.add_(base(x).view_as(mixed.y)))
+            mixed.y.add_(base(x).view_as(mixed.y))
         return self.finish(x, mixed, decision)
 
     def batch(self, x: Tensor, cu_seqlens: Tensor | None = None, route_mask: Tensor | None = None) -> Batch:
@@ -217,7 +217,7 @@ class MixtureExperts(nn.Module):
             TypeError, ValueError: an argument does not fit.
             RuntimeError: the backend that was asked for cannot run.
         """
-        num_seqs = check_x(x, self.in_features, cu_seqlens, next(self.parameters()).device)
+        num_seqs = check_x(x, self.in_features, cu_seqlens, next(iter(self._parameters.values())).device)
         check_route_mask(route_mask, x)
         dtype = compute_dtype(x)
         tokens = Tokens(
@@ -235,9 +235,10 @@ class MixtureExperts(nn.Module):
 
     def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
         """Keep what was decided, and give the output the shape of x."""
-        self._last = Mixed(None, *(None if t is None else t.detach() for t in mixed[1:]))
+        last = Mixed(None, *[t.detach() if t is not None and t.requires_grad else t for t in mixed[1:]])
+        self._last = last
         if decision is not None:
-            decision.last = self._last
+            decision.last = last
         return mixed.y.view(*x.shape[:-1], self.out_features)
 
     @property

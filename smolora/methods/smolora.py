@@ -220,7 +220,8 @@ class SMoLoRAExperts(MixtureExperts):
         if keep and self.config.fusion != "adaptive":
             fixed = FIXED_LOGIT[self.config.fusion]
             scores = torch.full(mixed.y.shape[:1], fixed, dtype=mixed.slot_weights.dtype, device=mixed.y.device)
-        return super().finish(x, mixed._replace(scores=scores), decision)
+        y, ids, slot_weights, logits, _ = mixed
+        return super().finish(x, Mixed(y, ids, slot_weights, logits, scores), decision)
 
     def last_chosen(self) -> Chosen:
         """Return the experts and gates of the last forward, as `forward` takes them for `routes`.
