@@ -134,8 +134,8 @@ def backend_info() -> dict[str, Any]:
         (None where the requested one cannot run). "backends": for each, whether it is "available", the "reason" if
         not, and the "version" of what it needs. Of torch, whether its passes on a CPU are "compiled", as they are where
         the installation found a C++ compiler, or slower, the same in torch's own operators. Of the CUDA kernels the
-        "driver" and "architectures", when "auto" takes them, and where they could not be built the "build_error", such as
-        the compiler's first, and the file "build_log" with all that it said.
+        "driver" and "architectures", when "auto" takes them, and where they could not be built the "build_error", such
+        as the compiler's first, and the file "build_log" with all that it said.
     """
     backends = {}
     for name in BACKENDS[1:]:
