@@ -1,12 +1,42 @@
 """The torch passes, through the engine, against sums of k-sized expert outputs that torch differentiates."""
 
 import pytest
+import torch
+from torch.utils._pytree import tree_map_only
 
-from mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, naive_call, run_call
+from mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, naive_call, plain, run_call
 from oracle import agree
+from smolora.engine import function
 
 
 @pytest.mark.parametrize("case", MIX_OPTIONS + MIX_SHAPES, ids=str)
 def test_against_the_equation(case: MixCase):
     call = build_call(case)
     agree(run_call(call, "torch"), naive_call(call), 1e-11)
+
+
+OPCHECKED = [
+    plain.but(mix="softmax", K=0, threshold=64),
+    plain.but(shared=True, routed=True, tasks=3, gate="all", gate_grad="all", mask=True),
+    plain.but(weights="token", K=0, lengths=(4, 9)),
+    plain.but(frozen=True, empty=True),
+]
+
+
+@pytest.mark.parametrize("case", OPCHECKED, ids=str)
+def test_opcheck(case: MixCase, monkeypatch: pytest.MonkeyPatch):
+    """Every operator with the arguments of a call: schema, fakes, and nothing mutated or aliased."""
+    calls = {}
+    for name in ("route_shrink", "fuse_expand", "grad_output", "grad_input"):
+        operator = getattr(function, name)
+
+        def record(*arguments, name=name, operator=operator):
+            calls[name] = (operator, arguments)
+            return operator(*arguments)
+
+        monkeypatch.setattr(function, name, record)
+    run_call(build_call(case).to("cpu", torch.float32), "torch")
+    assert len(calls) == 4
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # empty outputs are compared
+    for operator, arguments in calls.values():
+        torch.library.opcheck(operator, tree_map_only(torch.Tensor, torch.Tensor.detach, tuple(arguments)))
