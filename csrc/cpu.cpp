@@ -10,6 +10,7 @@
 
 #include "cpu_decode.h"
 #include "cpu_dropout.h"
+#include "cpu_fusion.h"
 #include "cpu_products.h"
 
 namespace py = pybind11;
@@ -93,6 +94,16 @@ cpu::Up<T> up(const std::array<int64_t, 5>& sizes, Address cu, Address ids, cons
 }
 
 template <class T>
+cpu::Fusion<T> fusion(const std::array<int64_t, 5>& sizes, Address cu, Address ids, const std::array<int64_t, 2>& experts,
+                      bool shared, double scaling, Address h, Address w, Address slot_weights, Address logits) {
+  cpu::Fusion<T> job{};
+  job.at = layout(sizes, cu, ids, Banks(2));
+  job.shared = shared, job.scaling = scaling, job.experts[0] = experts[0], job.experts[1] = experts[1];
+  job.h = at<T>(h), job.w = at<T>(w), job.slot_weights = at<T>(slot_weights), job.logits = at<T>(logits);
+  return job;
+}
+
+template <class T>
 void define(py::module_& m, const std::string& type) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   using Sizes = std::array<int64_t, 5>;
@@ -132,6 +143,25 @@ void define(py::module_& m, const std::string& type) {
         cpu::Up<T> job = up<T>(sizes, cu, ids, banks, k);
         job.scaling = scaling, job.g = at<T>(g), job.u = at<T>(u), job.p = at<T>(p);
         cpu::grad_up(job);
+      },
+      unlocked);
+  using Two = std::array<int64_t, 2>;
+  m.def(
+      ("fuse_" + type).c_str(),
+      [](const Sizes& sizes, Address cu, Address ids, const Two& experts, bool shared, double scaling, Address h, Address w,
+         Address slot_weights, Address logits, Address u, bool fresh) {
+        cpu::Fusion<T> job = fusion<T>(sizes, cu, ids, experts, shared, scaling, h, w, slot_weights, logits);
+        job.u = at<T>(u);
+        cpu::fuse(job, fresh);
+      },
+      unlocked);
+  m.def(
+      ("grad_fuse_" + type).c_str(),
+      [](const Sizes& sizes, Address cu, Address ids, const Two& experts, bool shared, double scaling, Address h, Address w,
+         Address slot_weights, Address logits, Address p, Address dh, Address dw, Address dslot_weights) {
+        cpu::Fusion<T> job = fusion<T>(sizes, cu, ids, experts, shared, scaling, h, w, slot_weights, logits);
+        job.p = at<T>(p), job.dh = at<T>(dh), job.dw = at<T>(dw), job.dslot_weights = at<T>(dslot_weights);
+        cpu::grad_fuse(job);
       },
       unlocked);
   const auto scores = [](const std::array<int64_t, 4>& sizes, double scaling, Address B, Address importance) {

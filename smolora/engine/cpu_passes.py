@@ -228,6 +228,43 @@ def grad_up(
     return p, dB
 
 
+def fuse(
+    h: Tensor, w: Tensor, layout: Layout, slot_weights: Tensor, scaling: float, B: list[Tensor], logits: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return u = s c h (T, b K r) of mix "smolora", and the fusion's logits (T,) unless they are given."""
+    tokens, fresh = h.shape[0], logits is None
+    logits = h.new_empty(tokens) if fresh else logits
+    sizes = layout.sizes(tokens, B, h.shape[3])
+    u = h.new_empty((tokens, 2 * sizes[2] * sizes[3]))
+    _function("fuse", h.dtype)(
+        sizes, *layout.addresses(), [b.shape[0] for b in B], h.shape[2] < sizes[2], scaling, h.data_ptr(), w.data_ptr(),
+        slot_weights.data_ptr(), logits.data_ptr(), u.data_ptr(), fresh,
+    )  # fmt: skip
+    return u, logits
+
+
+def grad_fuse(
+    p: Tensor,
+    h: Tensor,
+    w: Tensor,
+    layout: Layout,
+    slot_weights: Tensor,
+    B: list[Tensor],
+    logits: Tensor,
+    need_slot_weights: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Return dh, dw of each bank's experts (E, r), and dslot_weights or (0,), from p = s B^T g (T, b K r)."""
+    sizes, experts = layout.sizes(h.shape[0], B, h.shape[3]), [b.shape[0] for b in B]
+    dh, dw = torch.empty_like(h), torch.empty_like(w)
+    dslot_weights = torch.empty_like(slot_weights) if need_slot_weights else h.new_empty(0)
+    _function("grad_fuse", h.dtype)(
+        sizes, *layout.addresses(), experts, h.shape[2] < sizes[2], 1.0, h.data_ptr(), w.data_ptr(),
+        slot_weights.data_ptr(), logits.data_ptr(), p.data_ptr(), dh.data_ptr(), dw.data_ptr(),
+        dslot_weights.data_ptr() if need_slot_weights else 0,
+    )  # fmt: skip
+    return dh, dw.split(experts), dslot_weights
+
+
 def score_weights(B: list[Tensor], importance: list[Tensor], scaling: float) -> Tensor:
     """Return w = s B^T I of the banks' experts, (sum of E, r)."""
     w = B[0].new_empty((sum(b.shape[0] for b in B), B[0].shape[2]))

@@ -302,6 +302,11 @@ def fuse_expand(
         y (T, k), and the scores that the mix made of h, (T,), or (0,).
     """
     layout = cpu_passes.Layout(num_seqs, cu_seqlens, ids)
+    taken = dtype == h.dtype and cpu_passes.takes(h, layout, B)
+    if taken and mix == "smolora" and cpu_passes.takes(h, layout, [w, slot_weights]):
+        u, fused = cpu_passes.fuse(h, w, layout, slot_weights, scaling, B, None)
+        y = cpu_passes.expand(u, layout, B, base_bias)
+        return (y if base_weight is None else y.addmm_(x, base_weight.mT)), fused
     blocks = _laid(h.shape[0], num_seqs, cu_seqlens, ids is None and slot_weights is None)
     ids, slot_weights, h = blocks.spread(ids), blocks.spread(slot_weights), blocks.split(h)
     fused = h.new_empty(0)
@@ -312,7 +317,7 @@ def fuse_expand(
         scores = blocks.split(scores)
     c = MIX[mix].coefficients(slot_weights, scores, scaling)
     scaled = _scaled(h, c, num_slots(ids, B, 0))
-    if dtype == h.dtype and cpu_passes.takes(h, layout, B):
+    if taken:
         y = cpu_passes.expand(blocks.join(scaled), layout, B, base_bias)
         return (y if base_weight is None else y.addmm_(x, base_weight.mT)), fused
     base = None if base_weight is None else torch.nn.functional.linear(x, base_weight, base_bias)
@@ -351,14 +356,28 @@ def grad_output(
     slots = num_slots(ids, B, 0)
     layout = cpu_passes.Layout(num_seqs, cu_seqlens, ids)
     taken = cpu_passes.takes(g, layout, B) and cpu_passes.takes(h, layout, importance)
-    blocks = _laid(h.shape[0], num_seqs, cu_seqlens, ids is None and slot_weights is None)
-    ids, slot_weights, h = blocks.spread(ids), blocks.spread(slot_weights), blocks.split(h)
-    scores = None if scores is None else blocks.split(scores)
-    c = MIX[mix].coefficients(slot_weights, scores, scaling)
+    if mix == "smolora":
+        taken = taken and cpu_passes.takes(h, layout, [w, slot_weights])
     need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
     dh, dslot_weights, dscores, dw = (g.new_empty(0, dtype=accurate) for _ in range(4))
     dB = [b.new_empty(0) for b in B]
     dI = [i.new_empty(0) for i in importance]
+    if taken and mix == "smolora":
+        u, _ = cpu_passes.fuse(h, w, layout, slot_weights, scaling, B, scores)
+        p, dB = cpu_passes.grad_up(g, u, layout, B, trained, scaling, need.p, need_B)
+        if need.p:
+            dh, dw, dslot_weights = cpu_passes.grad_fuse(p, h, w, layout, slot_weights, B, scores, need_slot_weights)
+        for bank, of_w in enumerate(dw if need.dw else ()):
+            dI[bank] = cpu_passes.grad_score_weights(
+                of_w, B[bank], importance[bank], scaling, dB[bank] if need_B[bank] else None, need_importance
+            )
+            if trained and need_B[bank]:
+                dB[bank].masked_fill_(~trained[bank][:, None, None], 0)
+        return dh if need_dh else h.new_empty(0), dB, dI, dslot_weights, dscores
+    blocks = _laid(h.shape[0], num_seqs, cu_seqlens, ids is None and slot_weights is None)
+    ids, slot_weights, h = blocks.spread(ids), blocks.spread(slot_weights), blocks.split(h)
+    scores = None if scores is None else blocks.split(scores)
+    c = MIX[mix].coefficients(slot_weights, scores, scaling)
     if taken and (need.p or any(need_B)):
         u = blocks.join(_scaled(h, c, slots))
         p, dB = cpu_passes.grad_up(g, u, layout, B, trained, scaling, need.p, need_B)
@@ -377,13 +396,6 @@ def grad_output(
         dslot_weights = blocks.gather(grads.slot_weights) if need_slot_weights else dslot_weights
         dscores = blocks.join(grads.scores) if need_scores else dscores
     if taken:
-        for bank, own in enumerate(_membership(ids, [b.shape[0] for b in B], accurate) if need.dw else ()):
-            of_w = _by_expert(own, dw)
-            if trained:
-                of_w = of_w.masked_fill(~trained[bank][:, None], 0)
-            dI[bank] = cpu_passes.grad_score_weights(
-                of_w, B[bank], importance[bank], scaling, dB[bank] if need_B[bank] else None, need_importance
-            )
         return dh, dB, dI, dslot_weights, dscores
     if need_importance:
         by_bank = (dw.flatten(2)[..., None] * torch.eye(2, dtype=accurate, device=dw.device)[:, None]).flatten(1, 2)

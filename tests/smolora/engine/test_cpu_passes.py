@@ -58,6 +58,7 @@ LARGE = [  # more than one block of tokens and of columns, and more than one til
     fused.but(n=3, S=150, d=300, k=290, r=16),
     fused.but(n=2, S=70, d=257, k=131, r=12, K=2, gate_grad="chosen", threshold=26),
     fused.but(lengths=(3, 0, 200, 65), d=140, k=400, r=4, threshold=64),
+    fused.but(n=3, S=70, d=33, k=140, r=3, frozen=True),  # importance learns from frozen experts too
     plain.but(n=2, S=130, d=150, k=1300, r=5, K=3, empty=True, frozen=True, threshold=26),
     plain.but(n=2, S=130, d=150, k=200, r=40, shared=True, K=3, empty=True),
     plain.but(lengths=(70, 1, 129), d=200, k=150, mix="softmax", K=0, E=(3,), threshold=64),
@@ -88,7 +89,7 @@ def test_without_a_compiler(case: MixCase, hidden: None):
 @needs_compiler
 def test_what_runs_compiled(monkeypatch: pytest.MonkeyPatch):
     """All products of float32 and float64; none of bfloat16, or where parameters have another dtype than x."""
-    passes = {"shrink", "expand", "grad_up", "grad_down", "scores", "grad_scores"}
+    passes = {"shrink", "fuse", "expand", "grad_up", "grad_fuse", "grad_down", "scores", "grad_scores"}
     for dtype, expected in ((torch.float32, passes), (torch.float64, passes), (torch.bfloat16, set())):
         spy = Spy(monkeypatch)
         call = build_call(fused).to("cpu", dtype)

@@ -1,0 +1,137 @@
+#include "cpu_fusion.h"
+
+#include <cmath>
+
+namespace cpu {
+namespace {
+
+constexpr int64_t kBlock = 64;  // tokens that are added up before they join the rest
+
+// What a slot of a sequence is.
+template <class T>
+struct Slot {
+  int64_t h;  // where its h begins in a token's
+  const T* w;
+  T weight;
+};
+
+template <class T>
+INLINE Slot<T> slot_of(const Fusion<T>& job, int64_t seq, int64_t bank, int64_t slot) {
+  const int64_t expert = std::max<int64_t>(job.at.expert(seq, bank, slot), 0) + (bank ? job.experts[0] : 0);
+  const int64_t h = (job.shared ? bank : bank * job.at.slots + slot) * job.at.rank;
+  return {h, job.w + expert * job.at.rank, job.slot_weights[(seq * 2 + bank) * job.at.slots + slot]};
+}
+
+template <class T>
+INLINE T dot(const T* a, const T* b, int64_t size) {
+  T lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+  }
+  for (; i < size; ++i) lanes[i % 8] += a[i] * b[i];
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+// sigmoid(logit) and sigmoid(-logit), either to full precision
+template <class T>
+INLINE void shares(T logit, T out[2]) {
+  const T small = std::exp(-std::abs(logit)), lower = small / (1 + small), upper = 1 / (1 + small);
+  out[0] = logit < 0 ? lower : upper, out[1] = logit < 0 ? upper : lower;
+  if (logit != logit) out[0] = out[1] = logit;
+}
+
+template <class T>
+INLINE int64_t h_columns(const Fusion<T>& job) {
+  return (job.shared ? 2 : 2 * job.at.slots) * job.at.rank;
+}
+
+template <class T>
+void fuse_seq(const Fusion<T>& job, int64_t seq, bool fresh) {
+  const int64_t slots = job.at.slots, r = job.at.rank, h_row = h_columns(job);
+  for (int64_t token = job.at.begin(seq); token < job.at.end(seq); ++token) {
+    const T* h = job.h + token * h_row;
+    if (fresh) {
+      T score[2] = {};
+      for (int64_t i = 0; i < 2 * slots; ++i) {
+        const Slot<T> slot = slot_of(job, seq, i / slots, i % slots);
+        score[i / slots] += slot.weight * dot(h + slot.h, slot.w, r);
+      }
+      job.logits[token] = score[0] - score[1];
+    }
+    T share[2];
+    shares(job.logits[token], share);
+    for (int64_t i = 0; i < 2 * slots; ++i) {
+      const Slot<T> slot = slot_of(job, seq, i / slots, i % slots);
+      const T factor = job.scaling * share[i / slots] * slot.weight;
+      T* u = job.u + token * job.at.columns() + i * r;
+      for (int64_t j = 0; j < r; ++j) u[j] = factor * h[slot.h + j];
+    }
+  }
+}
+
+template <class T>
+void grad_seq(const Fusion<T>& job, int64_t seq) {
+  const int64_t slots = job.at.slots, r = job.at.rank, used = job.at.columns(), h_row = h_columns(job);
+  T* dw = job.parts + seq * used;
+  T* dq = job.dslot_weights == nullptr ? nullptr : job.dslot_weights + seq * 2 * slots;
+  std::vector<T> block(used + 2 * slots);  // of dw, and of dslot_weights
+  std::fill(dw, dw + used, T(0));
+  if (dq != nullptr) std::fill(dq, dq + 2 * slots, T(0));
+  const int64_t end = job.at.end(seq);
+  for (int64_t first = job.at.begin(seq); first < end; first += kBlock) {
+    std::fill(block.begin(), block.end(), T(0));
+    for (int64_t token = first; token < std::min(first + kBlock, end); ++token) {
+      const T *h = job.h + token * h_row, *p = job.p + token * used;
+      T* dh = job.dh + token * h_row;
+      T share[2], along[2] = {};
+      shares(job.logits[token], share);
+      for (int64_t i = 0; i < 2 * slots; ++i) {
+        const Slot<T> slot = slot_of(job, seq, i / slots, i % slots);
+        along[i / slots] += slot.weight * dot(p + i * r, h + slot.h, r);
+      }
+      const T delta = share[0] * share[1] * (along[0] - along[1]);
+      std::fill(dh, dh + h_row, T(0));
+      for (int64_t i = 0; i < 2 * slots; ++i) {
+        const Slot<T> slot = slot_of(job, seq, i / slots, i % slots);
+        const T part = share[i / slots], mine = i < slots ? delta : -delta, along_h = mine * slot.weight;
+        T* own = block.data() + i * r;
+        for (int64_t j = 0; j < r; ++j) {
+          dh[slot.h + j] += slot.weight * (part * p[i * r + j] + mine * slot.w[j]);
+          own[j] += along_h * h[slot.h + j];
+        }
+        if (dq != nullptr) block[used + i] += part * dot(p + i * r, h + slot.h, r) + mine * dot(slot.w, h + slot.h, r);
+      }
+    }
+    for (int64_t i = 0; i < used; ++i) dw[i] += block[i];
+    for (int64_t i = 0; i < 2 * slots && dq != nullptr; ++i) dq[i] += block[used + i];
+  }
+}
+
+}  // namespace
+
+template <class T>
+void fuse(const Fusion<T>& job, bool fresh) {
+  parallel(job.at.seqs, job.at.threads, [&](int64_t seq) { fuse_seq(job, seq, fresh); });
+}
+
+template <class T>
+void grad_fuse(Fusion<T> job) {
+  const int64_t used = job.at.columns(), r = job.at.rank;
+  std::vector<T> parts(job.at.seqs * used);
+  job.parts = parts.data();
+  parallel(job.at.seqs, job.at.threads, [&](int64_t seq) { grad_seq(job, seq); });
+  std::fill(job.dw, job.dw + (job.experts[0] + job.experts[1]) * r, T(0));
+  for (int64_t i = 0; i < job.at.seqs * used; ++i) {
+    const int64_t slot = i / r, bank = slot / job.at.slots % 2;
+    const int64_t expert = std::max<int32_t>(job.at.ids[slot], 0) + (bank ? job.experts[0] : 0);
+    job.dw[expert * r + i % r] += parts[i];
+  }
+}
+
+template void fuse<float>(const Fusion<float>&, bool);
+template void fuse<double>(const Fusion<double>&, bool);
+template void grad_fuse<float>(Fusion<float>);
+template void grad_fuse<double>(Fusion<double>);
+
+}  // namespace cpu
