@@ -94,8 +94,9 @@ cpu::Up<T> up(const std::array<int64_t, 5>& sizes, Address cu, Address ids, cons
 }
 
 template <class T>
-cpu::Fusion<T> fusion(const std::array<int64_t, 5>& sizes, Address cu, Address ids, const std::array<int64_t, 2>& experts,
-                      bool shared, double scaling, Address h, Address w, Address slot_weights, Address logits) {
+cpu::Fusion<T> fusion(const std::array<int64_t, 5>& sizes, Address cu, Address ids,
+                      const std::array<int64_t, 2>& experts, bool shared, double scaling, Address h, Address w,
+                      Address slot_weights, Address logits) {
   cpu::Fusion<T> job{};
   job.at = layout(sizes, cu, ids, Banks(2));
   job.shared = shared, job.scaling = scaling, job.experts[0] = experts[0], job.experts[1] = experts[1];
@@ -148,8 +149,8 @@ void define(py::module_& m, const std::string& type) {
   using Two = std::array<int64_t, 2>;
   m.def(
       ("fuse_" + type).c_str(),
-      [](const Sizes& sizes, Address cu, Address ids, const Two& experts, bool shared, double scaling, Address h, Address w,
-         Address slot_weights, Address logits, Address u, bool fresh) {
+      [](const Sizes& sizes, Address cu, Address ids, const Two& experts, bool shared, double scaling, Address h,
+         Address w, Address slot_weights, Address logits, Address u, bool fresh) {
         cpu::Fusion<T> job = fusion<T>(sizes, cu, ids, experts, shared, scaling, h, w, slot_weights, logits);
         job.u = at<T>(u);
         cpu::fuse(job, fresh);
@@ -157,8 +158,8 @@ void define(py::module_& m, const std::string& type) {
       unlocked);
   m.def(
       ("grad_fuse_" + type).c_str(),
-      [](const Sizes& sizes, Address cu, Address ids, const Two& experts, bool shared, double scaling, Address h, Address w,
-         Address slot_weights, Address logits, Address p, Address dh, Address dw, Address dslot_weights) {
+      [](const Sizes& sizes, Address cu, Address ids, const Two& experts, bool shared, double scaling, Address h,
+         Address w, Address slot_weights, Address logits, Address p, Address dh, Address dw, Address dslot_weights) {
         cpu::Fusion<T> job = fusion<T>(sizes, cu, ids, experts, shared, scaling, h, w, slot_weights, logits);
         job.p = at<T>(p), job.dh = at<T>(dh), job.dw = at<T>(dw), job.dslot_weights = at<T>(dslot_weights);
         cpu::grad_fuse(job);

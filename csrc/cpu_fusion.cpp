@@ -22,14 +22,15 @@ INLINE Slot<T> slot_of(const Fusion<T>& job, int64_t seq, int64_t bank, int64_t 
   return {h, job.w + expert * job.at.rank, job.slot_weights[(seq * 2 + bank) * job.at.slots + slot]};
 }
 
+// in double, since the scores of two banks are subtracted
 template <class T>
-INLINE T dot(const T* a, const T* b, int64_t size) {
-  T lanes[8] = {};
+INLINE double dot(const T* a, const T* b, int64_t size) {
+  double lanes[8] = {};
   int64_t i = 0;
   for (; i + 8 <= size; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += double(a[i + lane]) * double(b[i + lane]);
   }
-  for (; i < size; ++i) lanes[i % 8] += a[i] * b[i];
+  for (; i < size; ++i) lanes[i % 8] += double(a[i]) * double(b[i]);
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
@@ -52,7 +53,7 @@ void fuse_seq(const Fusion<T>& job, int64_t seq, bool fresh) {
   for (int64_t token = job.at.begin(seq); token < job.at.end(seq); ++token) {
     const T* h = job.h + token * h_row;
     if (fresh) {
-      T score[2] = {};
+      double score[2] = {};
       for (int64_t i = 0; i < 2 * slots; ++i) {
         const Slot<T> slot = slot_of(job, seq, i / slots, i % slots);
         score[i / slots] += slot.weight * dot(h + slot.h, slot.w, r);
@@ -75,37 +76,39 @@ void grad_seq(const Fusion<T>& job, int64_t seq) {
   const int64_t slots = job.at.slots, r = job.at.rank, used = job.at.columns(), h_row = h_columns(job);
   T* dw = job.parts + seq * used;
   T* dq = job.dslot_weights == nullptr ? nullptr : job.dslot_weights + seq * 2 * slots;
-  std::vector<T> block(used + 2 * slots);  // of dw, and of dslot_weights
+  std::vector<T> block(used);  // of dw
+  std::vector<double> weights(2 * slots);  // dslot_weights, whose sums cancel in the routers' gradients
   std::fill(dw, dw + used, T(0));
-  if (dq != nullptr) std::fill(dq, dq + 2 * slots, T(0));
   const int64_t end = job.at.end(seq);
   for (int64_t first = job.at.begin(seq); first < end; first += kBlock) {
     std::fill(block.begin(), block.end(), T(0));
     for (int64_t token = first; token < std::min(first + kBlock, end); ++token) {
       const T *h = job.h + token * h_row, *p = job.p + token * used;
       T* dh = job.dh + token * h_row;
-      T share[2], along[2] = {};
+      T share[2];
+      double along[2] = {};
       shares(job.logits[token], share);
       for (int64_t i = 0; i < 2 * slots; ++i) {
         const Slot<T> slot = slot_of(job, seq, i / slots, i % slots);
         along[i / slots] += slot.weight * dot(p + i * r, h + slot.h, r);
       }
-      const T delta = share[0] * share[1] * (along[0] - along[1]);
+      const T delta = double(share[0]) * double(share[1]) * (along[0] - along[1]);
       std::fill(dh, dh + h_row, T(0));
       for (int64_t i = 0; i < 2 * slots; ++i) {
         const Slot<T> slot = slot_of(job, seq, i / slots, i % slots);
         const T part = share[i / slots], mine = i < slots ? delta : -delta, along_h = mine * slot.weight;
         T* own = block.data() + i * r;
         for (int64_t j = 0; j < r; ++j) {
-          dh[slot.h + j] += slot.weight * (part * p[i * r + j] + mine * slot.w[j]);
+          const T gated = part * p[i * r + j] + mine * slot.w[j];
+          dh[slot.h + j] += slot.weight * gated;
           own[j] += along_h * h[slot.h + j];
+          if (dq != nullptr) weights[i] += double(gated) * double(h[slot.h + j]);
         }
-        if (dq != nullptr) block[used + i] += part * dot(p + i * r, h + slot.h, r) + mine * dot(slot.w, h + slot.h, r);
       }
     }
     for (int64_t i = 0; i < used; ++i) dw[i] += block[i];
-    for (int64_t i = 0; i < 2 * slots && dq != nullptr; ++i) dq[i] += block[used + i];
   }
+  for (int64_t i = 0; i < 2 * slots && dq != nullptr; ++i) dq[i] = weights[i];
 }
 
 }  // namespace
