@@ -115,7 +115,7 @@ class MixtureExperts(nn.Module):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the parameters by name, in the order in which they are drawn."""
-        raise NotImplementedError
+        raise NotImplementedError  # every mixture has its own: there is no default
 
     def reset_parameters(self) -> None:
         """Initialise the adapter."""
@@ -168,7 +168,7 @@ class MixtureExperts(nn.Module):
                 What only values can tell (a NaN, an empty mask, a number out of range) is checked on CPU tensors, and
                 on a GPU when the environment variable SMOLORA_CHECK is 1, since reading them waits for the GPU.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every mixture has its own: there is no default
 
     def forward(
         self,
