@@ -2,8 +2,8 @@
 
 import pytest
 
-import emulation
 from smolora.engine import cuda_build
+from support import emulation
 
 
 @pytest.fixture

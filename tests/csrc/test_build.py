@@ -18,8 +18,8 @@ import setuptools
 import torch
 
 import cuda_report
-from project import ROOT, add_packages, copy_project, empty_environment
 from smolora.engine import cuda_build as cuda
+from support.project import ROOT, add_packages, copy_project, empty_environment
 
 KNOWN = "sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
 NVCC = """#!/bin/sh

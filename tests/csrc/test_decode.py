@@ -5,12 +5,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import smolora
-from cases import plain
-from oracle import PARAMETERS, Batch, Case, build, check, complaints, error, reference
 from smolora.engine import cuda_passes
 from smolora.methods.base import decode_layers
 from smolora.methods.smolora import SMoLoRAExperts
 from smolora.spec import Mixed
+from support.cases import plain
+from support.oracle import PARAMETERS, Batch, Case, build, check, complaints, error, reference
 
 float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
 

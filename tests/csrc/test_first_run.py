@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cuda_report
-from project import ROOT, add_packages, copy_project, empty_environment
+from support.project import ROOT, add_packages, copy_project, empty_environment
 
 NVCC = cuda_report.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc, and there is none")
@@ -115,12 +115,12 @@ def until_card(project: Path, set_up: str, request: pytest.FixtureRequest) -> st
     """The Python of `make gpu-setup`, for programs that run as far as they come without a card."""
     if NVCC is not None:
         request.getfixturevalue("built")  # in the same checkout
-    return f"{project}/.venv-gpu/bin/python {project}/tests/support/until_card.py"
+    return f"{project}/.venv-gpu/bin/python {project}/tests/lib/support/until_card.py"
 
 
 def make(project: Path, target: str, *variables: str, **environment: str) -> str:
     """What one of the Makefile's parts for a GPU prints."""
-    support = {"PYTHONPATH": "tests/support", "OMP_NUM_THREADS": "1"}
+    support = {"PYTHONPATH": "tests/lib", "OMP_NUM_THREADS": "1"}
     return run("make", target, "GPU_WORKERS=0", *variables, cwd=project, **support, **environment)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mixtures import (
+from smolora.engine import cuda_passes, function, torch_passes
+from support.mixtures import (
     MIX_OPTIONS,
     MIX_SHAPES,
     Call,
@@ -16,8 +17,7 @@ from mixtures import (
     run_call,
     smolora,
 )
-from oracle import complaints, error
-from smolora.engine import cuda_passes, function, torch_passes
+from support.oracle import complaints, error
 
 float32, bfloat16 = torch.float32, torch.bfloat16
 PASSES = ("route_shrink", "fuse_expand", "grad_output", "grad_input")

@@ -7,11 +7,11 @@ import torch
 from safetensors import safe_open
 
 import smolora
-from cases import OPTIONS, RANKS, SHAPES, plain
-from oracle import PARAMETERS, Case, build, check, complaints, error, reference, run
 from smolora.engine import cuda_passes, function
 from smolora.engine.philox import keep_masks
 from smolora.reference import philox_bytes
+from support.cases import OPTIONS, RANKS, SHAPES, plain
+from support.oracle import PARAMETERS, Case, build, check, complaints, error, reference, run
 
 float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
 GOLDEN = Path(__file__).parents[1] / "golden"

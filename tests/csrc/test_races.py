@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-import emulation
 import smolora
-from oracle import Case, build, run
+from support import emulation
+from support.oracle import Case, build, run
 
 plain = Case()
 BARRIERS = [

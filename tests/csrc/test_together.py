@@ -14,7 +14,7 @@ import smolora
 from smolora.engine import cuda_passes
 from smolora.tuner import context as tuner_context
 from smolora.tuner.context import CONTEXT
-from tiny_llava import INSTRUCTION_DIM, fill_adapters, tiny_config, tiny_llama
+from support.tiny_llava import INSTRUCTION_DIM, fill_adapters, tiny_config, tiny_llama
 
 TOGETHER = [2, 1] * 2  # projections of each launch, in two layers: gate with up, and down
 APART = [1, 1, 1] * 2

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import smolora
-from cases import plain
-from oracle import PARAMETERS, build, error, run
 from smolora.reference import smolora_forward
+from support.cases import plain
+from support.oracle import PARAMETERS, build, error, run
 
 pytestmark = pytest.mark.gpu
 bfloat16 = torch.bfloat16

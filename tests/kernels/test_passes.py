@@ -7,13 +7,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import mixtures
 import smolora
-from cases import OPTIONS, RANKS, SHAPES, plain
-from mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, check_call, run_call
-from oracle import Case, build, check, error, run
 from recorded import RecordedPasses, named_results
 from smolora.engine import torch_passes
+from support import mixtures
+from support.cases import OPTIONS, RANKS, SHAPES, plain
+from support.mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, check_call, run_call
+from support.oracle import Case, build, check, error, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="the interpreter is off: kernels run on the GPU here")

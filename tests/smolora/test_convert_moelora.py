@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from smolora import cli
 from smolora.convert_moelora import convert_official, convert_to_official
-from tiny_llava import batch, tiny_llava
+from support.tiny_llava import batch, tiny_llava
 
 E, R, ALPHA = 4, 8, 16
 

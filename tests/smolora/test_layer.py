@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import smolora
-from cases import plain
-from oracle import PARAMETERS, Case, agree, build, collect, complaints, reference, run
 from smolora import FusedSMoLoRA, SMoLoRAConfig
+from support.cases import plain
+from support.oracle import PARAMETERS, Case, agree, build, collect, complaints, reference, run
 
 # ----------------------------------------------------------------------------------------------------------- parameters
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import plain
-from oracle import ROUNDING, Case, agree, build, error, reference, run
 from smolora import FusedSMoLoRA
+from support.cases import plain
+from support.oracle import ROUNDING, Case, agree, build, error, reference, run
 
 
 class Doubled(nn.Linear):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import smolora
-from cases import plain
-from oracle import PARAMETERS, ROUNDING, Case, agree, build, error, run
 from smolora import FusedSMoLoRA
+from support.cases import plain
+from support.oracle import PARAMETERS, ROUNDING, Case, agree, build, error, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: kernels run on the GPU here")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import smolora
-from cases import plain
-from oracle import PARAMETERS, Case, agree, build, error, run
 from smolora import FusedSMoLoRA, SMoLoRAConfig
 from smolora.engine import torch_passes
+from support.cases import plain
+from support.oracle import PARAMETERS, Case, agree, build, error, run
 
 # ---------------------------------------------------------------------------------------------------------- what trains
 

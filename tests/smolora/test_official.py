@@ -9,9 +9,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import smolora
-from oracle import PARAMETERS, Batch, collect, error, run
 from smolora import FusedSMoLoRA, SMoLoRAConfig
 from smolora.reference import smolora_forward
+from support.oracle import PARAMETERS, Batch, collect, error, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: kernels run on the GPU here")

@@ -17,7 +17,7 @@ import smolora
 from smolora.config import SMOLORA
 from smolora.tuner import MixtureLinear, SMoLoRAModel
 from smolora.tuner.loading import refused_peft
-from tiny_llava import (
+from support.tiny_llava import (
     ADAPTED,
     FFN,
     PARAMETERS,

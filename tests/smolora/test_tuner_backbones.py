@@ -6,8 +6,8 @@ import transformers as T
 from peft import get_peft_model
 
 import smolora
-from backbones import BACKBONES, IMAGE, SIGLIP, TEXT, TEXT_ONLY, TOWER, VOCABULARY, drawn, qformer
-from tiny_llava import embeddings, tiny_config
+from support.backbones import BACKBONES, IMAGE, SIGLIP, TEXT, TEXT_ONLY, TOWER, VOCABULARY, drawn, qformer
+from support.tiny_llava import embeddings, tiny_config
 
 ALL = {**BACKBONES, **TEXT_ONLY}
 GREEDY = {"max_new_tokens": 5, "do_sample": False}

@@ -16,7 +16,7 @@ from transformers import CompileConfig, DynamicCache, LogitsProcessor, StoppingC
 import smolora
 from smolora import MoELoRAConfig
 from smolora.tuner import MixtureLinear
-from tiny_llava import EOS, PAD, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llama, tiny_llava
+from support.tiny_llava import EOS, PAD, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llama, tiny_llava
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 

@@ -10,7 +10,7 @@ from transformers import StaticCache
 import smolora
 from small_llava import small_adapter, small_llava
 from smolora.tuner.context import CONTEXT
-from tiny_llava import INSTRUCTION_DIM, adapted, batch, embeddings, tiny_config
+from support.tiny_llava import INSTRUCTION_DIM, adapted, batch, embeddings, tiny_config
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default}  # wait for a GPU

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import smolora
 from smolora.methods.smolora import SMoLoRAExperts
-from tiny_llava import adapted, batch, embeddings, tiny_config
+from support.tiny_llava import adapted, batch, embeddings, tiny_config
 
 LENGTHS, IMAGES = (5, 9, 4, 7), (1, 2, 0, 0)  # the second rank has no image
 

@@ -9,8 +9,8 @@ from peft import get_peft_model
 from transformers import DynamicCache, LlavaModel, StaticCache
 
 import smolora
-from spy import GATE, PROJECTOR, Spy, check, expected, layers_of
-from tiny_llava import (
+from support.spy import GATE, PROJECTOR, Spy, check, expected, layers_of
+from support.tiny_llava import (
     FFN,
     adapted,
     batch,

@@ -11,7 +11,7 @@ from torch import nn
 
 import smolora
 from smolora.config import MixtureConfig
-from tiny_llava import ADAPTED, batch, tiny_llava
+from support.tiny_llava import ADAPTED, batch, tiny_llava
 
 OPTIONS = {
     "moelora": {"num_experts": 3},

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from transformers import DataCollatorWithFlattening
 
 import smolora
-from tiny_llava import INSTRUCTION_DIM, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llama
+from support.tiny_llava import INSTRUCTION_DIM, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llama
 
 LENGTHS = (6, 9, 1, 4)
 

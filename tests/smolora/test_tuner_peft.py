@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.utils.hotswap import hotswap_adapter
 from transformers import Trainer, TrainingArguments
 
-from tiny_llava import adapted, batch, embeddings, fill_adapters, logits, tiny_config, tiny_llava, trainable
+from support.tiny_llava import adapted, batch, embeddings, fill_adapters, logits, tiny_config, tiny_llava, trainable
 
 
 def tied():

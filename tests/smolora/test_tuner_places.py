@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import smolora
 from smolora import MoELoRAConfig
 from smolora.tuner import MixtureLinear
-from tiny_llava import (
+from support.tiny_llava import (
     INSTRUCTION_DIM,
     adapted,
     batch,

@@ -9,8 +9,8 @@ from transformers import Trainer, TrainingArguments
 
 import smolora
 from smolora.tuner.entries import OWN_KEYWORDS
-from spy import Spy, check
-from tiny_llava import INSTRUCTION_DIM, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llava
+from support.spy import Spy, check
+from support.tiny_llava import INSTRUCTION_DIM, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llava
 
 DOWN = "model.language_model.layers.1.mlp.down_proj"
 

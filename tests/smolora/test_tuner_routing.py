@@ -5,8 +5,8 @@ import torch
 from peft import PeftModel
 
 import smolora
-from spy import GATE, Spy, check, expected, layers_of
-from tiny_llava import (
+from support.spy import GATE, Spy, check, expected, layers_of
+from support.tiny_llava import (
     BOS,
     IMAGE,
     PATCHES,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from smolora.tuner.loading import refused_peft
-from tiny_llava import (
+from support.tiny_llava import (
     ADAPTED,
     PARAMETERS,
     adapted,

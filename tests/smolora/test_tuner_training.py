@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import smolora
 from smolora.tuner import MixtureLinear
-from tiny_llava import adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llava
+from support.tiny_llava import adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llava
 
 ANSWER = {"answer": 3}
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cases import plain
-from oracle import build, complaints, error, reference, run
 from smolora.engine import mixes, torch_passes
+from support.cases import plain
+from support.oracle import build, complaints, error, reference, run
 
 
 def altered(function: Callable, **changes: Callable) -> Callable:

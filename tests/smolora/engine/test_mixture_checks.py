@@ -8,9 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from mixtures import MixCase, check_call, plain
 from smolora.engine import torch_passes
 from smolora.engine.ops import BACKENDS
+from support.mixtures import MixCase, check_call, plain
 
 softmax = plain.but(mix="softmax", K=0)
 shared = plain.but(shared=True, K=3)

@@ -7,9 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import smolora
-from cases import plain
-from oracle import PARAMETERS, Case, build, run
 from smolora.engine import function
+from support.cases import plain
+from support.oracle import PARAMETERS, Case, build, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [pytest.param("torch", "cpu")]

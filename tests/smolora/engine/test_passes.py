@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, naive_call, plain, run_call
-from oracle import agree
 from smolora.engine import function
+from support.mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, naive_call, plain, run_call
+from support.oracle import agree
 
 
 @pytest.mark.parametrize("case", MIX_OPTIONS + MIX_SHAPES, ids=str)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cases import OPTIONS, RANKS, SHAPES, plain
-from oracle import PARAMETERS, Case, build, check, run
 from smolora.engine import cpu_passes, philox, torch_passes
 from smolora.reference import philox_bytes, smolora_forward
+from support.cases import OPTIONS, RANKS, SHAPES, plain
+from support.oracle import PARAMETERS, Case, build, check, run
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

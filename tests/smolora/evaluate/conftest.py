@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import small_llava
-from answers import BATCHED
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import PromptEncoder
 from smolora.evaluate.generate import Job, generate_answers
+from support.answers import BATCHED
 
 
 class IdEncoder(PromptEncoder):

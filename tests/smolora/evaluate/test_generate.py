@@ -19,12 +19,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import small_llava
-from answers import BATCHED, info, read
 from smolora.data.format import read_answers
 from smolora.data.prompts import PromptEncoder
 from smolora.evaluate.generate import GenerationSettings, Job, answer_id, generate_answers, plan_batches
 from smolora.evaluate.score import score, skipped_path
 from smolora.io.files import locked
+from support.answers import BATCHED, info, read
 
 # ---- the same answers
 

@@ -11,7 +11,7 @@ from accelerate import disk_offload
 
 import small_llava
 import smolora
-from answers import BATCHED, info, read
+from support.answers import BATCHED, info, read
 
 # ---- what the model brings
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import smolora
-from oracle import agree
+from support.oracle import agree
 
 GOLDEN = Path(__file__).parents[2] / "golden/methods"
 

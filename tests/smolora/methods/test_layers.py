@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import smolora
-from layers import (
+from support.layers import (
     BRANCH,
     LAYERS,
     LILORA,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smolora.train.recipe import Recipe, load_recipe
-from train_world import make_world
+from support.train_world import make_world
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 from smolora.data.prompts import SYSTEM, PromptEncoder
 from smolora.train.data import Collator, GlobalBatches, Samples, TaskSamples
 from smolora.train.run import Run
-from train_world import OBJECT, SENTENCE
+from support.train_world import OBJECT, SENTENCE
 
 
 @pytest.fixture

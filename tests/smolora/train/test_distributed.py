@@ -26,7 +26,7 @@ def launch(recipe: Path, *overrides: str) -> None:
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            str(ROOT / "tests/support/two_ranks.py"), str(recipe), *overrides,
+            str(ROOT / "tests/lib/support/two_ranks.py"), str(recipe), *overrides,
         ],
         env={
             **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",

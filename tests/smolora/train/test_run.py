@@ -17,7 +17,7 @@ from smolora import cli
 from smolora.report import write_report
 from smolora.train.recipe import load_recipe
 from smolora.train.run import Run
-from train_world import make_world
+from support.train_world import make_world
 
 ROOT = Path(__file__).parents[3]
 STAGES = ("stage-1-ImageNet", "stage-2-Flickr30k", "downstream-few-shot/Places365, 2-shot")
@@ -25,9 +25,9 @@ STAGES = ("stage-1-ImageNet", "stage-2-Flickr30k", "downstream-few-shot/Places36
 
 def killed_runs(recipe: Path, seed: int, kills: int) -> list[dict]:
     """Run `killed.py`; the folders `run-whole` and `run-<n>` are beside the recipe then."""
-    paths = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests/support")]
+    paths = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests/lib")]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/support/killed.py"), str(recipe), str(seed), str(kills)],
+        [sys.executable, str(ROOT / "tests/lib/support/killed.py"), str(recipe), str(seed), str(kills)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True,
     )  # fmt: skip

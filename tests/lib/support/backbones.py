@@ -13,7 +13,7 @@ import transformers as T
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from tiny_llava import fill_adapters, tiny_config
+from support.tiny_llava import fill_adapters, tiny_config
 
 PAD, BOS, EOS, IMAGE, VIDEO, START, END = range(7)
 WORDS, VOCABULARY = 8, 64  # the first word, and one past the last

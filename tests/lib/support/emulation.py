@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EMULATOR = ROOT / "tests/csrc/emulator"
 SOURCES = [*sorted(ROOT.glob("csrc/*.cu")), EMULATOR / "emulate.cpp", ROOT / "csrc/bindings.cpp"]
 HEADERS = [*sorted(ROOT.glob("csrc/**/*.h")), *sorted(ROOT.glob("csrc/**/*.cuh")), EMULATOR / "emulate.h"]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MADE = ("__pycache__", "*.egg-info", "*.so", "_C.log", "results")
 MADE_AT_TOP = ("build", "data", "dist", "runs", ".*")
 

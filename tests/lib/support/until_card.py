@@ -41,7 +41,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:3] == ["-m", "pytest"]:
-        sys.exit(pytest.main([*sys.argv[3:], "-p", "until_card"]))
+        sys.exit(pytest.main([*sys.argv[3:], "-p", "support.until_card"]))
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     try:

@@ -1,6 +1,6 @@
 """The cases that every backend must pass, each with what it stresses."""
 
-from oracle import Case
+from support.oracle import Case
 
 plain = Case()
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import smolora
-from oracle import collect, complaints, drawn_seed
 from smolora import reference
+from support.oracle import collect, complaints, drawn_seed
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from oracle import collect, complaints
 from smolora.engine.function import mixture_linear
 from smolora.reference import dropout_factor
 from smolora.spec import Bank, Dropout, Mixed, Router, Slots, Tokens
+from support.oracle import collect, complaints
 
 SEED = 12345
 

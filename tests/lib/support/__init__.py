@@ -1,0 +1,1 @@
+"""What several tests share: cases, oracles, small models, and programs that tests start."""
