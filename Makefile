@@ -71,7 +71,7 @@ kernels: $(VENV)/.run
 
 INSTALLED := pyproject.toml setup.py constraints.txt
 
-define install # $(1): the extra in brackets, if any
+define install # $(1): the extra in brackets
 @test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 @echo "== $(VENV) 1/3: torch"
 @$(PY) $(PIP_INSTALL) -c constraints.txt torch
@@ -82,7 +82,7 @@ define install # $(1): the extra in brackets, if any
 endef
 
 $(VENV)/.run: $(INSTALLED)
-	$(call install,)
+	$(call install,[all])
 	@touch $@
 
 $(VENV)/.dev: $(INSTALLED)

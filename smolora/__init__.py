@@ -19,6 +19,8 @@ from .methods import (
 from .routing import Routing
 from .tuner import SMoLoRAModel, routing_report
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MIXTURES",
     "BranchLoRAConfig",
