@@ -128,8 +128,8 @@ $(NEWEST)/.ready: pyproject.toml setup.py
 
 # what smolora works with and does not need; not in .venv, where some of it would print a line in every program
 test-optional: $(OPTIONAL)/.ready
-	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(OPTIONAL)/bin/python -m pytest tests/smolora/test_tuner_training.py \
-		tests/smolora/test_tuner_distributed.py tests/examples -k 'quantised or qlora or sft or zero_3'
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(OPTIONAL)/bin/python -m pytest tests/smolora/tuner/test_training.py \
+		tests/smolora/tuner/test_distributed.py tests/examples -k 'quantised or qlora or sft or zero_3'
 
 $(OPTIONAL)/.ready: $(VENV)/.dev
 	@echo "== $(OPTIONAL): bitsandbytes, deepspeed and trl over $(VENV)"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
+GOLDEN = ROOT / "tests/golden"  # outputs of released codes
 MADE = ("__pycache__", "*.egg-info", "*.so", "_C.log", "results")
 MADE_AT_TOP = ("build", "data", "dist", "runs", ".*")
 

@@ -3,7 +3,6 @@
 import json
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +11,14 @@ from torch import Tensor, nn
 
 import smolora
 from support.oracle import agree
-
-GOLDEN = Path(__file__).parents[2] / "golden/methods"
+from support.project import GOLDEN
 
 
 class Golden:
     """A file: its tensors, and what its metadata says as numbers."""
 
     def __init__(self, name: str) -> None:
-        with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        with safe_open(GOLDEN / f"methods/{name}.safetensors", "pt") as file:
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.facts = {
                 key: json.loads(value) if value[:1] in "[-0123456789" else value

@@ -16,9 +16,10 @@ from smolora.config import MixtureConfig
 from smolora.methods.base import DropIn, Mixture, MixtureExperts, Prepared
 from smolora.spec import Bank
 from smolora.tuner.model import register
+from support.project import ROOT
 from support.tiny_llava import batch, tiny_llava
 
-DOCS = Path(__file__).parents[3] / "docs/architecture.md"
+DOCS = ROOT / "docs/architecture.md"
 (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
 words = {"dataclass": dataclass, "torch": torch, "Bank": Bank, "Prepared": Prepared}
 words |= {"MixtureConfig": MixtureConfig, "MixtureExperts": MixtureExperts, "__name__": __name__}

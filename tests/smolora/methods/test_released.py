@@ -1,7 +1,6 @@
 """The released layer: its checkpoints load, and its outputs and gradients come out, to rounding."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +11,11 @@ import smolora
 from smolora import FusedSMoLoRA, SMoLoRAConfig
 from smolora.reference import smolora_forward
 from support.oracle import PARAMETERS, Batch, collect, error, run
+from support.project import GOLDEN
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: kernels run on the GPU here")
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = {
     "layer_fp64_e4": 1e-12,  # 2 + 2 experts, one token a sample, no bias
     "layer_fp64_e8": 1e-12,  # 4 + 4 experts, odd sizes, a bias in the base
