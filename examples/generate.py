@@ -14,8 +14,8 @@ from tiny import SENTENCE, save_tiny_llava, squares
 from transformers import LlavaForConditionalGeneration
 
 import smolora
-from smolora.assemble import load_processor
 from smolora.data.images import read_image
+from smolora.official.assemble import load_processor
 
 
 def save_random_adapter(base: str | Path, folder: str | Path) -> Path:

@@ -14,7 +14,7 @@ from tiny import save_tiny_llava, squares
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 import smolora
-from smolora.assemble import load_processor
+from smolora.official.assemble import load_processor
 
 
 def collate(

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 import smolora
-from smolora.assemble import load_processor
+from smolora.official.assemble import load_processor
 
 
 class Collator(DataCollatorForVisionLanguageModeling):

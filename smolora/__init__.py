@@ -3,7 +3,7 @@
 from . import reference
 from .backends import backend_info, use_backend
 from .config import SMoLoRAConfig
-from .instruction import InstructionEncoder
+from .instructions.encoder import InstructionEncoder
 from .methods import (
     MIXTURES,
     BranchLoRAConfig,

@@ -5,24 +5,16 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub import hf_hub_download
-from packaging.version import Version
-from peft.config import PeftConfig
-from peft.utils.peft_types import PeftType
 from torch import Tensor
 
-from .checkpoint import add_checksums, read_tensors
-
-if Version(version("peft")).release < (0, 21):
-    raise ImportError(f"smolora needs peft 0.21 or newer, found {version('peft')}: pip install -U 'peft>=0.21'")
+from .io.embeddings import INSTRUCTION_FILE, read_instruction_embeddings, write_instruction_embeddings
+from .io.tensors import add_checksums, read_tensors
+from .peft_compat import PeftConfig, register_peft_type
 
 MAX_RANK = 128
-
-INSTRUCTION_FILE = "instruction_embeddings.safetensors"  # beside an adapter's files
-INSTRUCTION_KEY = "embeddings"  # its tensor, (rows, instruction_dim)
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT names them
 
 CHOICES = {
@@ -31,24 +23,6 @@ CHOICES = {
     "fusion": ("adaptive", "mean", "vu", "if"),
     "router_grad": ("none", "straight_through"),
 }
-
-
-def register_peft_type(name: str) -> PeftType:
-    """Add the member `name` to `peft.PeftType`, a string Enum that is closed for subclassing."""
-    if name in PeftType.__members__:
-        return PeftType[name]
-    member = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)
-    return member
-
-
-SMOLORA = register_peft_type("SMOLORA")
 
 
 def dropout_threshold(p: float) -> int:
@@ -275,8 +249,6 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
         """Write `adapter_config.json`, and `instruction_embeddings.safetensors` if there are any."""
         super().save_pretrained(save_directory, **kwargs)
         if self.instruction_embeddings is not None:
-            from .instruction import write_instruction_embeddings
-
             texts = self.instruction_texts or [None] * len(self.instruction_embeddings)
             write_instruction_embeddings(save_directory, self.instruction_embeddings, texts)
 
@@ -310,8 +282,6 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
         """
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no {path}, the instruction embeddings of default_instruction")
-        from .instruction import read_instruction_embeddings
-
         embeddings, texts = read_instruction_embeddings(path)
         if embeddings.shape[1] != self.instruction_dim:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import os
@@ -309,7 +308,7 @@ def _layer_fault(backend: str, device: str) -> str | None:
 
 
 def check_encoder(report: Report) -> None:
-    from .instruction import packaged_model
+    from .instructions.encoder import packaged_model
 
     try:
         report.add("Packages", "sentence encoder", packaged_model())
@@ -334,15 +333,3 @@ def diagnose() -> Report:
             part = check.__name__.removeprefix("check_").replace("_", " ")
             report.problem(f"{part} could not be examined: {_said(error)}", "report this with what stands above")
     return report
-
-
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None: it prints all it knows."""
-
-
-def run(args: argparse.Namespace) -> int:
-    print(diagnose().markdown(), end="")
-    return 0

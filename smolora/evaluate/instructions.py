@@ -8,20 +8,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import INSTRUCTION_FILE, SMoLoRAConfig
+from ..config import SMoLoRAConfig
 from ..data.format import Question
-from ..data.instructions import MULTI_TYPE, SINGLE_TYPE
-from ..instruction import InstructionEncoder, instruction_of, read_instruction_embeddings
+from ..instructions.encoder import InstructionEncoder
+from ..instructions.texts import instruction_of, known_instructions
+from ..io.embeddings import INSTRUCTION_FILE, read_instruction_embeddings
 from .datasets import find_dataset
 from .generate import Embed
 from .tasks import Task
 
 SOURCES = ("sample", "task_mean", "saved")
-
-
-def known_instructions(task: str) -> tuple[str, ...]:
-    """The benchmark's instructions of a task, single-type and multi-type."""
-    return SINGLE_TYPE.get(task, ()) + MULTI_TYPE.get(task, ())
 
 
 def embeds_of_texts(

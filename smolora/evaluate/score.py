@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.format import Skipped, read_answers, read_lines
-from ..io.files import path_argument
-from .datasets import DATASETS, PROTOCOLS, Files, find_dataset
+from .datasets import Files, find_dataset
 
 
 @dataclass(frozen=True)
@@ -141,27 +138,3 @@ def _percent(values: Sequence[float]) -> float | None:
 
 def _two(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
-    parser.add_argument(
-        "--annotations", required=True, action="append", type=path_argument, metavar="DIR",
-        help="folder with the dataset's files, or with a subfolder of its name; may be given several times",
-    )  # fmt: skip
-    parser.add_argument("--answers", required=True, type=path_argument, metavar="FILE", help="the answers, JSON lines")
-    parser.add_argument(
-        "--protocol", default="smolora", choices=PROTOCOLS,
-        help="smolora: as the paper's tables; standard: as the field means the metric (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object, in percent, unrounded")
-
-
-def run(args: argparse.Namespace) -> int:
-    result = score(args.dataset, args.annotations, args.answers, args.protocol)
-    if args.json:
-        print(json.dumps(result.as_dict()))
-        result.show_remark()
-    else:
-        result.show()
-    return 0

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset, Sampler
 from ..data.format import Conversation, read_conversations
 from ..data.images import BrokenImageError, ImageTransform
 from ..data.prompts import IGNORED_LABEL, PromptEncoder, Sample, pad
-from ..evaluate.instructions import known_instructions
-from ..instruction import InstructionEncoder
+from ..instructions.encoder import InstructionEncoder
+from ..instructions.texts import known_instructions
 from .methods import Stage
 from .recipe import Recipe, TaskRecipe
 

@@ -12,7 +12,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-PREPARATIONS: dict[str, str] = {"minicvit": "smolora.train.minicvit"}  # name: module
+PREPARATIONS: dict[str, str] = {"minicvit": "smolora.minicvit.prepare"}  # name: module
 
 
 def planned(preparations: dict[str, Any]) -> dict[Path, int | None]:

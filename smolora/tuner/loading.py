@@ -12,8 +12,9 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers.integrations import peft as integration
 
-from ..checkpoint import read_tensors
-from ..config import INSTRUCTION_FILE, MixtureConfig
+from ..config import MixtureConfig
+from ..io.embeddings import INSTRUCTION_FILE
+from ..io.tensors import read_tensors
 
 PREFIX = "base_model.model."  # of names in a PEFT model and its checkpoints
 

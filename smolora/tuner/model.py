@@ -12,9 +12,10 @@ from peft.utils import register_peft_method, resolve_quantization_backend
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from ..config import MixtureConfig, register_peft_type
+from ..config import MixtureConfig
 from ..methods import MIXTURES
 from ..methods.base import Mixture
+from ..peft_compat import register_peft_type
 from .context import CONTEXT, RoutingContext
 from .layer import MixtureLayer, layer_class, place_of
 from .loading import PREFIX, check_names, explain_refused_peft

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from smolora import cli
-from smolora.evaluate.cli import folder_name
+from smolora.cli.evaluate import folder_name
 from smolora.evaluate.score import score
 
 
@@ -273,5 +273,5 @@ def test_torchrun(base_folder, adapter_folder, released, tmp_path, capfd):
 
 def test_the_evaluator_does_not_need_the_trainer():
     """Without a recipe nothing of `smolora.train` is imported."""
-    code = "import sys, smolora.evaluate.cli; sys.exit(any(name.startswith('smolora.train') for name in sys.modules))"
+    code = "import sys, smolora.cli.evaluate; sys.exit(any(name.startswith('smolora.train') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0

@@ -9,10 +9,11 @@ import torch
 
 import smolora
 from smolora.data.format import Question
-from smolora.data.instructions import MULTI_TYPE
 from smolora.evaluate.instructions import embeds_of_texts, saved_embeds
 from smolora.evaluate.tasks import Task
-from smolora.instruction import InstructionEncoder, write_instruction_embeddings
+from smolora.instructions.encoder import InstructionEncoder
+from smolora.instructions.texts import MULTI_TYPE
+from smolora.io.embeddings import write_instruction_embeddings
 
 EMBEDDED = [
     "What is it?\nAnswer the question with a single word or a brief, descriptive phrase.",

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from smolora.cli import main
-from smolora.train import minicvit, prepare
+from smolora.minicvit import prepare as minicvit
+from smolora.train import prepare
 from smolora.train.plan import make_plan
 from smolora.train.recipe import load_recipe
 

@@ -14,7 +14,6 @@ from transformers import LlavaForConditionalGeneration
 from transformers.integrations import peft as integration
 
 import smolora
-from smolora.config import SMOLORA
 from smolora.tuner import MixtureLinear, SMoLoRAModel
 from smolora.tuner.loading import refused_peft
 from support.tiny_llava import (
@@ -42,7 +41,7 @@ def adapted_names(model):
 
 def test_registered_on_import():
     assert type(peft.get_peft_config({"peft_type": "SMOLORA", "r": 8})) is smolora.SMoLoRAConfig
-    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[SMOLORA] is SMoLoRAModel
+    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.SMOLORA] is SMoLoRAModel
 
 
 def test_an_older_peft_is_named(monkeypatch):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.minicvit import SETTINGS, TASKS, make_minicvit, training_files
 from ..io.files import user_path
-from .minicvit_base import make_base
+from .base_model import make_base
+from .tasks import SETTINGS, TASKS, make_minicvit, training_files
 
 
 class Options(NamedTuple):

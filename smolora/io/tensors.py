@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .io.files import atomic_file, read_text
+from .files import atomic_file, read_text
 
 # entries of a safetensors file's metadata: {tensor: digest} as JSON, with one digest for all other entries, and who
 # wrote them, so that no single flipped bit makes a file with checksums pass for one without

@@ -31,13 +31,13 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from ..checkpoint import read_json
-from ..data import minicvit, scenes
-from ..data.instructions import MULTI_TYPE, SINGLE_TYPE
-from ..data.minicvit import KINDS, QUIZ, WHERE, options
 from ..data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder, pad
-from ..data.scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, SIDE, WORDS, Dice
+from ..instructions.texts import MULTI_TYPE, SINGLE_TYPE
 from ..io.files import atomic_folder, locked, write_json
+from ..io.tensors import read_json
+from . import scenes, tasks
+from .scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, SIDE, WORDS, Dice
+from .tasks import KINDS, QUIZ, WHERE, options
 
 PATCH = 12
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
@@ -230,17 +230,17 @@ def _words(dice: Dice) -> Picture:
 
 def vocabulary_texts() -> Iterator[str]:
     """Texts with every word that the data, the prompts and the conversations have."""
-    yield f" USER: \n ASSISTANT: {', as you can see.'} A B C D E. A. B. C. D. E. {minicvit.UNANSWERABLE}"
+    yield f" USER: \n ASSISTANT: {', as you can see.'} A B C D E. A. B. C. D. E. {tasks.UNANSWERABLE}"
     for settings in (SINGLE_TYPE, MULTI_TYPE):
         for instructions in settings.values():
             yield from (f"?\n{text} {text}" for text in instructions)
     for names in (COLOURS, DIGITS, OBJECTS, SHAPES, PLACES, COMPANIONS, WORDS, "0123456789"):
         yield from (f" {name}\nB. {name} {name}? {name}." for name in names)
-    for task in minicvit.TASKS:
-        for sample, _ in minicvit.samples(task, "vocabulary", 40):
+    for task in tasks.TASKS:
+        for sample, _ in tasks.samples(task, "vocabulary", 40):
             yield f" {sample.question}\n{sample.question}"
             yield from (f" {text}" for text in (sample.answer, *sample.references))
-    for parts in (minicvit.SUBJECTS, minicvit.SHIRTS, minicvit.VERBS, *minicvit.WITH.values(), *WHERE.values()):
+    for parts in (tasks.SUBJECTS, tasks.SHIRTS, tasks.VERBS, *tasks.WITH.values(), *WHERE.values()):
         yield from (f" {part}." for part in parts)
     for index in range(300):
         for question, _, sentence in draw_picture(Dice(f"vocabulary {index}")).turns:
@@ -322,7 +322,7 @@ class Pictures:
 
     def __init__(self, processor: LlavaProcessor, settings: BaseSettings) -> None:
         self.all = [
-            draw_picture(Dice(f"{minicvit.SEED}, alignment {settings.seed}, {index}"))
+            draw_picture(Dice(f"{tasks.SEED}, alignment {settings.seed}, {index}"))
             for index in tqdm(range(settings.pictures), desc="drawing", unit="picture")
         ]
         self.seen = [picture for picture in self.all if picture.pixels is not None]
@@ -373,7 +373,7 @@ def train_tower(tower: nn.Module, pictures: Pictures, settings: BaseSettings) ->
     facts = {
         name: torch.tensor([picture.facts.get(name, IGNORED_LABEL) for picture in pictures.seen]) for name in HEADS
     }
-    dice = Dice(f"{minicvit.SEED}, tower {settings.seed}")
+    dice = Dice(f"{tasks.SEED}, tower {settings.seed}")
 
     def loss() -> Tensor:
         rows = torch.tensor([dice.below(len(pictures.seen)) for _ in range(settings.vision_batch)])
@@ -394,7 +394,7 @@ def align(
     model: LlavaForConditionalGeneration, encoder: PromptEncoder, pictures: Pictures, settings: BaseSettings
 ) -> dict[str, float]:
     """Teach projector and language model to talk about pictures; the tower stays as it is."""
-    dice = Dice(f"{minicvit.SEED}, alignment {settings.seed}")
+    dice = Dice(f"{tasks.SEED}, alignment {settings.seed}")
 
     def loss() -> Tensor:
         chosen = [dice.choice(pictures.all) for _ in range(settings.batch)]
@@ -456,7 +456,7 @@ def _is_made(folder: Path, settings: BaseSettings) -> bool:
     if not found.is_file():
         raise ValueError(f"{folder} must be empty, or hold a base model of MiniCVIT, got other files")
     made = read_json(found)["settings"]
-    if made != asdict(settings) | {"data": minicvit.SEED}:
+    if made != asdict(settings) | {"data": tasks.SEED}:
         raise ValueError(f"{folder} holds a base model of other settings ({made}): remove it or name another folder")
     return True
 
@@ -473,7 +473,7 @@ def _make_base(folder: Path, settings: BaseSettings) -> None:
     }
     model.eval()
     parameters = sum(p.numel() for p in model.parameters())
-    content = {"settings": asdict(settings) | {"data": minicvit.SEED}, "parameters": parameters, **report}
+    content = {"settings": asdict(settings) | {"data": tasks.SEED}, "parameters": parameters, **report}
     with atomic_folder(folder, "folder") as part:
         model.save_pretrained(part)
         processor.save_pretrained(part)

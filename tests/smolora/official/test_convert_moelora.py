@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from smolora import cli
-from smolora.convert_moelora import convert_official, convert_to_official
+from smolora.official.convert_moelora import convert_official, convert_to_official
 from support.tiny_llava import batch, tiny_llava
 
 E, R, ALPHA = 4, 8, 16

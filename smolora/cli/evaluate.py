@@ -19,11 +19,11 @@ from ..config import SMoLoRAConfig
 from ..data.format import Skipped, read_questions
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
+from ..evaluate.datasets import DATASETS, PROTOCOLS
+from ..evaluate.generate import Embed, GenerationSettings, process_state
+from ..evaluate.instructions import SOURCES, check_size, embeds_of_texts, saved_embeds
+from ..evaluate.tasks import PADDINGS, Task, check_tasks, evaluate_tasks
 from ..io.files import path_argument
-from .datasets import DATASETS, PROTOCOLS
-from .generate import Embed, GenerationSettings, process_state
-from .instructions import SOURCES, check_size, embeds_of_texts, saved_embeds
-from .tasks import PADDINGS, Task, check_tasks, evaluate_tasks
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SHORT = {  # option: what of a recipe it changes

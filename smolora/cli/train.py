@@ -6,8 +6,8 @@ import argparse
 import json
 
 from ..io.files import path_argument
-from .methods import METHODS
-from .recipe import load_recipe
+from ..train.methods import METHODS
+from ..train.recipe import load_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +27,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--json goes with --dry-run")
     short = [f"{name}={json.dumps(value)}" for name in ("method", "output") if (value := getattr(args, name))]
     recipe = load_recipe(args.recipe, [*args.overrides, *short])
-    from .plan import make_plan, print_plan
+    from ..train.plan import make_plan, print_plan
 
     plan = make_plan(recipe)
     if args.dry_run:
         print(json.dumps(plan)) if args.json else print_plan(plan)
         return 0
-    from .run import Run
+    from ..train.run import Run
 
     run = Run(recipe)
     results = run()

@@ -8,7 +8,6 @@ also holds the instruction embeddings. Here they become what stock PEFT loads ov
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import re
@@ -20,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import convert_moelora
-from .checkpoint import named, read_json, read_tensors, save_tensors, write_tensors
-from .config import INSTRUCTION_FILE, SMOLORA, SMoLoRAConfig
-from .instruction import read_instruction_embeddings, write_instruction_embeddings
-from .io.files import atomic_folder, path_argument
+from ..config import SMoLoRAConfig
+from ..io.embeddings import INSTRUCTION_FILE, read_instruction_embeddings, write_instruction_embeddings
+from ..io.files import atomic_folder
+from ..io.tensors import named, read_json, read_tensors, save_tensors, write_tensors
 
+PEFT_TYPE = "SMOLORA"  # there and here
 OFFICIAL_TASK_TYPE = "CAUSAL_LM_SMoLoRA"
 PREFIX = "base_model.model.model."
 PARAMETERS = "smolora_experts"  # the submodule of an adapted layer that PEFT saves
@@ -187,7 +186,7 @@ def from_official_config(
     known = {*expected, *FIXED, "task_type", "inference_mode", "revision", "base_model_name_or_path"}
     if missing or released.keys() - known:
         raise ValueError(f"{source}: missing {missing}, unknown {sorted(released.keys() - known)}")
-    for name, value in {"peft_type": SMOLORA.value, **FIXED}.items():
+    for name, value in {"peft_type": PEFT_TYPE, **FIXED}.items():
         if released.get(name, value) != value:
             raise ValueError(f"{source}: {name} must be {value!r}, got {released[name]!r}")
     r, experts, alpha = released["r"], released["expert_num"], released["lora_alpha"]
@@ -249,7 +248,7 @@ def to_official_config(config: SMoLoRAConfig, embeddings: Tensor, targets: Itera
     return {
         **FIXED, "expert_num": experts, "inference_mode": config.inference_mode, "ins_emb": embeddings.tolist(),
         "ins_type": row, "lora_alpha": config.lora_alpha * experts,
-        "lora_dropout": config.lora_dropout, "peft_type": SMOLORA.value, "r": config.r * experts,
+        "lora_dropout": config.lora_dropout, "peft_type": PEFT_TYPE, "r": config.r * experts,
         "revision": config.revision, "target_modules": list(targets), "task_type": OFFICIAL_TASK_TYPE,
     }  # fmt: skip
 
@@ -342,8 +341,8 @@ def convert_to_official(adapter: str | Path, output: str | Path) -> None:
     """
     adapter = Path(adapter)
     source = adapter / "adapter_model.safetensors"
-    if read_json(adapter / "adapter_config.json").get("peft_type") != SMOLORA.value:
-        raise ValueError(f"{adapter / 'adapter_config.json'}: peft_type must be {SMOLORA.value!r}")
+    if read_json(adapter / "adapter_config.json").get("peft_type") != PEFT_TYPE:
+        raise ValueError(f"{adapter / 'adapter_config.json'}: peft_type must be {PEFT_TYPE!r}")
     config = SMoLoRAConfig.from_pretrained(str(adapter))
     state, _ = read_tensors(source)
     embeddings, _ = read_instruction_embeddings(adapter / INSTRUCTION_FILE)
@@ -379,26 +378,3 @@ def convert_to_official(adapter: str | Path, output: str | Path) -> None:
         save_tensors(folder / "adapter_model.bin", released)
         text = json.dumps(released_config, indent=1, sort_keys=True)
         (folder / "adapter_config.json").write_text(text, "utf-8")
-
-
-# -------------------------------------------------------------------------------------------------------- command line
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", required=True, type=path_argument, metavar="DIR", help="the adapter to convert")
-    parser.add_argument(
-        "--output", required=True, type=path_argument, metavar="DIR", help="a new folder for what it becomes"
-    )
-    parser.add_argument(
-        "--to-official", action="store_true", help="from a PEFT adapter to the released code's format, not from it"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    kind = read_json(Path(args.adapter) / "adapter_config.json").get("peft_type")
-    to_official, from_official = convert_to_official, convert_official
-    if kind in (convert_moelora.OFFICIAL_PEFT_TYPE, "MOELORA"):
-        to_official, from_official = convert_moelora.convert_to_official, convert_moelora.convert_official
-    (to_official if args.to_official else from_official)(args.adapter, args.output)
-    print(f"wrote {args.output}")
-    return 0

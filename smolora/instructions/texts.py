@@ -1,6 +1,14 @@
-"""The benchmark's instructions (Table 8, as the released files have them), single-type and multi-type."""
+"""Instructions: the benchmark's own (Table 8, as the released files have them), and the one that a prompt ends with.
+
+An instruction is the part of a prompt that says what form the answer takes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+
+IMAGE_PLACEHOLDER = "<image>"
+TURNS = ("USER:", "ASSISTANT:")  # of a whole conversation's prompt, where the data has the user's text alone
 
 _LETTER = "Answer with the option's letter from the given choices directly."
 _WORD = "Answer the question using a single word or phrase."
@@ -69,3 +77,50 @@ MULTI_TYPE: dict[str, tuple[str, ...]] = {
     "OCRVQA": _WORDS,
     "Places365": _BACKGROUNDS,
 }
+
+
+def known_instructions(task: str) -> tuple[str, ...]:
+    """The benchmark's instructions of a task, single-type and multi-type."""
+    return SINGLE_TYPE.get(task, ()) + MULTI_TYPE.get(task, ())
+
+
+def instruction_of(prompt: str, templates: Iterable[str] = ()) -> str:
+    """The instruction part of a prompt: the longest of the known templates that it ends with, else its last line.
+
+    Args:
+        prompt: the user's text ("<image>\\nquestion\\ninstruction"), or a conversation's prompt that ends with it
+            ("... USER: <image>\\nquestion\\ninstruction ASSISTANT:").
+        templates: known instructions, of one or more lines. One counts where a line or at least a word starts with it.
+
+    Returns:
+        The instruction, without white space around it.
+
+    Raises:
+        ValueError: the prompt is empty, or holds nothing but an image.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt must be a string, got {type(prompt).__name__}")
+    text = prompt.replace("\r\n", "\n").strip()
+    user, assistant = TURNS
+    if text.endswith(assistant):
+        text = text.removesuffix(assistant).rpartition(user)[2]
+    text = _without_images(text)
+    if not text:
+        raise ValueError(f"prompt must hold an instruction, got {prompt!r}")
+    best = ""
+    for template in templates:
+        template = _without_images(template.replace("\r\n", "\n"))
+        head = text.removesuffix(template)
+        if len(template) > len(best) and len(head) < len(text) and (not head or head[-1].isspace()):
+            best = template
+    return best or text.rpartition("\n")[2].strip()
+
+
+def _without_images(text: str) -> str:
+    """A prompt without its images' places, at its head or in last lines of their own; elsewhere they are text."""
+    text = text.strip()
+    while text.startswith(IMAGE_PLACEHOLDER):
+        text = text.removeprefix(IMAGE_PLACEHOLDER).lstrip()
+    while text.endswith(f"\n{IMAGE_PLACEHOLDER}"):
+        text = text.removesuffix(IMAGE_PLACEHOLDER).rstrip()
+    return text

@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from smolora import SMoLoRAConfig, cli
-from smolora.assemble import assemble, load_processor
-from smolora.convert import convert_official, convert_to_official
-from smolora.instruction import read_instruction_embeddings, write_instruction_embeddings
+from smolora.io.embeddings import read_instruction_embeddings, write_instruction_embeddings
+from smolora.official.assemble import assemble, load_processor
+from smolora.official.convert import convert_official, convert_to_official
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
+GOLDEN = Path(__file__).parents[2] / "golden" / "llava"
 LANGUAGE, VISION, PROJECTOR = GOLDEN / "language", GOLDEN / "vision", GOLDEN / "mm_projector.bin"
 WORDS = 96  # the golden language model's vocabulary
 PATCHES = 16

@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from smolora import checkpoint
-from smolora.checkpoint import read_model, read_tensors, write_tensors
+from smolora.io import tensors as module
 from smolora.io.files import atomic_file, atomic_folder
+from smolora.io.tensors import read_model, read_tensors, write_tensors
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
+GOLDEN = Path(__file__).parents[2] / "golden" / "llava"
 BIN = GOLDEN / "mm_projector.bin"
 
 
@@ -337,9 +337,9 @@ def test_last_good_file_is_kept(moment: str, tmp_path: Path, monkeypatch: pytest
         raise OSError("no space left")
 
     if moment == "while it is written":
-        monkeypatch.setattr(checkpoint, "save_file", half)
+        monkeypatch.setattr(module, "save_file", half)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", never)
+        monkeypatch.setattr(module.os, "replace", never)
     with pytest.raises(OSError, match="no space left"):
         write_tensors(path, tensors(1))
     monkeypatch.undo()
@@ -352,8 +352,8 @@ def test_the_file_is_on_disk_before_it_is_in_place(tmp_path: Path, monkeypatch: 
     """A rename that survives a power cut which the data did not would be an empty checkpoint."""
     calls = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *args: (calls.append("replace"), replace(*args))[1])
+    monkeypatch.setattr(module.os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(module.os, "replace", lambda *args: (calls.append("replace"), replace(*args))[1])
     with atomic_file(tmp_path / "a") as temporary:
         temporary.write_text("a")
     assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder that holds the name

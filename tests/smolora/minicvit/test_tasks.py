@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from smolora.cli import main
-from smolora.data import drawing, minicvit, scenes
 from smolora.data.format import read_conversations, read_questions
-from smolora.data.minicvit import SETTINGS, TASKS, make_minicvit, samples, training_files
-from smolora.data.scenes import Dice
 from smolora.evaluate.score import score
+from smolora.minicvit import drawing, scenes
+from smolora.minicvit import tasks as module
+from smolora.minicvit.scenes import Dice
+from smolora.minicvit.tasks import SETTINGS, TASKS, make_minicvit, samples, training_files
 
 SMALL = 12
 CAPTIONS = ("Flickr30k", "TextCaps")
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
     """All ten tasks with few samples each."""
     small = {name: task._replace(train=min(task.train, SMALL), test=SMALL) for name, task in TASKS.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minicvit, "TASKS", small)
+        patch.setattr(module, "TASKS", small)
         return make_minicvit(tmp_path_factory.mktemp("minicvit"))
 
 
@@ -42,7 +43,7 @@ def digest_of(folder):
 
 
 def test_the_bytes_are_those_of_every_machine(folder):
-    """A change of this hash is a change of the benchmark: SEED, in smolora/data/minicvit.py, must change with it."""
+    """A change of this hash is a change of the benchmark: SEED, in smolora/minicvit/tasks.py, must change with it."""
     assert digest_of(folder) == DIGEST
 
 
@@ -197,18 +198,18 @@ def test_unknown_names_are_refused():
 
 def test_two_that_want_it_at_once(tmp_path, monkeypatch):
     """Two runs of recipes on it: one writes, the other waits and finds it written."""
-    write, wrote = minicvit._write_task, []
+    write, wrote = module._write_task, []
 
     def written(folder, name):
         wrote.append(name)
         time.sleep(0.1)
         write(folder, name)
 
-    monkeypatch.setattr(minicvit, "_write_task", written)
-    threads = [threading.Thread(target=minicvit.make_minicvit, args=(tmp_path, ["Places365"])) for _ in range(3)]
+    monkeypatch.setattr(module, "_write_task", written)
+    threads = [threading.Thread(target=make_minicvit, args=(tmp_path, ["Places365"])) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrote == ["Places365"] and minicvit.is_complete(tmp_path, "Places365")
+    assert wrote == ["Places365"] and module.is_complete(tmp_path, "Places365")
     assert not (tmp_path / ".lock").exists()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from smolora.data.instructions import MULTI_TYPE, SINGLE_TYPE
-from smolora.data.minicvit import TASKS
+from smolora.instructions.texts import MULTI_TYPE, SINGLE_TYPE
+from smolora.minicvit.tasks import TASKS
 from smolora.train.plan import make_plan
 from smolora.train.prepare import planned
 from smolora.train.recipe import load_recipe

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import smolora
 from smolora import cli
-from smolora.checkpoint import read_tensors, write_tensors
-from smolora.convert import convert_official, convert_to_official
-from smolora.instruction import read_instruction_embeddings
+from smolora.io.embeddings import read_instruction_embeddings
+from smolora.io.tensors import read_tensors, write_tensors
+from smolora.official.convert import convert_official, convert_to_official
 
-ADAPTER = Path(__file__).parents[1] / "golden" / "llava" / "adapter"
+ADAPTER = Path(__file__).parents[2] / "golden" / "llava" / "adapter"
 BASE = "base_model.model.model."
 GATE = f"{BASE}layers.0.mlp.gate_proj."
 

@@ -9,16 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from smolora.data import minicvit
 from smolora.data.images import ImageTransform
-from smolora.data.instructions import MULTI_TYPE, SINGLE_TYPE
-from smolora.data.minicvit import TASKS, samples
 from smolora.data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder
-from smolora.data.scenes import SIDE, Dice
+from smolora.instructions.texts import MULTI_TYPE, SINGLE_TYPE
 from smolora.io.files import atomic_folder, write_json
-from smolora.train import minicvit as preparation
-from smolora.train import minicvit_base
-from smolora.train.minicvit_base import (
+from smolora.minicvit import base_model, tasks
+from smolora.minicvit import prepare as preparation
+from smolora.minicvit.base_model import (
     HEADS,
     BaseSettings,
     converse,
@@ -27,6 +24,8 @@ from smolora.train.minicvit_base import (
     make_model,
     make_tokenizer,
 )
+from smolora.minicvit.scenes import SIDE, Dice
+from smolora.minicvit.tasks import TASKS, samples
 
 TINY = BaseSettings(
     vision_hidden=16, vision_layers=1, hidden=16, layers=1, vision_steps=3, vision_batch=4, steps=3, batch=4,
@@ -98,12 +97,12 @@ def test_it_is_an_ordinary_checkpoint(base):
     assert encoder.image_features == 16
     sample = next(sample for sample, _ in samples("TextVQA", "checkpoint", 1))
     picture = base.parent / "picture.png"
-    picture.write_bytes(minicvit.png(sample.canvas.pixels))
+    picture.write_bytes(tasks.png(sample.canvas.pixels))
     pixels = ImageTransform.from_pretrained(base)(picture)
     assert pixels.shape == (3, SIDE, SIDE)
     ids = torch.tensor([encoder.expand(encoder.prompt("What does the sign say?", True))])
     logits = model(input_ids=ids, pixel_values=pixels[None]).logits
-    with minicvit.Image.open(picture) as image:
+    with tasks.Image.open(picture) as image:
         inputs = AutoProcessor.from_pretrained(base)(
             images=image, text=f"{SYSTEM} USER: <image>\nWhat does the sign say? ASSISTANT:", return_tensors="pt"
         )
@@ -142,7 +141,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 
 def test_what_is_planned_is_made(tmp_path, monkeypatch):
     small = {name: task._replace(train=min(task.train, 3), test=2) for name, task in TASKS.items()}
-    monkeypatch.setattr(minicvit, "TASKS", small)
+    monkeypatch.setattr(tasks, "TASKS", small)
     monkeypatch.setattr(preparation, "TASKS", small)
     monkeypatch.setattr(preparation, "make_base", lambda folder: make_base(folder, TINY))
     options = {"data": str(tmp_path / "data"), "base": str(tmp_path / "base"), "tasks": ["GQA", "Places365"]}
@@ -177,12 +176,12 @@ def test_two_that_want_it_at_once(tmp_path, monkeypatch):
     def make(folder, settings):
         made.append(None)
         time.sleep(0.1)
-        content = {"settings": asdict(settings) | {"data": minicvit.SEED}}
+        content = {"settings": asdict(settings) | {"data": tasks.SEED}}
         with atomic_folder(folder) as part:
             write_json(part / "base.json", content)
 
-    monkeypatch.setattr(minicvit_base, "_make_base", make)
-    threads = [threading.Thread(target=minicvit_base.make_base, args=(tmp_path / "base",)) for _ in range(3)]
+    monkeypatch.setattr(base_model, "_make_base", make)
+    threads = [threading.Thread(target=base_model.make_base, args=(tmp_path / "base",)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

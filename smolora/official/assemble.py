@@ -6,11 +6,9 @@ transformers' `LlavaForConditionalGeneration`, with the names that public llava-
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoint import named, read_model, read_tensors, save_tensors
-from .io.files import atomic_folder, path_argument
+from ..io.files import atomic_folder
+from ..io.tensors import named, read_model, read_tensors, save_tensors
 
 if TYPE_CHECKING:  # transformers' models take seconds to import
     from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaProcessor, PreTrainedTokenizerBase
@@ -306,29 +304,3 @@ def assemble(
                 images, tokenizer, patch_size=config.vision_config.patch_size, vision_feature_select_strategy="default",
                 chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
             ).save_pretrained(folder)  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--language",
-        required=True,
-        type=path_argument,
-        metavar="DIR",
-        help="the language model, as transformers saves it",
-    )
-    parser.add_argument(
-        "--vision", required=True, type=path_argument, metavar="DIR", help="a CLIP model, or its vision half"
-    )
-    parser.add_argument("--projector", required=True, type=path_argument, metavar="FILE", help="mm_projector.bin")
-    parser.add_argument("--output", required=True, type=path_argument, metavar="DIR", help="a new folder for the LLaVA")
-
-
-def run(args: argparse.Namespace) -> int:
-    assemble(args.language, args.vision, args.projector, args.output)
-    print(f"wrote {args.output}")
-    if not any(Path(args.language, name).exists() for name in TOKENIZER_FILES):
-        print(f"it has no tokenizer, since {args.language} has none: training and evaluation need one", file=sys.stderr)
-    return 0

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import named, read_json, read_tensors, save_tensors, write_tensors
-from .io.files import atomic_folder
-from .methods import MoELoRAConfig
-from .methods.released import released_name
+from ..io.files import atomic_folder
+from ..io.tensors import named, read_json, read_tensors, save_tensors, write_tensors
+from ..methods import MoELoRAConfig
+from ..methods.released import released_name
 
 OFFICIAL_PEFT_TYPE = "MOE_LORA_CoIN"
 OFFICIAL_TASK_TYPE = "CAUSAL_LM_CoIN"

@@ -13,7 +13,6 @@ training and test files; their combinations, colours and positions vary, and no 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import textwrap
@@ -24,10 +23,10 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ..io.files import locked, path_argument, read_text, write_whole
+from ..instructions.texts import MULTI_TYPE, SINGLE_TYPE
+from ..io.files import locked, read_text, write_whole
 from . import scenes
 from .drawing import Canvas, png
-from .instructions import MULTI_TYPE, SINGLE_TYPE
 from .scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, WORDS, Dice
 
 SEED = "MiniCVIT 1"
@@ -449,23 +448,3 @@ def contact_sheet(path: Path, shown: list[Sample], *, columns: int = 6, zoom: in
         draw.multiline_text((x, y + side + 3), "\n".join(lines[:7]), (0, 0, 0), font, spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-
-
-# ---- command line
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=path_argument, metavar="DIR", help="where to write it")
-    parser.add_argument(
-        "--task", action="append", choices=TASKS, metavar="NAME", help="only this task; may be given several times"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    folder = make_minicvit(args.folder, args.task)
-    for name in args.task or TASKS:
-        digest = json.loads(read_text(folder / "annotations" / name / "digest.json"))["sha256"]
-        train = max(training_files(name).values(), default=0)
-        print(f"{name:<10} {train:>5} training samples, {TASKS[name].test} questions, sha256 {digest[:16]}")
-    print(f"contact sheets: {folder / 'contact_sheets'}")
-    return 0

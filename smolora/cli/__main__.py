@@ -1,0 +1,7 @@
+"""`python -m smolora.cli`, the same as `smolora`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

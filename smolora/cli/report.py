@@ -1,0 +1,27 @@
+"""`smolora report`."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..io.files import path_argument, read_text
+from ..report import write_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", type=path_argument, metavar="RUN_DIR", help="folder of a run; several are compared"
+    )
+    parser.add_argument(
+        "--output", type=path_argument, metavar="DIR", help="folder for the report (default: RUN_DIR/report)"
+    )
+    parser.add_argument("--cases", type=int, default=0, metavar="N", help="show N questions of each task with answers")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.cases < 0:
+        raise ValueError(f"--cases must be 0 or more, got {args.cases}")
+    path = write_report(args.runs, args.output, cases_per_task=args.cases)
+    print(read_text(path).split("\n## ")[1])  # what it comes to, after the last stage
+    print(path)
+    return 0

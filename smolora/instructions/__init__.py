@@ -1,0 +1,1 @@
+"""Instructions and their embeddings: what the IF experts are routed by (Eq. 6)."""

@@ -1,0 +1,1 @@
+"""MiniCVIT: the benchmark in small, made in code, and a base model for it."""
