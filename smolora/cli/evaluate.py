@@ -192,8 +192,8 @@ def by_options(args: argparse.Namespace) -> Request:
 
 def by_recipe(args: argparse.Namespace) -> Request:
     """What a recipe's run asks: all its tasks, or those that are named."""
+    from ..recipe import load_recipe
     from ..train.data import Instructions
-    from ..train.recipe import load_recipe
 
     said = {name: getattr(args, name) for name in SHORT if getattr(args, name) is not None}
     saved = said.get("instruction") == "saved"

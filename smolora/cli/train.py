@@ -6,8 +6,8 @@ import argparse
 import json
 
 from ..io.files import path_argument
+from ..recipe import load_recipe
 from ..train.methods import METHODS
-from ..train.recipe import load_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,8 @@ from ..data.images import BrokenImageError, ImageTransform
 from ..data.prompts import IGNORED_LABEL, PromptEncoder, Sample, pad
 from ..instructions.encoder import InstructionEncoder
 from ..instructions.texts import known_instructions
+from ..recipe import Recipe, TaskRecipe
 from .methods import Stage
-from .recipe import Recipe, TaskRecipe
 
 
 class TrainingSample(NamedTuple):

@@ -16,10 +16,10 @@ from ..data.prompts import PromptEncoder
 from ..evaluate.datasets import Files
 from ..evaluate.score import find_dataset
 from ..io.files import has_file
+from ..recipe import Recipe, TaskRecipe
 from .data import check_samples
-from .methods import METHODS, Stage
+from .methods import Stage, find_method
 from .prepare import planned
-from .recipe import Recipe, TaskRecipe
 from .trainer import accumulation, steps_of
 
 GIB = 2**30
@@ -41,7 +41,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     """
     check_backend(recipe.backend)
     checker = _Checker(recipe)
-    method = METHODS[recipe.method](recipe)
+    method = find_method(recipe.method)(recipe)
     devices = int(os.environ.get("WORLD_SIZE", 1))
     plan: dict[str, Any] = {"name": recipe.name, "method": recipe.method, "output": str(recipe.folder)}
     checker.folder(Path(recipe.model.path), "model.path", "config.json")
@@ -160,7 +160,7 @@ def _memory(recipe: Recipe, method: Any, devices: int) -> dict[str, Any]:
         model = AutoModelForImageTextToText.from_config(config)
         base = sum(p.numel() for p in model.parameters())
         model.requires_grad_(False)
-        if METHODS[recipe.method](recipe).adapter(model) is not None:
+        if find_method(recipe.method)(recipe).adapter(model) is not None:
             model = method.start(model, None)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     text, training = config.text_config, recipe.training

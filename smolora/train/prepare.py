@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from ..recipe.messages import not_one_of
 
 PREPARATIONS: dict[str, str] = {"minicvit": "smolora.minicvit.prepare"}  # name: module
 
@@ -19,7 +22,7 @@ def planned(preparations: dict[str, Any]) -> dict[Path, int | None]:
     """What a recipe's `prepare` makes: resolved paths, each with its number of records if it has any."""
     paths: dict[Path, int | None] = {}
     for name, options in preparations.items():
-        made = importlib.import_module(PREPARATIONS[name]).planned(options or {})
+        made = _module(name).planned(options or {})
         paths.update({Path(path).resolve(): count for path, count in made.items()})
     return paths
 
@@ -27,4 +30,10 @@ def planned(preparations: dict[str, Any]) -> dict[Path, int | None]:
 def prepare(preparations: dict[str, Any]) -> None:
     """Make it."""
     for name, options in preparations.items():
-        importlib.import_module(PREPARATIONS[name]).prepare(options or {})
+        _module(name).prepare(options or {})
+
+
+def _module(name: str) -> ModuleType:
+    if name not in PREPARATIONS:
+        raise ValueError(not_one_of("prepare", name, PREPARATIONS))
+    return importlib.import_module(PREPARATIONS[name])

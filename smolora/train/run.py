@@ -42,10 +42,10 @@ from ..evaluate.generate import GenerationSettings, Job, generate_answers, proce
 from ..evaluate.matrix import continual_metrics
 from ..evaluate.score import find_dataset, score
 from ..io.files import locked, read_text, write_json, write_whole
+from ..recipe import Recipe, TaskRecipe
 from .data import Collator, Instructions, Samples, TaskSamples, check_samples
-from .methods import METHODS, Stage
+from .methods import Stage, find_method
 from .prepare import prepare
-from .recipe import Recipe, TaskRecipe
 from .trainer import ContinualTrainer, steps_of, training_arguments, whole_checkpoints
 
 # a change of these changes how a run is computed, or what is asked at its end, and nothing that is there already
@@ -68,7 +68,7 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.folder = recipe.folder
-        self.method = METHODS[recipe.method](recipe)
+        self.method = find_method(recipe.method)(recipe)
         self.state = process_state(on_cpu=not torch.accelerator.is_available())
         self.check_folder()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...recipe.messages import not_one_of
 from .base import Method, Stage
 from .lora import DirLoRA, Multitask, SeqLoRA
 from .moelora import MoELoRA
@@ -23,4 +24,15 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-__all__ = ["METHODS", "Method", "Stage"]
+__all__ = ["METHODS", "Method", "Stage", "find_method"]
+
+
+def find_method(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        ValueError: there is none. The message has the nearest name and all of them.
+    """
+    if name not in METHODS:
+        raise ValueError(not_one_of("method", name, METHODS))
+    return METHODS[name]

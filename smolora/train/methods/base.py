@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from ...recipe import Recipe, TaskRecipe
 from ...tuner.model import DEFAULT_TARGETS
-from ..recipe import Recipe, TaskRecipe
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from torch import nn
 
-from ..recipe import ADAPTER_KEYS
+from ...recipe.schema import ADAPTER_KEYS
 from .base import Method
 
 

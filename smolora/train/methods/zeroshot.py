@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from ..recipe import TaskRecipe
+from ...recipe import TaskRecipe
 from .base import Method, Stage
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
-from smolora.train.recipe import load_recipe
+from smolora.recipe import load_recipe
 from smolora.train.run import Run
 
 KINDS = {"step": 5, "save": 25, "ask": 12}  # kind of event: how many to draw from

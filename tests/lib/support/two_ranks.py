@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from smolora.train.recipe import load_recipe
+from smolora.recipe import load_recipe
 from smolora.train.run import Run
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import pytest
 
 from smolora.instructions.texts import MULTI_TYPE, SINGLE_TYPE
 from smolora.minicvit.tasks import TASKS
+from smolora.recipe import load_recipe
 from smolora.train.plan import make_plan
 from smolora.train.prepare import planned
-from smolora.train.recipe import load_recipe
 
 RECIPES = sorted(Path(__file__).parents[3].glob("recipes/*minicvit*.yaml"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smolora.train.recipe import Recipe, load_recipe
+from smolora.recipe import Recipe, load_recipe
 from support.train_world import make_world
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import smolora.methods.base
+from smolora.recipe import load_recipe
 from smolora.reference import smolora_forward
 from smolora.spec import Bank, Dropout, Mixed, Router, Slots, Tokens
-from smolora.train.recipe import load_recipe
 from smolora.train.run import Run
 
 ROOT = Path(__file__).parents[3]

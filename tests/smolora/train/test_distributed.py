@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smolora.train.recipe import load_recipe
+from smolora.recipe import load_recipe
 from smolora.train.run import Run
 
 ROOT = Path(__file__).parents[3]

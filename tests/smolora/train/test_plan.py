@@ -10,9 +10,9 @@ import torch
 
 from smolora.cli import main
 from smolora.minicvit import prepare as minicvit
+from smolora.recipe import load_recipe
 from smolora.train import prepare
 from smolora.train.plan import make_plan
-from smolora.train.recipe import load_recipe
 
 
 def dry_run(capsys, *arguments: str) -> dict:
@@ -86,6 +86,8 @@ def test_everything_that_is_missing_is_named(world, capsys):
         (["tasks.0.dataset=ImagNet"], "got 'ImagNet'; did you mean ImageNet?"),
         (["tasks.0.test=ImageNet/train.json"], "ImageNet.test must be named test.json"),
         (["trainin.epochs=3"], "did you mean 'training'"),
+        (["method=smolra"], "got 'smolra'; did you mean 'smolora'?"),
+        (["prepare.nothing=1"], "prepare must be one of minicvit, got 'nothing'"),
     ],
 )
 def test_refused(world, capsys, overrides, message):

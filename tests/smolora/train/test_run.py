@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from smolora import cli
+from smolora.recipe import load_recipe
 from smolora.report import write_report
-from smolora.train.recipe import load_recipe
 from smolora.train.run import Run
 from support.train_world import make_world
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from smolora.train.recipe import load_recipe
-from smolora.train.trainer import REFUSED_ARGUMENTS, training_argument_names
+from smolora.recipe import load_recipe
+from smolora.recipe.arguments import REFUSED_ARGUMENTS, training_argument_names
 
 MINIMAL = {
     "name": "x",
@@ -77,15 +77,13 @@ def test_overrides(path, override, get, value):
         ("tasks.0.trian=x", r"unknown key 'tasks.0.trian'; did you mean 'tasks.0.train'\?"),
         ("training.arguments.max_grad_nrm=1", r"did you mean 'training.arguments.max_grad_norm'\?"),
         ("training.arguments.learning_rate=1", r"training.arguments.learning_rate is set by training.learning_rate"),
-        ("method=smolra", r"method must be one of .*, got 'smolra'; did you mean 'smolora'\?"),
-        ("prepare.nothing=1", r"prepare must be one of .*got 'nothing'"),
         ("tasks.7.test=x", r"tasks.7.test=x: 7 must be one of 0 to 1, ImageNet, GQA"),
         ("name.x=1", r"name.x=1: name is no section but 'x'"),
         ("justakey", r"an override must be key=value, got 'justakey'"),
         ("training.epochs=two", r"training.epochs must be a number, got 'two'"),
         ("training.epochs=.inf", r"training.epochs must be a finite number"),
         ("training.epochs=0", r"training.epochs must be positive, got 0"),
-        ("tasks.0.epochs=-1", r"epochs of \w+ must be positive, got -1"),
+        ("tasks.0.epochs=-1", r"tasks\.0\.epochs must be positive, got -1"),
         ("training.batch_size=2.5", r"training.batch_size must be an integer, got 2.5"),
         ("training.batch_size=0", r"training.batch_size must be at least 1, got 0"),
         ("training.activation_checkpointing=1", r"training.activation_checkpointing must be true or false, got 1"),

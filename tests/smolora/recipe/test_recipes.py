@@ -9,7 +9,7 @@ import pytest
 from smolora.data.format import Conversation
 from smolora.evaluate.score import find_dataset
 from smolora.instructions.texts import instruction_of
-from smolora.train.recipe import load_recipe
+from smolora.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 ORDER = ["ScienceQA", "TextVQA", "Flickr30k", "ImageNet", "GQA", "VQAv2"]

@@ -1,0 +1,45 @@
+"""Checks between the values of a recipe, beyond the type and bounds of each."""
+
+from __future__ import annotations
+
+import re
+
+from .arguments import check_arguments
+from .messages import unknown_key
+from .schema import ADAPTER_KEYS, Recipe
+
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ,._+-]*")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check that the parts of a recipe fit together.
+
+    Raises:
+        ValueError: they do not. The message names the key.
+    """
+    for key in recipe.adapter:
+        if key not in ADAPTER_KEYS:
+            raise ValueError(unknown_key(f"adapter.{key}", ADAPTER_KEYS))
+    recipe.adapter_config()
+    check_arguments(recipe.training.arguments)
+    if not 0 <= recipe.training.warmup_ratio < 1:
+        raise ValueError(f"training.warmup_ratio must lie in [0, 1), got {recipe.training.warmup_ratio}")
+    _check_tasks(recipe)
+
+
+def _check_tasks(recipe: Recipe) -> None:
+    if not recipe.tasks:
+        raise ValueError("tasks must have an entry")
+    names = [task.name for task in recipe.all_tasks]
+    for name in (recipe.name, *recipe.downstream, *names):  # each is a folder or a file
+        if not FOLDER_NAME.fullmatch(name):
+            raise ValueError(f"a name must be letters, digits, spaces and any of ,._+-, got {name!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks and downstream must have different names, got {names}")
+    for task in recipe.tasks:
+        if task.train is None:
+            raise ValueError(f"tasks: {task.name} must have a training file, train")
+    if recipe.instructions.embed == "task_mean":
+        for task in recipe.all_tasks:
+            if not task.instructions:
+                raise ValueError(f"instructions.embed=task_mean needs instructions of each task, {task.name} has none")

@@ -1,0 +1,287 @@
+"""The keys of a recipe, their types, defaults and bounds.
+
+Relative paths start in the current directory, and `~` is the home folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict
+from pydantic.dataclasses import dataclass
+
+from ..config import SMoLoRAConfig
+from ..io.files import user_path
+
+
+def _number(value: Any) -> Any:
+    """Read what YAML 1.1 takes for text and people mean as a number, such as 1e-4."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _mapping(value: Any) -> Any:
+    """Read a section whose lines are all commented out as an empty one."""
+    return {} if value is None else value
+
+
+def _argument_paths(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Expand `~` in the arguments that name a file."""
+    files = {key: user_path(arguments[key]) for key in ARGUMENT_PATHS if isinstance(arguments.get(key), str)}
+    return {**arguments, **files}
+
+
+# Values are taken as they are written: 1 is no text and no boolean, "1" is no integer.
+Text = Annotated[str, Strict()]
+PathText = Annotated[Text, AfterValidator(user_path)]
+Flag = Annotated[bool, Strict()]
+Natural = Annotated[int, Strict(), Field(ge=0)]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Number = Annotated[float, Strict(), BeforeValidator(_number)]
+Positive = Annotated[Number, Field(gt=0)]
+Options = Annotated[dict[str, Any], BeforeValidator(_mapping)]
+
+ARGUMENT_PATHS = ("deepspeed", "fsdp_config")  # fields of TrainingArguments that name a file, or hold its content
+ADAPTER_KEYS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "num_vu_experts",
+    "num_if_experts",
+    "top_k",
+    "instruction_dim",
+    "route_over",
+    "decode_routing",
+    "fusion",
+    "router_grad",
+    "target_modules",
+    "exclude_modules",
+)
+SECTION = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=SECTION)
+class ModelRecipe:
+    """The base LLaVA.
+
+    Args:
+        path: folder of the model, with its tokenizer and image processor.
+        dtype: data type of the weights and of the computation. Adapters stay float32.
+    """
+
+    path: PathText
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+@dataclass(frozen=True, config=SECTION)
+class DataRecipe:
+    """The folders with the data.
+
+    Args:
+        root: folder that the tasks' file paths are relative to.
+        images: folder that the records' image paths are relative to; None for `root`.
+        annotations: folders with further files for scoring, either directly or in a subfolder named after the dataset.
+    """
+
+    root: PathText
+    images: PathText | None = None
+    annotations: list[PathText] = field(default_factory=list)
+
+
+@dataclass(frozen=True, config=SECTION)
+class InstructionRecipe:
+    """The embeddings that route the instruction-following experts.
+
+    Args:
+        embed: "sample" embeds each sample's own instruction. "task_mean" takes the mean over its task's `instructions`,
+            as the released multi-type setting does.
+        encoder: folder of a sentence-transformers model; None for the packaged all-MiniLM-L6-v2.
+        normalize: scale embeddings to length 1. The released ones are not.
+    """
+
+    embed: Literal["sample", "task_mean"] = "sample"
+    encoder: PathText | None = None
+    normalize: Flag = False
+
+
+@dataclass(frozen=True, config=SECTION)
+class BaselineRecipe:
+    """The adapters of the LoRA baselines.
+
+    Args:
+        rank: LoRA rank; None for r (M + N), which gives as many trainable parameters as SMoLoRA has.
+        alpha: LoRA alpha; None for the alpha that gives SMoLoRA's scaling, lora_alpha / r.
+        experts: number of experts of MoELoRA; None for M + N.
+    """
+
+    rank: Count | None = None
+    alpha: Number | None = None
+    experts: Count | None = None
+
+
+@dataclass(frozen=True, config=SECTION)
+class TaskRecipe:
+    """A task that a stage trains on, or that is evaluated downstream.
+
+    Args:
+        name: names its stage and its column in the results.
+        test: the test file.
+        train: the training file; None for a task that is only evaluated.
+        dataset: the evaluator's dataset that it is scored as; None for `name`.
+        images: folder that its image paths are relative to; None for `data.images`.
+        instructions: the instruction texts at the end of its prompts. Without them the benchmark's own are looked for,
+            and a prompt that ends with none of these has its last line as its instruction.
+        epochs: epochs of a stage that trains this task alone, such as a few-shot one; None for `training.epochs`.
+    """
+
+    name: Text
+    test: PathText
+    train: PathText | None = None
+    dataset: Text | None = None
+    images: PathText | None = None
+    instructions: list[Text] = field(default_factory=list)
+    epochs: Positive | None = None
+
+    @property
+    def benchmark_name(self) -> str:
+        """The name of the evaluator's dataset."""
+        return self.dataset or self.name
+
+
+@dataclass(frozen=True, config=SECTION)
+class TrainingRecipe:
+    """The training of a stage.
+
+    Args:
+        batch_size: samples per optimiser step, over all devices.
+        per_device_batch_size: samples per forward on one device. Gradients are accumulated up to `batch_size`.
+        projector_learning_rate: learning rate of the projector's adapters; None for `learning_rate`.
+        schedule: "cosine" or "constant", both after a linear warm-up over `warmup_ratio` of the steps.
+        max_length: maximum number of tokens. Longer samples are cut at the end.
+        activation_checkpointing: recompute activations in the backward pass.
+        save_steps, logging_steps: steps between two checkpoints, and between two lines of the log.
+        workers: image-loading processes per device.
+        arguments: further fields of `transformers.TrainingArguments` (report_to, deepspeed, fsdp, optim, ...). Those
+            that would break a promise of the trainer are refused, see `smolora.recipe.arguments.REFUSED_ARGUMENTS`.
+    """
+
+    epochs: Positive = 1
+    batch_size: Count = 64
+    per_device_batch_size: Count = 8
+    learning_rate: Positive = 1e-4
+    projector_learning_rate: Positive | None = None
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.01
+    warmup_ratio: Number = 0.03
+    schedule: Literal["cosine", "constant"] = "cosine"
+    max_length: Annotated[int, Strict(), Field(ge=2)] = 2048
+    activation_checkpointing: Flag = False
+    save_steps: Count = 200
+    logging_steps: Count = 10
+    workers: Natural = 4
+    arguments: Annotated[Options, AfterValidator(_argument_paths)] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=SECTION)
+class EvaluationRecipe:
+    """Generation and scoring of answers.
+
+    Args:
+        protocol: "smolora" (comparable with the paper's tables) or "standard" (the metric as the field defines it).
+        token_budget: maximum number of prompt tokens in a batch, padding included.
+        max_new_tokens: maximum length of an answer; None for the released limit of each dataset.
+        padding: "all" pads every image to a square, as in training. "released" crops instead for the four datasets
+            that the released evaluation crops.
+        workers: image-loading processes per device.
+    """
+
+    protocol: Literal["smolora", "standard"] = "smolora"
+    token_budget: Count = 16384
+    max_new_tokens: Count | None = None
+    padding: Literal["all", "released"] = "all"
+    workers: Natural = 2
+
+
+@dataclass(frozen=True, config=SECTION)
+class Recipe:
+    """An experiment.
+
+    Args:
+        name: name of the run.
+        output: folder of the run; None for `runs/<name>`.
+        method: a name of `smolora.train.methods.METHODS`.
+        model, data, instructions, baseline, training, evaluation: sections, see their classes.
+        adapter: arguments of `SMoLoRAConfig`; the allowed ones are `ADAPTER_KEYS`.
+        tasks: upstream tasks in the order of training.
+        downstream: tables of tasks by name ("zero-shot", "few-shot"). A task with a training file is trained from the
+            last stage's adapter first; the others are evaluated with that adapter.
+        benchmark: name of the benchmark; None for `name`. The report shows the paper's rows beside "CVIT" only.
+        setting: type of the instructions, "single" or "multi", for the report.
+        prepare: data or models that the recipe makes itself: names of `smolora.train.prepare.PREPARATIONS`, each with
+            its options.
+        seed: seed of everything random.
+        backend: backend of the adapters, as `smolora.use_backend` takes it.
+    """
+
+    name: Text
+    model: ModelRecipe
+    data: DataRecipe
+    tasks: list[TaskRecipe]
+    output: PathText | None = None
+    benchmark: Text | None = None
+    setting: Literal["single", "multi"] = "single"
+    method: Text = "smolora"
+    seed: Natural = 0
+    backend: Literal["auto", "torch", "triton", "cuda"] = "auto"
+    prepare: Options = field(default_factory=dict)
+    instructions: InstructionRecipe = field(default_factory=InstructionRecipe)
+    adapter: Options = field(default_factory=dict)
+    baseline: BaselineRecipe = field(default_factory=BaselineRecipe)
+    downstream: Annotated[dict[str, list[TaskRecipe]], BeforeValidator(_mapping)] = field(default_factory=dict)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output or f"runs/{self.name}")
+
+    @property
+    def all_tasks(self) -> list[TaskRecipe]:
+        """Upstream and downstream tasks."""
+        return [*self.tasks, *(task for tasks in self.downstream.values() for task in tasks)]
+
+    def epochs(self, tasks: Sequence[TaskRecipe]) -> float:
+        """Epochs of a stage that trains these tasks."""
+        own = tasks[0].epochs if len(tasks) == 1 else None
+        return self.training.epochs if own is None else own
+
+    def adapter_config(self, **changes: Any) -> SMoLoRAConfig:
+        """The adapter's configuration, with changes."""
+        return SMoLoRAConfig(**{**self.adapter, **changes})
+
+    def train_file(self, task: TaskRecipe) -> Path:
+        """Path of a task's training file."""
+        return Path(self.data.root, task.train or "")
+
+    def test_file(self, task: TaskRecipe) -> Path:
+        """Path of a task's test file."""
+        return Path(self.data.root, task.test)
+
+    def images(self, task: TaskRecipe) -> Path:
+        """Folder that a task's image paths are relative to."""
+        return Path(task.images or self.data.images or self.data.root)
+
+    def annotations(self, task: TaskRecipe) -> list[Path]:
+        """Folders in which scoring looks for a task's files."""
+        return [self.test_file(task).parent, *map(Path, self.data.annotations)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe with all defaults filled in; `load_recipe` reads it back from YAML."""
+        return dataclasses.asdict(self)
