@@ -14,9 +14,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticKnownError
 
 from ..config import SMoLoRAConfig
-from ..io.files import user_path
+from ..io.files import surrogate, user_path
+
+
+def _without_surrogates(text: str) -> str:
+    """Refuse half characters, which no file and no tokenizer takes."""
+    if surrogate(text) is not None:
+        raise PydanticKnownError("string_unicode")
+    return text
 
 
 def _number(value: Any) -> Any:
@@ -39,7 +47,7 @@ def _argument_paths(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 # Values are taken as they are written: 1 is no text and no boolean, "1" is no integer.
-Text = Annotated[str, Strict()]
+Text = Annotated[str, Strict(), AfterValidator(_without_surrogates)]
 PathText = Annotated[Text, AfterValidator(user_path)]
 Flag = Annotated[bool, Strict()]
 Natural = Annotated[int, Strict(), Field(ge=0)]

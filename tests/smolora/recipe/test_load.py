@@ -56,6 +56,8 @@ def test_defaults_are_the_papers(path):
         ("training.projector_learning_rate=null", lambda r: r.training.projector_learning_rate, None),
         ("training.arguments.report_to=tensorboard", lambda r: r.training.arguments, {"report_to": "tensorboard"}),
         ("output=a=b", lambda r: str(r.folder), "a=b"),
+        ("downstream=null", lambda r: r.downstream, {}),  # a section whose lines are commented out
+        ("benchmark='${x}'", lambda r: r.benchmark, "${x}"),  # a text, and nothing to be replaced in it
         ("downstream.zero-shot=[{name: OCRVQA, test: t}]", lambda r: r.downstream["zero-shot"][0].test, "t"),
     ],
 )
@@ -88,6 +90,11 @@ def test_overrides(path, override, get, value):
         ("training.batch_size=0", r"training.batch_size must be at least 1, got 0"),
         ("training.activation_checkpointing=1", r"training.activation_checkpointing must be true or false, got 1"),
         ("training.schedule=linear", r"training.schedule must be one of 'cosine', 'constant', got 'linear'"),
+        ("name=5", r"name must be a text, got 5"),
+        ("seed=true", r"seed must be an integer, got True"),
+        ("training.batch_size='4'", r"training.batch_size must be an integer, got '4'"),
+        ("training.epochs=true", r"training.epochs must be a number, got True"),
+        ("model.dtype=null", r"model.dtype must be one of 'bfloat16', 'float16', 'float32', got None"),
         ("training=5", r"training must be a section of keys and values, got 5"),
         ("tasks={}", r"tasks must be a list, got"),
         ("tasks=[]", r"tasks must have an entry"),
