@@ -26,7 +26,8 @@ TRAINING = [
     plain.but(B=1, S=140, d=300, k=300, r=16, top_k=2),
 ]
 COLLECTING = [plain.but(lengths=(0,) * 256 + (1,) * 4, d=16, k=16)]  # more chunks than it asks at a time
-CASES = {"decode.cu": DECODING, "collect.cu": COLLECTING}
+DECODE_FILES = ("decode.cu", "decode.cuh")
+CASES = dict.fromkeys(DECODE_FILES, DECODING) | {"collect.cu": COLLECTING}
 
 
 def outputs(case: Case, decodes: bool) -> list[torch.Tensor]:
@@ -44,7 +45,7 @@ def test_sources_have_barriers():
 @pytest.mark.parametrize(("file", "line", "of_grid"), BARRIERS)
 def test_barrier_is_needed(file: str, line: int, of_grid: bool, emulated):
     """Left out, it leaves a race on shared memory; the grid's, which is for global memory, another result."""
-    decodes = file == "decode.cu"
+    decodes = file in DECODE_FILES
     for case in CASES.get(file, TRAINING):
         right = outputs(case, decodes) if of_grid else None
         emulated.leave_out(file, line)

@@ -16,7 +16,7 @@ from types import ModuleType
 ROOT = Path(__file__).parents[3]
 EMULATOR = ROOT / "tests/csrc/emulator"
 SOURCES = [*sorted(ROOT.glob("csrc/*.cu")), EMULATOR / "emulate.cpp", ROOT / "csrc/bindings.cpp"]
-HEADERS = [*sorted(ROOT.glob("csrc/**/*.h")), *sorted(ROOT.glob("csrc/**/*.cuh")), EMULATOR / "emulate.h"]
+HEADERS = [*sorted(ROOT.glob("csrc/**/*.h")), *sorted(ROOT.glob("csrc/**/*.cuh")), *sorted(EMULATOR.glob("*.h"))]
 OPTIONS = ["-O1", "-std=c++17", "-fPIC", "-DSMOLORA_EMULATE"]
 
 
