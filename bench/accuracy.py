@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peers import Peer
-from problem import SCALING, Batch, Layer
+from workload import SCALING, Batch, Layer
 
 # Relative norm errors that a correct computation stays under: about twice what k-sized torch shows in 16 bits (0.3% for
 # y and dx, 0.5% for gradients in bfloat16), ten times in float32, where sums grow longer with the shape.

@@ -10,10 +10,10 @@ import torch
 
 from accuracy import Errors, check, expect
 from peers import PEERS, Peer
-from problem import Batch, Layer, draw_batch, draw_layer
 from runs import unavailable
 from shapes import PRESETS
 from timing import Clock, clock_for
+from workload import Batch, Layer, draw_batch, draw_layer
 
 
 @dataclass

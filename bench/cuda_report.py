@@ -24,6 +24,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from static_report import print_faults, print_rows
+
 ROOT = Path(__file__).parents[1]
 FILES = tuple(sorted(path.stem for path in ROOT.glob("csrc/*.cu")))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
@@ -52,8 +54,11 @@ class Row:
     tensor_core: int
     wide: int
 
+    def __str__(self) -> str:
+        return self.types
+
     def faults(self) -> list[str]:
-        """What a kernel must not have."""
+        """Return what is wrong with the compiled kernel."""
         found = []
         if self.spills or self.stack or self.spill_bytes:
             found.append(f"{self.spills} spill instructions, {self.stack} bytes of stack")
@@ -68,7 +73,7 @@ class Row:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of PATH or of /usr/local/cuda."""
+    """Find nvcc in CUDA_HOME, on PATH or in /usr/local/cuda."""
     from shutil import which
 
     home = os.environ.get("CUDA_HOME")
@@ -76,18 +81,18 @@ def find_nvcc() -> str | None:
 
 
 def find_nvdisasm() -> str:
-    """The disassembler in Triton's package."""
+    """Return the disassembler in Triton's package."""
     return str(Path(find_spec("triton").origin).parent / "backends/nvidia/bin/nvdisasm")
 
 
 def supported(nvcc: str, architectures: Iterable[str]) -> list[str]:
-    """Those of the architectures that an nvcc knows."""
+    """Return those of the architectures that an nvcc knows."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     return [arch for arch in architectures if f"sm_{arch.removesuffix('a')}" in known.split()]
 
 
 def split_name(mangled: str) -> tuple[str, str]:
-    """A kernel's name and its template arguments, of a mangled name: "shrink_kernel", "bf16 5"."""
+    """Return a kernel's name and its template arguments from its mangled name: "shrink_kernel", "bf16 5"."""
     name = next(m[1] for m in re.finditer(r"\d+([a-z_]+_kernel)", mangled))
     arguments = mangled.split(name, 1)[1].split("EEv")[0].split("Ev")[0]
     types = [("bf16", "nv_bfloat16"), ("fp16", "6__half"), ("float", "If")]
@@ -121,10 +126,18 @@ def compile_file(nvcc: str, arch: str, file: str) -> list[Row]:
         number = lambda pattern, block=block: int((re.search(pattern, block) or [0, 0])[1])  # noqa: E731
         name, types = split_name(mangled)
         rows.append(
-            Row(arch, file, name, types, number(r"Used (\d+) registers"), number(r"(\d+) bytes stack frame"),
-                number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-                number(r"(\d+) bytes smem"), **counts[mangled])
-        )  # fmt: skip
+            Row(
+                arch=arch,
+                file=file,
+                kernel=name,
+                types=types,
+                registers=number(r"Used (\d+) registers"),
+                stack=number(r"(\d+) bytes stack frame"),
+                spill_bytes=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+                static_shared=number(r"(\d+) bytes smem"),
+                **counts[mangled],
+            )
+        )
     return rows
 
 
@@ -149,21 +162,13 @@ def main() -> int:
 
     with ThreadPoolExecutor(arguments.workers) as pool, bar:
         rows = [row for found in pool.map(work, jobs) for row in found]
-    columns = list(Row.__dataclass_fields__)
-    cells = [columns] + [[str(getattr(row, name)) for name in columns] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_rows(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    bad = [(row, row.faults()) for row in rows if row.faults()]
-    for row, faults in bad:
-        print(f"FAULT sm_{row.arch} {row.kernel} {row.types}: {'; '.join(faults)}")
     left_out = [arch for arch in arguments.arch if arch not in {row.arch for row in rows}]
     if left_out:
         print(f"this nvcc does not know sm_{', sm_'.join(left_out)}")
-    print(f"{len(rows)} kernels compiled with {nvcc}, {len(bad)} with faults")
-    return 1 if bad else 0
+    return print_faults(rows, nvcc)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import math
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -30,24 +29,23 @@ import report
 import smolora
 from accuracy import WrongResult
 from peers import OURS
-from problem import INSTRUCTION_DIM
 from report import Row
-from runs import Run, free_memory, positive, progress, unavailable
-from timing import Job, capture, clock_for
+from runs import Run, bench_main, busy_note, free_memory, positive, unavailable
+from timing import Job, capture
 from whole_model import (
     PRESETS,
+    ModelShape,
     OfficialLinear,
-    Shape,
     chosen_peers,
     device_for,
     flags,
     make_base,
-    say_if_busy,
     shared_copy,
     with_lora,
     with_official,
     with_smolora,
 )
+from workload import INSTRUCTION_DIM
 
 PEERS = ("none", "peft_lora", "official", *OURS)
 ROOM = 8  # tokens that a cache holds after the prompt: what is run before a capture goes on from step to step
@@ -65,7 +63,7 @@ class Text:
     instruction: Tensor
 
     @classmethod
-    def draw(cls, shape: Shape, sequences: int, prompt: int, device: torch.device) -> Text:
+    def draw(cls, shape: ModelShape, sequences: int, prompt: int, device: torch.device) -> Text:
         generator = torch.Generator(device).manual_seed(1)
         size = (sequences, prompt + 1)
         ids = torch.randint(3, shape.vocabulary - 1, size, generator=generator, device=device)
@@ -74,7 +72,7 @@ class Text:
 
 
 def cache_name(model: nn.Module) -> str:
-    """What a forward calls its cache: transformers has renamed it."""
+    """Return the name of a forward's cache argument, which transformers has renamed."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
@@ -94,7 +92,7 @@ class Decoder:
         model(input_ids=text.ids, logits_to_keep=1, **self.given, **own)
 
     def step(self) -> Tensor:
-        """Logits (n, vocabulary) of the next token; the cache has one more then."""
+        """Return the logits (n, vocabulary) of the next token, which goes into the cache."""
         return self.model(input_ids=self.text.next, **self.given).logits[:, -1]
 
     def rewind(self) -> None:
@@ -103,14 +101,14 @@ class Decoder:
             layer.cumulative_length.fill_(self.text.ids.shape[1])
 
     def without_adapter(self) -> Tensor:
-        """The step's logits from the same cache, the adapter switched off."""
+        """Return the step's logits from the same cache, without the adapter."""
         self.rewind()
         with self.model.disable_adapter():
             return self.step()
 
 
-def build(name: str, shape: Shape, base: nn.Module, instruction: Tensor) -> nn.Module:
-    """A peer's model; all of OURS have the same."""
+def build(name: str, shape: ModelShape, base: nn.Module, instruction: Tensor) -> nn.Module:
+    """Build a peer's model; all of OURS have the same."""
     if name == "none":
         return shared_copy(base)
     if name == "peft_lora":
@@ -119,7 +117,7 @@ def build(name: str, shape: Shape, base: nn.Module, instruction: Tensor) -> nn.M
 
 
 def scope(name: str) -> AbstractContextManager:
-    """The backend of a peer."""
+    """Return the context of a peer's backend."""
     return smolora.use_backend(name) if name in OURS else nullcontext()
 
 
@@ -127,7 +125,7 @@ def scope(name: str) -> AbstractContextManager:
 
 
 def distance(logits: Tensor, expected: Tensor, plain: Tensor) -> float:
-    """Relative to what the adapter changes, which is `expected` against `plain`."""
+    """Return the error of logits, relative to what the adapter changes: `expected` against `plain`."""
     logits, expected, plain = logits.double(), expected.double(), plain.double()
     return ((logits - expected).norm() / (expected - plain).norm()).item()
 
@@ -140,10 +138,10 @@ def must_agree(name: str, error: float, limit: float, what: str) -> float:
 
 @torch.no_grad()
 def check(name: str, device: torch.device) -> float | None:
-    """How far the step of a SMoLoRA peer is from what it should be, in float32 on a small model; None for the others.
+    """Return the error of a SMoLoRA peer's step in float32 on a small model; None for the other peers.
 
     Raises:
-        WrongResult: further than in LIMITS.
+        WrongResult: it is over its limit.
     """
     if name not in ("official", *OURS):
         return None
@@ -168,7 +166,7 @@ def check(name: str, device: torch.device) -> float | None:
 
 
 def prepare(name: str, decoder: Decoder) -> tuple[Callable[[], object], Tensor]:
-    """A peer's step, to be run from a cache that was put back, and its logits."""
+    """Return a peer's step, to be run from a rewound cache, and its logits."""
 
     def step() -> Tensor:
         with scope(name):
@@ -185,15 +183,15 @@ def prepare(name: str, decoder: Decoder) -> tuple[Callable[[], object], Tensor]:
 
 
 @torch.no_grad()
-def measure(run: Run, shape: Shape, numbers: list[int], prompt: int) -> None:
-    """A row for each peer and number of sequences."""
+def measure(run: Run, shape: ModelShape, numbers: list[int], prompt: int) -> None:
+    """Measure a row for each peer and number of sequences."""
     errors: dict[str, float | None] = {}
     for name in run.names:
-        run.say(f"checking {name}")
+        run.set_status(f"checking {name}")
         try:
             errors[name] = check(name, run.device)
         except Exception as error:  # a kernel that does not compile raises anything: the others are measured
-            run.drop(name, error)
+            run.record_failure(name, error)
     shape = replace(shape, dropout=0.0)
     base = make_base(shape, run.device)
     kinds = {name: "smolora" if name in OURS else name for name in errors}
@@ -206,14 +204,14 @@ def measure(run: Run, shape: Shape, numbers: list[int], prompt: int) -> None:
 
 def measure_one(
     run: Run,
-    shape: Shape,
+    shape: ModelShape,
     models: dict[str, nn.Module],
     kinds: dict[str, str],
     errors: dict[str, float | None],
     sequences: int,
     prompt: int,
 ) -> None:
-    """The rows of one number of sequences."""
+    """Measure the rows of one number of sequences."""
     text = Text.draw(shape, sequences, prompt, run.device)
     decoders: dict[str, Decoder] = {}
     expected: tuple[Tensor, Tensor] | None = None
@@ -235,7 +233,7 @@ def measure_one(
                 error = distance(logits, *expected)
                 distances[name] = must_agree(name, error, LIMITS[shape.dtype], f"torch with {sequences} sequences")
         except Exception as error:
-            run.drop(f"{name}, {sequences} sequences", error)
+            run.record_failure(f"{name}, {sequences} sequences", error)
             free_memory(run.device)
             continue
         jobs.append(Job(name, (lambda _, d=decoder: d.rewind(), lambda _, step=step: step())))
@@ -262,7 +260,7 @@ def measure_one(
 
 
 def table(rows: list[Row]) -> str:
-    """A line a peer and number of sequences; times in ms, median (20th-80th percentile)."""
+    """Format a line a peer and number of sequences; times in ms, median (20th-80th percentile)."""
     lines = [f"{'sequences':<11}{'peer':<18}{'step ms':>27}{'tokens/s':>11}{'of none':>9}{'error':>10}{'of torch':>10}"]
     for row in rows:
         spread = report.spread(row["step_ms"])
@@ -299,32 +297,28 @@ def main(argv: list[str] | None = None) -> None:
             skipped[name] = reason
         else:
             names.append(name)
-    environment = report.environment(device)
-    print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    say_if_busy(device)
-    with progress(len(numbers)) as bar:
-        run = Run(
-            device=device,
-            clock=clock_for(device),
-            names=names,
-            group_seconds=args.seconds / len(numbers),
-            deadline=math.inf,
-            rounds=None,
-            bar=bar,
-            environment=environment,
-            skipped=skipped,
-        )
-        measure(run, shape, numbers, args.prompt)
     how = "a captured graph" if device.type == "cuda" else "no graph: eager steps of a CPU, which say nothing on a GPU"
-    print(f"\n{shape.name}: one token after {args.prompt}, {shape.dtype}, {how}")
-    print(table(run.rows))
-    for what, why in run.skipped.items():
-        print(f"not measured: {what}: {why}")
-    path = report.results_folder(args.output, environment) / f"decode_step_{shape.name}.json"
-    report.write_json(path, {"environment": environment, "not_measured": run.skipped, "rows": run.rows})
-    print(f"rows: {path}")
-    if run.failed:
-        sys.exit("refused to time what is wrong or fails. " + "; ".join(run.failed))
+
+    def measure_all(run: Run) -> Row:
+        measure(run, shape, numbers, args.prompt)
+        return {}
+
+    def show(run: Run, folder: Path) -> None:
+        print(f"\n{shape.name}: one token after {args.prompt}, {shape.dtype}, {how}")
+        print(table(run.rows))
+
+    bench_main(
+        measure_all,
+        show,
+        stem=f"decode_step_{shape.name}",
+        output=args.output,
+        device=device,
+        names=names,
+        skipped=skipped,
+        steps=len(numbers),
+        group_seconds=args.seconds / len(numbers),
+        note=busy_note(device),
+    )
 
 
 if __name__ == "__main__":

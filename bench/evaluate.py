@@ -45,25 +45,58 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset(64, 192, 2, 4, 32, 2, 56, 4, torch.float32, "cpu", 48, 2048, 96),
-    "llava-7b": Preset(4096, 11008, 32, 32, 1024, 24, 336, 16, torch.bfloat16, "cuda", 256, 32768, 480),
+    "small": Preset(
+        hidden=64,
+        intermediate=192,
+        layers=2,
+        heads=4,
+        vision_hidden=32,
+        vision_layers=2,
+        image_size=56,
+        rank=4,
+        dtype=torch.float32,
+        device="cpu",
+        questions=48,
+        token_budget=2048,
+        side=96,
+    ),
+    "llava-7b": Preset(
+        hidden=4096,
+        intermediate=11008,
+        layers=32,
+        heads=32,
+        vision_hidden=1024,
+        vision_layers=24,
+        image_size=336,
+        rank=16,
+        dtype=torch.bfloat16,
+        device="cuda",
+        questions=256,
+        token_budget=32768,
+        side=480,
+    ),
 }
 
 
 def build(preset: Preset) -> torch.nn.Module:
-    """The preset's LLaVA with its adapter, on its device."""
+    """Make the preset's LLaVA with its adapter, on its device."""
     device = torch.device(preset.device)
     with device:
         model = small_llava(
-            hidden=preset.hidden, intermediate=preset.intermediate, layers=preset.layers, heads=preset.heads,
-            vision_hidden=preset.vision_hidden, vision_layers=preset.vision_layers, image_size=preset.image_size,
+            hidden=preset.hidden,
+            intermediate=preset.intermediate,
+            layers=preset.layers,
+            heads=preset.heads,
+            vision_hidden=preset.vision_hidden,
+            vision_layers=preset.vision_layers,
+            image_size=preset.image_size,
             dtype=preset.dtype,
-        )  # fmt: skip
+        )
     return small_adapter(model, r=preset.rank, lora_alpha=2 * preset.rank, num_vu_experts=4, num_if_experts=4)
 
 
 def measure(preset: Preset, folder: Path, rounds: int, new_tokens: int) -> dict[str, object]:
-    """Times of both, the best of `rounds` in turns, and whether they answer alike."""
+    """Time both in turns, take the best of `rounds`, and compare their answers."""
     model = build(preset)
     encoder = PromptEncoder.for_model(small_tokenizer(), model.config)
     size = preset.image_size
@@ -80,10 +113,8 @@ def measure(preset: Preset, folder: Path, rounds: int, new_tokens: int) -> dict[
         for way, settings in ways.items():
             output = folder / f"{way.replace(' ', '-')}-{number}.jsonl"
             start = time.perf_counter()
-            generate_answers(
-                model, encoder, transform, Job("VQAv2", questions, folder, output, "random"), embed=embed_questions,
-                settings=settings,
-            )  # fmt: skip
+            job = Job("VQAv2", questions, folder, output, "random")
+            generate_answers(model, encoder, transform, job, embed=embed_questions, settings=settings)
             if number:
                 seconds[way].append(time.perf_counter() - start)
             answers[way] = [json.loads(line)["text"] for line in output.read_text().splitlines()]
@@ -92,10 +123,15 @@ def measure(preset: Preset, folder: Path, rounds: int, new_tokens: int) -> dict[
         raise SystemExit(f"batched answers equal those one by one in {equal:.1%} of the questions only: not reported")
     rate = {way: preset.questions / min(times) for way, times in seconds.items()}
     return {
-        "questions": preset.questions, "new_tokens": new_tokens, "token_budget": preset.token_budget,
-        "dtype": str(preset.dtype).removeprefix("torch."), "seconds": seconds, "samples_per_second": rate,
-        "speedup": rate["batched"] / rate["one by one"], "equal_answers": equal,
-    }  # fmt: skip
+        "questions": preset.questions,
+        "new_tokens": new_tokens,
+        "token_budget": preset.token_budget,
+        "dtype": str(preset.dtype).removeprefix("torch."),
+        "seconds": seconds,
+        "samples_per_second": rate,
+        "speedup": rate["batched"] / rate["one by one"],
+        "equal_answers": equal,
+    }
 
 
 def main() -> None:

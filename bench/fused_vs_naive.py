@@ -7,7 +7,8 @@
 
 Peers: linear (the frozen base alone), official (the released algorithm), gathered (chosen experts only),
 compiled_gathered and compiled_rank_space (torch.compile), peft_lora (rank 2r, adapter in the compute dtype; _fp32:
-PEFT's default), and smolora under its backends torch, triton and cuda. "own": time less linear's in the same round.
+PEFT's default), and smolora under its backends torch, triton and cuda. "overhead": time minus linear's, paired within
+each round.
 --method measures another method in the same way: linear, official, peft_lora of its active rank, and its own layer;
 bench/methods.py says what official is of each, and what a batch is.
 """
@@ -29,11 +30,11 @@ import report
 import roofline
 from accuracy import Errors, WrongResult, check, check_step, expect, forward_backward
 from peers import PEERS, Peer
-from problem import Batch, Layer, draw_batch, draw_layer
 from report import MODES, Row
-from runs import Run, choose_cases, choose_device, free_memory, positive, progress, unavailable
+from runs import Run, bench_main, choose_cases, choose_device, free_memory, positive, unavailable
 from shapes import ITEM_BYTES, METHODS, PRESETS, Case, MixtureCase, Shape
-from timing import Job, Timing, capture, ceilings, clock_for, kept_for_backward, peak
+from timing import Job, Timing, capture, kept_for_backward, measure_peaks, peak
+from workload import Batch, Layer, draw_batch, draw_layer
 
 LAYER_GROUPS = 4
 CHANGES = ("d", "k", "r", "batch", "seq", "dtype", "dropout")  # flags that replace what a preset has
@@ -43,25 +44,25 @@ SWEEP = (1 / 16, 1 / 4, 1, 2)  # of the case's sequence length
 
 
 def checked(run: Run, case: Shape, peers: dict[str, Peer], batch: Batch) -> dict[str, Errors]:
-    """Errors of every peer; one that is wrong, fails or does not fit in memory leaves `peers`, with the reason."""
+    """Return the errors of every peer; drop from `peers`, with the reason, what is wrong, fails or lacks memory."""
     layer = next(iter(peers.values())).layer
     expected = {}
     errors = {}
     for name, peer in list(peers.items()):
-        run.say(f"{case.name}, {batch.x.shape[0] * batch.x.shape[1]} tokens: checking {name}")
+        run.set_status(f"{case.name}, {batch.x.shape[0] * batch.x.shape[1]} tokens: checking {name}")
         if peer.formula not in expected:
             expected[peer.formula] = expect(peer.formula, layer, batch)
         try:
             errors[name] = check(name, peer, batch, expected[peer.formula])
         except Exception as error:  # a kernel that does not compile raises anything: the others are measured
             del peers[name]
-            run.drop(f"{name} ({case.name}, T {batch.x.shape[0] * batch.x.shape[1]})", error)
+            run.record_failure(f"{name} ({case.name}, T {batch.x.shape[0] * batch.x.shape[1]})", error)
     gc.collect()
     return errors
 
 
 def layer_jobs(peers: dict[str, Peer], batch: Batch) -> list[Job]:
-    """A job a peer: a training forward, then its backward right after it."""
+    """Make a job for each peer: a training forward, then its backward."""
 
     def job(name: str, peer: Peer) -> Job:
         live = replace(batch, x=batch.x.detach().requires_grad_())
@@ -94,22 +95,22 @@ def row_head(run: Run, case: Shape, name: str, peer: Peer, batch: Batch, kind: s
 
 
 def measure_layer(run: Run, card: roofline.Card, case: Shape, layer: Layer, peers: dict[str, Peer]) -> None:
-    """Forward, backward and both; memory; shares of `linear` and of the floor."""
+    """Measure forward, backward and both; memory; and compare with `linear` and with the floor."""
     batch = draw_batch(layer, case.batch, case.seq)
     errors = checked(run, case, peers, batch)
-    timings = run.time(f"{case.name}: timing", layer_jobs(peers, batch), LAYER_GROUPS)
+    timings = run.time(f"{case.name}: timing", layer_jobs(peers, batch), LAYER_GROUPS, min_rounds=5)
     times = {mode: {name: timings[name][i] for name in peers} for i, mode in enumerate(MODES)}
 
     def over_linear(name: str, mode: str) -> float | None:
         return times[mode][name].over(times[mode]["linear"]) if "linear" in peers else None
 
-    def own(name: str, mode: str) -> Timing | None:
+    def overhead(name: str, mode: str) -> Timing | None:
         if name == "linear" or not {name, "linear"} <= peers.keys():
             return None
         return times[mode][name].minus(times[mode]["linear"])
 
     def official_over(name: str, mode: str) -> float | None:
-        mine, theirs = own(name, mode), own("official", mode)
+        mine, theirs = overhead(name, mode), overhead("official", mode)
         return theirs.median / mine.median if theirs and mine and mine.median > 0 else None
 
     floors = {mode: seconds * 1e3 for mode, seconds in roofline.layer_seconds(case, card).items()}
@@ -129,7 +130,7 @@ def measure_layer(run: Run, card: roofline.Card, case: Shape, layer: Layer, peer
             | {mode: times[mode][name].summary() for mode in MODES}
             | {
                 "times_linear": {mode: over_linear(name, mode) for mode in MODES},
-                "own_ms": {mode: (share := own(name, mode)) and share.summary() for mode in MODES},
+                "own_ms": {mode: (own := overhead(name, mode)) and own.summary() for mode in MODES},
                 "official_own_over_own": {mode: official_over(name, mode) for mode in MODES},
                 "floor_ms": floor,
                 "of_floor": {mode: floor[mode] and floor[mode] / times[mode][name].median for mode in MODES},
@@ -141,13 +142,13 @@ def measure_layer(run: Run, card: roofline.Card, case: Shape, layer: Layer, peer
 
 
 def measure_decode(run: Run, case: Shape, layer: Layer, peers: dict[str, Peer], sequences: int) -> None:
-    """One new token of each sequence, without autograd; on a GPU the replay of a captured graph."""
+    """Measure one new token of each sequence, without autograd; on a GPU the replay of a captured graph."""
     batch = draw_batch(layer, sequences, 1)
     expected: dict[str, torch.Tensor] = {}
     jobs, errors = [], {}
     with torch.no_grad():
         for name, peer in peers.items():
-            run.say(f"{case.name}, decoding {sequences}: checking {name}")
+            run.set_status(f"{case.name}, decoding {sequences}: checking {name}")
             peer.train(False)
             if peer.formula not in expected:
                 with torch.enable_grad():
@@ -171,7 +172,7 @@ def measure_decode(run: Run, case: Shape, layer: Layer, peers: dict[str, Peer], 
             try:
                 errors[name] = check_step(name, peer, y, expected[peer.formula])
             except WrongResult as error:
-                run.drop(f"{name} ({case.name}, decode)", error)
+                run.record_failure(f"{name} ({case.name}, decode)", error)
                 continue
             jobs.append(Job(name, (lambda _, replay=replay: replay(),)))
         timings = run.time(f"{case.name}: decoding {sequences}", jobs)
@@ -190,7 +191,7 @@ def measure_decode(run: Run, case: Shape, layer: Layer, peers: dict[str, Peer], 
 
 
 def measure_sweep(run: Run, case: Shape, layer: Layer, peers: dict[str, Peer], factors: tuple[float, ...]) -> None:
-    """Forward + backward over token counts; the case's own count was measured before."""
+    """Measure forward + backward over token counts; the case's own count was measured before."""
     for seq in sorted({max(1, round(case.seq * factor)) for factor in factors}):
         tokens = case.batch * seq
         if seq == case.seq:
@@ -198,7 +199,7 @@ def measure_sweep(run: Run, case: Shape, layer: Layer, peers: dict[str, Peer], f
                 head = ("method", "case", "peer", "tokens", "shape", "dtype", "weights_dtype")
                 keys = (*head, *run.environment, "both", "error")
                 run.rows.append({"kind": "sweep"} | {key: row[key] for key in keys})
-        elif not run.late(f"sweep, {tokens} tokens"):
+        elif not run.out_of_time(f"sweep, {tokens} tokens"):
             batch = draw_batch(layer, case.batch, seq)
             here = dict(peers)
             errors = checked(run, case, here, batch)
@@ -209,15 +210,15 @@ def measure_sweep(run: Run, case: Shape, layer: Layer, peers: dict[str, Peer], f
 
 
 def measure_case(run: Run, card: roofline.Card, case: Shape, decode: list[int], sweep: tuple[float, ...]) -> None:
-    """All there is to measure about one shape."""
-    if run.late(case.name):
+    """Measure everything about one shape."""
+    if run.out_of_time(case.name):
         return
     torch.compiler.reset()
     layer = draw_layer(case, run.device, kind=KINDS[case.method])
     peers = {name: known_peers(case.method)[name](layer) for name in run.names}
     measure_layer(run, card, case, layer, peers)
     for sequences in decode:
-        if not run.late(f"{case.name}, decoding {sequences}"):
+        if not run.out_of_time(f"{case.name}, decoding {sequences}"):
             measure_decode(run, case, layer, peers, sequences)
     if sweep:
         measure_sweep(run, case, layer, peers, sweep)
@@ -226,12 +227,12 @@ def measure_case(run: Run, card: roofline.Card, case: Shape, decode: list[int], 
 
 
 def known_peers(method: str) -> dict[str, Callable[[Layer], Peer]]:
-    """What a method is measured against, and its own layer."""
+    """Return the peers of a method, its own layer among them."""
     return PEERS if method == "smolora" else methods.PEERS
 
 
 def choose_peers(args: argparse.Namespace, device: torch.device, case: Shape) -> tuple[list[str], dict[str, str]]:
-    """Names of the peers to measure, and why others are not."""
+    """Return the names of the peers to measure, and why others are not."""
     known = known_peers(args.method)
     if args.peers:
         groups = {"compiled"} if args.method == "smolora" else set()
@@ -257,7 +258,7 @@ def choose_peers(args: argparse.Namespace, device: torch.device, case: Shape) ->
 
 
 def print_results(run: Run, cases: list[Shape]) -> None:
-    """Every table, shape by shape."""
+    """Print the tables, shape by shape."""
     for case in cases:
         rows = [row for row in run.rows if row["case"] == case.name]
         layers = [row for row in rows if row["kind"] == "layer"]
@@ -270,8 +271,6 @@ def print_results(run: Run, cases: list[Shape]) -> None:
     blocks = [row for row in run.rows if row["kind"] == "layer" and row["shape"]["ffn"]]
     if len({row["case"] for row in blocks}) > 1:
         print(f"\n{report.sum_table('FFN block: gate + up + down', blocks)}")
-    for what, why in run.skipped.items():
-        print(f"not measured: {what}: {why}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -315,7 +314,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def of_method(case: Case, method: str, numbers: dict[str, int]) -> Case | MixtureCase:
-    """A preset's shape for a method, with its numbers of experts and the like."""
+    """Return a preset's shape for a method, with its numbers of experts and the like."""
     if method == "smolora":
         return replace(case, **numbers)
     common = {field.name: getattr(case, field.name) for field in fields(Shape)}
@@ -337,59 +336,40 @@ def main(argv: list[str] | None = None) -> None:
         decode = [int(n) for n in (args.decode or default).split(",")]
     sweep = () if args.no_sweep else SWEEP
     budget = args.time_budget or (90.0 if args.quick else 330.0)
-    clock = clock_for(device)
-    environment = report.environment(device)
-    print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    if note:
-        print(note)
-    torch.manual_seed(0)
-
     groups = len(cases) * (LAYER_GROUPS + len(decode)) + max(len(sweep) - 1, 0)
-    group_seconds = budget / (3 * groups)  # the rest: references, checks, warm-up and compilation
-    with progress(groups) as bar:
-        bar.set_description(f"{'ceilings of this machine':<40}")
-        ceiling = ceilings(device, getattr(torch, cases[0].dtype), clock, group_seconds / 2)
-        card = roofline.Card("measured", ceiling.bandwidth, ceiling.rate)
-        run = Run(
-            device=device,
-            clock=clock,
-            names=names,
-            group_seconds=group_seconds,
-            deadline=began + budget,
-            rounds=args.rounds,
-            bar=bar,
-            environment=environment,
-            skipped=skipped,
-        )
-        for case in cases:
-            measure_case(run, card, case, decode, sweep if case is cases[0] else ())
-
-    print_results(run, cases)
-    print(
-        f"this machine: copy {card.bandwidth / 1e9:.1f} GB/s, {cases[0].dtype} product {card.rate / 1e12:.2f} TFLOP/s; "
-        "'of floor' is the time these two allow for the counted bytes and operations, over the time measured"
-    )
-    folder = report.results_folder(args.output, environment)
     stem = args.preset or ("small" if cases[0].name == "small" else "custom")
     if args.method != "smolora":
         stem = f"{args.method}_{stem}"
-    content = {
-        "environment": environment,
-        "ceilings": asdict(ceiling),
-        "note": note,
-        "seconds": time.perf_counter() - began,
-        "not_measured": run.skipped,
-        "rows": run.rows,
-    }
-    report.write_json(folder / f"{stem}.json", content)
-    print(f"rows: {folder / f'{stem}.json'}")
-    swept = [row for row in run.rows if row["kind"] == "sweep"]
-    if swept:
-        title = f"{environment['device']}, {cases[0].describe()}"
-        report.plot(folder / f"{stem}.png", swept, title)
-        print(f"plot: {folder / f'{stem}.png'}")
-    if run.failed:
-        sys.exit("refused to time what is wrong or fails. " + "; ".join(run.failed))
+
+    def measure(run: Run) -> Row:
+        run.set_status("peaks of this machine")
+        peaks = measure_peaks(device, getattr(torch, cases[0].dtype), run.clock, run.group_seconds / 2)
+        card = roofline.Card("measured", peaks.bandwidth, peaks.rate)
+        for case in cases:
+            measure_case(run, card, case, decode, sweep if case is cases[0] else ())
+        return {"ceilings": asdict(peaks)}
+
+    def show(run: Run, folder: Path) -> None:
+        print_results(run, cases)
+        print("'of floor': the time that this machine's peaks allow for the counted bytes and operations / time taken")
+        swept = [row for row in run.rows if row["kind"] == "sweep"]
+        if swept:
+            report.plot(folder / f"{stem}.png", swept, f"{run.environment['device']}, {cases[0].describe()}")
+
+    bench_main(
+        measure,
+        show,
+        stem=stem,
+        output=args.output,
+        device=device,
+        names=names,
+        skipped=skipped,
+        steps=groups,
+        group_seconds=budget / (3 * groups),  # the rest: references, checks, warm-up and compilation
+        deadline=began + budget,
+        rounds=args.rounds,
+        note=note,
+    )
 
 
 if __name__ == "__main__":

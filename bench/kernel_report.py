@@ -40,14 +40,20 @@ from triton.runtime.jit import JITFunction
 
 from smolora.kernels import fuse_expand, grad_input, grad_output, passes, products, route_shrink
 from smolora.launch import Card
+from static_report import print_faults, print_rows
 
 ARCHITECTURES = (80, 90, 100, 120)
 # shared memory that one block may use, in bytes (CUDA programming guide, compute capabilities)
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8", torch.bool: "*i1",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
 DOTS = ("shrink_kernel", "fuse_expand_kernel", "grad_output_kernel", "grad_input_kernel")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BATCH = 8  # kernels that one worker compiles and then disassembles together: most of a disassembly is its start
@@ -62,10 +68,11 @@ COUNTED = {
 
 # tensors that grow with the number of tokens, so that they may have more than 2^31 elements
 GROWING = {
-    "x_ptr", "g_ptr", "y_ptr", "dx_ptr", "h_ptr", "dh_ptr", "scores_ptr", "dscores_ptr", "fused_ptr",
-    "token_logits_ptr", "dlogits_ptr", "route_mask_ptr", "sums_ptr", "part_ptr", "part_ptrs", "logits_part_ptr",
-    "p_part_ptr", "p_part_ptrs", "B_part_ptr", "A_part_ptr", "router_part_ptr", "dw_part_ptr", "dweights_part_ptr",
-}  # fmt: skip
+    *(f"{name}_ptr" for name in ("x", "g", "y", "dx", "h", "dh", "scores", "dscores", "fused", "token_logits")),
+    *(f"{name}_ptr" for name in ("dlogits", "route_mask", "sums", "part", "logits_part", "p_part", "B_part", "A_part")),
+    *(f"{name}_ptr" for name in ("router_part", "dw_part", "dweights_part")),
+    *("part_ptrs", "p_part_ptrs"),
+}
 
 
 @dataclass(frozen=True)
@@ -116,30 +123,61 @@ GROUPS: dict[str, list[Setting]] = {
     "mixes": [SOFTMAX, SHARED, DENSE],
     # every tile of half-precision inputs
     "tiles": [
-        PLAIN, PLAIN.but(r=32), PLAIN.but(r=64), PLAIN.but(r=128), PLAIN.but(experts=2), PLAIN.but(experts=8), DECODE,
+        PLAIN,
+        PLAIN.but(r=32),
+        PLAIN.but(r=64),
+        PLAIN.but(r=128),
+        PLAIN.but(experts=2),
+        PLAIN.but(experts=8),
+        DECODE,
     ],
     # what one layer may ask for, each adding code to a kernel
     "options": [
-        PLAIN.but(threshold=0), PLAIN.but(masked=True), PLAIN.but(packed=True), PLAIN.but(r=12),
-        PLAIN.but(top_k=2, masked=True, packed=True, learns=True), PLAIN.but(top_k=4, masked=True, learns=True),
-        PLAIN.but(r=64, masked=True, packed=True, learns=True), PLAIN.but(r=32, top_k=4), PLAIN.but(r=64, top_k=4),
-        PLAIN.but(parameters=torch.bfloat16), PLAIN.but(mix="weighted"), PLAIN.but(mix="weighted", banks=1),
+        PLAIN.but(threshold=0),
+        PLAIN.but(masked=True),
+        PLAIN.but(packed=True),
+        PLAIN.but(r=12),
+        PLAIN.but(top_k=2, masked=True, packed=True, learns=True),
+        PLAIN.but(top_k=4, masked=True, learns=True),
+        PLAIN.but(r=64, masked=True, packed=True, learns=True),
+        PLAIN.but(r=32, top_k=4),
+        PLAIN.but(r=64, top_k=4),
+        PLAIN.but(parameters=torch.bfloat16),
+        PLAIN.but(mix="weighted"),
+        PLAIN.but(mix="weighted", banks=1),
         PLAIN.but(dtype=torch.float16),
     ],
     "mix options": [
-        SOFTMAX.but(threshold=0), SOFTMAX.but(r=4), SOFTMAX.but(r=64), SOFTMAX.but(experts=4),
-        SOFTMAX.but(shared=True), SOFTMAX.but(training=False, threshold=0, tokens=8),
-        SHARED.but(tasks=True, frozen=True, masked=True, packed=True), SHARED.but(r=64), SHARED.but(r=128, top_k=1),
-        SHARED.but(threshold=0, shared=False, top_k=3, frozen=True), DENSE.but(threshold=0), DENSE.but(r=64),
-        DENSE.but(r=128), DENSE.but(experts=8, by_token=True), DENSE.but(experts=4, banks=2),
+        SOFTMAX.but(threshold=0),
+        SOFTMAX.but(r=4),
+        SOFTMAX.but(r=64),
+        SOFTMAX.but(experts=4),
+        SOFTMAX.but(shared=True),
+        SOFTMAX.but(training=False, threshold=0, tokens=8),
+        SHARED.but(tasks=True, frozen=True, masked=True, packed=True),
+        SHARED.but(r=64),
+        SHARED.but(r=128, top_k=1),
+        SHARED.but(threshold=0, shared=False, top_k=3, frozen=True),
+        DENSE.but(threshold=0),
+        DENSE.but(r=64),
+        DENSE.but(r=128),
+        DENSE.but(experts=8, by_token=True),
+        DENSE.but(experts=4, banks=2),
         PLAIN.but(shared=True, top_k=2, learns=True),
     ],
     "float32": [
-        EXACT, EXACT.but(r=32), EXACT.but(r=64), EXACT.but(r=128), EXACT.but(experts=1), EXACT.but(experts=2),
+        EXACT,
+        EXACT.but(r=32),
+        EXACT.but(r=64),
+        EXACT.but(r=128),
+        EXACT.but(experts=1),
+        EXACT.but(experts=2),
         EXACT.but(top_k=2, masked=True, packed=True, learns=True),
-        SOFTMAX.but(dtype=torch.float32), SHARED.but(dtype=torch.float32), DENSE.but(dtype=torch.float32),
+        SOFTMAX.but(dtype=torch.float32),
+        SHARED.but(dtype=torch.float32),
+        DENSE.but(dtype=torch.float32),
     ],
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -202,7 +240,7 @@ def describe(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, 
 
 
 def record(run: Callable[[], Any]) -> list[Launch]:
-    """The launches that `run` makes, in place of making them."""
+    """Record the launches of `run` in place of making them."""
     launches: list[Launch] = []
 
     def launcher(kernel: JITFunction, grid: Any) -> Callable[..., None]:
@@ -221,7 +259,7 @@ def record(run: Callable[[], Any]) -> list[Launch]:
 
 
 def run_layer(s: Setting) -> None:
-    """One forward, and backward if training, through the launchers, with tensors that have shapes and no memory."""
+    """Call the passes once on tensors that have shapes and no memory: forward, and backward if training."""
     with torch.device("meta"):
         E, b, n = s.experts, s.banks, s.num_seqs
         x, g = torch.empty(s.tokens, s.d, dtype=s.dtype), torch.empty(s.tokens, s.k, dtype=s.dtype)
@@ -241,33 +279,96 @@ def run_layer(s: Setting) -> None:
         weights = torch.empty(n, b, s.top_k) if given else None
         rows = torch.empty(n, dtype=torch.int64) if s.tasks else None
         streams = list(range(b))
+        instruction = torch.empty(n, 384)
         h, w, new_ids, new_weights, _, mean, logits = passes.route_shrink(
-            x, n, cu, mask, torch.empty(n, 384), ids, A, B, importance, routers, [True, False][:b], rows, token_router,
-            seed, streams, s.threshold, s.top_k if routed else 0, s.gate, 2.0, s.mix, s.learns,
-        )  # fmt: skip
+            x=x,
+            num_seqs=n,
+            cu_seqlens=cu,
+            route_mask=mask,
+            instruction=instruction,
+            ids=ids,
+            A=A,
+            B=B,
+            importance=importance,
+            routers=routers,
+            router_reads_x=[True, False][:b],
+            router_rows=rows,
+            token_router=token_router,
+            seed=seed,
+            streams=streams,
+            threshold=s.threshold,
+            top_k=s.top_k if routed else 0,
+            gate=s.gate,
+            scaling=2.0,
+            mix=s.mix,
+            need_mean=s.learns,
+        )
         if routed:
             ids, weights = new_ids, new_weights
         scores = logits if token_router is not None else torch.empty(s.tokens, s.top_k or E) if s.by_token else None
-        bias = torch.empty(s.k, dtype=s.dtype)
+        given_scores = scores is not None
         _, fused = passes.fuse_expand(
-            h, w, ids, weights, scores, B, n, cu, 2.0, s.mix, s.dtype, None, None, bias
-        )  # fmt: skip
-        scores = fused if s.mix == "smolora" else scores
+            h=h,
+            w=w,
+            ids=ids,
+            slot_weights=weights,
+            scores=scores,
+            B=B,
+            num_seqs=n,
+            cu_seqlens=cu,
+            scaling=2.0,
+            mix=s.mix,
+            dtype=s.dtype,
+            x=None,
+            base_weight=None,
+            base_bias=torch.empty(s.k, dtype=s.dtype),
+        )
         if s.training:
-            given_scores = scores is not None and s.mix != "smolora"
             dh, *_, dscores = passes.grad_output(
-                g, h, w, ids, weights, scores, B, importance, trained, n, cu, 2.0, s.mix, True, [True] * b,
-                bool(importance), s.learns, given_scores,
-            )  # fmt: skip
+                g=g,
+                h=h,
+                w=w,
+                ids=ids,
+                slot_weights=weights,
+                scores=fused if s.mix == "smolora" else scores,
+                B=B,
+                importance=importance,
+                trained=trained,
+                num_seqs=n,
+                cu_seqlens=cu,
+                scaling=2.0,
+                mix=s.mix,
+                need_dh=True,
+                need_B=[True] * b,
+                need_importance=bool(importance),
+                need_slot_weights=s.learns,
+                need_scores=given_scores,
+            )
             passes.grad_input(
-                x, dh, ids, A, token_router, dscores if token_router is not None else None, n, cu, mask,
-                mean if s.learns else None, seed, streams, s.threshold, s.dtype, True, [True] * b,
-                token_router is not None, None, None,
-            )  # fmt: skip
+                x=x,
+                dh=dh,
+                ids=ids,
+                A=A,
+                token_router=token_router,
+                dtoken_logits=None if token_router is None else dscores,
+                num_seqs=n,
+                cu_seqlens=cu,
+                route_mask=mask,
+                dmean=mean if s.learns else None,
+                seed=seed,
+                streams=streams,
+                threshold=s.threshold,
+                dtype=s.dtype,
+                need_dx=True,
+                need_A=[True] * b,
+                need_token_router=token_router is not None,
+                g=None,
+                base_weight=None,
+            )
 
 
 def launches_for(arch: int, settings: Iterable[Setting]) -> dict[Launch, Setting]:
-    """Every distinct launch on an architecture, with the setting it first came from."""
+    """Collect every distinct launch on an architecture, with the setting it first came from."""
     found: dict[Launch, Setting] = {}
     card = Card((arch // 10, arch % 10))
     with ExitStack() as stack:
@@ -298,8 +399,11 @@ class Row:
     half: bool
     setting: str
 
+    def __str__(self) -> str:
+        return f"[{self.tile}] {self.setting}"
+
     def faults(self) -> list[str]:
-        """What a kernel must not have."""
+        """Return what is wrong with the compiled kernel."""
         found = []
         if self.spills or self.stack:
             found.append(f"{self.spills} spill instructions, {self.stack} bytes of stack")
@@ -313,7 +417,7 @@ class Row:
 
 
 def machine_code(cubin: bytes) -> bytes:
-    """The instructions in an ELF file of one kernel: its section .text.<name>."""
+    """Extract the instructions from an ELF file of one kernel: its section .text.<name>."""
     (sections,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQ", cubin, sections + i * size) for i in range(count)]
@@ -323,7 +427,7 @@ def machine_code(cubin: bytes) -> bytes:
 
 
 def count_instructions(arch: int, codes: list[bytes]) -> list[dict[str, int]]:
-    """How often each kind of COUNTED is in each kernel's code; one disassembly of all, end to end."""
+    """Count each kind of COUNTED in each kernel's code, by one disassembly of all of them end to end."""
     ends = list(accumulate(map(len, codes)))
     counts = [dict.fromkeys(COUNTED, 0) for _ in codes]
     with tempfile.NamedTemporaryFile() as file:
@@ -339,7 +443,7 @@ def count_instructions(arch: int, codes: list[bytes]) -> list[dict[str, int]]:
 
 
 def count_narrow(ttir: str) -> int:
-    """Loads and stores of GROWING tensors whose address has no 64-bit offset in it, in Triton's own representation."""
+    """Count loads and stores of GROWING tensors in Triton's IR whose address has no 64-bit offset in it."""
     # whether a 64-bit offset is in it; the tensors of a tuple have its name, with a number
     arguments = re.findall(r"%(\w+): !tt\.ptr", ttir)
     pointers = {f"%{name}": False for name in arguments if re.sub(r"_\d+$", "", name) in GROWING}
@@ -376,15 +480,25 @@ def compile_batch(arch: int, batch: list[tuple[Launch, Setting]]) -> list[Row]:
             out = subprocess.run(usage, capture_output=True, text=True, check=True).stdout
         used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", out)}
         rows.append(
-            Row(arch, launch.kernel.name, launch.tile(), dict(launch.options)["num_warps"], used["REG"], used["STACK"],
-                kernel.metadata.shared, **count, narrow=count_narrow(kernel.asm["ttir"]),
-                half=setting.dtype != torch.float32, setting=str(setting))
-        )  # fmt: skip
+            Row(
+                arch=arch,
+                kernel=launch.kernel.name,
+                tile=launch.tile(),
+                warps=dict(launch.options)["num_warps"],
+                registers=used["REG"],
+                stack=used["STACK"],
+                shared=kernel.metadata.shared,
+                **count,
+                narrow=count_narrow(kernel.asm["ttir"]),
+                half=setting.dtype != torch.float32,
+                setting=str(setting),
+            )
+        )
     return rows
 
 
 def report(architectures: Iterable[int], groups: Iterable[str], workers: int) -> list[Row]:
-    """All rows, compiled in `workers` processes."""
+    """Compile everything in `workers` processes; return all rows."""
     settings = [s for group in groups for s in GROUPS[group]]
     batches = []
     for arch in architectures:
@@ -406,11 +520,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     rows = report(arguments.arch, arguments.groups, arguments.workers)
-    columns = [name for name in Row.__dataclass_fields__ if name != "half"]
-    cells = [columns] + [[str(getattr(row, name)) for name in columns] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_rows(rows, without=["half"])
     if arguments.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         arguments.json.write_text(json.dumps({"versions": versions, "rows": [asdict(row) for row in rows]}, indent=1))
@@ -421,11 +531,7 @@ def main() -> int:
             f"sm_{arch}: {len(mine)} kernels; most registers {most.registers} ({most.kernel}, {most.setting}); "
             f"most shared memory {largest.shared} of {SHARED_MEMORY[arch]} bytes ({largest.kernel}, {largest.setting})"
         )
-    bad = [(row, row.faults()) for row in rows if row.faults()]
-    for row, faults in bad:
-        print(f"FAULT sm_{row.arch} {row.kernel} [{row.tile}] {row.setting}: {'; '.join(faults)}")
-    print(f"{len(rows)} kernels compiled with Triton {triton.__version__}, {len(bad)} with faults")
-    return 1 if bad else 0
+    return print_faults(rows, f"Triton {triton.__version__}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The methods besides SMoLoRA as they are measured: parameters, batches, the form that their authors released.
+"""The other methods that are measured: parameters, batches, and the form that their authors released.
 
 A batch is one of a training stage: all of its sequences are of one task, the newest, and RoutedLoRA's use the same
 experts, as D-MoLE sets them once a batch. BranchLoRA routes each sequence by itself.
@@ -7,7 +7,7 @@ experts, as D-MoLE sets them once a batch. BranchLoRA routes each sequence by it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,23 +16,13 @@ from torch.nn import functional as F
 
 import peers
 import smolora
-from problem import SCALING, STD_A, Draw, Layer, lean, up_std
 from shapes import MixtureCase
 from smolora import reference
 from smolora.engine.cuda_passes import unsupported_reason
 from smolora.routing import Chosen
+from workload import SCALING, STD_A, Batch, Draw, Layer, towards, up_std
 
 Dropout = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """x (B, S, d), its cotangent dy (B, S, k), and what the layer takes besides x, training and in a decode step."""
-
-    x: Tensor
-    dy: Tensor
-    call: dict[str, Any]
-    step_call: dict[str, Any]
 
 
 class MixtureLayer(Layer):
@@ -49,7 +39,7 @@ class MixtureLayer(Layer):
         return tuple(self.adapter)
 
     def call(self, sequences: int) -> dict[str, Any]:
-        """What the layer takes besides x."""
+        """Return the layer's arguments besides x."""
         return {}
 
     def draw_batch(self, x: Tensor, normal: Draw) -> Batch:
@@ -76,7 +66,7 @@ class MixtureLayer(Layer):
 
     @staticmethod
     def official(x: Tensor, base: Tensor, adapter: dict[str, Tensor], call: dict[str, Any], dropout: Dropout) -> Tensor:
-        """y (B, S, k) as the authors' code computes it; `base` (B, S, k) may be written to."""
+        """Compute y (B, S, k) as the authors' code does; `base` (B, S, k) may be written to."""
         raise NotImplementedError
 
 
@@ -126,11 +116,11 @@ class BranchLoRA(MixtureLayer):
         return {"task": self.case.tasks - 1}
 
     def draw_batch(self, x: Tensor, normal: Draw) -> Batch:
-        """Lean each sequence's first token, which the router reads, to branches of its own."""
+        """Move each sequence's first token, which the router reads, towards branches of its own."""
         router, top_k = self.adapter["router"][-1], self.case.active
         first = torch.arange(len(x), device=x.device) * top_k
         for j in range(top_k):
-            x[:, 0] += lean(router, (first + j) % len(router))
+            x[:, 0] += towards(router, (first + j) % len(router))
         batch = super().draw_batch(x, normal)
         pi = torch.softmax(batch.x[:, 0].float() @ router.float().mT, -1)
         weights, ids = pi.topk(top_k)
@@ -176,7 +166,7 @@ class LiLoRA(MixtureLayer):
         return {"task": self.case.tasks - 1}
 
     def draw_batch(self, x: Tensor, normal: Draw) -> Batch:
-        """Lean dy towards what the task's logit changes, or its gradient would be a sum that cancels to rounding."""
+        """Move dy towards what the task's logit changes: else its gradient is a sum that cancels to rounding."""
         batch = super().draw_batch(x, normal)
         B, A_t, B_t = (self.adapter[name].float() for name in ("B", "task_A", "task_B"))
         change = F.linear(F.linear(batch.x.float(), self.adapter["A"].float()), B - B_t[-1] @ A_t[-1])
@@ -231,7 +221,7 @@ class RoutedLoRA(MixtureLayer):
 
 
 def _side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Experts (E, r, d) and (E, k, r) as one LoRA, (E r, d) and (k, E r)."""
+    """Return experts (E, r, d) and (E, k, r) as one LoRA, (E r, d) and (k, E r)."""
     return A.flatten(0, 1).clone(), B.transpose(0, 1).flatten(1).clone()
 
 
@@ -262,6 +252,6 @@ PEERS: dict[str, Callable[[MixtureLayer], peers.Peer]] = {
 
 
 def cuda_refuses(case: MixtureCase) -> str | None:
-    """Why the CUDA kernels cannot take a method; None if they can."""
+    """Return why the CUDA kernels cannot take a method; None if they can."""
     slots = case.mixed // case.r
     return unsupported_reason(LAYERS[case.method].mix, 1, slots, case.r, False)

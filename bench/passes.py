@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -34,16 +33,16 @@ import report
 import roofline
 from accuracy import LIMITS, WrongResult, relative
 from peers import OURS
-from problem import SCALING, TRAINED, draw_batch, draw_layer
 from recorded import RESULTS, RecordedPasses, named_results
 from report import Row
-from runs import Run, choose_cases, choose_device, free_memory, positive, progress, unavailable
+from runs import Run, bench_main, choose_cases, choose_device, free_memory, positive, unavailable
 from shapes import PRESETS, Case
 from smolora.engine import torch_passes
 from smolora.engine.function import mixture_linear
 from smolora.engine.ops import BACKENDS
 from smolora.spec import Bank, Router, Tokens
-from timing import Job, clock_for
+from timing import Job
+from workload import SCALING, TRAINED, draw_batch, draw_layer
 
 
 class _Allocations(TorchDispatchMode):
@@ -61,13 +60,13 @@ class _Allocations(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> dict[int, Tensor]:
-    """The tensors that have memory, one for each address."""
+    """Return the tensors that have memory, one for each address."""
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.untyped_storage().nbytes()]
     return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
 
 
 def allocated(function: Any, arguments: tuple) -> tuple[tuple, list[Tensor]]:
-    """The results of a pass, and what it allocated besides them."""
+    """Run a pass; return its results, and the tensors that it allocated besides them."""
     with _Allocations() as allocations:
         results = function(*arguments)
     others = _storages((arguments, results)).keys()
@@ -75,7 +74,7 @@ def allocated(function: Any, arguments: tuple) -> tuple[tuple, list[Tensor]]:
 
 
 def training_calls(case: Case, device: torch.device) -> dict[str, tuple]:
-    """The arguments of each pass in a training step's forward and backward."""
+    """Record the arguments of each pass in a training step's forward and backward."""
     layer = draw_layer(case, device)
     batch = draw_batch(layer, case.batch, case.seq)
     adapter = {name: tensor.float().requires_grad_(name in TRAINED) for name, tensor in layer.adapter.items()}
@@ -101,7 +100,7 @@ def training_calls(case: Case, device: torch.device) -> dict[str, tuple]:
 
 
 def in_float64(name: str, arguments: tuple) -> dict[str, Tensor]:
-    """The results of a pass on the same arguments in float64."""
+    """Run a pass on the same arguments in float64; return its results by name."""
     double = {dtype: torch.float64 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
     def widen(argument: Any) -> Any:
@@ -115,7 +114,7 @@ def in_float64(name: str, arguments: tuple) -> dict[str, Tensor]:
 
 
 def check_pass(what: str, results: dict[str, Tensor], expected: dict[str, Tensor], dtype: str) -> float:
-    """The largest relative error of a pass's results.
+    """Return the largest relative error of a pass's results.
 
     Raises:
         WrongResult: one is over its limit, or of another shape; whole numbers must be equal.
@@ -136,13 +135,13 @@ def check_pass(what: str, results: dict[str, Tensor], expected: dict[str, Tensor
 
 
 def operand_bytes(case: Case, name: str) -> int:
-    """Every operand of a pass, once: the floor's, of route_shrink without the columns that it does not return."""
+    """Count every operand of a pass once, as the floor does; of route_shrink's columns only those it returns."""
     unchosen = roofline.shrink_columns(case) - 2 * case.r if name == "route_shrink" else 0
     return roofline.adapter(case)[name].bytes - case.tokens * unchosen * roofline.FLOAT
 
 
 def partial_bytes(case: Case, name: str, buffers: list[Tensor]) -> int:
-    """What is written to buffers, and read again; route_shrink reads back the chosen experts' columns of a token."""
+    """Count the bytes written to buffers and read again; route_shrink reads the chosen experts' columns alone."""
     total = sum(buffer.untyped_storage().nbytes() for buffer in buffers)
     if name != "route_shrink":
         return 2 * total
@@ -151,8 +150,8 @@ def partial_bytes(case: Case, name: str, buffers: list[Tensor]) -> int:
 
 
 def measure_case(run: Run, case: Case) -> None:
-    """Rows of every pass and backend on one shape."""
-    if run.late(case.name):
+    """Measure every pass and backend on one shape."""
+    if run.out_of_time(case.name):
         return
     calls = training_calls(case, run.device)
     rows, jobs = {}, []
@@ -160,13 +159,13 @@ def measure_case(run: Run, case: Case) -> None:
         expected = in_float64(name, arguments)
         for backend in run.names:
             what = f"{name} of {backend}, {case.name}"
-            run.say(f"checking {what}")
+            run.set_status(f"checking {what}")
             try:
                 function = getattr(BACKENDS[backend](), name)
                 results, buffers = allocated(function, arguments)
                 worst = check_pass(what, named_results(name, results), expected, case.dtype)
             except Exception as error:  # a kernel that does not compile raises anything: the others are measured
-                run.drop(what, error)
+                run.record_failure(what, error)
                 continue
             partial = None if backend == "torch" else partial_bytes(case, name, buffers)
             rows[name, backend] = {
@@ -199,7 +198,7 @@ def measure_case(run: Run, case: Case) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """A line a pass and backend; times in ms, median (20th-80th percentile)."""
+    """Format a line a pass and backend; times in ms, median (20th-80th percentile)."""
     lines = [f"{'pass':<14}{'backend':<9}{'MB':>9}{'partial':>9}{'ms':>27}{'copy ms':>27}{'share':>8}{'error':>9}"]
     for row in rows:
         partial = "-" if row["partial_bytes"] is None else f"{row['partial_bytes'] / 1e6:.1f}"
@@ -234,47 +233,35 @@ def main(argv: list[str] | None = None) -> None:
     preset = args.preset or ("llava-7b" if device.type == "cuda" else "small")
     cases, note = choose_cases(preset, args.case, {"dropout": 0.0}, device)
     skipped = {name: why for name in args.backends if (why := unavailable(name, device, cases[0].dtype))}
-    environment = report.environment(device)
-    print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    if note:
-        print(note)
-    torch.manual_seed(0)
-    with progress(len(cases)) as bar:
-        run = Run(
-            device=device,
-            clock=clock_for(device),
-            names=[name for name in args.backends if name not in skipped],
-            group_seconds=args.time_budget / (2 * len(cases)),  # the rest: references, checks and compilation
-            deadline=began + args.time_budget,
-            rounds=args.rounds,
-            bar=bar,
-            environment=environment,
-            skipped=skipped,
-        )
+
+    def measure(run: Run) -> Row:
         for case in cases:
             measure_case(run, case)
             free_memory(device)
-    for case in cases:
-        if rows := [row for row in run.rows if row["case"] == case.name]:
-            print(f"\n{case.describe()}\n{table(rows)}")
-    print("\nMB: bytes counted, 'partial' those of buffers that are no result; share: time of their copy / own time")
-    for what, why in run.skipped.items():
-        print(f"not measured: {what}: {why}")
-    if run.clock.exposed:
-        print(f"{run.clock.exposed} samples began before the host had queued all of their launches, which are in them")
-    path = report.results_folder(args.output, environment) / f"passes_{preset}.json"
-    content = {
-        "environment": environment,
-        "note": note,
-        "seconds": time.perf_counter() - began,
-        "exposed_samples": run.clock.exposed,
-        "not_measured": run.skipped,
-        "rows": run.rows,
-    }
-    report.write_json(path, content)
-    print(f"rows: {path}")
-    if run.failed:
-        sys.exit("refused to time what is wrong or fails. " + "; ".join(run.failed))
+        return {}
+
+    def show(run: Run, folder: Path) -> None:
+        for case in cases:
+            if rows := [row for row in run.rows if row["case"] == case.name]:
+                print(f"\n{case.describe()}\n{table(rows)}")
+        print(
+            "\nMB: bytes counted, 'partial' those of buffers that are no result; share: time of their copy / own time"
+        )
+
+    bench_main(
+        measure,
+        show,
+        stem=f"passes_{preset}",
+        output=args.output,
+        device=device,
+        names=[name for name in args.backends if name not in skipped],
+        skipped=skipped,
+        steps=len(cases),
+        group_seconds=args.time_budget / (2 * len(cases)),  # the rest: references, checks and compilation
+        deadline=began + args.time_budget,
+        rounds=args.rounds,
+        note=note,
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import smolora
-from problem import SCALING, Batch, Layer
+from workload import SCALING, Batch, Layer, SMoLoRABatch
 
 Dropout = Callable[[Tensor], Tensor]
 
@@ -35,29 +35,29 @@ class Peer:
         self.training = True
 
     def __call__(self, batch: Batch) -> Tensor:
-        """(B, S, k), recorded by autograd."""
+        """Return y (B, S, k), recorded by autograd."""
         raise NotImplementedError
 
     def step(self, batch: Batch) -> Tensor:
-        """(B, 1, k) for one new token of each instance, without autograd, routes known from the prompt."""
+        """Return y (B, 1, k) of one new token of each instance, without autograd, with the routes of its prompt."""
         raise NotImplementedError
 
     def train(self, mode: bool) -> None:
-        """Dropout on or off."""
+        """Turn dropout on or off."""
         self.training = mode
 
     def scope(self) -> AbstractContextManager:
-        """What forward and backward run in."""
+        """Return the context in which forward and backward run."""
         return nullcontext()
 
     def parameters(self) -> list[Tensor]:
-        """Everything it owns or shares that is there between two forwards."""
+        """Return every tensor that it keeps between two forwards, its own or shared."""
         owned = [self.layer.weight, self.layer.bias, *self.leaves.values()]
         return [tensor for tensor in owned if tensor is not None]
 
     @property
     def weights_dtype(self) -> str:
-        """The dtype in which the adapter is kept."""
+        """Name the dtype in which the adapter is kept."""
         kept = {str(leaf.dtype).removeprefix("torch.") for leaf in self.leaves.values()}
         return "/".join(sorted(kept)) or "none"
 
@@ -76,7 +76,7 @@ class Linear(Peer):
 def official(
     x: Tensor, base: Tensor, adapter: dict[str, Tensor], instruction: Tensor, routes: None, dropout: Dropout | None
 ) -> Tensor:
-    """As released: every expert on every token, each with a dropout draw of its own, then multiplied by a one-hot."""
+    """Compute as released: all experts on all tokens, each with its own dropout draw, then multiplied by a one-hot."""
     z = (F.linear(x.mean(1), adapter["vu_router"]), F.linear(instruction, adapter["if_router"]))
     branches = []
     for logits, down, up in zip(z, ("vu_A", "if_A"), ("vu_B", "if_B"), strict=True):
@@ -97,7 +97,7 @@ def gathered(
     routes: tuple[Tensor, Tensor] | None,
     dropout: Dropout | None,
 ) -> Tensor:
-    """The chosen experts only; the fusion still on k-sized vectors."""
+    """Compute the chosen experts only, and fuse k-sized vectors."""
     branches = []
     for index, down, up in zip(
         routes or _route(x, adapter, instruction), ("vu_A", "if_A"), ("vu_B", "if_B"), strict=True
@@ -116,7 +116,7 @@ def rank_space(
     routes: tuple[Tensor, Tensor] | None,
     dropout: Dropout | None,
 ) -> Tensor:
-    """The fusion before the expansion, on r-sized vectors: one rank-2r product makes the adapter's output."""
+    """Fuse in rank space, before the expansion: one rank-2r product makes the adapter's output."""
     v, i = routes or _route(x, adapter, instruction)
     A_v, A_i = adapter["vu_A"].index_select(0, v), adapter["if_A"].index_select(0, i)
     B_v, B_i = adapter["vu_B"].index_select(0, v), adapter["if_B"].index_select(0, i)
@@ -152,24 +152,24 @@ class Written(Peer):
         self.adapter = {name: tensor.clone() for name, tensor in layer.adapter.items()}
         self.leaves = {name: self.adapter[name].requires_grad_() for name in layer.trained}
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: SMoLoRABatch) -> Tensor:
         p = self.layer.case.dropout
         dropout = (lambda x: F.dropout(x, p)) if p and self.training else None
         return self._run(batch, None, dropout)
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: SMoLoRABatch) -> Tensor:
         return self._run(batch, None if self.routes_itself else batch.routes, None)
 
     def parameters(self) -> list[Tensor]:
         return super().parameters() + list(self.adapter.values())
 
-    def _run(self, batch: Batch, routes: tuple[Tensor, Tensor] | None, dropout: Dropout | None) -> Tensor:
+    def _run(self, batch: SMoLoRABatch, routes: tuple[Tensor, Tensor] | None, dropout: Dropout | None) -> Tensor:
         base = F.linear(batch.x, self.layer.weight, self.layer.bias)
         return self.algorithm(batch.x, base, self.adapter, batch.instruction.to(batch.x.dtype), routes, dropout)
 
 
 class Compiled(Written):
-    """The same under `torch.compile`.
+    """A written-out algorithm under `torch.compile`.
 
     Dropout is what Inductor makes of `F.dropout`, a comparison with random numbers that are never stored, but with the
     probability in a buffer: so the graph that is checked (at 0) is the graph that is timed.
@@ -193,16 +193,16 @@ class Compiled(Written):
         self._forward = torch.compile(forward, fullgraph=True)
         self._step = torch.compile(step, fullgraph=True)
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: SMoLoRABatch) -> Tensor:
         return self._forward(*self._operands(batch), self.p)
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: SMoLoRABatch) -> Tensor:
         return self._step(*self._operands(batch), batch.routes)
 
     def parameters(self) -> list[Tensor]:
         return [*super().parameters(), self.p]
 
-    def _operands(self, batch: Batch) -> tuple:
+    def _operands(self, batch: SMoLoRABatch) -> tuple:
         instruction = batch.instruction.to(batch.x.dtype)
         return batch.x, self.layer.weight, self.layer.bias, self.adapter, instruction
 
@@ -211,7 +211,7 @@ class Compiled(Written):
 
 
 def _base_module(layer: Layer) -> nn.Linear:
-    """An `nn.Linear` on the layer's own weight: peers share it, none copies it."""
+    """Make an `nn.Linear` on the layer's own weight, which peers share and none copies."""
     k, d = layer.weight.shape
     linear = nn.Linear(d, k, bias=layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(layer.weight, requires_grad=False)

@@ -1,4 +1,4 @@
-"""What a run leaves: tables on the screen, a JSON file with every row, and time against tokens as a PNG."""
+"""The results of a run: tables on the screen, a JSON file with every row, and time against tokens as a PNG."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
 from peers import OURS
@@ -30,7 +26,7 @@ def _version(package: str) -> str:
 
 
 def environment(device: torch.device) -> Row:
-    """The machine and the versions that a row's figures belong to."""
+    """Return the machine and the versions that a row's figures belong to."""
     versions = {package: _version(package) for package in ("torch", "triton", "peft", "smolora")}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -51,12 +47,12 @@ def _cpu_name() -> str:
 
 
 def folder_name(device: str) -> str:
-    """A device's name as a folder: lower case, no spaces."""
+    """Return a device's name as a folder's: lower case, no spaces."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def results_folder(asked: Path | None, environment: Row) -> Path:
-    """The folder of the results, made where it is missing: the one asked for, else bench/results/<device>."""
+    """Make and return the folder of the results: the one asked for, else bench/results/<device>."""
     path = asked or Path(__file__).parent / "results" / folder_name(environment["device"])
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -77,10 +73,10 @@ def _number(value: float | None, form: str) -> str:
 def layer_table(rows: list[Row]) -> str:
     """One line a peer for one case; times in ms, median (20th-80th percentile)."""
     header = (
-        f"{'peer':<20}{'forward ms':>27}{'backward ms':>27}{'both ms':>27}{'/ linear':>9}{'own ms':>9}{'official/':>10}"
-        f"{'of floor':>9}{'kept MB':>9}{'peak MB':>9}{'err y':>9}{'err dx':>9}{'err grad':>9}"
+        f"{'peer':<20}{'forward ms':>27}{'backward ms':>27}{'both ms':>27}{'/ linear':>9}{'overhead':>9}"
+        f"{'official/':>10}{'of floor':>9}{'kept MB':>9}{'peak MB':>9}{'err y':>9}{'err dx':>9}{'err grad':>9}"
     )
-    second = f"{'':<20}{'':>81}{'(both)':>9}{'(both)':>9}{'own':>10}{'(both)':>9}"
+    second = f"{'':<20}{'':>81}{'(both)':>9}{'(both)':>9}{'overhead':>10}{'(both)':>9}"
     lines = [header, second]
     for row in rows:
         error = row["error"]
@@ -127,35 +123,44 @@ def sum_table(title: str, rows: list[Row]) -> str:
     whole = {p: sum(row["shape"]["ffn"] * row["both"]["median"] for row in rows if row["peer"] == p) for p in peers}
     cases = {row["case"] for row in rows}
     complete = [p for p in peers if {row["case"] for row in rows if row["peer"] == p} == cases]
-    owns = {
+    overheads = {
         p: sum(row["shape"]["ffn"] * row["own_ms"]["both"]["median"] for row in rows if row["peer"] == p)
         for p in (complete if "linear" in complete else [])
         if p != "linear"
     }
     linear, official = (whole[p] if p in complete else None for p in ("linear", "official"))
     method = rows[0]["method"]
-    lines = [f"{title:<32}{'both ms':>10}{'/ linear':>10}{'own ms':>10}{'official /':>12}{'official own / own':>20}"]
+    lines = [f"{title:<32}{'both ms':>10}{'/ linear':>10}{'overhead':>10}{'official /':>12}{'official overhead /':>20}"]
     for peer in complete:
-        own = owns.get(peer)
-        ratio = owns["official"] / own if "official" in owns and own and own > 0 else None
+        overhead = overheads.get(peer)
+        ratio = overheads["official"] / overhead if "official" in overheads and overhead and overhead > 0 else None
         lines.append(
             f"{label(peer, method):<32}{whole[peer]:>10.3f}{_number(linear and whole[peer] / linear, '.2f'):>10}"
-            f"{_number(own, '.3f'):>10}{_number(official and official / whole[peer], '.2f'):>12}"
+            f"{_number(overhead, '.3f'):>10}{_number(official and official / whole[peer], '.2f'):>12}"
             f"{_number(ratio, '.1f'):>20}"
         )
     return "\n".join(lines)
 
 
 def write_json(path: Path, content: Row) -> None:
-    """Whole or not at all: a run that is killed leaves no half-written file."""
+    """Write a JSON file, whole or not at all: a run that is killed leaves no half-written one."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
 
 
 def plot(path: Path, rows: list[Row], title: str) -> None:
-    """Forward + backward against the number of tokens, a line a peer, 20th to 80th percentile shaded."""
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    """Plot forward + backward against the number of tokens, a line a peer, 20th to 80th percentile shaded.
+
+    Without matplotlib it says how to install it, and nothing is plotted.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot, which needs matplotlib: pip install 'smolora[report]'")
+        return
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
     for peer in dict.fromkeys(row["peer"] for row in rows):
         points = sorted((row["tokens"], row["both"]) for row in rows if row["peer"] == peer)
         tokens = [t for t, _ in points]
@@ -174,4 +179,4 @@ def plot(path: Path, rows: list[Row], title: str) -> None:
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=140)
-    plt.close(figure)
+    print(f"plot: {path}")

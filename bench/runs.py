@@ -1,31 +1,35 @@
-"""What the benches share: which device, shapes and peers a run measures, and what it leaves."""
+"""What the benchmarks share: device, shapes and peers of a run, and the one `bench_main`."""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+import report
 import smolora
 from accuracy import WrongResult
 from peers import OURS
 from report import Row
 from shapes import PRESETS, Case
-from timing import Clock, Job, Timing, interleave
+from timing import Clock, Job, Timing, clock_for, interleave
 
 CPU_TOKENS = (2, 128)  # batch and sequence to which a GPU's preset is cut on a CPU
 
 
 def positive(text: str) -> int:
-    """An argument that counts something."""
+    """Parse a positive integer, as argparse wants it."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -33,7 +37,7 @@ def positive(text: str) -> int:
 
 
 def unavailable(name: str, device: torch.device, dtype: str) -> str | None:
-    """Why this peer cannot be measured here; None if it can."""
+    """Return why a peer cannot be measured here; None if it can."""
     if name == "peft_lora_fp32" and dtype == "float32":
         return "the same as peft_lora: the compute dtype is float32"
     if name.startswith("compiled") and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -46,7 +50,7 @@ def unavailable(name: str, device: torch.device, dtype: str) -> str | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` asks for; auto takes a GPU where there is one."""
+    """Return the device that `--device` asks for; auto takes a GPU where there is one."""
     on_gpu = torch.cuda.is_available() if name == "auto" else name == "cuda"
     if on_gpu and not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no GPU on this machine")
@@ -56,7 +60,7 @@ def choose_device(name: str) -> torch.device:
 def choose_cases(
     preset: str, names: list[str] | None, changes: dict[str, Any], device: torch.device
 ) -> tuple[list[Case], str | None]:
-    """The shapes that the flags ask for, and what a reader must know about them.
+    """Return the shapes that the flags ask for, and a note on them for the reader.
 
     Args:
         names: only these shapes of the preset.
@@ -70,9 +74,8 @@ def choose_cases(
     note = None
     if device.type == "cpu":
         note = "Measured on a CPU: these figures say nothing about a GPU."
-        load, cores = os.getloadavg()[0], os.cpu_count()
-        if load > cores / 2:
-            note += f" Other programs are busy on it (load {load:.1f} on {cores} cores): expect wide spreads."
+        if busy := busy_note(device):
+            note += f" {busy}"
     if device.type == "cpu" and preset != "small":
         batch, seq = CPU_TOKENS
         note += (
@@ -83,8 +86,16 @@ def choose_cases(
     return [replace(case, **changes) for case in cases], note
 
 
+def busy_note(device: torch.device) -> str | None:
+    """Return a warning if other programs are busy on the CPU that is measured; None if not."""
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    if device.type != "cpu" or load <= cores / 2:
+        return None
+    return f"Other programs are busy (load {load:.1f} on {cores} cores): expect wide spreads, and trust ratios alone."
+
+
 def progress(total: int) -> tqdm:
-    """The bar of a run."""
+    """Return the progress bar of a run."""
     return tqdm(
         total=total,
         bar_format="{desc} {bar:20} {n_fmt}/{total_fmt} [{elapsed}]",
@@ -94,7 +105,7 @@ def progress(total: int) -> tqdm:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nobody holds any more."""
+    """Collect garbage, and return cached device memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -102,12 +113,12 @@ def free_memory(device: torch.device) -> None:
 
 @dataclass
 class Run:
-    """One invocation: what all measurements share, and what they leave."""
+    """One invocation of a benchmark: what its measurements share, and their results."""
 
     device: torch.device
     clock: Clock
     names: list[str]
-    group_seconds: float  # time for one interleaved group of repeats
+    group_seconds: float  # for one interleaved group of repeats
     deadline: float  # of `time.perf_counter`
     rounds: int | None
     bar: tqdm
@@ -116,35 +127,95 @@ class Run:
     skipped: dict[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
-    def drop(self, what: str, error: Exception) -> None:
-        """Leave something out for a reason; unless it is the lack of memory, the run fails for it at its end."""
+    def record_failure(self, what: str, error: Exception) -> None:
+        """Leave something out of the results. The run fails for it at its end, unless memory was all that it lacked."""
         if isinstance(error, torch.OutOfMemoryError):
             self.skipped[what] = "out of device memory"
             return
         self.skipped[what] = str(error) if isinstance(error, WrongResult) else f"{type(error).__name__}: {error}"
         self.failed.append(f"{what}: {self.skipped[what]}")
 
-    def late(self, what: str) -> bool:
-        """Whether the time budget is spent; what is then left out is said."""
+    def out_of_time(self, what: str) -> bool:
+        """Tell whether the time budget is spent, and if so, note that `what` is left out."""
         if time.perf_counter() < self.deadline:
             return False
         self.skipped[what] = "the time budget was spent"
         return True
 
-    def say(self, what: str) -> None:
+    def set_status(self, what: str) -> None:
         self.bar.set_description(f"{what:<40}", refresh=False)
         self.bar.update(0)
 
-    def time(self, what: str, jobs: list[Job], groups: int = 1) -> dict[str, list[Timing]]:
-        """`interleave` within this run's budget, shown as a step of its progress."""
-        self.say(what)
+    def time(self, what: str, jobs: list[Job], groups: int = 1, min_rounds: int = 3) -> dict[str, list[Timing]]:
+        """Call `interleave` within this run's budget; `groups` steps of its progress."""
+        self.set_status(what)
         timings = interleave(
             jobs,
             self.clock,
             groups * self.group_seconds,
-            min_rounds=5 if groups > 1 else 3,
+            min_rounds=min_rounds,
             rounds=self.rounds,
-            on_round=lambda done: self.say(f"{what}, round {done}"),
+            on_round=lambda done: self.set_status(f"{what}, round {done}"),
         )
         self.bar.update(groups)
         return timings
+
+
+def bench_main(
+    measure: Callable[[Run], Row],
+    show: Callable[[Run, Path], None],
+    *,
+    stem: str,
+    output: Path | None,
+    device: torch.device,
+    names: list[str],
+    skipped: dict[str, str],
+    steps: int,
+    group_seconds: float,
+    deadline: float = math.inf,
+    rounds: int | None = None,
+    note: str | None = None,
+) -> None:
+    """Run a benchmark: print the machine, measure, write the rows as JSON, print the results.
+
+    Args:
+        measure: fills the run's rows; returns what the JSON file has besides.
+        show: prints the results; may write more into the folder that it gets.
+        stem: the JSON file's name without its suffix.
+        output: folder of the results; None: bench/results/<device>.
+        names, skipped: peers to measure, and why others are not.
+        steps: of the progress bar.
+        group_seconds, deadline, rounds: see `Run`.
+        note: printed first, for the reader of the figures.
+
+    Raises:
+        SystemExit: something that was to be measured is wrong or failed; everything else was measured and written.
+    """
+    began = time.perf_counter()
+    environment = report.environment(device)
+    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    if note:
+        print(note)
+    torch.manual_seed(0)
+    with progress(steps) as bar:
+        run = Run(device, clock_for(device), names, group_seconds, deadline, rounds, bar, environment, skipped=skipped)
+        facts = measure(run)
+    folder = report.results_folder(output, environment)
+    content = {
+        "environment": environment,
+        **facts,
+        "note": note,
+        "seconds": time.perf_counter() - began,
+        "exposed_samples": run.clock.exposed,
+        "not_measured": run.skipped,
+        "rows": run.rows,
+    }
+    report.write_json(folder / f"{stem}.json", content)
+    show(run, folder)
+    for what, why in run.skipped.items():
+        print(f"not measured: {what}: {why}")
+    if run.clock.exposed:
+        print(f"{run.clock.exposed} samples began before the host had queued all of their launches, which are in them")
+    print(f"rows: {folder / stem}.json")
+    if run.failed:
+        sys.exit("refused to time what is wrong or fails. " + "; ".join(run.failed))

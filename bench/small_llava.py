@@ -1,4 +1,4 @@
-"""A LLaVA in small, made in code: model, tokenizer, images and questions, for benchmarks and tests of the evaluator."""
+"""A small LLaVA made in code, with tokenizer, images and questions: for benchmarks and tests of the evaluator."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ INSTRUCTION = "Answer the question using a single word or phrase."
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that knows the prompt's words."""
+    """Train a byte-level BPE on the prompt's words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator([f"{SYSTEM} USER: {' '.join(WORDS)} {INSTRUCTION} ASSISTANT:"] * 2, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
@@ -54,21 +56,36 @@ def small_llava(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> LlavaForConditionalGeneration:
-    """A random LLaVA in eval mode whose greedy tokens are clear choices; patches of 14 x 14 pixels."""
+    """Make a random LLaVA in eval mode whose greedy tokens are clear choices; patches of 14 x 14 pixels."""
     vision = CLIPVisionConfig(
-        hidden_size=vision_hidden, intermediate_size=4 * vision_hidden, num_hidden_layers=vision_layers,
-        num_attention_heads=max(1, vision_hidden // 32), image_size=image_size, patch_size=14,
+        hidden_size=vision_hidden,
+        intermediate_size=4 * vision_hidden,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=max(1, vision_hidden // 32),
+        image_size=image_size,
+        patch_size=14,
         projection_dim=vision_hidden,
-    )  # fmt: skip
+    )
     text = LlamaConfig(
-        vocab_size=400, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=400,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=3, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", image_seq_length=(image_size // 14) ** 2,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=3,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=(image_size // 14) ** 2,
+    )
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -84,7 +101,7 @@ def small_llava(
 
 
 def small_adapter(model: LlavaForConditionalGeneration, *, seed: int = 1, **options) -> torch.nn.Module:
-    """The model with a SMoLoRA adapter whose B has values, as after training."""
+    """Put a SMoLoRA adapter on the model, with values in B as after training."""
     options = {"r": 4, "lora_alpha": 8, "num_vu_experts": 3, "num_if_experts": 3, "task_type": "CAUSAL_LM", **options}
     model = get_peft_model(model, smolora.SMoLoRAConfig(**options)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +113,7 @@ def small_adapter(model: LlavaForConditionalGeneration, *, seed: int = 1, **opti
 
 
 def save_base(folder: Path, model: LlavaForConditionalGeneration) -> Path:
-    """The model's folder as `from_pretrained` reads it, with tokenizer and image processor."""
+    """Save the model as `from_pretrained` reads it, with tokenizer and image processor; return the folder."""
     size = model.config.vision_config.image_size
     model.save_pretrained(folder)
     small_tokenizer().save_pretrained(folder)
@@ -108,7 +125,7 @@ def save_base(folder: Path, model: LlavaForConditionalGeneration) -> Path:
 def write_questions(
     folder: Path, count: int, *, name: str = "val.json", seed: int = 0, without_image: int = 0, side: int = 40
 ) -> Path:
-    """A test file as released, with drawn images beside it; the last `without_image` questions have none."""
+    """Write a test file as released, with drawn images; the last `without_image` questions have none."""
     draw = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
@@ -127,6 +144,6 @@ def write_questions(
 
 
 def embed_questions(texts: list[str], size: int = 384) -> torch.Tensor:
-    """Made embeddings (n, size) that depend on the text alone."""
+    """Make up embeddings (n, size) that depend on the text alone."""
     rows = [np.random.default_rng(sum(map(ord, text))).standard_normal(size) for text in texts]
     return torch.tensor(np.array(rows), dtype=torch.float32)

@@ -15,9 +15,9 @@ import fused_vs_naive
 import roofline
 from accuracy import LIMITS, WrongResult, check, expect
 from peers import PEERS, Written, gathered, official, rank_space
-from problem import SCALING, TRAINED, draw_batch, draw_layer
 from shapes import PRESETS
 from timing import CpuClock, Job, Timing, interleave, kept_for_backward
+from workload import SCALING, TRAINED, draw_batch, draw_layer
 
 TINY = replace(PRESETS["small"][0], d=96, k=160, r=8, batch=4, seq=64)
 FLAGS = ["--d", "96", "--k", "160", "--r", "8", "--batch", "4", "--seq", "64", "--rounds", "2", "--device", "cpu"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peers import PEERS
-from problem import draw_batch
+from workload import draw_batch
 
 ROUNDS = 7
 

@@ -14,8 +14,8 @@ import smolora
 from accuracy import LIMITS, WrongResult, check, check_step, expect
 from fused_vs_naive import of_method
 from methods import LAYERS, PEERS
-from problem import draw_batch, draw_layer
 from shapes import METHODS, PRESETS
+from workload import draw_batch, draw_layer
 
 CPU = torch.device("cpu")
 TINY = replace(PRESETS["small"][0], d=96, k=160, r=8, batch=4, seq=64)
@@ -186,8 +186,11 @@ def test_floors_by_hand():
     lora = passes["lilora"]
     h, A, B = T * r * 4, r * d, r * k
     assert [work.bytes for work in lora.values()] == [
-        x + 2 * A + h, h + 2 * B + y, y + 2 * h + B * (2 + 4), 2 * x + h + A * (2 + 4),
-    ]  # fmt: skip
+        x + 2 * A + h,
+        h + 2 * B + y,
+        y + 2 * h + B * (2 + 4),
+        2 * x + h + A * (2 + 4),
+    ]
     assert [work.flops for work in lora.values()] == [2 * T * d * r, 2 * T * k * r, 4 * T * k * r, 4 * T * d * r]
     assert passes["routedlora"]["fuse_expand"].flops == passes["branchlora"]["fuse_expand"].flops == 2 * T * k * 2 * r
     assert passes["branchlora"]["route_shrink"] == lora["route_shrink"]

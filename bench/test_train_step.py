@@ -42,14 +42,14 @@ def test_every_peer_adapts_the_same_layers_of_one_base():
     count = 3 * shape.layers + 2
     assert len(targets(base)) == count
     for name, make in PEERS.items():
-        peer = make(shape, base, batch)
-        before = [p.detach().clone() for p in peer.trained]
-        peer.step()
-        peer.step()
-        moved = sum(not torch.equal(a, b) for a, b in zip(before, peer.trained, strict=True))
+        model = make(shape, base, batch)
+        before = [p.detach().clone() for p in model.trained]
+        model.step()
+        model.step()
+        moved = sum(not torch.equal(a, b) for a, b in zip(before, model.trained, strict=True))
         expected = {"none": 0, "peft_lora": 2 * count, "peft_lora_fp32": 2 * count}.get(name, 6 * count)
-        assert moved == len(peer.trained) == expected
-        own = {p.data_ptr() for p in peer.model.parameters() if not p.requires_grad and p.dim() > 1}
+        assert moved == len(model.trained) == expected
+        own = {p.data_ptr() for p in model.module.parameters() if not p.requires_grad and p.dim() > 1}
         assert {p.data_ptr() for p in base.parameters() if p.dim() > 1} <= own  # shared, not copied
 
 

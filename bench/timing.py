@@ -1,4 +1,4 @@
-"""Measuring: interleaved repeats, a clock for each kind of device, memory, and the ceilings of the machine."""
+"""Measuring: interleaved repeats, a clock for each kind of device, memory, and the peaks of the machine."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SLEEP = 5_000_000  # cycles of a GPU, 3 ms: longer than the host takes to queue 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds, a sample each round."""
+    """Milliseconds, one sample a round."""
 
     samples: tuple[float, ...]
 
     def summary(self) -> dict[str, float]:
-        """Median, 20th and 80th percentile, and the number of rounds."""
+        """Return median, 20th and 80th percentile, and the number of rounds."""
         ordered = sorted(self.samples)
         last = len(ordered) - 1
         return {
@@ -39,17 +39,17 @@ class Timing:
         return statistics.median(self.samples)
 
     def minus(self, other: Timing) -> Timing:
-        """The difference within each round, so that what slows a whole round down takes no side."""
+        """Return the difference within each round: what slows a whole round down cancels."""
         return Timing(tuple(a - b for a, b in zip(self.samples, other.samples, strict=True)))
 
     def over(self, other: Timing) -> float:
-        """The median of the ratios within each round."""
+        """Return the median of the ratios within each round."""
         return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=True))
 
 
 @dataclass(frozen=True)
 class Job:
-    """Stages that hand on what they return, each timed: a forward, then its backward. Freeing the result is not."""
+    """Stages that are timed each and hand on what they return: a forward, then its backward."""
 
     name: str
     stages: tuple[Callable[[Any], Any], ...]
@@ -72,7 +72,7 @@ class CpuClock:
         return (end - start) * 1e3
 
     def wait(self) -> None:
-        """Nothing runs on by itself."""
+        """Do nothing: a CPU is done when its call returns."""
 
 
 class CudaClock:
@@ -126,7 +126,7 @@ def interleave(
 
     Args:
         jobs: what to time, each with the same number of stages.
-        clock: how.
+        clock: of the device.
         seconds: aim for this long in all, but do at least `min_rounds`.
         rounds: this many instead.
         on_round: called with the number of rounds done.
@@ -160,7 +160,7 @@ def interleave(
 
 
 def kept_for_backward(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that `forward` leaves behind for its backward: unique storages, those of `parameters` excepted."""
+    """Return the bytes that `forward` saves for backward: unique storages, without those of `parameters`."""
     owned = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     kept: dict[int, int] = {}
 
@@ -178,7 +178,7 @@ def kept_for_backward(forward: Callable[[], Tensor], parameters: Iterable[Tensor
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes allocated at the highest point of `run`, above what was there before; None on a CPU."""
+    """Return the peak of memory that `run` allocates, in bytes; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -190,7 +190,7 @@ def peak(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of `step`: its replay, and the tensor that every replay writes."""
+    """Capture `step` in a CUDA graph; return its replay, and the tensor that every replay writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -204,15 +204,15 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What this machine gives now: bytes read plus written per second of a large copy, FLOP/s of a large product."""
+class MachinePeaks:
+    """What this machine reaches now: bytes read plus written per second of a large copy, FLOP/s of a large product."""
 
     bandwidth: float
     rate: float
 
 
-def ceilings(device: torch.device, dtype: torch.dtype, clock: Clock, seconds: float) -> Ceilings:
-    """Measure them with torch's own copy and matrix product on random data."""
+def measure_peaks(device: torch.device, dtype: torch.dtype, clock: Clock, seconds: float) -> MachinePeaks:
+    """Measure the machine's peaks with torch's own copy and matrix product on random data."""
     cuda = device.type == "cuda"
     elements = (1 << 29 if cuda else 1 << 26) // dtype.itemsize
     m, n, k = (8192, 11008, 4096) if cuda else (1024, 2752, 1024)
@@ -224,4 +224,4 @@ def ceilings(device: torch.device, dtype: torch.dtype, clock: Clock, seconds: fl
         Job("product", (lambda _: torch.mm(a, b.T, out=c),)),
     ]
     measured = {name: timings[-1].median * 1e-3 for name, timings in interleave(jobs, clock, seconds).items()}
-    return Ceilings(2 * elements * dtype.itemsize / measured["copy"], 2 * m * n * k / measured["product"])
+    return MachinePeaks(2 * elements * dtype.itemsize / measured["copy"], 2 * m * n * k / measured["product"])

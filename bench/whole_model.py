@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import re
 import sys
 import zlib
@@ -20,13 +19,13 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import smolora
 from peers import official
-from problem import INSTRUCTION_DIM, SCALING, TRAINED
 from runs import choose_device
 from smolora.tuner.model import DEFAULT_TARGETS
+from workload import INSTRUCTION_DIM, SCALING, TRAINED
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A LLaVA and a batch: `batch` samples of one image and `text` tokens each."""
 
     name: str
@@ -52,34 +51,89 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of one sample."""
+        """Tokens of one sample."""
         return self.image_tokens + self.text
 
 
 PRESETS = {
-    "llava-7b": Shape("llava-7b", 4096, 11008, 32, 32, 32064, 1024, 24, 336, 14, batch=8, text=128, dtype="bfloat16"),
+    "llava-7b": ModelShape(
+        "llava-7b",
+        hidden=4096,
+        ffn=11008,
+        layers=32,
+        heads=32,
+        vocabulary=32064,
+        vision_hidden=1024,
+        vision_layers=24,
+        image=336,
+        patch=14,
+        batch=8,
+        text=128,
+        dtype="bfloat16",
+    ),
     # the same proportions: FFN 2.69 times the hidden size, vision a quarter of it, 4.5 image tokens to one of text
-    "small": Shape("small", 512, 1376, 2, 8, 2048, 128, 2, 168, 14, batch=4, text=32, dtype="float32"),
-    "check": Shape("check", 64, 176, 2, 4, 128, 32, 2, 56, 14, batch=3, text=8, dtype="float32", r=4, dropout=0.0),
+    "small": ModelShape(
+        "small",
+        hidden=512,
+        ffn=1376,
+        layers=2,
+        heads=8,
+        vocabulary=2048,
+        vision_hidden=128,
+        vision_layers=2,
+        image=168,
+        patch=14,
+        batch=4,
+        text=32,
+        dtype="float32",
+    ),
+    "check": ModelShape(
+        "check",
+        hidden=64,
+        ffn=176,
+        layers=2,
+        heads=4,
+        vocabulary=128,
+        vision_hidden=32,
+        vision_layers=2,
+        image=56,
+        patch=14,
+        batch=3,
+        text=8,
+        dtype="float32",
+        r=4,
+        dropout=0.0,
+    ),
 }
 
 
-def make_base(shape: Shape, device: torch.device) -> LlavaForConditionalGeneration:
-    """The frozen model, with random weights made on the device."""
+def make_base(shape: ModelShape, device: torch.device) -> LlavaForConditionalGeneration:
+    """Make the frozen model, with random weights, on the device."""
     vision = CLIPVisionConfig(
-        hidden_size=shape.vision_hidden, intermediate_size=4 * shape.vision_hidden,
-        num_hidden_layers=shape.vision_layers, num_attention_heads=max(1, shape.vision_hidden // 64),
-        image_size=shape.image, patch_size=shape.patch,
-    )  # fmt: skip
+        hidden_size=shape.vision_hidden,
+        intermediate_size=4 * shape.vision_hidden,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=max(1, shape.vision_hidden // 64),
+        image_size=shape.image,
+        patch_size=shape.patch,
+    )
     text = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
-        max_position_embeddings=4096, use_cache=False,
-    )  # fmt: skip
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=4096,
+        use_cache=False,
+    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=shape.vocabulary - 1, vision_feature_layer=-2,
+        vision_config=vision,
+        text_config=text,
+        image_token_index=shape.vocabulary - 1,
+        vision_feature_layer=-2,
         image_seq_length=shape.image_tokens,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     with torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=getattr(torch, shape.dtype))
@@ -87,34 +141,40 @@ def make_base(shape: Shape, device: torch.device) -> LlavaForConditionalGenerati
 
 
 def shared_copy(base: nn.Module) -> nn.Module:
-    """The same model again, on the same tensors."""
+    """Copy a model, but for its tensors, which are shared."""
     return copy.deepcopy(base, {id(t): t for t in [*base.parameters(), *base.buffers()]})
 
 
 def targets(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that adapters are put on, by name."""
+    """Return the linear layers that adapters are put on, by name."""
     chosen = re.compile(DEFAULT_TARGETS["llava"])
     return {name: module for name, module in model.named_modules() if chosen.fullmatch(name)}
 
 
-def draw_adapter(name: str, linear: nn.Linear, shape: Shape) -> dict[str, Tensor]:
-    """A layer's adapter as in mid-training, the same for every peer: float32, on the layer's device.
+def draw_adapter(name: str, linear: nn.Linear, shape: ModelShape) -> dict[str, Tensor]:
+    """Draw a layer's adapter as in mid-training, the same for every peer: float32, on the layer's device.
 
     B is small enough that 32 layers of it do not make noise of what 16 bits round off.
     """
     d, k, r, e = linear.in_features, linear.out_features, shape.r, shape.experts
     sizes = {
-        "vu_A": (e, r, d), "vu_B": (e, k, r), "if_A": (e, r, d), "if_B": (e, k, r), "vu_router": (e, d),
-        "if_router": (e, INSTRUCTION_DIM), "vu_importance": (k,), "if_importance": (k,),
-    }  # fmt: skip
+        "vu_A": (e, r, d),
+        "vu_B": (e, k, r),
+        "if_A": (e, r, d),
+        "if_B": (e, k, r),
+        "vu_router": (e, d),
+        "if_router": (e, INSTRUCTION_DIM),
+        "vu_importance": (k,),
+        "if_importance": (k,),
+    }
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     device = linear.weight.device
     scales = {n: s[-1] ** -0.5 * (0.3 if n.endswith("_B") else 1.0) for n, s in sizes.items()}
     return {n: torch.randn(s, generator=generator).mul_(scales[n]).to(device) for n, s in sizes.items()}
 
 
-def with_lora(shape: Shape, base: nn.Module, float32_adapter: bool = False) -> PeftModel:
-    """PEFT's LoRA of rank 2r on the base."""
+def with_lora(shape: ModelShape, base: nn.Module, float32_adapter: bool = False) -> PeftModel:
+    """Put PEFT's LoRA of rank 2r on the base."""
     config = LoraConfig(
         r=2 * shape.r,
         lora_alpha=SCALING * 2 * shape.r,
@@ -124,12 +184,17 @@ def with_lora(shape: Shape, base: nn.Module, float32_adapter: bool = False) -> P
     return get_peft_model(shared_copy(base), config, autocast_adapter_dtype=float32_adapter)
 
 
-def with_smolora(shape: Shape, base: nn.Module, **options: str) -> PeftModel:
-    """This package's tuner on the base; `options` of its configuration."""
+def with_smolora(shape: ModelShape, base: nn.Module, **options: str) -> PeftModel:
+    """Put this package's adapter on the base; `options` go into its configuration."""
     config = smolora.SMoLoRAConfig(
-        r=shape.r, lora_alpha=SCALING * shape.r, lora_dropout=shape.dropout, num_vu_experts=shape.experts,
-        num_if_experts=shape.experts, instruction_dim=INSTRUCTION_DIM, **options,
-    )  # fmt: skip
+        r=shape.r,
+        lora_alpha=SCALING * shape.r,
+        lora_dropout=shape.dropout,
+        num_vu_experts=shape.experts,
+        num_if_experts=shape.experts,
+        instruction_dim=INSTRUCTION_DIM,
+        **options,
+    )
     model = get_peft_model(shared_copy(base), config)
     with torch.no_grad():
         for name, linear in targets(base).items():
@@ -154,8 +219,8 @@ class OfficialLinear(nn.Module):
         return official(x, self.linear(x), adapter, self.instruction.to(x.dtype), None, dropout)
 
 
-def with_official(shape: Shape, base: nn.Module, instruction: Tensor) -> nn.Module:
-    """The released algorithm on the base, for samples of these instructions (B, e)."""
+def with_official(shape: ModelShape, base: nn.Module, instruction: Tensor) -> nn.Module:
+    """Put the released algorithm on the base, for samples with these instructions (B, e)."""
     model = shared_copy(base)
     for name, linear in targets(base).items():
         parent, _, child = name.rpartition(".")
@@ -165,7 +230,7 @@ def with_official(shape: Shape, base: nn.Module, instruction: Tensor) -> nn.Modu
 
 
 def flags(description: str, preset: str, peers: Iterable[str], seconds: float) -> argparse.ArgumentParser:
-    """A parser with the flags that the benchmarks of whole models share; `preset` says what a preset sets."""
+    """Make a parser with the flags that the benchmarks of whole models share; `preset` says what a preset sets."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small", help=f"{preset} (default: %(default)s)")
     parser.add_argument("--peers", help=f"comma-separated, of {', '.join(peers)}")
@@ -178,26 +243,20 @@ def flags(description: str, preset: str, peers: Iterable[str], seconds: float) -
 
 
 def chosen_peers(parser: argparse.ArgumentParser, asked: str | None, peers: Iterable[str]) -> list[str]:
-    """The peers of `--peers`, all of them if it is left out."""
+    """Return the peers of `--peers`, all of them if it is left out."""
     names = asked.split(",") if asked else list(peers)
     if unknown := set(names) - set(peers):
         parser.error(f"--peers: {', '.join(sorted(unknown))} unknown; known: {', '.join(peers)}")
     return names
 
 
-def device_for(asked: str, shape: Shape) -> torch.device:
-    """The device of `--device`.
+def device_for(asked: str, shape: ModelShape) -> torch.device:
+    """Return the device of `--device`.
 
     Raises:
-        SystemExit: it is not there, or the shape is not for it.
+        SystemExit: the device is missing, or too small for the shape.
     """
     device = choose_device(asked)
     if device.type == "cpu" and shape.hidden > 1024:
         sys.exit(f"--preset {shape.name} needs a GPU")
     return device
-
-
-def say_if_busy(device: torch.device) -> None:
-    """Other programs on a CPU make its times long."""
-    if device.type == "cpu" and (load := os.getloadavg()[0]) > os.cpu_count() / 2:
-        print(f"Other programs are busy (load {load:.1f} on {os.cpu_count()} cores): lean on the ratios alone.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -20,9 +19,9 @@ TRAINED = ("vu_A", "vu_B", "if_A", "if_B", "vu_importance", "if_importance")
 SCALING = 2.0  # lora_alpha / r in the paper's setting
 INSTRUCTION_DIM = 384
 STD_A = 0.01  # of A at its start
-# Every instance leans this far (in units of a router row) towards an expert of its own, so that which expert is chosen
-# does not hang on the rounding of a mean: otherwise a low-precision peer could differ by routing, not by arithmetic.
-LEAN = 8.0
+# Every instance is moved this far (in units of a router row) towards an expert of its own. Then the choice does not
+# depend on how a mean is rounded, and a peer of low precision differs by its arithmetic and not by its routes.
+ROUTE_MARGIN = 8.0
 
 
 Draw = Callable[..., Tensor]  # random numbers of a shape
@@ -30,28 +29,20 @@ Draw = Callable[..., Tensor]  # random numbers of a shape
 
 @dataclass(frozen=True)
 class Batch:
-    """x (B, S, d), its cotangent dy (B, S, k), instruction (B, e) float32, routes: experts (B,), (B,) int32."""
+    """x (B, S, d), its cotangent dy (B, S, k), and the layer's other arguments, in training and in a decode step."""
 
     x: Tensor
     dy: Tensor
+    call: dict[str, Any]
+    step_call: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SMoLoRABatch(Batch):
+    """A batch with its instruction (B, e) float32, and its routes: VU and IF expert, int32 (B,) each."""
+
     instruction: Tensor
     routes: tuple[Tensor, Tensor]
-
-    @property
-    def call(self) -> dict[str, Any]:
-        """What `FusedSMoLoRA` takes besides x."""
-        return {"instruction": self.instruction}
-
-    @property
-    def step_call(self) -> dict[str, Any]:
-        """The same for a decode step."""
-        return {"routes": self.chosen}
-
-    @cached_property
-    def chosen(self) -> Chosen:
-        """The routes as a model keeps them from its prompt, ready for the passes."""
-        routes = torch.stack(self.routes, 1)[..., None].int()
-        return Chosen(routes, torch.ones_like(routes, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -85,22 +76,26 @@ class Layer:
             "if_importance": uniform(k),
         }
 
-    def draw_batch(self, x: Tensor, normal: Draw) -> Batch:
+    def draw_batch(self, x: Tensor, normal: Draw) -> SMoLoRABatch:
         """Make a batch of x (B, S, d) in float32; instance b goes to VU expert b % M and IF expert (b + 1) % N."""
         instance = torch.arange(len(x), device=x.device)
         routes = (instance % self.case.vu, (instance + 1) % self.case.if_)
-        x = x + lean(self.adapter["vu_router"], routes[0])[:, None]
-        instruction = normal(len(x), INSTRUCTION_DIM) + lean(self.adapter["if_router"], routes[1])
+        x = x + towards(self.adapter["vu_router"], routes[0])[:, None]
+        instruction = normal(len(x), INSTRUCTION_DIM) + towards(self.adapter["if_router"], routes[1])
         dtype = self.weight.dtype
-        return Batch(
+        instruction = instruction.to(dtype).float()
+        ids = torch.stack(routes, 1)[..., None].int()  # as a model keeps them from its prompt
+        return SMoLoRABatch(
             x.to(dtype),
             normal(*x.shape[:2], self.case.k).to(dtype),
-            instruction.to(dtype).float(),
-            (routes[0].int(), routes[1].int()),
+            call={"instruction": instruction},
+            step_call={"routes": Chosen(ids, torch.ones_like(ids, dtype=torch.float32))},
+            instruction=instruction,
+            routes=(routes[0].int(), routes[1].int()),
         )
 
     def fused(self, linear: nn.Linear) -> nn.Module:
-        """Our layer over `linear`, with parameters of its own."""
+        """Put our layer on `linear`, with parameters of its own."""
         config = smolora.SMoLoRAConfig(
             r=self.case.r,
             lora_alpha=SCALING * self.case.r,
@@ -113,14 +108,14 @@ class Layer:
 
     @staticmethod
     def lora(adapter: dict[str, Tensor], case: Shape) -> tuple[Tensor, Tensor]:
-        """A (R, d) and B (k, R) of a LoRA of equal active rank R, from the adapter's own values."""
+        """Return A (R, d) and B (k, R) of a LoRA of equal active rank R, with the adapter's own values."""
         A, B = (torch.cat([adapter[f"vu_{ab}"][0], adapter[f"if_{ab}"][0]], dim) for ab, dim in (("A", 0), ("B", 1)))
         return A, B
 
     def reference(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: dict[str, Tensor], batch: Batch, b: int
     ) -> Tensor:
-        """y (1, S, k) of instance b, x being its (1, S, d), by the equations as written."""
+        """Return y (1, S, k) of instance b from its x (1, S, d), by the equations as written."""
         instruction = batch.instruction[b : b + 1].to(x.dtype)
         return smolora_forward(x, weight, bias, **adapter, instruction=instruction, scaling=SCALING)
 
@@ -130,18 +125,18 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
 
 
 def up_std(r: int, d: int) -> float:
-    """The spread of B at which an expert's output is about as large as the base's."""
+    """Return the spread of B that makes an expert's output about as large as the base's."""
     return 1 / (SCALING * STD_A * (r * d) ** 0.5)
 
 
-def lean(router: Tensor, experts: Tensor) -> Tensor:
-    """A vector (n, c) towards one row each of a router (E, c)."""
+def towards(router: Tensor, experts: Tensor) -> Tensor:
+    """Return vectors (n, c) of length ROUTE_MARGIN along one row each of a router (E, c)."""
     rows = router.float().index_select(0, experts)
-    return LEAN * rows / rows.norm(dim=1, keepdim=True)
+    return ROUTE_MARGIN * rows / rows.norm(dim=1, keepdim=True)
 
 
 def draw_layer(case: Shape, device: torch.device, seed: int = 0, kind: type[Layer] = Layer) -> Layer:
-    """A layer as in mid-training: the adapter's output is about as large as the base's, so an error in it shows."""
+    """Draw a layer as in mid-training: the adapter's output is as large as the base's, so that its errors show."""
     generator = _generator(device, seed)
     dtype = getattr(torch, case.dtype)
 
@@ -158,7 +153,7 @@ def draw_layer(case: Shape, device: torch.device, seed: int = 0, kind: type[Laye
 
 
 def draw_batch(layer: Layer, batch: int, seq: int, seed: int = 1) -> Batch:
-    """`batch` instances of `seq` tokens."""
+    """Draw a batch of `batch` instances of `seq` tokens."""
     device = layer.weight.device
     generator = _generator(device, seed)
 
