@@ -68,10 +68,29 @@ COUNTED = {
 
 # tensors that grow with the number of tokens, so that they may have more than 2^31 elements
 GROWING = {
-    *(f"{name}_ptr" for name in ("x", "g", "y", "dx", "h", "dh", "scores", "dscores", "fused", "token_logits")),
-    *(f"{name}_ptr" for name in ("dlogits", "route_mask", "sums", "part", "logits_part", "p_part", "B_part", "A_part")),
-    *(f"{name}_ptr" for name in ("router_part", "dw_part", "dweights_part")),
-    *("part_ptrs", "p_part_ptrs"),
+    "x_ptr",
+    "g_ptr",
+    "y_ptr",
+    "dx_ptr",
+    "h_ptr",
+    "dh_ptr",
+    "scores_ptr",
+    "dscores_ptr",
+    "fused_ptr",
+    "token_logits_ptr",
+    "dlogits_ptr",
+    "route_mask_ptr",
+    "sums_ptr",
+    "part_ptr",
+    "part_ptrs",
+    "logits_part_ptr",
+    "p_part_ptr",
+    "p_part_ptrs",
+    "B_part_ptr",
+    "A_part_ptr",
+    "router_part_ptr",
+    "dw_part_ptr",
+    "dweights_part_ptr",
 }
 
 

@@ -126,7 +126,7 @@ PYBIND11_MODULE(SMOLORA_MODULE, m) {
   limit("TILE", limits::kTile);
   limit("MIX_TILE", limits::kMixTile);
   limit("ROUTE_INPUTS", limits::kRouteInputs);
-  limit("PREPARE_OUTPUTS", limits::kPrepareOutputs);
+  limit("W_PART_OUTPUTS", limits::kWPartOutputs);
   limit("CHUNK", limits::kChunk);
   limit("ROW", limits::kRow);
   limit("OUTER_TILES", limits::kOuterTiles);

@@ -2,14 +2,13 @@
 //
 //   decode_kernel  y += the mixture's output
 //
-// decode.cuh has the sizes that the work is cut by and the products with a row of a weight; here is who computes what,
-// and when.
+// decode.cuh has the sizes that the work is cut by, and the products with one row of a weight.
 //
-// Each projection has blocks of its own. Before the grid's barrier they share out what reads weights alone: A x of the
-// experts somebody uses, router logits, and w = s B^T I, each in parts over slices of d or of k. After it, a block has a
-// slice of k for a group of sequences: it adds their parts up, chooses, mixes and expands. All sums run in an order that
-// neither the number of blocks nor the other projections change. There is little to compute, so what counts is how often
-// a thread waits for memory: independent loads are issued back to back, so that their latencies overlap.
+// Each projection has blocks of its own. Before the grid's barrier they share the work that reads weights alone: A x of
+// the experts in use, router logits, and w = s B^T I, each in parts over slices of d or of k. After it, a block has a
+// slice of k for a group of sequences: it adds their parts up, chooses, mixes and expands. All sums run in an order
+// that depends neither on the number of blocks nor on the other projections. There is little to compute and much to
+// wait for, so independent loads are issued back to back to overlap their latency.
 
 #include "decode.cuh"
 #include "grid.cuh"
@@ -24,7 +23,7 @@ struct Projections {
 static_assert(sizeof(Projections) <= 4096);  // what every driver takes for a kernel's arguments
 
 // A block of a projection, and what it has in shared memory.
-template <class T, bool WIDE>
+template <class Scalar, bool WIDE>
 struct Block {
   const Decode& p;
   const Sizes s;
@@ -104,8 +103,8 @@ struct Block {
   __device__ __forceinline__ void take_importance(int slice) const {
     const int64_t first = slice * static_cast<int64_t>(s.outputs);
     for (int o = threadIdx.x; o < outputs_of(slice); o += kThreads) {
-      importance[o] = rounded<T>(weight_at(p.banks[0].importance, first + o));
-      importance[s.outputs + o] = rounded<T>(weight_at(p.banks[1].importance, first + o));
+      importance[o] = rounded<Scalar>(weight_at(p.banks[0].importance, first + o));
+      importance[s.outputs + o] = rounded<Scalar>(weight_at(p.banks[1].importance, first + o));
     }
   }
 
@@ -116,8 +115,9 @@ struct Block {
       __syncthreads();
     }
     with_reader<WIDE>(p.banks[0].B, [&](auto B) {
-      add_w<T>(p, s, B, B.of(p.banks[1].B), list, *used, slice * static_cast<int64_t>(s.outputs), outputs_of(slice),
-               importance, scratch, global<float>(p.w_part) + slice * static_cast<int64_t>(s.E * s.r));
+      add_w<Scalar>(p, s, B, B.of(p.banks[1].B), list, *used, slice * static_cast<int64_t>(s.outputs),
+                    outputs_of(slice), importance, scratch,
+                    global<float>(p.w_part) + slice * static_cast<int64_t>(s.E * s.r));
     });
   }
 
@@ -138,8 +138,8 @@ struct Block {
     const auto out = router ? global<float>(p.z_part) + (slice * s.n * s.E + down)
                             : global<float>(p.h_part) + ((slice * numbers + down) * s.r + rank);
     with_reader<WIDE>(weight, [&](auto reader) {
-      dot_item<T, WIDE>(p, reader, source * p.d + slice * kSlice, router, slice,
-                        router || p.shared ? everybody() : users[down], lane, out, router ? s.E : s.downs * s.r);
+      dot_item<Scalar, WIDE>(p, reader, source * p.d + slice * kSlice, router, slice,
+                             router || p.shared ? everybody() : users[down], lane, out, router ? s.E : s.downs * s.r);
     });
   }
 
@@ -271,7 +271,7 @@ struct Block {
   __device__ __forceinline__ void take_y(int item) const {
     const int begin = item / s.k_slices * s.group, count = min(s.group, s.n - begin);
     for_outputs(item, [&](int o, int64_t output, int set, int sets) {
-      const auto y = global<const T>(p.y) + (begin * p.k + output);
+      const auto y = global<const Scalar>(p.y) + (begin * p.k + output);
       for (int g = set; g < count; g += sets) sums[g * s.outputs + o] = p.add ? to_float(y[g * p.k]) : 0.0f;
     });
   }
@@ -285,11 +285,11 @@ struct Block {
         const int experts = second ? s.E - s.E0 : s.E0;
         const auto users_of = masks + (second ? s.K * s.E0 + (slot - s.K) * experts : slot * experts);
         with_reader<WIDE>(second ? p.banks[1].B : p.banks[0].B, [&](auto B) {
-          expand_slot<T>(p, s, B, experts, output, users_of, begin, taken, u + slot * s.padded, sums + o);
+          expand_slot<Scalar>(p, s, B, experts, output, users_of, begin, taken, u + slot * s.padded, sums + o);
         });
       }
-      const auto y = global<T>(p.y) + (begin * p.k + output);
-      for (int g = set; g < count; g += sets) y[g * p.k] = from_float<T>(sums[g * s.outputs + o]);
+      const auto y = global<Scalar>(p.y) + (begin * p.k + output);
+      for (int g = set; g < count; g += sets) y[g * p.k] = from_float<Scalar>(sums[g * s.outputs + o]);
     });
   }
 
@@ -321,15 +321,15 @@ struct Block {
   }
 };
 
-template <class T, bool WIDE>
-__global__ void __launch_bounds__(kThreads, WIDE && sizeof(T) == 2 ? 2 : 1)
+template <class Scalar, bool WIDE>
+__global__ void __launch_bounds__(kThreads, WIDE && sizeof(Scalar) == 2 ? 2 : 1)
     decode_kernel(const __grid_constant__ Projections all) {
   int mine = 0;  // the block's projection
   while (static_cast<int>(blockIdx.x) >= all.first_block[mine + 1]) ++mine;
   // every other projection counts its blocks from the last, so that the first ones, which have most to do, are on
   // multiprocessors of their own
   const int first = all.first_block[mine], end = all.first_block[mine + 1], at = blockIdx.x;
-  const Block<T, WIDE> block(all.of[mine], mine % 2 ? end - 1 - at : at - first, end - first);
+  const Block<Scalar, WIDE> block(all.of[mine], mine % 2 ? end - 1 - at : at - first, end - first);
   block.before_barrier();
   if (block.expands()) block.take_y(block.block);
   grid_barrier();

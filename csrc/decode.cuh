@@ -1,6 +1,6 @@
 // Decode, one token a sequence: how the work of a projection is cut up, and the products with one row of a weight.
 //
-// A row is read once for all sequences that use it, four elements a load, straight from the parameters in their own dtype.
+// A row is read once for all sequences that use it, four elements a load, from the parameters in their own dtype.
 #pragma once
 
 #include "mix.cuh"
@@ -114,35 +114,35 @@ __device__ __forceinline__ void with_reader(const Weight& weight, F f) {
 
 // A warp's product of a slice of one row of A, or of the router, from element `from` on, with those of the tokens in
 // `here`, to out[i * stride]. A token that does not route counts as zeros for the router.
-template <class T, bool WIDE, class Reader>
+template <class Scalar, bool WIDE, class Reader>
 __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, int64_t from, bool router, int slice,
                                          uint64_t here, int lane, Ptr<float> out, int stride) {
   const int count = min(static_cast<int>(p.d) - slice * kSlice, kSlice) - lane * 4;
-  const auto x = global<const T>(p.x) + (slice * kSlice + lane * 4);
+  const auto x = global<const Scalar>(p.x) + (slice * kSlice + lane * 4);
   Four<typename Reader::Value> row[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) row[v] = weight.take(from + lane * 4 + v * 128, count - v * 128);
   int at[kTokens], many;
-  Four<T> tokens[kTokens][kVectors];
+  Four<Scalar> tokens[kTokens][kVectors];
   const auto take_tokens = [&] {
     many = 0;
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
       at[j] = here == 0 ? 0 : __ffsll(static_cast<long long>(here)) - 1;
       many += here != 0;
-      const bool seen = here != 0 && (!router || p.mask == nullptr || global<const uint8_t>(p.mask)[at[j]]);
+      const bool seen = here != 0 && (!router || p.route_mask == nullptr || global<const uint8_t>(p.route_mask)[at[j]]);
       here &= here - 1;
       const auto token = x + at[j] * p.d;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const int left = seen ? count - v * 128 : 0;
         if (WIDE) {
-          tokens[j][v] = left > 0 ? *view<const Four<T>>(token + v * 128) : Four<T>();
+          tokens[j][v] = left > 0 ? *view<const Four<Scalar>>(token + v * 128) : Four<Scalar>();
         } else {
-          alignas(16) T four[4];
+          alignas(16) Scalar four[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) four[i] = i < left ? token[v * 128 + i] : T();
-          tokens[j][v] = *reinterpret_cast<const Four<T>*>(four);
+          for (int i = 0; i < 4; ++i) four[i] = i < left ? token[v * 128 + i] : Scalar();
+          tokens[j][v] = *reinterpret_cast<const Four<Scalar>*>(four);
         }
       }
     }
@@ -152,7 +152,7 @@ __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, 
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     unpack<typename Reader::Value>(a[v], row[v]);
-    if (!router) round4<T>(a[v]);
+    if (!router) round4<Scalar>(a[v]);
   }
   for (;;) {
 #pragma unroll
@@ -162,7 +162,7 @@ __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, 
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         float t[4];
-        unpack<T>(t, tokens[j][v]);
+        unpack<Scalar>(t, tokens[j][v]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum += a[v][i] * t[i];
       }
@@ -176,7 +176,7 @@ __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, 
 
 // A block's part of w = s B^T I, for `used` experts of a list, over a slice of k; `importance` has that slice of both
 // banks.
-template <class T, class Reader>
+template <class Scalar, class Reader>
 __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Reader& first_B, const Reader& second_B,
                                       Ptr<const int> list, int used, int64_t first_output, int outputs,
                                       Ptr<const float> importance, Ptr<float> scratch, Ptr<float> out) {
@@ -208,7 +208,7 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
           const float here = importance[(list[base + added] < s.E0 ? 0 : s.outputs) + row];
           float four[4];
           unpack<typename Reader::Value>(four, v[j]);
-          round4<T>(four);
+          round4<Scalar>(four);
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum[i] += four[i] * here;
         }
@@ -238,7 +238,7 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
 
 // y of one output, y[g * outputs], += a slot's share of it, for the sequences of a group from `begin` on that the
 // thread has, the bits of `taken`.
-template <class T, class Reader>
+template <class Scalar, class Reader>
 __device__ __forceinline__ void expand_slot(const Decode& p, const Sizes& s, const Reader& B, int experts,
                                             int64_t output, Ptr<const uint64_t> masks, int begin, uint64_t taken,
                                             Ptr<const float> u, Ptr<float> y) {
@@ -253,7 +253,7 @@ __device__ __forceinline__ void expand_slot(const Decode& p, const Sizes& s, con
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         unpack<typename Reader::Value>(row[j], v[j]);
-        round4<T>(row[j]);
+        round4<Scalar>(row[j]);
       }
       for (uint64_t left = users; left != 0;) {  // two at a time
         const int one = __ffsll(static_cast<long long>(left)) - 1;

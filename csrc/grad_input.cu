@@ -1,34 +1,34 @@
-// From rank space back to the input: dx, and the gradients of A from one read of x. In the order they run:
+// dh -> dx and dA, with one read of x (the symbols are those of docs/architecture.md). In the order they run:
 //
-//   pack     dh in the compute dtype, and A as the product reads it
-//   expand   dx
-//   outer    partial dA of a chunk of tokens
-//   collect  dA of every expert
+//   pad            dh in the compute dtype, and A as the product reads it
+//   expand         dx
+//   outer          partial dA: x times dh, summed over a chunk of tokens
+//   reduce_chunks  dA of every expert: the sum over tokens
 
-#include "collect.cuh"
 #include "expand.cuh"
 #include "outer.cuh"
-#include "pack.cuh"
+#include "pad.cuh"
+#include "reduce_chunks.cuh"
 
 void grad_input(const GradInput& p) {
   use_device(static_cast<int>(p.device));
   const int64_t RP = rank16(p.r);
-  Packing round{};
+  Padding round{};
   round.from[0] = {p.dh, kFloat32};
   round.to[0] = p.u;
   round.experts[0] = p.T * p.b * down_slots(p);
   round.rows = round.to_rows = 1;
   round.columns = p.r;
   round.to_columns = RP;
-  pack(p, round, false);
+  pad(p, round, false);
   if (p.need_dx) {
-    pack(p, &Bank::A, p.r, p.d, p.d, RP, true);
+    pad(p, &Bank::A, p.r, p.d, p.d, RP, true);
     Expand e(p, Space::kDown);
     e.u = p.u;
     e.L = p.d;
-    e.split_k = p.split_k;
+    e.slices = p.slices;
     e.dmean = p.dmean;
-    e.mask = p.mask;
+    e.route_mask = p.route_mask;
     e.out = p.dx;
     for (int bank = 0; bank < p.b; ++bank) e.weights.bank[bank] = p.banks[bank].padded;
     e.weights.expert = p.d * RP;
@@ -46,7 +46,7 @@ void grad_input(const GradInput& p) {
   o.part = p.A_part;
   o.chunk_to_seq = p.chunk_to_seq;
   outer("grad_input dA", o);
-  Collect c(p, Space::kDown);
+  ReduceChunks c(p, Space::kDown);
   c.part = p.A_part;
   c.chunk_to_seq = p.chunk_to_seq;
   c.L = p.d;
@@ -57,5 +57,5 @@ void grad_input(const GradInput& p) {
     c.experts[bank] = p.shared ? 1 : p.banks[bank].E;
     c.out[bank] = p.banks[bank].dA;
   }
-  collect(c);
+  reduce_chunks(c);
 }

@@ -1,18 +1,18 @@
-// From g = dL/dy to rank space: p = s B^T g and the gradients of B and I. In the order they run:
+// g = dL/dy -> dh, dB and dI (the symbols are those of docs/architecture.md). In the order they run:
 //
-//   mix                        what B was multiplied with, again
-//   pack                       B as the product reads it
-//   outer                      the pass over g: partial dB of a chunk of tokens, and partial p over a block of outputs
-//   shrink                     another read of g for partial p, where the slots have too many columns for one read
-//   mix_backward_kernel        dh from p; partial dw and weight gradients of a tile
-//   reduce_dw_dweights_kernel  dw of every expert, and the weight gradients of every sequence
-//   collect                    dB
-//   importance_kernel          dI
+//   mix                        u = s c h, again
+//   pad                        B as the product reads it
+//   outer                      the pass over g: partial dB, g times u summed over a chunk of tokens; and partial p
+//   shrink                     partial p by another read of g, where the slots have too many columns for one read
+//   mix_backward_kernel        dh from p; a tile's parts of dw and of the slot weights' gradient
+//   reduce_dw_dweights_kernel  dw of every expert, and the slot weights' gradient of every sequence
+//   reduce_chunks              dB of every expert: the sum over tokens
+//   dimportance_kernel         dI
 
-#include "collect.cuh"
 #include "mix.cuh"
 #include "outer.cuh"
-#include "pack.cuh"
+#include "pad.cuh"
+#include "reduce_chunks.cuh"
 #include "shrink.cuh"
 
 namespace {
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 1) mix_backward_kernel(GradOutput p)
   SmemAllocator smem;
   auto p_of = smem.take<float>(kWarps * columns);   // p of each warp's token
   auto dw_of = smem.take<float>(kWarps * columns);  // sums over each warp's tokens
-  auto dq_of = smem.take<float>(kWarps * columns);
+  auto dweights_of = smem.take<float>(kWarps * columns);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const SeqTile at = tile_to_seq(p, blockIdx.x, limits::kMixTile, 1);
   const int64_t start = at.start + at.tile * limits::kMixTile;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 1) mix_backward_kernel(GradOutput p)
     }
   };
   const auto nothing = [](int) {};
-  for_columns([&](int c, int, int) { dw_of[warp * columns + c] = dq_of[warp * columns + c] = 0; }, nothing);
+  for_columns([&](int c, int, int) { dw_of[warp * columns + c] = dweights_of[warp * columns + c] = 0; }, nothing);
   for (int64_t token = start + warp; token < end; token += kWarps) {
     const auto h = global<const float>(p.h) + token * (SHARED ? b * r : columns);
     const float score = M::kScores ? global<const float>(p.scores)[token] : 0.0f;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1) mix_backward_kernel(GradOutput p)
       const auto part = global<const float>(p.p_part) + (token * width + slot * RP + c % r);
       float sum = 0;
 #pragma unroll 8
-      for (int64_t i = 0; i < p.parts; ++i) sum += part[i * p.T * width];
+      for (int64_t i = 0; i < p.split_k; ++i) sum += part[i * p.T * width];
       sum *= static_cast<float>(p.scaling);
       p_of[warp * columns + c] = sum;
       if constexpr (M::kScores) sum_of_terms += M::score_term(of.bank(slot), of.weight(slot), sum, h[of_h]);
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 1) mix_backward_kernel(GradOutput p)
       const float gated = M::gated(bank, score, dscore, p_of[warp * columns + c], w);
       dh += q * gated;
       if constexpr (M::kScores) dw_of[warp * columns + c] += M::dw(bank, q, dscore, h[of_h]);
-      dq_of[warp * columns + c] += gated * h[of_h];
+      dweights_of[warp * columns + c] += gated * h[of_h];
     }, [&](int of_h) {
       global<float>(p.dh)[token * (SHARED ? b * r : columns) + of_h] = dh;
       dh = 0;
@@ -78,11 +78,11 @@ __global__ void __launch_bounds__(kThreads, 1) mix_backward_kernel(GradOutput p)
   }
   __syncthreads();
   for (int c = threadIdx.x; c < columns; c += kThreads) {
-    float sum_dw = 0, sum_dq = 0;
-    for (int w = 0; w < kWarps; ++w) sum_dw += dw_of[w * columns + c], sum_dq += dq_of[w * columns + c];
+    float sum_dw = 0, sum_dweights = 0;
+    for (int w = 0; w < kWarps; ++w) sum_dw += dw_of[w * columns + c], sum_dweights += dweights_of[w * columns + c];
     const int64_t to = static_cast<int64_t>(blockIdx.x) * columns + c;
     if (p.need_dw) global<float>(p.dw_part)[to] = sum_dw;
-    if (p.need_slot_weights) global<float>(p.dq_part)[to] = sum_dq;
+    if (p.need_slot_weights) global<float>(p.dweights_part)[to] = sum_dweights;
   }
 }
 
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kSumThreads, 1) reduce_dw_dweights_kernel(Grad
         }
       }
     } else if (seq == item / (b * K)) {
-      sum += global<const float>(p.dq_part)[(t * b * K + item % (b * K)) * r + rank];
+      sum += global<const float>(p.dweights_part)[(t * b * K + item % (b * K)) * r + rank];
     }
   }
   scratch[threadIdx.x] = sum;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kSumThreads, 1) reduce_dw_dweights_kernel(Grad
 }
 
 // Grid (outputs, banks): dI, a warp an output, the sum over experts and ranks of B dw; dw has the scaling in it.
-__global__ void __launch_bounds__(kThreads, 1) importance_kernel(GradOutput p) {
+__global__ void __launch_bounds__(kThreads, 1) dimportance_kernel(GradOutput p) {
   const bool second = blockIdx.y != 0;
   const int64_t l = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (l >= p.k) return;
@@ -173,10 +173,10 @@ void grad_output(const GradOutput& p) {
     m.u = p.u;
     mix(m);
   }
-  if (p.need_p && p.fused_p_and_dB) pack(p, &Bank::B, p.k, p.r, p.k, RP, false);
-  if (p.need_p && !p.fused_p_and_dB) pack(p, &Bank::B, p.k, p.r, RP, width, true);
+  if (p.need_p && p.fused_p_and_dB) pad(p, &Bank::B, p.k, p.r, p.k, RP, false);
+  if (p.need_p && !p.fused_p_and_dB) pad(p, &Bank::B, p.k, p.r, RP, width, true);
   WeightView weights;
-  for (int bank = 0; bank < p.b; ++bank) weights.bank[bank] = packed(p.banks[bank], p.banks[bank].B);
+  for (int bank = 0; bank < p.b; ++bank) weights.bank[bank] = padded_weight(p.banks[bank], p.banks[bank].B);
   if (need_B || (p.need_p && p.fused_p_and_dB)) {
     Outer o(p, Space::kUp);
     o.src = p.g;
@@ -201,13 +201,13 @@ void grad_output(const GradOutput& p) {
     s.weights = weights;
     s.weights.expert = RP * width;
     s.weights.row = width;
-    s.split_k = p.parts;
+    s.split_k = p.split_k;
     s.part = p.p_part;
     shrink(s, p.columns);
   }
   if (p.need_p) mix_backward(p);
   if (need_B) {
-    Collect c(p, Space::kUp);
+    ReduceChunks c(p, Space::kUp);
     c.part = p.B_part;
     c.chunk_to_seq = p.chunk_to_seq;
     c.L = p.k;
@@ -219,10 +219,10 @@ void grad_output(const GradOutput& p) {
       c.addend[bank] = p.banks[bank].importance;
       c.out[bank] = p.banks[bank].dB;
     }
-    collect(c);
+    reduce_chunks(c);
   }
   if (p.need_importance) {
     const dim3 grid(static_cast<unsigned>(cdiv(p.k, kWarps)), static_cast<unsigned>(p.b));
-    launch("importance", importance_kernel, grid, kThreads, 0, p.stream, false, p);
+    launch("dimportance", dimportance_kernel, grid, kThreads, 0, p.stream, false, p);
   }
 }

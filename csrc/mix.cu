@@ -1,6 +1,6 @@
-// What B is multiplied with:
+// The right operand of the up-projection:
 //
-//   mix_kernel  u = s c h, and the scores that c hangs on
+//   mix_kernel  u = s c h, and the scores that c depends on
 
 #include "mix.cuh"
 
@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 128;
 
 // A warp has a token.
-template <class T, class M>
+template <class Scalar, class M>
 __global__ void __launch_bounds__(kThreads, 1) mix_kernel(Mix p) {
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(Mix p) {
   for (int c = lane; c < slots * RP; c += 32) {
     const int slot = c / RP, rank = c % RP;
     const float with = static_cast<float>(p.scaling) * M::coefficient(of.bank(slot), of.weight(slot), score);
-    global<T>(p.u)[token * slots * RP + c] = from_float<T>(rank < r ? h[h_slot(slot) * r + rank] * with : 0.0f);
+    global<Scalar>(p.u)[token * slots * RP + c] =
+        from_float<Scalar>(rank < r ? h[h_slot(slot) * r + rank] * with : 0.0f);
   }
 }
 

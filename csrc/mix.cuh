@@ -1,5 +1,6 @@
-// Between shrink and expand: what B is multiplied with, u = s c h. The coefficients c are a mix's, a struct of formulas in
-// mixes/; q is a slot's weight. A mix with `kScores` makes a number of each token's h first, on which c hangs.
+// Between shrink and expand: u = s c h, the right operand of the up-projection. A mix gives the coefficients c; it is a
+// struct of formulas in mixes/, where q is a slot's weight. A mix with `kScores` first makes a score of each token's h,
+// and c depends on it.
 #pragma once
 
 #include "mixes/smolora.cuh"
@@ -7,6 +8,9 @@
 #include "primitives.cuh"
 
 // Calls f with the mix.
+#ifdef __NVCC__
+#pragma nv_exec_check_disable  // f runs where its caller does
+#endif
 template <class F>
 __host__ __device__ __forceinline__ void with_mix(int64_t mix, F f) {
   if (mix == kSmolora) {
@@ -20,9 +24,9 @@ struct Mix : Layout {
   int64_t E0 = 0;                // experts of the first bank
   const float* h = nullptr;      // (T, b, K', r)
   const float* w = nullptr;      // (sum E, r)
-  const float* given = nullptr;  // (T,): scores that are known; null: they are made
+  const float* given = nullptr;  // (T,): known scores; null: they are made
   float* scores = nullptr;       // (T,) out
-  void* u = nullptr;             // (T, b K RP) T out, zero past each rank
+  void* u = nullptr;             // (T, b K RP) out, zero past each rank
 
   explicit Mix(const Pass& p) : Layout(p), E0(p.banks[0].E) {}
 };

@@ -1,6 +1,7 @@
-// Tokens and rank space, summed over tokens:
+// Partial gradients of A and B:
 //
-//   outer_kernel  their outer product, and the tokens' product with rows of weights from the same read
+//   outer_kernel  the outer product of tokens with rank space, summed over a chunk of tokens; and from the same read
+//                 the tokens' product with rows of weights
 
 #include "outer.cuh"
 
@@ -9,29 +10,30 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-template <class T, int TILES>
-constexpr int kRankTiles = (TILES * 16 + kColumns<T> - 1) / kColumns<T>;  // side by side
+template <class Scalar, int TILES>
+constexpr int kRankTiles = (TILES * 16 + kColumns<Scalar> - 1) / kColumns<Scalar>;  // side by side
 
 // Numbers that warps hand to the one that adds them up, where several share a product.
 template <int TILES>
 constexpr int kHanded = TILES <= 2 ? (kWarps - 2) * 256 : 0;
 
-template <class T, int TILES, bool P>
+template <class Scalar, int TILES, bool P>
 constexpr size_t kShared =
-    kStages * limits::kChunk * limits::kRow * (limits::kOuterTiles + kRankTiles<T, TILES>) +
-    (P ? kRankTiles<T, TILES> * kOuterInputs<T> * limits::kRow + kHanded<TILES> * 4
-       : 4 * limits::kChunk * (kOuterInputs<T> / 16) * 2);
+    kStages * limits::kChunk * limits::kRow * (limits::kOuterTiles + kRankTiles<Scalar, TILES>) +
+    (P ? kRankTiles<Scalar, TILES> * kOuterInputs<Scalar> * limits::kRow + kHanded<TILES> * 4
+       : 4 * limits::kChunk * (kOuterInputs<Scalar> / 16) * 2);
 
 // Grid (chunks, blocks of L, blocks of tiles in rank space).
-template <class T, int TILES, bool P>
+template <class Scalar, int TILES, bool P>
 __global__ void __launch_bounds__(kThreads, 1) outer_kernel(Outer p) {
-  constexpr int BT = limits::kChunk, COLUMNS = kColumns<T>, L_TILES = limits::kOuterTiles, BL = kOuterInputs<T>;
-  constexpr int BLOCKS = BL / 16, MINE = BLOCKS / kWarps, SIDE = kRankTiles<T, TILES>;
+  constexpr int BT = limits::kChunk, COLUMNS = kColumns<Scalar>;
+  constexpr int L_TILES = limits::kOuterTiles, BL = kOuterInputs<Scalar>;
+  constexpr int BLOCKS = BL / 16, MINE = BLOCKS / kWarps, SIDE = kRankTiles<Scalar, TILES>;
   SmemAllocator smem;
-  auto s_tiles = smem.take<T>(kStages * L_TILES * BT * COLUMNS);
-  auto u_tiles = smem.take<T>(kStages * SIDE * BT * COLUMNS);
+  auto s_tiles = smem.take<Scalar>(kStages * L_TILES * BT * COLUMNS);
+  auto u_tiles = smem.take<Scalar>(kStages * SIDE * BT * COLUMNS);
   auto keep = smem.take<uint16_t>(P ? 0 : 4 * BT * BLOCKS);  // [step % 2][bank][row][block]
-  auto w_tiles = smem.take<T>(P ? SIDE * BL * COLUMNS : 0);
+  auto w_tiles = smem.take<Scalar>(P ? SIDE * BL * COLUMNS : 0);
   auto handed = smem.take<float>(P ? kHanded<TILES> : 0);
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -46,10 +48,10 @@ __global__ void __launch_bounds__(kThreads, 1) outer_kernel(Outer p) {
   const int of_first = max(0, min(count, tiles.first - first)), width = tiles.total * 16;
   const int64_t l0 = static_cast<int64_t>(blockIdx.y) * BL;
   const int steps = static_cast<int>(cdiv(end - start, BT));
-  const bool aligned = p.L % kChunk<T> == 0 && is_aligned(p.src, 16), drops = !P && p.threshold > 0;
+  const bool aligned = p.L % kChunk<Scalar> == 0 && is_aligned(p.src, 16), drops = !P && p.threshold > 0;
   const int64_t seed = drops ? global<const int64_t>(p.seed)[0] : 0;
-  const auto s = global<const T>(p.src);
-  const auto u = global<const T>(p.u);
+  const auto s = global<const Scalar>(p.src);
+  const auto u = global<const Scalar>(p.u);
 
   const auto load = [&](int step) {
     const int64_t t = start + step * BT;
@@ -57,23 +59,23 @@ __global__ void __launch_bounds__(kThreads, 1) outer_kernel(Outer p) {
     if (aligned && t + BT <= end && l0 + BL <= p.L) {
 #pragma unroll
       for (int tile = 0; tile < L_TILES; ++tile) {
-        load_tile<BT, kThreads, T>(s_tile + tile * BT * COLUMNS, s + (t * p.L + l0 + tile * COLUMNS), p.L);
+        load_tile<BT, kThreads, Scalar>(s_tile + tile * BT * COLUMNS, s + (t * p.L + l0 + tile * COLUMNS), p.L);
       }
     } else {
       for (int i = thread; i < BT * L_TILES * 8; i += kThreads) {
-        const int row = i / (L_TILES * 8), tile = i / 8 % L_TILES, column = i % 8 * kChunk<T>;
+        const int row = i / (L_TILES * 8), tile = i / 8 % L_TILES, column = i % 8 * kChunk<Scalar>;
         const int64_t l = l0 + tile * COLUMNS + column;
-        load_chunk<T>(s_tile + (tile * BT * COLUMNS + place<T>(row, column)), s + ((t + row) * p.L + l),
-                      t + row < end ? p.L - l : 0, aligned);
+        load_chunk<Scalar>(s_tile + (tile * BT * COLUMNS + place<Scalar>(row, column)), s + ((t + row) * p.L + l),
+                           t + row < end ? p.L - l : 0, aligned);
       }
     }
     auto u_tile = u_tiles + step % kStages * SIDE * BT * COLUMNS;
     for (int i = thread; i < BT * SIDE * 8; i += kThreads) {
-      const int row = i / (SIDE * 8), tile = i / 8 % SIDE, column = i % 8 * kChunk<T>;
+      const int row = i / (SIDE * 8), tile = i / 8 % SIDE, column = i % 8 * kChunk<Scalar>;
       const int c = tile * COLUMNS + column;
       if (c >= count * 16 || !p.adds_up) continue;  // nor is it multiplied with
-      load_chunk<T>(u_tile + (tile * BT * COLUMNS + place<T>(row, column)), u + ((t + row) * width + first * 16 + c),
-                    t + row < end ? kChunk<T> : 0, true);
+      load_chunk<Scalar>(u_tile + (tile * BT * COLUMNS + place<Scalar>(row, column)),
+                         u + ((t + row) * width + first * 16 + c), t + row < end ? kChunk<Scalar> : 0, true);
     }
   };
   const auto draw = [&](int step) {
@@ -86,16 +88,16 @@ __global__ void __launch_bounds__(kThreads, 1) outer_kernel(Outer p) {
 
   if (P) {
     for (int i = thread; i < BL * SIDE * 8; i += kThreads) {
-      const int row = i / (SIDE * 8), tile = i / 8 % SIDE, column = i % 8 * kChunk<T>;
+      const int row = i / (SIDE * 8), tile = i / 8 % SIDE, column = i % 8 * kChunk<Scalar>;
       const int r_tile = (tile * COLUMNS + column) / 16;
       if (r_tile >= count) continue;
       int64_t expert;
       int rank;
       expert_of_tile(p, tiles, at.seq, r_tile, expert, rank);
-      const auto w = global<const T>(r_tile < tiles.first ? p.weights.bank[0] : p.weights.bank[1]);
-      load_chunk<T>(w_tiles + (tile * BL * COLUMNS + place<T>(row, column)),
-                    w + (expert * p.weights.expert + (l0 + row) * p.weights.row + rank + column % 16),
-                    l0 + row < p.L ? kChunk<T> : 0, true);
+      const auto w = global<const Scalar>(r_tile < tiles.first ? p.weights.bank[0] : p.weights.bank[1]);
+      load_chunk<Scalar>(w_tiles + (tile * BL * COLUMNS + place<Scalar>(row, column)),
+                         w + (expert * p.weights.expert + (l0 + row) * p.weights.row + rank + column % 16),
+                         l0 + row < p.L ? kChunk<Scalar> : 0, true);
     }
   }
   float acc[MINE][TILES][2][4] = {};
@@ -110,19 +112,19 @@ __global__ void __launch_bounds__(kThreads, 1) outer_kernel(Outer p) {
     if (step + kStages - 1 < steps) load(step + kStages - 1);
     cp_async_commit();
     draw(step + 1);
-    const Ptr<const T> s_tile = s_tiles + step % kStages * L_TILES * BT * COLUMNS;
-    const Ptr<const T> u_tile = u_tiles + step % kStages * SIDE * BT * COLUMNS;
+    const Ptr<const Scalar> s_tile = s_tiles + step % kStages * L_TILES * BT * COLUMNS;
+    const Ptr<const Scalar> u_tile = u_tiles + step % kStages * SIDE * BT * COLUMNS;
     if (p.adds_up) {
 #pragma unroll
       for (int mine = 0; mine < MINE; ++mine) {
         const int block = warp * MINE + mine;
-        const Ptr<const T> tile = s_tile + block * 16 / COLUMNS * BT * COLUMNS;
+        const Ptr<const Scalar> tile = s_tile + block * 16 / COLUMNS * BT * COLUMNS;
 #pragma unroll
         for (int k = 0; k < BT; k += 16) {
           for (int bank = 0; bank < (drops ? 2 : 1); ++bank) {
             const int from = bank ? of_first : 0, to = drops && !bank ? of_first : count;
             if (from == to) continue;
-            Left<T> a;
+            Left<Scalar> a;
             load_left<true>(a, tile, block * 16 % COLUMNS, k);
             if (drops) {
               const auto bits = keep + (step % 2 * 2 + bank) * BT * BLOCKS;
@@ -144,10 +146,10 @@ __global__ void __launch_bounds__(kThreads, 1) outer_kernel(Outer p) {
       float sum[2][4] = {};
       if (share < shares) {
         for (int block = share * BLOCKS / shares; block < (share + 1) * BLOCKS / shares; ++block) {
-          Left<T> a;
+          Left<Scalar> a;
           load_left<false>(a, s_tile + block * 16 / COLUMNS * BT * COLUMNS, m, block * 16 % COLUMNS);
-          multiply<true>(sum, a, Ptr<const T>(w_tiles + r_tile * 16 / COLUMNS * BL * COLUMNS), r_tile * 16 % COLUMNS,
-                         block * 16);
+          multiply<true>(sum, a, Ptr<const Scalar>(w_tiles + r_tile * 16 / COLUMNS * BL * COLUMNS),
+                         r_tile * 16 % COLUMNS, block * 16);
         }
       }
       if (shares > 1) {  // of the first `count` pairs of warps
@@ -198,12 +200,12 @@ __global__ void __launch_bounds__(kThreads, 1) outer_kernel(Outer p) {
   }
 }
 
-template <class T, int TILES, bool P>
+template <class Scalar, int TILES, bool P>
 void launch_outer(const char* name, const Outer& p) {
-  static_assert(kShared<T, TILES, P> <= limits::kSharedMemory);
-  const dim3 grid(static_cast<unsigned>(p.chunks), static_cast<unsigned>(cdiv(p.L, kOuterInputs<T>)),
+  static_assert(kShared<Scalar, TILES, P> <= limits::kSharedMemory);
+  const dim3 grid(static_cast<unsigned>(p.chunks), static_cast<unsigned>(cdiv(p.L, kOuterInputs<Scalar>)),
                   static_cast<unsigned>(cdiv(RankTiles(p).total, TILES)));
-  launch(name, outer_kernel<T, TILES, P>, grid, kThreads, kShared<T, TILES, P>, p.stream, false, p);
+  launch(name, outer_kernel<Scalar, TILES, P>, grid, kThreads, kShared<Scalar, TILES, P>, p.stream, false, p);
 }
 
 }  // namespace
@@ -211,13 +213,13 @@ void launch_outer(const char* name, const Outer& p) {
 void outer(const char* name, const Outer& p) {
   const bool two = RankTiles(p).total <= 2;
   with_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
+    using Scalar = decltype(zero);
     if (p.p_part == nullptr) {
-      two ? launch_outer<T, 2, false>(name, p) : launch_outer<T, 4, false>(name, p);
-    } else if constexpr (sizeof(T) == 2) {
-      two ? launch_outer<T, 2, true>(name, p) : launch_outer<T, 4, true>(name, p);
+      two ? launch_outer<Scalar, 2, false>(name, p) : launch_outer<Scalar, 4, false>(name, p);
+    } else if constexpr (sizeof(Scalar) == 2) {
+      two ? launch_outer<Scalar, 2, true>(name, p) : launch_outer<Scalar, 4, true>(name, p);
     } else {
-      launch_outer<T, 2, true>(name, p);  // four have no room in shared memory
+      launch_outer<Scalar, 2, true>(name, p);  // four have no room in shared memory
     }
   });
 }

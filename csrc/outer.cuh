@@ -1,13 +1,14 @@
-// The outer product of tokens with rank space, summed over a chunk of a sequence's tokens: the gradients of A and B.
-// Where `p_part` is given, the product of the same tokens with rows of weights comes from the same read, and there is no
-// dropout.
+// Partial gradients of A and B: the outer product of tokens with rank space, summed over a chunk of a sequence's
+// tokens; reduce_chunks adds the chunks up.
+//
+// With `p_part`, the product of the same tokens with rows of weights comes from the same read, without dropout.
 #pragma once
 
 #include "tile.cuh"
 
-struct Outer : Product {  // with p_part, `weights` (E, L, RP) T
-  const void* src = nullptr;    // (T, L) T
-  const void* u = nullptr;      // (T, 16 tiles) T
+struct Outer : Product {        // with p_part, `weights` (E, L, RP)
+  const void* src = nullptr;    // (T, L)
+  const void* u = nullptr;      // (T, 16 tiles)
   int64_t L = 0, chunk = 0, chunks = 0;
   int64_t adds_up = 1;          // else p_part alone
   int64_t by_column = 0;        // parts are (chunks, 16 tiles, L), else (chunks, tiles, L, 16)
@@ -19,5 +20,5 @@ struct Outer : Product {  // with p_part, `weights` (E, L, RP) T
 
 void outer(const char* name, const Outer& p);
 
-template <class T>
-constexpr int kOuterInputs = limits::kOuterTiles * kColumns<T>;  // of L that a block has
+template <class Scalar>
+constexpr int kOuterInputs = limits::kOuterTiles * kColumns<Scalar>;  // of L that a block has

@@ -1,12 +1,13 @@
-// What Python hands to each pass: addresses of device memory, sizes, and options. Everything is counted in elements.
+// The parameters of each pass, as Python fills them in: device pointers, sizes and options. Sizes count elements.
 //
 //     T tokens, n sequences, S tokens of each (not packed), b banks, K slots of a bank, E experts of a bank
 //     r rank, 1 to 128, and RP the columns that it takes in rank space: rounded up to a multiple of 16
 //     d inputs, k outputs, e size of an instruction; sum E: the banks' experts one after another
 //     K' slots of a bank in h and dh: 1 where its B share an A, else K
 //
-// Tensors are contiguous. "T" as a type is the compute dtype; outputs and workspaces come uninitialised. A struct's
-// fields are in one list, by which it is declared here and read in bindings.cpp.
+// Tensors are contiguous; a void* points to the compute dtype. Outputs and workspaces come uninitialised. A struct's
+// fields are in one list, by which it is declared here and read in bindings.cpp. The other symbols (w, p, g, ids, ...)
+// are those of docs/architecture.md.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +28,7 @@ constexpr int kDecodeRoutes = 1024;
 constexpr int kTile = 64;                 // tokens of a tile in the shrink and the expand
 constexpr int kMixTile = 16;              // tokens of a tile in mix's gradient
 constexpr int kRouteInputs = 512;         // inputs in a part of the logits of a router of x
-constexpr int kPrepareOutputs = 256;      // outputs in a part of w
+constexpr int kWPartOutputs = 256;        // outputs in a part of w
 constexpr int kChunk = 32;                // tokens of a tile in the outer product; a chunk is a multiple of it
 constexpr int kRow = 128;                 // bytes of a row of a tile in shared memory
 constexpr int kOuterTiles = 4;            // such rows that a block of the outer product has side by side
@@ -46,7 +47,7 @@ struct Weight {
 
 #define DECLARE_FIELD(type, name, value) type name = value;
 
-// Experts of one kind. A pass uses some of this.
+// A bank of experts. A pass uses some of this.
 #define BANK_FIELDS(FIELD)                                                                                            \
   FIELD(int64_t, E, 0)                                                                                                \
   FIELD(int64_t, dropout_stream, 0)                                                                                   \
@@ -65,7 +66,7 @@ struct Bank {
   BANK_FIELDS(DECLARE_FIELD)
 };
 
-// What every pass and product needs to know.
+// Parameters of every pass and product.
 #define LAYOUT_FIELDS(FIELD)                                                                                          \
   FIELD(int64_t, device, 0)                                                                                           \
   FIELD(void*, stream, nullptr)                                                                                       \
@@ -80,7 +81,7 @@ struct Bank {
   FIELD(double, scaling, 1)                                                                                           \
   FIELD(const int*, ids, nullptr)              /* (n, b, K), -1: none; null: slot j has expert j */                   \
   FIELD(const float*, slot_weights, nullptr)   /* (n, b, K), or null: 1 */                                            \
-  FIELD(const int*, cu, nullptr)               /* (n + 1,) boundaries of packed sequences, or null */                 \
+  FIELD(const int*, cu_seqlens, nullptr)       /* (n + 1,) boundaries of packed sequences, or null */                 \
   FIELD(const int64_t*, seed, nullptr)                                                                                \
   FIELD(int64_t, threshold, 0)                 /* of dropout in 1/256; 0: none */
 
@@ -93,27 +94,27 @@ struct Pass : Layout {
   Bank banks[limits::kBanks];
 };
 
-// How sequences choose experts, where `routes` is set.
+// How sequences choose their slots, where `routes` is set.
 #define ROUTING_FIELDS(FIELD)                                                                                         \
   FIELD(int64_t, routes, 0)                    /* else ids and slot_weights are given */                              \
   FIELD(int64_t, gate_all, 0)                  /* weights: softmax over all experts, not the chosen */                \
   FIELD(int64_t, d, 0)                                                                                                \
   FIELD(int64_t, k, 0)                                                                                                \
   FIELD(int64_t, e, 0)                                                                                                \
-  FIELD(const void*, x, nullptr)               /* (T, d) T */                                                         \
-  FIELD(const uint8_t*, mask, nullptr)         /* (T,) or null: tokens that route */                                  \
+  FIELD(const void*, x, nullptr)               /* (T, d) */                                                           \
+  FIELD(const uint8_t*, route_mask, nullptr)   /* (T,) or null: tokens that route */                                  \
   FIELD(Weight, instruction, {})               /* (n, e) */                                                           \
   FIELD(int*, routed_ids, nullptr)             /* (n, b, K) out */                                                    \
   FIELD(float*, routed_weights, nullptr)       /* (n, b, K) out */                                                    \
   FIELD(float*, logits, nullptr)               /* (n, sum E) out */
 
-// A projection in decode, with one token a sequence: routing, shrink, mix and expand onto the base's output.
+// A projection in decode, one token a sequence: route, shrink, mix, and expand onto the base's output.
 #define DECODE_FIELDS(FIELD)                                                                                          \
   ROUTING_FIELDS(FIELD)                                                                                               \
   FIELD(int64_t, add, 0)                       /* y has the base's output in it */                                    \
   FIELD(int64_t, outputs, 64)                  /* of a slice of k: a multiple of 64 */                                \
   FIELD(float*, scores, nullptr)               /* (n,) out, if the mix makes scores */                                \
-  FIELD(void*, y, nullptr)                     /* (n, k) T, in and out */                                             \
+  FIELD(void*, y, nullptr)                     /* (n, k), in and out */                                               \
   FIELD(float*, h_part, nullptr)               /* (slices of d, n, sum E, r); shared: (..., n, b, r) */               \
   FIELD(float*, z_part, nullptr)               /* (slices of d, n, sum E) */                                          \
   FIELD(float*, z, nullptr)                    /* (n, sum E), of routers of the instruction */                        \
@@ -127,7 +128,7 @@ struct Decode : Pass {
 #define ROUTE_SHRINK_FIELDS(FIELD)                                                                                    \
   ROUTING_FIELDS(FIELD)                                                                                               \
   FIELD(const int64_t*, router_rows, nullptr)  /* (n,) or null: the task of each sequence */                          \
-  FIELD(int64_t, one_pass, 0)                  /* of x, for all experts of banks that it routes */                    \
+  FIELD(int64_t, fused_routing, 0)             /* one read of x for all experts of the banks it routes */             \
   FIELD(int64_t, columns, 0)                   /* of rank space a block has: 32, 80 or 128 */                         \
   FIELD(int64_t, split_k, 1)                   /* parts of d */                                                       \
   FIELD(int64_t, sum_split_k, 1)               /* parts of d in the pass that only sums */                            \
@@ -148,13 +149,13 @@ struct RouteShrink : Pass {
 // rank space -> y.
 #define FUSE_EXPAND_FIELDS(FIELD)                                                                                     \
   FIELD(int64_t, k, 0)                                                                                                \
-  FIELD(int64_t, split_k, 1)                   /* parts of k */                                                       \
+  FIELD(int64_t, slices, 1)                    /* of k, each written by its own blocks */                             \
   FIELD(const float*, h, nullptr)              /* (T, b, K', r) */                                                    \
   FIELD(const float*, w, nullptr)              /* (sum E, r) */                                                       \
-  FIELD(const void*, bias, nullptr)            /* (k,) T or null */                                                   \
-  FIELD(void*, u, nullptr)                     /* (T, b K RP) T */                                                    \
+  FIELD(const void*, bias, nullptr)            /* (k,) or null */                                                     \
+  FIELD(void*, u, nullptr)                     /* (T, b K RP) */                                                      \
   FIELD(float*, scores, nullptr)               /* (T,) out, if the mix makes scores */                                \
-  FIELD(void*, y, nullptr)                     /* (T, k) T out */
+  FIELD(void*, y, nullptr)                     /* (T, k) out */
 
 struct FuseExpand : Pass {  // `padded`: (E, k, RP)
   FUSE_EXPAND_FIELDS(DECLARE_FIELD)
@@ -169,19 +170,19 @@ struct FuseExpand : Pass {  // `padded`: (E, k, RP)
   FIELD(int64_t, need_importance, 0)                                                                                  \
   FIELD(int64_t, fused_p_and_dB, 0)            /* from one read of g */                                               \
   FIELD(int64_t, columns, 0)                   /* a block has in the shrink: 32, 80 or 128 */                         \
-  FIELD(int64_t, parts, 1)                     /* of p */                                                             \
+  FIELD(int64_t, split_k, 1)                   /* partial p, by parts of k */                                         \
   FIELD(int64_t, chunk, 0)                     /* tokens that one block adds up for dB */                             \
   FIELD(int64_t, chunks, 0)                    /* how many of these there are */                                      \
-  FIELD(const void*, g, nullptr)               /* (T, k) T */                                                         \
+  FIELD(const void*, g, nullptr)               /* (T, k) */                                                           \
   FIELD(const float*, h, nullptr)              /* (T, b, K', r) */                                                    \
   FIELD(const float*, w, nullptr)              /* (sum E, r) */                                                       \
   FIELD(const float*, scores, nullptr)         /* (T,), if the mix makes scores */                                    \
-  FIELD(void*, u, nullptr)                     /* (T, b K RP) T */                                                    \
-  FIELD(float*, p_part, nullptr)               /* (parts, T, b K RP) */                                               \
+  FIELD(void*, u, nullptr)                     /* (T, b K RP) */                                                      \
+  FIELD(float*, p_part, nullptr)               /* (split_k, T, b K RP) */                                             \
   FIELD(float*, B_part, nullptr)               /* (chunks, b K RP / 16, k, 16) */                                     \
   FIELD(int*, chunk_to_seq, nullptr)           /* (chunks,) */                                                        \
   FIELD(float*, dw_part, nullptr)              /* (tiles, b, K, r) */                                                 \
-  FIELD(float*, dq_part, nullptr)              /* (tiles, b, K, r) */                                                 \
+  FIELD(float*, dweights_part, nullptr)        /* (tiles, b, K, r) */                                                 \
   FIELD(int*, tile_to_seq, nullptr)            /* (tiles,) */                                                         \
   FIELD(float*, dw, nullptr)                   /* (sum E, r): s times the gradient of w */                            \
   FIELD(float*, dh, nullptr)                   /* (T, b, K', r) out */                                                \
@@ -196,17 +197,17 @@ struct GradOutput : Pass {  // `padded`: one read of g: (E, k, RP); two: (E, RP,
   FIELD(int64_t, d, 0)                                                                                                \
   FIELD(int64_t, need_dx, 0)                                                                                          \
   FIELD(int64_t, need_A, 0)                                                                                           \
-  FIELD(int64_t, split_k, 1)                   /* parts of d, for dx */                                               \
-  FIELD(int64_t, chunk, 0)                     /* as above, for dA */                                                 \
-  FIELD(int64_t, chunks, 0)                                                                                           \
-  FIELD(const void*, x, nullptr)               /* (T, d) T */                                                         \
+  FIELD(int64_t, slices, 1)                    /* of d, for dx */                                                     \
+  FIELD(int64_t, chunk, 0)                     /* tokens that one block adds up for dA */                             \
+  FIELD(int64_t, chunks, 0)                    /* how many of these there are */                                      \
+  FIELD(const void*, x, nullptr)               /* (T, d) */                                                           \
   FIELD(const float*, dh, nullptr)             /* (T, b, K', r) */                                                    \
-  FIELD(const uint8_t*, mask, nullptr)         /* (T,) or null: tokens that route */                                  \
+  FIELD(const uint8_t*, route_mask, nullptr)   /* (T,) or null: tokens that route */                                  \
   FIELD(const float*, dmean, nullptr)          /* (n, d) or null: added to them */                                    \
-  FIELD(void*, u, nullptr)                     /* (T, b K' RP) T */                                                   \
+  FIELD(void*, u, nullptr)                     /* (T, b K' RP) */                                                     \
   FIELD(float*, A_part, nullptr)               /* (chunks, b K' RP, d) */                                             \
   FIELD(int*, chunk_to_seq, nullptr)           /* (chunks,) */                                                        \
-  FIELD(void*, dx, nullptr)                    /* (T, d) T out */
+  FIELD(void*, dx, nullptr)                    /* (T, d) out */
 
 struct GradInput : Pass {  // `padded`: (experts of A, d, RP)
   GRAD_INPUT_FIELDS(DECLARE_FIELD)

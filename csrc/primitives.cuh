@@ -29,24 +29,24 @@ __device__ __forceinline__ float weight_at(Weight w, int64_t i) {
 }
 
 // Four elements as one load brings them.
-template <class T>
-using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;
+template <class Scalar>
+using Four = std::conditional_t<sizeof(Scalar) == 4, float4, uint2>;
 
-template <class T>
-__device__ __forceinline__ void unpack(float (&v)[4], const Four<T>& four) {
-  const T* element = reinterpret_cast<const T*>(&four);
+template <class Scalar>
+__device__ __forceinline__ void unpack(float (&v)[4], const Four<Scalar>& four) {
+  const Scalar* element = reinterpret_cast<const Scalar*>(&four);
 #pragma unroll
   for (int j = 0; j < 4; ++j) v[j] = to_float(element[j]);
 }
 
 // Elements i to i + 3 in float32, zeros from the `count`-th on; `aligned`: they start where one load can take them.
-template <class T>
-__device__ __forceinline__ void load4(float (&v)[4], Ptr<const T> p, int64_t i, int64_t count, bool aligned) {
+template <class Scalar>
+__device__ __forceinline__ void load4(float (&v)[4], Ptr<const Scalar> p, int64_t i, int64_t count, bool aligned) {
   if (!aligned || count < 4) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) v[j] = j < count ? to_float(p[i + j]) : 0.0f;
   } else {
-    unpack<T>(v, *view<const Four<T>>(p + i));
+    unpack<Scalar>(v, *view<const Four<Scalar>>(p + i));
   }
 }
 __device__ __forceinline__ void load4(float (&v)[4], Weight w, int64_t i, int64_t count, bool aligned) {
@@ -73,16 +73,16 @@ __device__ __forceinline__ void set_weight(Weight w, int64_t i, float v) {
 }
 
 // v as the compute dtype has it.
-template <class T>
+template <class Scalar>
 __device__ __forceinline__ float rounded(float v) {
-  return to_float(from_float<T>(v));
+  return to_float(from_float<Scalar>(v));
 }
 
 // v as the compute dtype has them.
-template <class T>
+template <class Scalar>
 __device__ __forceinline__ void round4(float (&v)[4]) {
-  round_pair<T>(v[0], v[1]);
-  round_pair<T>(v[2], v[3]);
+  round_pair<Scalar>(v[0], v[1]);
+  round_pair<Scalar>(v[2], v[3]);
 }
 
 // A warp's product of `count` elements of a from the i-th on with those of b from the j-th on.
@@ -95,7 +95,7 @@ __device__ __forceinline__ float warp_dot(const Weight& a, int64_t i, const Weig
 
 // A block's part of an expert's w = s B^T I, (r,), over rows `begin` to `end` of B; `scratch` has 4 THREADS elements.
 // Weights come by reference: out of a copy nvcc would not know that they lie in global memory.
-template <class T, int THREADS>
+template <class Scalar, int THREADS>
 __device__ __forceinline__ void add_w_part(const Layout& p, const Weight& B, const Weight& importance, int64_t k,
                                            int64_t expert, int64_t begin, int64_t end, Ptr<float> scratch,
                                            Ptr<float> out) {
@@ -108,9 +108,9 @@ __device__ __forceinline__ void add_w_part(const Layout& p, const Weight& B, con
     for (int64_t row = begin + first; row < end; row += rows) {
       float v[4];
       load4(v, B, (expert * k + row) * r + quad * 4, r - quad * 4, aligned);
-      const float with = rounded<T>(weight_at(importance, row));
+      const float with = rounded<Scalar>(weight_at(importance, row));
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum[j] += rounded<T>(v[j]) * with;
+      for (int j = 0; j < 4; ++j) sum[j] += rounded<Scalar>(v[j]) * with;
     }
   }
 #pragma unroll
@@ -147,8 +147,8 @@ __device__ __forceinline__ uint32_t keep_bits(int64_t seed, int64_t row, uint32_
   return bits;
 }
 
-// Chooses the top K of z (E,), ties to the lowest; weights are the softmax over the chosen, or with `gate_all` over all.
-// By one thread. Each chosen expert follows the one before in the order of falling logits and rising numbers.
+// Chooses the top K of z (E,), ties to the lowest; the weights are the softmax over the chosen, or with `gate_all` over
+// all. By one thread. Each chosen expert follows the one before in the order of falling logits and rising numbers.
 __device__ __forceinline__ void choose(Ptr<const float> z, int E, int K, bool gate_all, Ptr<int> ids,
                                        Ptr<float> weights) {
   float last = INFINITY, first = 0, total = 0;
@@ -189,14 +189,14 @@ struct SeqTile {
 };
 
 __device__ __forceinline__ int64_t tile_base(const Layout& p, int64_t seq, int BT, int extra) {
-  return p.cu != nullptr ? global<const int>(p.cu)[seq] / BT + seq * extra
-                         : seq * ((p.T / p.n + extra * BT - 1) / BT);
+  return p.cu_seqlens != nullptr ? global<const int>(p.cu_seqlens)[seq] / BT + seq * extra
+                                 : seq * ((p.T / p.n + extra * BT - 1) / BT);
 }
 
 __device__ __forceinline__ SeqTile tile_to_seq(const Layout& p, int64_t tile, int BT, int extra) {
   SeqTile at;
-  if (p.cu != nullptr) {
-    const auto cu = global<const int>(p.cu);
+  if (p.cu_seqlens != nullptr) {
+    const auto cu = global<const int>(p.cu_seqlens);
     int64_t low = 0, high = p.n;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
@@ -219,8 +219,8 @@ __device__ __forceinline__ SeqTile tile_to_seq(const Layout& p, int64_t tile, in
 
 // The sequence of a token.
 __device__ __forceinline__ int seq_of(const Layout& p, int64_t token) {
-  if (p.cu == nullptr) return static_cast<int>(token / (p.T / p.n));
-  const auto cu = global<const int>(p.cu);
+  if (p.cu_seqlens == nullptr) return static_cast<int>(token / (p.T / p.n));
+  const auto cu = global<const int>(p.cu_seqlens);
   int64_t low = 0, high = p.n;  // the last boundary that is not past the token
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
@@ -236,7 +236,7 @@ __device__ __forceinline__ int seq_of(const Layout& p, int64_t token) {
 // Tiles that cover all tokens, as the host counts them.
 inline int64_t tile_count(const Layout& p, int64_t BT, int64_t extra) {
   if (p.n == 0) return 0;
-  return p.cu != nullptr ? p.T / BT + extra * p.n : p.n * ((p.T / p.n + extra * BT - 1) / BT);
+  return p.cu_seqlens != nullptr ? p.T / BT + extra * p.n : p.n * ((p.T / p.n + extra * BT - 1) / BT);
 }
 
 // Slots of a bank in h and dh.

@@ -1,18 +1,18 @@
-// Choose each sequence's slots and bring its tokens into rank space: one read of x. In the order they run:
+// x -> routes and h, with one read of x (the symbols are those of docs/architecture.md). In the order they run:
 //
-//   prepare_kernel         routing by the instruction, the routed tokens of each sequence, and parts of w = s B^T I
-//   pack                   A as the product reads it
-//   shrink                 the pass over x: A x of the slots, or of all experts of a bank that x routes, and column sums
-//   route_kernel           the mean of x over routed tokens, and the routes of banks whose router reads it
-//   reduce_split_k_kernel  h of the slots, and w, from their parts
+//   route_instruction_and_w_kernel  routers of the instruction, the routed tokens, and partial sums of w = s B^T I
+//   pad                             A as the product reads it
+//   shrink                          the pass over x: A x of the slots (or of all experts of a bank), and column sums
+//   router_logits_kernel            the mean of x over routed tokens, the logits of the routers of x, and their slots
+//   reduce_split_k_kernel           h of the slots, and w, from their parts
 //
-// A route by x is known only when all of a sequence has been read, so one pass computes all experts of such a bank. When
-// they have too many columns for that, a first pass takes the sums alone and a second one the chosen experts. A route
-// must not depend on batch or padding: all sums over tokens and inputs run in an order that only the sequence and the
-// layer set.
+// A router of x decides only when all of a sequence has been read, so one pass computes all experts of its bank. When
+// they have too many columns for that, a first pass takes the column sums alone and a second one the chosen experts. A
+// route must not depend on batch or padding: all sums over tokens and inputs run in an order that only the sequence and
+// the layer set.
 
 #include "mix.cuh"
-#include "pack.cuh"
+#include "pad.cuh"
 #include "shrink.cuh"
 
 namespace {
@@ -34,8 +34,8 @@ __device__ __forceinline__ int64_t first_router(const RouteShrink& p, int E, int
 }
 
 // Grid (n + (sum E) parts): a sequence, then a part of an expert's w.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads, 1) route_instruction_and_w_kernel(RouteShrink p) {
   const int E0 = static_cast<int>(p.banks[0].E), E = E0 + static_cast<int>(p.banks[1].E);
   SmemAllocator smem;
   auto scratch = smem.take<float>(max(4 * kThreads, E));
@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
   if (blockIdx.x < seqs) {
     const int64_t i = blockIdx.x;
     if (p.banks[0].router_reads_x || p.banks[1].router_reads_x) {
-      const auto cu = global<const int>(p.cu);
-      const int64_t start = p.cu != nullptr ? cu[i] : i * (p.T / p.n);
-      const int64_t length = p.cu != nullptr ? cu[i + 1] - start : p.T / p.n;
-      int64_t first = p.mask == nullptr ? 0 : length, count = p.mask == nullptr ? length : 0;
-      if (p.mask != nullptr) {
+      const auto cu = global<const int>(p.cu_seqlens);
+      const int64_t start = p.cu_seqlens != nullptr ? cu[i] : i * (p.T / p.n);
+      const int64_t length = p.cu_seqlens != nullptr ? cu[i + 1] - start : p.T / p.n;
+      int64_t first = p.route_mask == nullptr ? 0 : length, count = p.route_mask == nullptr ? length : 0;
+      if (p.route_mask != nullptr) {
 #pragma unroll 8
         for (int64_t t = thread; t < length; t += kThreads) {  // without a branch, so that loads need not wait
-          const bool routes = global<const uint8_t>(p.mask)[start + t];
+          const bool routes = global<const uint8_t>(p.route_mask)[start + t];
           first = routes ? min(first, t) : first;
           count += routes;
         }
@@ -88,18 +88,18 @@ __global__ void __launch_bounds__(kThreads, 1) prepare_kernel(RouteShrink p) {
     return;
   }
   const int64_t item = blockIdx.x - seqs, expert = item % E;
-  const int64_t begin = item / E * limits::kPrepareOutputs, end = min(p.k, begin + limits::kPrepareOutputs);
+  const int64_t begin = item / E * limits::kWPartOutputs, end = min(p.k, begin + limits::kWPartOutputs);
   const bool second = expert >= E0;
   const Weight& B = second ? p.banks[1].B : p.banks[0].B;
   const Weight& importance = second ? p.banks[1].importance : p.banks[0].importance;
-  add_w_part<T, kThreads>(p, B, importance, p.k, second ? expert - E0 : expert, begin, end, scratch,
-                          global<float>(p.w_part) + item * p.r);
+  add_w_part<Scalar, kThreads>(p, B, importance, p.k, second ? expert - E0 : expert, begin, end, scratch,
+                               global<float>(p.w_part) + item * p.r);
 }
 
 // Grid (n, slices of d): the mean of a sequence's routed tokens over a slice, and its part of the logits; the last
 // slice to be ready adds the parts in their order and chooses. Four groups of threads share the tiles, which they count
 // from the first routed token.
-__global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) {
+__global__ void __launch_bounds__(kRouteThreads, 1) router_logits_kernel(RouteShrink p) {
   constexpr int GROUPS = 4, LANES = kRouteThreads / GROUPS, COLUMNS = kRouteThreads / LANES;
   static_assert(limits::kRouteInputs == kRouteThreads);
   const int E0 = static_cast<int>(p.banks[0].E), E = E0 + static_cast<int>(p.banks[1].E);
@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) 
   auto last = smem.take<int>(1);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int64_t i = blockIdx.x, slice = blockIdx.y, slices = gridDim.y, c0 = slice * limits::kRouteInputs;
-  const auto cu = global<const int>(p.cu);
-  const int64_t length = p.cu != nullptr ? cu[i + 1] - cu[i] : p.T / p.n;
+  const auto cu = global<const int>(p.cu_seqlens);
+  const int64_t length = p.cu_seqlens != nullptr ? cu[i + 1] - cu[i] : p.T / p.n;
   const auto routed = global<const int64_t>(p.routed);
-  const int64_t base = tile_base(p, i, limits::kTile, p.mask != nullptr ? 2 : 1);
+  const int64_t base = tile_base(p, i, limits::kTile, p.route_mask != nullptr ? 2 : 1);
   const int64_t offset = (limits::kTile - routed[i * 2] % limits::kTile) % limits::kTile;
   const int64_t end = base + cdiv(length + offset, limits::kTile);
   float sum[COLUMNS] = {};
@@ -173,8 +173,8 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteShrink p) 
   }
 }
 
-// A thread has an element of h, or one of w. `parts` is the product that made h's: in one pass it has all experts of the
-// banks that x routes.
+// A thread has an element of h, or one of w. `parts` is the product that made the parts of h; with fused routing it has
+// all experts of the banks that x routes.
 __global__ void __launch_bounds__(kThreads, 1) reduce_split_k_kernel(RouteShrink p, Shrink parts) {
   const int r = static_cast<int>(p.r), down = static_cast<int>(down_slots(p));
   const int64_t columns = p.b * down * r, size = p.T * columns;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_split_k_kernel(RouteShrink
   const int64_t numbers = (p.banks[0].E + p.banks[1].E) * r;
   if (p.w != nullptr && i < numbers) {
     float sum = 0;
-    const int64_t parts_of_w = cdiv(p.k, limits::kPrepareOutputs);
+    const int64_t parts_of_w = cdiv(p.k, limits::kWPartOutputs);
     for (int64_t part = 0; part < parts_of_w; ++part) sum += global<const float>(p.w_part)[part * numbers + i];
     global<float>(p.w)[i] = sum;
   }
@@ -219,39 +219,39 @@ void route_shrink(const RouteShrink& given) {
   const bool reads_x = p.banks[0].router_reads_x || p.banks[1].router_reads_x;
   const int64_t RP = rank16(p.r), width = cdiv(p.d, 8) * 8, E = p.banks[0].E + p.banks[1].E;
   with_dtype(p.dtype, [&](auto zero) {
-    const int64_t items = (p.routes ? p.n : 0) + (p.w != nullptr ? E * cdiv(p.k, limits::kPrepareOutputs) : 0);
+    const int64_t items = (p.routes ? p.n : 0) + (p.w != nullptr ? E * cdiv(p.k, limits::kWPartOutputs) : 0);
     const size_t shared = cdiv(std::max<int64_t>(4 * kThreads, E) * 4, 16) * 16 + 16 * kThreads;
-    launch("prepare", prepare_kernel<decltype(zero)>, dim3(static_cast<unsigned>(items)), kThreads, shared, p.stream,
-           false, p);
+    launch("route_instruction_and_w", route_instruction_and_w_kernel<decltype(zero)>,
+           dim3(static_cast<unsigned>(items)), kThreads, shared, p.stream, false, p);
   });
-  pack(p, &Bank::A, p.r, p.d, RP, width, false);
+  pad(p, &Bank::A, p.r, p.d, RP, width, false);
   Shrink s(p, Space::kDown);
   s.src = p.x;
   s.L = p.d;
   s.width = width;
-  for (int bank = 0; bank < p.b; ++bank) s.weights.bank[bank] = packed(p.banks[bank], p.banks[bank].A);
+  for (int bank = 0; bank < p.b; ++bank) s.weights.bank[bank] = padded_weight(p.banks[bank], p.banks[bank].A);
   s.weights.expert = RP * width;
   s.weights.row = width;
   s.split_k = p.split_k;
   s.part = p.part;
-  for (int bank = 0; bank < p.b && p.one_pass && !p.shared; ++bank) {
+  for (int bank = 0; bank < p.b && p.fused_routing && !p.shared; ++bank) {
     if (!p.banks[bank].router_reads_x) continue;
     s.slots[bank] = p.banks[bank].E;
     s.in_order[bank] = 1;
   }
   if (reads_x) {
     Shrink sum = s;
-    sum.multiplies = p.one_pass;
-    if (!p.one_pass) sum.split_k = p.sum_split_k;
+    sum.multiplies = p.fused_routing;
+    if (!p.fused_routing) sum.split_k = p.sum_split_k;
     sum.sums = p.sums;
-    sum.mask = p.mask;
+    sum.route_mask = p.route_mask;
     sum.routed = p.routed;
-    shrink(sum, p.one_pass ? p.columns : 32);
+    shrink(sum, p.fused_routing ? p.columns : 32);
     const size_t shared = 4 * (4 * kRouteThreads + kRouteThreads / 32) + cdiv(E * 4, 16) * 16 + 16;
     const dim3 grid(static_cast<unsigned>(p.n), static_cast<unsigned>(cdiv(p.d, limits::kRouteInputs)));
-    launch("route", route_kernel, grid, kRouteThreads, shared, p.stream, false, p);
+    launch("router_logits", router_logits_kernel, grid, kRouteThreads, shared, p.stream, false, p);
   }
-  if (!p.one_pass) shrink(s, p.columns);
+  if (!p.fused_routing) shrink(s, p.columns);
   const int64_t elements = p.T * p.b * down_slots(p) * p.r + (p.w != nullptr ? E * p.r : 0);
   launch("reduce_split_k", reduce_split_k_kernel, dim3(static_cast<unsigned>(cdiv(elements, kThreads))), kThreads, 0,
          p.stream, false, p, s);

@@ -1,6 +1,6 @@
 // Tokens into rank space:
 //
-//   shrink_kernel  their product with rows of weights, and column sums
+//   shrink_kernel  their product with rows of weights, and their column sums
 
 #include "shrink.cuh"
 
@@ -8,24 +8,24 @@ namespace {
 
 constexpr int kThreads = limits::kTile * 2;  // a warp has 16 tokens
 
-template <class T, int TILES>
+template <class Scalar, int TILES>
 constexpr size_t kShared = kStages * (limits::kTile + TILES * 16) * limits::kRow +
-                                 4 * limits::kTile * (kColumns<T> / 16) * 2 + limits::kTile + 16 * TILES;
+                           4 * limits::kTile * (kColumns<Scalar> / 16) * 2 + limits::kTile + 16 * TILES;
 
 // Grid (tiles, parts of L, blocks of tiles in rank space). The tiles of a pass that sums a mask are laid from the first
 // routed token, so that left padding moves no sum.
-template <class T, int TILES>
+template <class Scalar, int TILES>
 __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(Shrink p) {
-  constexpr int BT = limits::kTile, COLUMNS = kColumns<T>, BLOCKS = COLUMNS / 16;
+  constexpr int BT = limits::kTile, COLUMNS = kColumns<Scalar>, BLOCKS = COLUMNS / 16;
   SmemAllocator smem;
-  auto s_tiles = smem.take<T>(kStages * BT * COLUMNS);
-  auto w_tiles = smem.take<T>(kStages * TILES * 16 * COLUMNS);
+  auto s_tiles = smem.take<Scalar>(kStages * BT * COLUMNS);
+  auto w_tiles = smem.take<Scalar>(kStages * TILES * 16 * COLUMNS);
   auto keep = smem.take<uint16_t>(4 * BT * BLOCKS);  // [step % 2][bank][row][block]
   auto routed = smem.take<uint8_t>(BT);
   auto source = smem.take<int64_t>(TILES);
 
   const int thread = threadIdx.x, lane = thread % 32, m = thread / 32 * 16;
-  const bool anchored = p.sums != nullptr && p.mask != nullptr;
+  const bool anchored = p.sums != nullptr && p.route_mask != nullptr;
   const SeqTile at = tile_to_seq(p, blockIdx.x, BT, anchored ? 2 : 1);
   int64_t row0 = at.start + at.tile * BT;
   if (anchored) row0 -= (BT - global<const int64_t>(p.routed)[at.seq * 2] % BT) % BT;
@@ -44,41 +44,41 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(Shrink p) {
   for (int row = thread; row < BT; row += kThreads) {
     const int64_t token = row0 + row;
     const bool inside = token >= at.start && token < at.end;
-    routed[row] = inside && (p.mask == nullptr || global<const uint8_t>(p.mask)[token]);
+    routed[row] = inside && (p.route_mask == nullptr || global<const uint8_t>(p.route_mask)[token]);
   }
   const bool drops = p.threshold > 0 && count > 0;
   const int64_t seed = drops ? global<const int64_t>(p.seed)[0] : 0;
   const int64_t slice = cdiv(cdiv(p.L, COLUMNS), p.split_k) * COLUMNS;
   const int64_t begin = blockIdx.y * slice, end = min(p.L, begin + slice);
   const int steps = begin < end ? static_cast<int>(cdiv(end - begin, COLUMNS)) : 0;
-  const bool aligned = p.L % kChunk<T> == 0 && is_aligned(p.src, 16);
+  const bool aligned = p.L % kChunk<Scalar> == 0 && is_aligned(p.src, 16);
   const bool whole = aligned && row0 >= at.start && row0 + BT <= at.end;
-  const auto s = global<const T>(p.src);
+  const auto s = global<const Scalar>(p.src);
   __syncthreads();
 
   const auto load = [&](int step) {
     const int64_t c = begin + step * COLUMNS;
     auto s_tile = s_tiles + step % kStages * BT * COLUMNS;
     if (whole && c + COLUMNS <= p.L) {
-      load_tile<BT, kThreads, T>(s_tile, s + (row0 * p.L + c), p.L);
+      load_tile<BT, kThreads, Scalar>(s_tile, s + (row0 * p.L + c), p.L);
     } else {
       for (int i = thread; i < BT * 8; i += kThreads) {
-        const int row = i / 8, column = i % 8 * kChunk<T>;
+        const int row = i / 8, column = i % 8 * kChunk<Scalar>;
         const int64_t token = row0 + row;
         const bool inside = token >= at.start && token < at.end;
-        load_chunk<T>(s_tile + place<T>(row, column), s + (token * p.L + c + column), inside ? p.L - c - column : 0,
-                      aligned);
+        load_chunk<Scalar>(s_tile + place<Scalar>(row, column), s + (token * p.L + c + column),
+                           inside ? p.L - c - column : 0, aligned);
       }
     }
     static_assert(kThreads == 16 * 8);  // a chunk of a unit each
-    const int row = thread / 8, column = thread % 8 * kChunk<T>;
-    auto w_tile = w_tiles + (step % kStages * TILES * 16 * COLUMNS + place<T>(row, column));
+    const int row = thread / 8, column = thread % 8 * kChunk<Scalar>;
+    auto w_tile = w_tiles + (step % kStages * TILES * 16 * COLUMNS + place<Scalar>(row, column));
     const int64_t from = row * p.weights.row + c + column, valid = p.width - c - column;
 #pragma unroll
     for (int u = 0; u < TILES; ++u) {
       if (u >= count) break;
-      const auto w = global<const T>(u < of_first ? p.weights.bank[0] : p.weights.bank[1]) + (source[u] + from);
-      load_chunk<T>(w_tile + u * 16 * COLUMNS, w, valid, true);
+      const auto w = global<const Scalar>(u < of_first ? p.weights.bank[0] : p.weights.bank[1]) + (source[u] + from);
+      load_chunk<Scalar>(w_tile + u * 16 * COLUMNS, w, valid, true);
     }
   };
   const auto draw = [&](int step) {
@@ -103,14 +103,14 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(Shrink p) {
     if (step + kStages - 1 < steps) load(step + kStages - 1);
     cp_async_commit();
     draw(step + 1);
-    const Ptr<const T> s_tile = s_tiles + step % kStages * BT * COLUMNS;
-    const Ptr<const T> w_tile = w_tiles + step % kStages * TILES * 16 * COLUMNS;
+    const Ptr<const Scalar> s_tile = s_tiles + step % kStages * BT * COLUMNS;
+    const Ptr<const Scalar> w_tile = w_tiles + step % kStages * TILES * 16 * COLUMNS;
     const int64_t c = begin + step * COLUMNS;
     for (int block = 0; block < BLOCKS && c + block * 16 < p.L; ++block) {
       for (int bank = 0; bank < (drops ? 2 : 1); ++bank) {  // without dropout, both at once
         const int from = bank ? of_first : 0, to = drops && !bank ? of_first : count;
         if (from == to) continue;
-        Left<T> a;
+        Left<Scalar> a;
         load_left<false>(a, s_tile, m, block * 16);
         if (drops) drop(a, Ptr<const uint16_t>(keep + (step % 2 * 2 + bank) * BT * BLOCKS), BLOCKS, m, block);
 #pragma unroll
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(Shrink p) {
       for (int row = thread % 4; row < BT; row += 4) {
         if (!routed[row]) continue;
 #pragma unroll
-        for (int j = 0; j < WIDTH; ++j) sum[j] += to_float(s_tile[place<T>(row, column + j)]);
+        for (int j = 0; j < WIDTH; ++j) sum[j] += to_float(s_tile[place<Scalar>(row, column + j)]);
       }
 #pragma unroll
       for (int j = 0; j < WIDTH; ++j) {
@@ -151,24 +151,24 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(Shrink p) {
   }
 }
 
-template <class T, int TILES>
+template <class Scalar, int TILES>
 void launch_shrink(const Shrink& p) {
-  static_assert(kShared<T, TILES> <= limits::kSharedMemory);
-  const int64_t tiles = tile_count(p, limits::kTile, p.sums != nullptr && p.mask != nullptr ? 2 : 1);
+  static_assert(kShared<Scalar, TILES> <= limits::kSharedMemory);
+  const int64_t tiles = tile_count(p, limits::kTile, p.sums != nullptr && p.route_mask != nullptr ? 2 : 1);
   const int64_t blocks = p.multiplies ? cdiv(RankTiles(p).total, TILES) : 1;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(p.split_k), static_cast<unsigned>(blocks));
-  launch("shrink", shrink_kernel<T, TILES>, grid, kThreads, kShared<T, TILES>, p.stream, false, p);
+  launch("shrink", shrink_kernel<Scalar, TILES>, grid, kThreads, kShared<Scalar, TILES>, p.stream, false, p);
 }
 
 }  // namespace
 
 void shrink(const Shrink& p, int64_t columns) {
   with_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
+    using Scalar = decltype(zero);
     switch (columns) {
-      case 32: return launch_shrink<T, 2>(p);
-      case 80: return launch_shrink<T, 5>(p);
-      default: return launch_shrink<T, sizeof(T) == 2 ? 8 : 5>(p);  // in float32, 128 would spill
+      case 32: return launch_shrink<Scalar, 2>(p);
+      case 80: return launch_shrink<Scalar, 5>(p);
+      default: return launch_shrink<Scalar, sizeof(Scalar) == 2 ? 8 : 5>(p);  // in float32, 128 would spill
     }
   });
 }

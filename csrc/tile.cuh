@@ -11,45 +11,45 @@
 
 constexpr int kStages = 3;  // tiles on their way or in use
 
-template <class T>
-constexpr int kColumns = limits::kRow / sizeof(T);  // of a tile
-template <class T>
-constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes
+template <class Scalar>
+constexpr int kColumns = limits::kRow / sizeof(Scalar);  // of a tile
+template <class Scalar>
+constexpr int kChunk = 16 / sizeof(Scalar);  // elements of 16 bytes
 
 // Where an element of a tile lies.
-template <class T>
+template <class Scalar>
 __device__ __forceinline__ unsigned place(unsigned row, unsigned column) {
-  return row * kColumns<T> + ((column / kChunk<T> ^ row % 8) * kChunk<T>) + column % kChunk<T>;
+  return row * kColumns<Scalar> + ((column / kChunk<Scalar> ^ row % 8) * kChunk<Scalar>) + column % kChunk<Scalar>;
 }
 
 // Brings 16 bytes into a tile: `valid` elements, and zeros for what is past them. Commit and wait as for cp.async.
-template <class T>
-__device__ __forceinline__ void load_chunk(Ptr<T> to, Ptr<const T> from, int64_t valid, bool aligned) {
-  if (aligned && valid >= kChunk<T>) {
+template <class Scalar>
+__device__ __forceinline__ void load_chunk(Ptr<Scalar> to, Ptr<const Scalar> from, int64_t valid, bool aligned) {
+  if (aligned && valid >= kChunk<Scalar>) {
     cp_async16(to, from);
   } else if (valid <= 0) {
     *view<uint4>(to) = uint4{0, 0, 0, 0};
   } else {
 #pragma unroll
-    for (int j = 0; j < kChunk<T>; ++j) to[j] = j < valid ? from[j] : from_float<T>(0.0f);
+    for (int j = 0; j < kChunk<Scalar>; ++j) to[j] = j < valid ? from[j] : from_float<Scalar>(0.0f);
   }
 }
 
-// Brings a tile of ROWS whole rows in, `stride` elements apart. A thread has the same column in all of its rows, so that
-// it finds once where it reads and writes.
-template <int ROWS, int THREADS, class T>
-__device__ __forceinline__ void load_tile(Ptr<T> tile, Ptr<const T> from, int64_t stride) {
+// Brings in a tile of ROWS whole rows, `stride` elements apart. A thread has the same column in all of its rows: it
+// computes its addresses once.
+template <int ROWS, int THREADS, class Scalar>
+__device__ __forceinline__ void load_tile(Ptr<Scalar> tile, Ptr<const Scalar> from, int64_t stride) {
   constexpr int STEP = THREADS / 8;
   static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "rows of a thread are permuted alike");
-  const int row = threadIdx.x / 8, column = threadIdx.x % 8 * kChunk<T>;
-  const Ptr<T> to = tile + place<T>(row, column);
-  const Ptr<const T> mine = from + (row * stride + column);
+  const int row = threadIdx.x / 8, column = threadIdx.x % 8 * kChunk<Scalar>;
+  const Ptr<Scalar> to = tile + place<Scalar>(row, column);
+  const Ptr<const Scalar> mine = from + (row * stride + column);
 #pragma unroll
-  for (int i = 0; i < ROWS / STEP; ++i) cp_async16(to + i * STEP * kColumns<T>, mine + i * STEP * stride);
+  for (int i = 0; i < ROWS / STEP; ++i) cp_async16(to + i * STEP * kColumns<Scalar>, mine + i * STEP * stride);
 }
 
 // The left operand of a product, 16 rows by 16 of what is summed over.
-template <class T>
+template <class Scalar>
 struct Left {
   uint32_t r[4];
 };
@@ -59,13 +59,13 @@ struct Left<float> {
 };
 
 // Loads it from a tile [row][summed], or [summed][row] if TRANSPOSED, from row m and place k on.
-template <bool TRANSPOSED, class T>
-__device__ __forceinline__ void load_left(Left<T>& a, Ptr<const T> tile, int m, int k) {
+template <bool TRANSPOSED, class Scalar>
+__device__ __forceinline__ void load_left(Left<Scalar>& a, Ptr<const Scalar> tile, int m, int k) {
   const int lane = threadIdx.x % 32;
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(Scalar) == 2) {
     const int row = TRANSPOSED ? k + lane % 8 + lane / 16 * 8 : m + lane % 16;
     const int column = TRANSPOSED ? m + lane / 8 % 2 * 8 : k + lane / 16 * 8;
-    ldmatrix_x4<TRANSPOSED, T>(a.r, tile + place<T>(row, column));
+    ldmatrix_x4<TRANSPOSED, Scalar>(a.r, tile + place<Scalar>(row, column));
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -74,9 +74,9 @@ __device__ __forceinline__ void load_left(Left<T>& a, Ptr<const T> tile, int m, 
       for (int j = 0; j < 16; j += 4) {
         if constexpr (TRANSPOSED) {
 #pragma unroll
-          for (int jj = 0; jj < 4; ++jj) a.r[i][j + jj] = tile[place<T>(k + j + jj, row)];
+          for (int jj = 0; jj < 4; ++jj) a.r[i][j + jj] = tile[place<Scalar>(k + j + jj, row)];
         } else {
-          const float4 four = *view<const float4>(tile + place<T>(row, k + j));
+          const float4 four = *view<const float4>(tile + place<Scalar>(row, k + j));
           a.r[i][j] = four.x, a.r[i][j + 1] = four.y, a.r[i][j + 2] = four.z, a.r[i][j + 3] = four.w;
         }
       }
@@ -85,22 +85,23 @@ __device__ __forceinline__ void load_left(Left<T>& a, Ptr<const T> tile, int m, 
 }
 
 // acc += a b for 16 columns, with b from a tile [column][summed], or [summed][column] if TRANSPOSED.
-template <bool TRANSPOSED, class T>
-__device__ __forceinline__ void multiply(float (&acc)[2][4], const Left<T>& a, Ptr<const T> tile, int n, int k) {
+template <bool TRANSPOSED, class Scalar>
+__device__ __forceinline__ void multiply(float (&acc)[2][4], const Left<Scalar>& a, Ptr<const Scalar> tile, int n,
+                                         int k) {
   const int lane = threadIdx.x % 32;
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(Scalar) == 2) {
     const int row = TRANSPOSED ? k + lane % 16 : n + lane % 8 + lane / 16 * 8;
     const int column = TRANSPOSED ? n + lane / 16 * 8 : k + lane / 8 % 2 * 8;
     uint32_t b[4];
-    ldmatrix_x4<TRANSPOSED, T>(b, tile + place<T>(row, column));
-    mma_m16n8k16<T>(acc[0], a.r, b[0], b[1]);
-    mma_m16n8k16<T>(acc[1], a.r, b[2], b[3]);
+    ldmatrix_x4<TRANSPOSED, Scalar>(b, tile + place<Scalar>(row, column));
+    mma_m16n8k16<Scalar>(acc[0], a.r, b[0], b[1]);
+    mma_m16n8k16<Scalar>(acc[1], a.r, b[2], b[3]);
   } else if constexpr (TRANSPOSED) {
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 b = *view<const float2>(tile + place<T>(k + j, n + half * 8 + lane % 4 * 2));
+        const float2 b = *view<const float2>(tile + place<Scalar>(k + j, n + half * 8 + lane % 4 * 2));
         acc[half][0] += a.r[0][j] * b.x, acc[half][1] += a.r[0][j] * b.y;
         acc[half][2] += a.r[1][j] * b.x, acc[half][3] += a.r[1][j] * b.y;
       }
@@ -110,7 +111,7 @@ __device__ __forceinline__ void multiply(float (&acc)[2][4], const Left<T>& a, P
     for (int j = 0; j < 16; j += 4) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float4 b = *view<const float4>(tile + place<T>(n + i / 2 * 8 + lane % 4 * 2 + i % 2, k + j));
+        const float4 b = *view<const float4>(tile + place<Scalar>(n + i / 2 * 8 + lane % 4 * 2 + i % 2, k + j));
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           float& sum = acc[i / 2][row * 2 + i % 2];
@@ -138,13 +139,13 @@ __device__ __forceinline__ uint32_t kept_pair(uint32_t low, uint32_t high) {
 }
 
 // Zeros what is dropped from a left operand that was loaded from [row][column] at row m and column 16 block.
-template <class T>
-__device__ __forceinline__ void drop(Left<T>& a, Ptr<const uint16_t> keep, int blocks, int m, int block) {
+template <class Scalar>
+__device__ __forceinline__ void drop(Left<Scalar>& a, Ptr<const uint16_t> keep, int blocks, int m, int block) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t bits = keep[(m + g + i * 8) * blocks + block];
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(Scalar) == 2) {
       a.r[i] &= kept_pair(bits >> 2 * q, bits >> (2 * q + 1));
       a.r[i + 2] &= kept_pair(bits >> (2 * q + 8), bits >> (2 * q + 9));
     } else {
@@ -155,10 +156,11 @@ __device__ __forceinline__ void drop(Left<T>& a, Ptr<const uint16_t> keep, int b
 }
 
 // The same for one that was loaded transposed, from rows k on: its own rows are the tile's columns 16 block and on.
-template <class T>
-__device__ __forceinline__ void drop_transposed(Left<T>& a, Ptr<const uint16_t> keep, int blocks, int k, int block) {
+template <class Scalar>
+__device__ __forceinline__ void drop_transposed(Left<Scalar>& a, Ptr<const uint16_t> keep, int blocks, int k,
+                                                int block) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(Scalar) == 2) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t low = keep[(k + 2 * q + i * 8) * blocks + block];

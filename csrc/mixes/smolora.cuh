@@ -1,6 +1,6 @@
-// Mix "smolora": c = q alpha in the first bank and q beta in the second, where alpha and beta are a token's softmax over
-// I . x_1 and I . x_2 (Eq. 8 and 9). Its score is I . x_1 - I . x_2, which is w . h in rank space. alpha is
-// sigmoid(score) and beta sigmoid(-score), which 1 - alpha would round away where beta is small.
+// Mix "smolora": c = q alpha in the first bank and q beta in the second, where alpha and beta are a token's softmax
+// over I . x_1 and I . x_2 (Eq. 8 and 9). The score is I . x_1 - I . x_2, computed as w . h in rank space; alpha is
+// sigmoid(score) and beta sigmoid(-score), not 1 - alpha, which rounds a small beta away.
 #pragma once
 
 #include "../primitives.cuh"

@@ -33,7 +33,7 @@ COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have; in
 MAX_BANKS = 2
 MAX_RANK = 128
 MAX_MIX_NUMBERS = 2048  # of a token in rank space, b K r, that a warp holds in mix's gradient
-MAX_ONE_PASS_COLUMNS = 128  # of all experts that x routes: up to here one pass over x computes them all
+MAX_FUSED_ROUTING_COLUMNS = 128  # of all experts that x routes: up to here one pass over x computes them all
 MAX_DECODE_SEQS = 64
 MAX_DECODE_EXPERTS = 256
 MAX_DECODE_OUTPUTS = 512  # of a block of decode
@@ -102,7 +102,7 @@ def _layout(
         scaling=scaling,
         ids=ids,
         slot_weights=slot_weights,
-        cu=cu_seqlens,
+        cu_seqlens=cu_seqlens,
         seed=seed if threshold else None,
         threshold=threshold,
     )
@@ -209,14 +209,14 @@ def route_shrink(
     routed_ids, routed_weights, logits = new_routing(x, n, B, top_k, routes)
     routes_by_x, RP, dtype = any(router_reads_x), padded_rank16(r), x.dtype
     of_x = RP * sum(e for e, reads_x in zip(E, router_reads_x, strict=False) if reads_x)
-    one_pass = routes_by_x and (shared or of_x <= MAX_ONE_PASS_COLUMNS)
+    fused_routing = routes_by_x and (shared or of_x <= MAX_FUSED_ROUTING_COLUMNS)
     columns = len(B) * RP * (1 if shared else slots)
-    if one_pass and not shared:
+    if fused_routing and not shared:
         columns += of_x - RP * slots * sum(router_reads_x)
     block = shrink_columns(columns, dtype)
     card, tile, width = card_of(x.device), cuda_build.extension.TILE, cuda_build.extension.ROW // x.element_size()
     extra = 1 if route_mask is None else 2
-    tiles = tile_count(T, n, tile, cu_seqlens is not None, extra if one_pass else 1)
+    tiles = tile_count(T, n, tile, cu_seqlens is not None, extra if fused_routing else 1)
     sum_tiles = tile_count(T, n, tile, cu_seqlens is not None, extra)
     parts = split_k(tiles * cdiv(columns, block), d, 4 * width, card.processors)
     float32 = dict(dtype=torch.float32, device=x.device)
@@ -235,9 +235,20 @@ def route_shrink(
         for i in range(len(B))
     ]
     fields = _layout(
-        dtype, T, n, banks, slots, r, shared, ids=ids, mix=mix, scaling=scaling, cu_seqlens=cu_seqlens, seed=seed,
+        dtype,
+        T,
+        n,
+        banks,
+        slots,
+        r,
+        shared,
+        ids=ids,
+        mix=mix,
+        scaling=scaling,
+        cu_seqlens=cu_seqlens,
+        seed=seed,
         threshold=threshold,
-    )  # fmt: skip
+    )
     fields |= dict(
         routes=routes,
         gate_all=gate == "all",
@@ -245,13 +256,13 @@ def route_shrink(
         k=k,
         e=0 if instruction is None else instruction.shape[1],
         x=x,
-        mask=route_mask if routes_by_x else None,
+        route_mask=route_mask if routes_by_x else None,
         instruction=instruction,
         routed_ids=routed_ids,
         routed_weights=routed_weights,
         logits=logits,
         router_rows=router_rows,
-        one_pass=one_pass,
+        fused_routing=fused_routing,
         columns=block,
         split_k=parts,
         sum_split_k=split_k(sum_tiles, d, 4 * width, card.processors),
@@ -260,7 +271,7 @@ def route_shrink(
         sums=torch.empty((sum_tiles, d), **float32) if routes_by_x else None,
         mean=mean,
         z_part=torch.empty((n, cdiv(d, cuda_build.extension.ROUTE_INPUTS), sum(E)), **float32) if routes_by_x else None,
-        w_part=torch.empty((cdiv(k, cuda_build.extension.PREPARE_OUTPUTS), sum(E), r), **float32) if len(w) else None,
+        w_part=torch.empty((cdiv(k, cuda_build.extension.W_PART_OUTPUTS), sum(E), r), **float32) if len(w) else None,
         part=torch.empty((parts, T, columns), **float32),
         h=h,
         w=w if len(w) else None,
@@ -294,12 +305,22 @@ def fuse_expand(
     fused = h.new_empty(T if mix == "smolora" else 0)
     banks = [dict(E=b.shape[0], B=b, padded=_padded(b, (b.shape[0], k, RP), dtype)) for b in B]
     fields = _layout(
-        dtype, T, n, banks, slots, r, down < slots, ids=ids, slot_weights=slot_weights, mix=mix, scaling=scaling,
+        dtype,
+        T,
+        n,
+        banks,
+        slots,
+        r,
+        down < slots,
+        ids=ids,
+        slot_weights=slot_weights,
+        mix=mix,
+        scaling=scaling,
         cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    )
     fields |= dict(
         k=k,
-        split_k=split_k(
+        slices=split_k(
             tile_count(T, n, cuda_build.extension.TILE, cu_seqlens is not None), k, 256, card_of(h.device).processors
         ),
         h=h,
@@ -367,9 +388,19 @@ def grad_output(
         for i, b in enumerate(B)
     ]
     fields = _layout(
-        dtype, T, n, banks, slots, r, down < slots, ids=ids, slot_weights=slot_weights, mix=mix, scaling=scaling,
+        dtype,
+        T,
+        n,
+        banks,
+        slots,
+        r,
+        down < slots,
+        ids=ids,
+        slot_weights=slot_weights,
+        mix=mix,
+        scaling=scaling,
         cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    )
     rank_space = (mix_tiles, len(B), slots, r)
     fields |= dict(
         k=k,
@@ -379,7 +410,7 @@ def grad_output(
         need_importance=need_importance,
         fused_p_and_dB=fused,
         columns=columns,
-        parts=parts,
+        split_k=parts,
         chunk=chunk,
         chunks=chunks,
         g=g,
@@ -391,7 +422,7 @@ def grad_output(
         B_part=torch.empty((chunks, total // 16, k, 16), **float32) if any(need_B) else None,
         chunk_to_seq=torch.empty(chunks, **int32),
         dw_part=torch.empty(rank_space, **float32) if need.dw else None,
-        dq_part=torch.empty(rank_space, **float32) if need_slot_weights else None,
+        dweights_part=torch.empty(rank_space, **float32) if need_slot_weights else None,
         tile_to_seq=torch.empty(mix_tiles, **int32),
         dw=torch.empty((sum(b.shape[0] for b in B), r), **float32) if need.dw else None,
         dh=dh,
@@ -448,12 +479,12 @@ def grad_input(
         d=d,
         need_dx=need_dx,
         need_A=any(need_A),
-        split_k=split_k(tile_count(T, n, cuda_build.extension.TILE, packed), d, 256, card.processors),
+        slices=split_k(tile_count(T, n, cuda_build.extension.TILE, packed), d, 256, card.processors),
         chunk=chunk,
         chunks=chunks,
         x=x,
         dh=dh,
-        mask=route_mask,
+        route_mask=route_mask,
         dmean=dmean,
         u=dh.new_empty((T, total), dtype=dtype),
         A_part=dh.new_empty((chunks, total, d)) if any(need_A) else None,
@@ -548,16 +579,21 @@ def decode(
             )
             for j in range(own.start, own.stop)
         ]
-        shared, d_slices, outputs = (
-            down_slots(A[own], 0) == 1,
-            cdiv(d, cuda_build.extension.DECODE_INPUTS),
-            decode_outputs(k),
-        )
+        shared = down_slots(A[own], 0) == 1
+        d_slices, outputs = cdiv(d, cuda_build.extension.DECODE_INPUTS), decode_outputs(k)
         fields = _layout(
-            x.dtype, n, n, banks, slots, r, shared, ids=ids[i].contiguous() if ids else None,
-            slot_weights=slot_weights[i].to(scores.dtype).contiguous() if slot_weights else None, mix=mix,
+            x.dtype,
+            n,
+            n,
+            banks,
+            slots,
+            r,
+            shared,
+            ids=ids[i].contiguous() if ids else None,
+            slot_weights=slot_weights[i].to(scores.dtype).contiguous() if slot_weights else None,
+            mix=mix,
             scaling=scaling,
-        )  # fmt: skip
+        )
         fields |= dict(
             routes=routes,
             gate_all=gate == "all",
@@ -565,7 +601,7 @@ def decode(
             k=k,
             e=0 if instruction is None else instruction.shape[1],
             x=x,
-            mask=route_mask,
+            route_mask=route_mask,
             instruction=instruction,
             routed_ids=routed_ids,
             routed_weights=routed_weights,

@@ -27,7 +27,7 @@ TRAINING = [
 ]
 COLLECTING = [plain.but(lengths=(0,) * 256 + (1,) * 4, d=16, k=16)]  # more chunks than it asks at a time
 DECODE_FILES = ("decode.cu", "decode.cuh")
-CASES = dict.fromkeys(DECODE_FILES, DECODING) | {"collect.cu": COLLECTING}
+CASES = dict.fromkeys(DECODE_FILES, DECODING) | {"reduce_chunks.cu": COLLECTING}
 
 
 def outputs(case: Case, decodes: bool) -> list[torch.Tensor]:

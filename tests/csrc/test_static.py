@@ -67,7 +67,7 @@ def test_faults_are_named():
         ),
         ("_Z13shrink_kernelIfLi8EEv6Shrink", ("shrink_kernel", "float 8")),
         ("_Z12outer_kernelI6__halfLi2ELb1EEv5Outer", ("outer_kernel", "fp16 2 1")),
-        ("_ZN41_GLOBAL__N__x_9_y_cu_5114collect_kernelE7Collect", ("collect_kernel", "")),
+        ("_ZN41_GLOBAL__N__x_9_y_cu_5120reduce_chunks_kernelE12ReduceChunks", ("reduce_chunks_kernel", "")),
     ],
 )
 def test_kernel_names(mangled: str, expected: tuple[str, str]):

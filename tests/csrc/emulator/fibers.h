@@ -1,7 +1,8 @@
 // A grid of thread blocks as fibers on one CPU thread: barriers, operations of a warp, and the scheduler.
 //
-// A fiber runs until it waits. Barriers count their arrivals, of a warp, a block or the grid, and the last lane to arrive
-// carries out a collective operation. When nobody can run and somebody waits, the launch fails and says who waits where.
+// A fiber runs until it waits. Barriers count their arrivals, of a warp, a block or the grid, and the last lane to
+// arrive carries out a collective operation. When nobody can run and somebody waits, the launch fails and says who
+// waits where.
 #pragma once
 
 #include <csetjmp>
@@ -44,8 +45,8 @@ struct Fiber {
   std::vector<Copy> copies;              // not yet committed
 };
 
-// Who has last written a byte of shared memory, and who has read it since: threads, and how many barriers of their block
-// and warp they had passed.
+// Who wrote a byte of shared memory last, and who has read it since: threads, and how many barriers of their block and
+// warp they had passed.
 struct Touched {
   static constexpr int kNobody = -1, kSeveral = -2;
   int writer = kNobody, reader = kNobody, reading_warp = kNobody;

@@ -1,8 +1,9 @@
 // Memory: pointers that check bounds, races on shared memory, and copies that land when they are waited for.
 //
-// A pointer carries the bounds of the array it came from. Shared memory starts as NaN, and so is the target of a cp.async
-// until it is waited for. It is an error if two threads touch the same byte of shared memory, one of them writing, with no
-// barrier of both in between: __syncthreads, or __syncwarp within a warp. Other operations of a warp order nothing.
+// A pointer carries the bounds of the array it came from. Shared memory starts as NaN, and so is the target of a
+// cp.async until it is waited for. It is an error if two threads touch the same byte of shared memory, one of them
+// writing, with no barrier of both in between: __syncthreads, or __syncwarp within a warp. Other operations of a warp
+// order nothing.
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,12 @@
-// The chunks' parts of an outer product, added up for each expert: the gradients of A and B.
+// dA and dB, the gradients of A and B: the sum over tokens, from the partial sums that `outer` leaves for each chunk.
 #pragma once
 
 #include "tile.cuh"
 
-// The sum times `scale`, plus addend[row] factor[expert][rank].
-struct Collect : Product {
-  const float* part = nullptr;
-  const int* chunk_to_seq = nullptr;  // (chunks,)
+// out = scale * sum over the chunks in which an expert was chosen + addend[row] factor[expert][rank].
+struct ReduceChunks : Product {
+  const float* part = nullptr;                  // `outer`'s
+  const int* chunk_to_seq = nullptr;            // (chunks,)
   int64_t L = 0, chunks = 0;
   int64_t by_column = 0;
   double scale = 1;
@@ -17,4 +17,5 @@ struct Collect : Product {
   Weight out[limits::kBanks];                   // (experts, L, r), or (experts, r, L) by columns; or null
   using Product::Product;
 };
-void collect(const Collect& p);
+
+void reduce_chunks(const ReduceChunks& p);

@@ -1,15 +1,15 @@
-// Parts of gradients, by chunk and slot:
+// The sum over tokens of dA and dB:
 //
-//   collect_kernel  their sums by expert
+//   reduce_chunks_kernel  adds up the parts of an expert, which `outer` left by chunk and slot
 
-#include "collect.cuh"
+#include "reduce_chunks.cuh"
 
 namespace {
 
 constexpr int kThreads = 256;
 
 // Grid (blocks of r L, experts of all banks). Which chunks an expert was chosen in, each thread asks of one, for all.
-__global__ void __launch_bounds__(kThreads, 1) collect_kernel(Collect p) {
+__global__ void __launch_bounds__(kThreads, 1) reduce_chunks_kernel(ReduceChunks p) {
   SmemAllocator smem;
   auto slots = smem.take<int>(kThreads);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kThreads, 1) collect_kernel(Collect p) {
 
 }  // namespace
 
-void collect(const Collect& p) {
+void reduce_chunks(const ReduceChunks& p) {
   const dim3 grid(static_cast<unsigned>(cdiv(p.r * p.L, kThreads)),
                   static_cast<unsigned>(p.experts[0] + p.experts[1]));
-  launch("collect", collect_kernel, grid, kThreads, kThreads * sizeof(int), p.stream, false, p);
+  launch("reduce_chunks", reduce_chunks_kernel, grid, kThreads, kThreads * sizeof(int), p.stream, false, p);
 }
