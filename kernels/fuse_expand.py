@@ -1,4 +1,4 @@
-"""Mix in rank space and expand to the output: one pass that writes y.
+"""h -> y: mix in rank space, and expand in one pass that writes y. docs/architecture.md explains the symbols.
 
 Kernels:
 
@@ -18,7 +18,7 @@ from ..launch import card_of, cdiv, next_power_of_2, split_k, tile_count
 from ..spec import num_slots
 from . import tiles
 from .mixes import MIXES
-from .primitives import columns, load_slot_weights, sequences, slot_experts, tile_span
+from .primitives import load_slot_weights, sequences, slot_experts, slots_and_ranks, tile_span
 from .products import scaled_h
 
 
@@ -53,7 +53,7 @@ def fuse_expand_kernel(
     BC: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Grid (tiles, parts of k): a program writes one tile of tokens of y over a part of k."""
+    """Grid (tiles, slices of k): a program writes y of one tile of tokens over a slice of k."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     i_n, start, end = tile_span(tl.program_id(0), cu_seqlens_ptr, num_seqs, seq_len, BT)
     i_s = tl.program_id(1)
@@ -71,8 +71,8 @@ def fuse_expand_kernel(
     else:
         state = STATE(scores_ptr, rows, inside, K, KP)
 
-    if BLOCKS == 1:  # B's right operand stays in registers over the whole of k
-        slot, rank = columns(0, BC, RP)
+    if BLOCKS == 1:  # the right operand stays in registers for all of k
+        slot, rank = slots_and_ranks(0, BC, RP)
         held = ()
         for bank in tl.static_range(BANKS):
             b_q = load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
@@ -86,7 +86,7 @@ def fuse_expand_kernel(
         m_k = o_k < k
         b_y = tl.zeros([BT, BK], tl.float32)
         for block in tl.static_range(BLOCKS):
-            slot, rank = columns(block, BC, RP)
+            slot, rank = slots_and_ranks(block, BC, RP)
             m_b = m_k[None, :] & ((slot < K) & (rank < R))[:, None]
             for bank in tl.static_range(BANKS):
                 if BLOCKS == 1:
@@ -123,8 +123,8 @@ def fuse_expand(
 ) -> tuple[Tensor, Tensor]:
     """Fuse and expand; arguments and results as in `smolora.engine.torch_passes.fuse_expand`.
 
-    y is written once, and the base's product accumulates on it inside its matrix product, which reads y while it is
-    bound by arithmetic.
+    The kernel writes y once. The base's matrix product then accumulates on it: that product is bound by arithmetic, so
+    reading y is free.
     """
     T, banks, down, r = h.shape
     k, K = B[0].shape[1], num_slots(ids, B, 0)
@@ -134,10 +134,10 @@ def fuse_expand(
     y = torch.empty((T, k), dtype=dtype, device=h.device)
     fused = h.new_empty(T if functions.fuse is not None else 0)
     seqs = sequences(T, num_seqs, cu_seqlens, alike=ids is None and slot_weights is None)
-    number = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed)
-    splits = split_k(number, k, 4 * tile.BD, card.processors)
-    if number and k:
-        fuse_expand_kernel[(number, splits)](
+    num_tiles = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed)
+    slices = split_k(num_tiles, k, 4 * tile.BD, card.processors)
+    if num_tiles and k:
+        fuse_expand_kernel[(num_tiles, slices)](
             h_ptr=h,
             w_ptr=w,
             ids_ptr=ids,

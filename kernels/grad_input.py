@@ -1,12 +1,13 @@
-"""From rank space back to the input: dx and the gradients of A and of a token router, from one read of x.
+"""dh -> dx, dA, and the gradient of a token router, with one read of x. docs/architecture.md explains the symbols.
 
 Kernels, in the order they run:
 
-    grad_input_kernel  the pass over x: dx, and partial dA and dR of a chunk of tokens
-    reduce_dA_kernel   dA of every expert, or dR
+    grad_input_kernel  the pass over x: dx, and partial dA and dR, summed over a chunk of tokens
+    reduce_dA_kernel   dA of every expert, or dR: the sum over tokens, from the chunks' parts
 
-A program holds a block of d and a chunk of one sequence's tokens, keeps dA in registers and writes dx. When the slots
-have too many columns to hold, it runs twice: for dx over all column blocks, and for dA with a program for each.
+A program has a block of d and a chunk of one sequence's tokens: it keeps its part of dA in registers and writes dx.
+When the slots have too many columns for that, the kernel runs twice: for dx over all column blocks, and for dA with a
+program for each block.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
 from ..spec import empty_like_if
 from . import tiles
-from .primitives import columns, keep_mask, sequences, slot_experts, tile_span, to_int64, zero_tile
+from .primitives import keep_mask, sequences, slot_experts, slots_and_ranks, tile_span, to_int64, zero_tile
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def load_dh(
 
 @triton.jit(do_not_specialize=["num_seqs", "seq_len"])
 def grad_input_kernel(
-    x_ptr,  # (T, d), or None where only dx is wanted
+    x_ptr,  # (T, d), or None for dx alone
     dh_ptr,  # (T, b, K, R); K = 1 where the slots share an A
     A_ptrs,  # (E, R, d)
     ids_ptr,  # (n, b, K) or None
@@ -97,7 +98,7 @@ def grad_input_kernel(
 ):
     """Grid (blocks of d, chunks, column blocks or 1): CHUNK tokens of one sequence by BD inputs.
 
-    BLOCKS column blocks are read for dx. dA has one block in registers, so it wants BLOCKS = 1, or no dx.
+    BLOCKS column blocks are read for dx. dA has only one of them in registers, so it needs BLOCKS = 1, or no dx.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty if dx_ptr is None else dx_ptr.dtype.element_ty
     i_d = tl.program_id(0)
@@ -110,7 +111,7 @@ def grad_input_kernel(
         return
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < d
-    slot, rank = columns(own, BC, RP)
+    slot, rank = slots_and_ranks(own, BC, RP)
     if dx_ptr is not None and BLOCKS == 1:
         held = ()  # [BC, BD] each
         for bank in tl.static_range(BANKS):
@@ -144,14 +145,14 @@ def grad_input_kernel(
             b_dx = tl.zeros([BT, BD], tl.float32)
             for bank in tl.static_range(BANKS):
                 b_bank = b_dx
-                if THRESHOLD > 0:  # a mask of its own, so a sum of its own
+                if THRESHOLD > 0:  # each bank has its own mask, so its own sum
                     b_bank = tl.zeros([BT, BD], tl.float32)
                 for block in tl.static_range(BLOCKS):
                     if BLOCKS == 1:
                         b_a = held[bank]
                         b_dh = load_dh(dh_ptr, rows, inside, slot, rank, bank, BANKS, K, R).to(dtype)
                     else:
-                        slot_b, rank_b = columns(block, BC, RP)
+                        slot_b, rank_b = slots_and_ranks(block, BC, RP)
                         b_a = load_A(A_ptrs[bank], ids_ptr, i_n, slot_b, rank_b, o_d, d, bank, BANKS, K, R).to(dtype)
                         b_dh = load_dh(dh_ptr, rows, inside, slot_b, rank_b, bank, BANKS, K, R).to(dtype)
                     b_bank = tl.dot(b_dh, b_a, b_bank, input_precision="ieee")
@@ -207,7 +208,7 @@ def reduce_dA_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (E, blocks of size): an expert's gradient is the sum of its chunks' parts."""
+    """Grid (E, blocks of size): an expert's gradient is the sum of its parts over the chunks of tokens."""
     expert = tl.program_id(0)
     o = to_int64(tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
     b_dA = tl.zeros([BLOCK], tl.float32)

@@ -1,15 +1,15 @@
-"""From g = dL/dy to rank space: p = s B^T g and the gradients of B, I, slot weights and scores, from one read of g.
+"""g = dL/dy -> dh, dB, dI, and the gradients of slot weights and scores. docs/architecture.md explains the symbols.
 
 Kernels, in the order they run:
 
-    grad_output_kernel          the pass over g: partial p, and partial dB of a chunk of tokens
+    grad_output_kernel          the pass over g: partial p, and partial dB, summed over a chunk of tokens
     mix_backward_kernel         dh and dscores from p; a tile's parts of dw and of the slot weights' gradient
     reduce_dw_dweights_kernel   dw of every expert, and the slot weights' gradient of every sequence
-    reduce_dB_kernel            dB and dI
+    reduce_dB_kernel            dB of every expert: the sum over tokens, from the chunks' parts; and dI
 
-p needs all of k, and dB all tokens: a program holds a block of k and a chunk of one sequence's tokens, keeps dB in
-registers and writes its part of p. When the slots have too many columns to hold, p comes from `shrink_kernel` (g for x,
-B for A), and dB from this one with a program for a block of columns.
+p is a sum over k, and dB one over tokens. A program has a block of k and a chunk of one sequence's tokens: it keeps its
+part of dB in registers and writes its part of p. When the slots have too many columns for that, p comes from
+`shrink_kernel` (g for x, B for A), and dB from this kernel with a program for each block of columns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
 from ..spec import empty_like_if, grad_needs, num_slots
 from . import tiles
 from .mixes import MIXES
-from .primitives import columns, load_slot_weights, sequences, slot_experts, tile_span, to_int64, zero_tile
+from .primitives import load_slot_weights, sequences, slot_experts, slots_and_ranks, tile_span, to_int64, zero_tile
 from .products import load_h, scaled_h, shrink
 
 
@@ -39,7 +39,7 @@ def trained_columns(
     BANKS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Return which of the columns [BC] have an expert whose B gets a gradient."""
+    """Return a mask of the columns [BC] whose expert's B gets a gradient."""
     m_c = slot < K
     if trained_ptrs is not None:
         expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
@@ -57,7 +57,7 @@ def grad_output_kernel(
     B_ptrs,  # (E, k, R)
     trained_ptrs,  # bool (E,), or None
     cu_seqlens_ptr,  # (n + 1,) or None
-    p_part_ptrs,  # (blocks of k, T, K * R) out; None: p is not wanted here
+    p_part_ptrs,  # (blocks of k, T, K * R) out, or None
     B_part_ptr,  # (chunks, b, K, k, R) out
     chunk_to_seq_ptr,  # (chunks,) out: the chunk's sequence, -1 if it has no token
     T,
@@ -91,7 +91,7 @@ def grad_output_kernel(
         return
     o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < k
-    slot, rank = columns(block, BC, RP)
+    slot, rank = slots_and_ranks(block, BC, RP)
     m_c = (slot < K) & (rank < R)
 
     b_up = ()  # [BK, BC] each
@@ -160,7 +160,7 @@ def sum_p(
     BT: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Return a block of p [BT, BR], the sum of its parts in their order."""
+    """Return a block of p [BT, BR]: the sum of its parts over k, in their order."""
     m_p = inside[:, None] & (rank < R)[None, :]
     b_p = tl.zeros([BT, BR], tl.float32)
     for i in range(0, p_parts):
@@ -270,7 +270,7 @@ def mix_backward_kernel(
         tl.store(dscores_ptr + rows[:, None] * K + o_slots[None, :], b_dscores, mask=m_s)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["num_tiles"])
 def reduce_dw_dweights_kernel(
     dw_part_ptr,  # (tiles, b, K, R), or None
     dweights_part_ptr,  # (tiles, b, K, R), or None
@@ -278,7 +278,7 @@ def reduce_dw_dweights_kernel(
     ids_ptr,  # (n, b, K) or None
     dw_ptr,  # (EXPERTS, R) out
     dweights_ptr,  # (n, b, K) out
-    tiles,
+    num_tiles,
     EXPERTS: tl.constexpr,  # of all banks; 0 where there is no dw
     FIRST: tl.constexpr,  # of each bank, where its experts begin when they are counted through
     BANKS: tl.constexpr,
@@ -287,7 +287,7 @@ def reduce_dw_dweights_kernel(
     RP: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Grid (EXPERTS + n if there are dweights): an expert's dw, or the gradients of a sequence's slot weights."""
+    """Grid (EXPERTS + n if there are dweights,): an expert's dw, or the gradients of a sequence's slot weights."""
     pid = tl.program_id(0)
     o_r = tl.arange(0, RP)
     if pid < EXPERTS:
@@ -298,9 +298,9 @@ def reduce_dw_dweights_kernel(
                 bank = tl.where(pid < FIRST[later], bank, later)
                 first = tl.where(pid < FIRST[later], first, FIRST[later])
             b_dw = tl.zeros([RP], tl.float32)
-            for t in range(0, tiles, TILES):
+            for t in range(0, num_tiles, TILES):
                 o_t = t + tl.arange(0, TILES)
-                i_n = tl.load(tile_to_seq_ptr + o_t, mask=o_t < tiles, other=-1)
+                i_n = tl.load(tile_to_seq_ptr + o_t, mask=o_t < num_tiles, other=-1)
                 for j in tl.static_range(K):
                     expert = tl.where(i_n >= 0, j, -1)
                     if ids_ptr is not None:
@@ -314,9 +314,9 @@ def reduce_dw_dweights_kernel(
             seq = pid - EXPERTS
             for slot in tl.static_range(BANKS * K):
                 b_dq = tl.zeros([RP], tl.float32)
-                for t in range(0, tiles, TILES):
+                for t in range(0, num_tiles, TILES):
                     o_t = t + tl.arange(0, TILES)
-                    own = tl.load(tile_to_seq_ptr + o_t, mask=o_t < tiles, other=-1) == seq
+                    own = tl.load(tile_to_seq_ptr + o_t, mask=o_t < num_tiles, other=-1) == seq
                     p_dq = dweights_part_ptr + (o_t.to(tl.int64) * (BANKS * K) + slot)[:, None] * R + o_r[None, :]
                     b_dq += tl.sum(tl.load(p_dq, mask=own[:, None] & (o_r < R)[None, :], other=0), 0)
                 tl.store(dweights_ptr + seq * BANKS * K + slot, tl.sum(b_dq, 0))
@@ -338,7 +338,7 @@ def sum_chunks(
     BK: tl.constexpr,
     RP: tl.constexpr,
 ):
-    """Return the sum of an expert's parts of dB, [BK, RP], in the order of chunks."""
+    """Return the sum of an expert's parts of dB [BK, RP] over the chunks of tokens, in their order."""
     b_dB = tl.zeros([BK, RP], tl.float32)
     for chunk in range(0, chunks):
         i_n = tl.load(chunk_to_seq_ptr + chunk)
@@ -374,7 +374,7 @@ def reduce_dB_kernel(
     RP: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid (blocks of k,): dB_e = sum of its parts + s I dw_e^T of one bank's experts, and dI = s sum of B_e dw_e."""
+    """Grid (blocks of k,): one bank's dB_e = sum of its parts + s I dw_e^T, and dI = s times the sum of B_e dw_e."""
     o_k = tl.program_id(0) * BK + tl.arange(0, BK)
     o_r = tl.arange(0, RP)
     m_k = o_k < k
@@ -435,7 +435,7 @@ def grad_output(
     seqs = sequences(T, num_seqs, cu_seqlens, alike=ids is None and slot_weights is None)
     tile = tiles.choose_tile("grad_output", r, K, g.dtype, card.capability)
     blocks = cdiv(KP * RP, tile.BC)
-    one_read = blocks == 1 and banks * KP * RP <= tiles.MAX_ONE_READ_COLUMNS
+    fused_p_and_dB = blocks == 1 and banks * KP * RP <= tiles.MAX_FUSED_P_AND_DB_COLUMNS
     float32 = dict(dtype=torch.float32, device=g.device)
     int32 = dict(dtype=torch.int32, device=g.device)
     dh = torch.empty(h.shape if need.p else 0, **float32)
@@ -453,13 +453,13 @@ def grad_output(
     chunk_to_seq = torch.empty(chunks, **int32)
     p_parts: tuple[Tensor, ...] = ()
     B_part = None
-    if need.p and one_read:
+    if need.p and fused_p_and_dB:
         p_parts = tuple(torch.empty((k_blocks, T, K * r), **float32) for _ in B)
     elif need.p:
         p_parts = shrink(g, B, [K] * banks, [ids is not None] * banks, ids, seqs, r=r, strides=(k * r, 1, r)).parts
     if any(need_B):
         B_part = torch.empty((chunks, banks, K, k, r), **float32)
-    if chunks and (any(need_B) or (need.p and one_read)):
+    if chunks and (any(need_B) or (need.p and fused_p_and_dB)):
         grad_output_kernel[(k_blocks, chunks, blocks)](
             g_ptr=g,
             h_ptr=h,
@@ -468,7 +468,7 @@ def grad_output(
             scores_ptr=scores,
             B_ptrs=tuple(B),
             trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
-            p_part_ptrs=(p_parts or None) if one_read else None,
+            p_part_ptrs=(p_parts or None) if fused_p_and_dB else None,
             B_part_ptr=B_part,
             chunk_to_seq_ptr=chunk_to_seq,
             T=T,
@@ -486,12 +486,12 @@ def grad_output(
     dw = torch.empty((sum(experts) if need.dw else 0, r), **float32)
     if need.p:
         mix_tile = tiles.choose_tile("mix_backward", r, K, g.dtype, card.capability)
-        number = tile_count(T, seqs.num_seqs, mix_tile.BT, seqs.packed)
-        tile_to_seq = torch.empty(number, **int32)
-        dw_part = torch.empty((number, banks, K, r), **float32) if functions.fuse is not None else None
-        dweights_part = torch.empty((number, banks, K, r), **float32) if need_slot_weights else None
-        if number:
-            mix_backward_kernel[(number,)](
+        num_tiles = tile_count(T, seqs.num_seqs, mix_tile.BT, seqs.packed)
+        tile_to_seq = torch.empty(num_tiles, **int32)
+        dw_part = torch.empty((num_tiles, banks, K, r), **float32) if functions.fuse is not None else None
+        dweights_part = torch.empty((num_tiles, banks, K, r), **float32) if need_slot_weights else None
+        if num_tiles:
+            mix_backward_kernel[(num_tiles,)](
                 p_part_ptrs=p_parts,
                 h_ptr=h,
                 w_ptr=w,
@@ -524,7 +524,7 @@ def grad_output(
                 ids_ptr=ids,
                 dw_ptr=dw,
                 dweights_ptr=dweights,
-                tiles=number,
+                num_tiles=num_tiles,
                 EXPERTS=dw.shape[0],
                 FIRST=first,
                 **constants,

@@ -1,9 +1,9 @@
-"""How a mixture's coefficients come about, and where their gradient goes: device functions for the mixes of the engine.
+"""The mixes: device functions for the coefficients of a mixture and their gradients.
 
-The coefficient of token t and slot j is s q_j share_tj: q is the slot's weight in the sequence, and the mix makes the
-share of what a token brings. The passes take a mix's functions as arguments and know nothing else of it. A function
-gets a tile's `rows` [BT], which of them are `inside`, and `slot`, those of the columns [BC]. Its results for rows that
-are not inside are finite.
+The coefficient of token t and slot j is s q_j share_tj, where q is the slot's weight in the sequence and the mix gives
+the share of each token. The passes take a mix's functions as constexpr arguments and know nothing else about it. The
+functions get the `rows` of a tile [BT], the mask `inside` of those that exist, and the `slot` of each column [BC]; for
+rows that are not inside they return finite numbers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .primitives import columns, load_slot_weights, slot_experts
+from .primitives import load_slot_weights, slot_experts, slots_and_ranks
 from .products import load_h
 
 
 class Mix(NamedTuple):
-    """The device functions of a mix; `smolora.engine.mixes` says the same in torch."""
+    """The device functions of a mix; `smolora.engine.mixes` has the same formulas in torch."""
 
     state: Any  # (scores_ptr, rows, inside, K, KP) -> what shares need of a token; loaded once for all its slots
     share: Any  # (state, scores_ptr, rows, inside, slot, bank, K) -> [BT, BC], or [BT, 1] or [1, 1]
@@ -115,7 +115,7 @@ def smolora_score(
     """Return a bank's score I . x of Eq. 8 in rank space, the sum of q w . h over its slots, [BT]."""
     b_score = tl.zeros([BT], tl.float32)
     for block in tl.static_range(BLOCKS):
-        slot, rank = columns(block, BC, RP)
+        slot, rank = slots_and_ranks(block, BC, RP)
         expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
         b_w = tl.load(w_ptr + expert * R + rank, mask=(slot < K) & (rank < R), other=0)
         b_w *= load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)

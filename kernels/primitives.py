@@ -1,7 +1,7 @@
-"""What the passes share: which tokens a tile has, which columns of rank space a block has, top-k, and dropout's masks.
+"""Device functions that all passes share: tiles of tokens, columns of rank space, top-k, and dropout's masks.
 
-Rank space has, in each bank, K slots of R columns. A kernel sees them padded to powers of two, as columns
-`slot * RP + rank`, BC of them at a time.
+In rank space a bank has K slots of R columns. A kernel pads both to powers of two: column `slot * RP + rank`, BC of
+them at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Sequences(NamedTuple):
-    """How T tokens fall into sequences, as the kernels take it."""
+    """How T tokens fall into sequences, in the form of kernel arguments."""
 
     num_seqs: int
     seq_len: int  # where all sequences are equally long
@@ -25,12 +25,12 @@ class Sequences(NamedTuple):
         return self.cu_seqlens is not None
 
     def arguments(self) -> dict[str, int | Tensor | None]:
-        """Return the launch's arguments."""
+        """Return them as keyword arguments of a launch."""
         return {"num_seqs": self.num_seqs, "seq_len": self.seq_len, "cu_seqlens_ptr": self.cu_seqlens}
 
 
 def sequences(tokens: int, num_seqs: int, cu_seqlens: Tensor | None, alike: bool = False) -> Sequences:
-    """Lay tokens out in their sequences; as one where a pass treats all of them alike."""
+    """Lay tokens out in their sequences, or as a single one where a pass treats all tokens alike."""
     if alike:
         return Sequences(1, tokens, None)
     return Sequences(num_seqs, tokens // max(num_seqs, 1), cu_seqlens)
@@ -38,13 +38,13 @@ def sequences(tokens: int, num_seqs: int, cu_seqlens: Tensor | None, alike: bool
 
 @triton.jit
 def to_int64(i):
-    """Return a number as int64, also a Python integer: products of addresses may not fit 32 bits."""
+    """Return a number as int64, also a Python integer: offsets may not fit 32 bits."""
     return tl.zeros([], tl.int64) + i
 
 
 @triton.jit
 def first_tile(i_n, cu_seqlens_ptr, seq_len, BT: tl.constexpr, EXTRA_TILES: tl.constexpr):
-    """Return the number of a sequence's first tile: one of L tokens has (L + EXTRA_TILES * BT - 1) // BT tiles."""
+    """Return the number of a sequence's first tile; L tokens have (L + EXTRA_TILES * BT - 1) // BT tiles."""
     if cu_seqlens_ptr is not None:
         tile = tl.load(cu_seqlens_ptr + i_n) // BT + i_n * EXTRA_TILES
     else:
@@ -54,9 +54,9 @@ def first_tile(i_n, cu_seqlens_ptr, seq_len, BT: tl.constexpr, EXTRA_TILES: tl.c
 
 @triton.jit
 def tile_to_seq(tile, cu_seqlens_ptr, num_seqs, seq_len, BT: tl.constexpr, EXTRA_TILES: tl.constexpr):
-    """Return a tile's sequence, its number in it, and the sequence's first and last-plus-one token.
+    """Return a tile's sequence, its number in that sequence, and the sequence's first token and end.
 
-    In a packed batch, tiles past a sequence's last token are empty.
+    In a packed batch, tiles past a sequence's end are empty.
     """
     if cu_seqlens_ptr is not None:
         # first_tile grows with i_n: a binary search over the boundaries
@@ -78,14 +78,14 @@ def tile_to_seq(tile, cu_seqlens_ptr, num_seqs, seq_len, BT: tl.constexpr, EXTRA
 
 @triton.jit
 def tile_span(tile, cu_seqlens_ptr, num_seqs, seq_len, BT: tl.constexpr):
-    """Return a tile's sequence, and its own first and last-plus-one token; in an empty tile start >= end."""
+    """Return a tile's sequence, and its own first token and end; in an empty tile start >= end."""
     i_n, j, start, end = tile_to_seq(tile, cu_seqlens_ptr, num_seqs, seq_len, BT, 1)
     start += j * BT
     return i_n, start, tl.minimum(end, start + BT)
 
 
 @triton.jit
-def columns(block, BC: tl.constexpr, RP: tl.constexpr):
+def slots_and_ranks(block, BC: tl.constexpr, RP: tl.constexpr):
     """Return slot and rank of each column of a block, [BC] each."""
     o_c = block * BC + tl.arange(0, BC)
     return o_c // RP, o_c % RP
@@ -93,7 +93,7 @@ def columns(block, BC: tl.constexpr, RP: tl.constexpr):
 
 @triton.jit
 def slot_values(p_slots, slot, K: tl.constexpr, DEFAULT: tl.constexpr):
-    """Load a value for each of the slots [BC] from K contiguous values; slots past the last get DEFAULT."""
+    """Load a value for each of the slots [BC] from K contiguous values, DEFAULT for slots past the last."""
     if K == 1:
         b_value = tl.where(slot == 0, tl.load(p_slots), DEFAULT)
     else:
@@ -110,7 +110,7 @@ def slot_experts(
     BANKS: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Return the expert of each of the slots [BC]; that of an empty slot, whose id is -1, is any."""
+    """Return the expert of each of the slots [BC]. An empty slot (id -1) gets expert 0; its weight is 0."""
     if ids_ptr is None:
         expert = slot
     else:
@@ -137,12 +137,12 @@ def load_slot_weights(
 
 @triton.jit
 def zero_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return zeros [ROWS, COLUMNS]; sizes out of a tuple may stand in a call, and not in a list."""
+    """Return zeros [ROWS, COLUMNS]: Triton takes sizes from a tuple in a call, but not in a list."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
 @triton.jit
-def top_k(b_z, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, GATE_ALL: tl.constexpr):
+def choose_top_k(b_z, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, GATE_ALL: tl.constexpr):
     """Choose the K largest of E logits [EP], ties to the lowest: experts and weights, [KP] each.
 
     The weights are the softmax over the chosen logits (Eq. 5 and 6), or over all of them.

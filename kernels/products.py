@@ -1,4 +1,4 @@
-"""The products that two passes share: the pass over x (or g) into rank space, and what B is multiplied with.
+"""The products that two passes share: x (or g) into rank space, and the right operand of the up-projection.
 
 Kernels:
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..launch import card_of, cdiv, next_power_of_2, split_k, tile_count
 from . import tiles
-from .primitives import Sequences, columns, keep_mask, slot_experts, tile_to_seq, to_int64, zero_tile
+from .primitives import Sequences, keep_mask, slot_experts, slots_and_ranks, tile_to_seq, to_int64, zero_tile
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def load_h(
     DOWN: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Load the h of a block's columns, [BT, BC]; with DOWN = 1 it is the same for all slots."""
+    """Load h of a block's columns, [BT, BC]; with DOWN = 1 all slots have the same."""
     o_h = rank
     if DOWN > 1:
         o_h = slot * R + rank
@@ -70,7 +70,7 @@ def shrink_kernel(
     token_router_ptr,  # (Z, d) or None
     part_ptrs,  # (split_k, T, slots * R) out
     logits_part_ptr,  # (split_k, T, Z) out, or None
-    sums_ptr,  # (tiles, d) out: column sums over the routed tokens of a tile; None: not wanted
+    sums_ptr,  # (tiles, d) out: column sums over the routed tokens of a tile; or None
     routed_ptr,  # (n, 2): the first routed token, and how many there are; None without sums
     route_mask_ptr,  # (T,) bool or None: the sums have all tokens
     cu_seqlens_ptr,  # (n + 1,) or None
@@ -98,7 +98,7 @@ def shrink_kernel(
     EXTRA_TILES: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):
-    """Grid (tiles, split_k, column blocks): a program has one tile of tokens, a part of d and a block of columns."""
+    """Grid (tiles, split_k, column blocks): a program has a tile of tokens, a part of d and a block of columns."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tile = tl.program_id(0)
     i_s = tl.program_id(1)
@@ -117,7 +117,7 @@ def shrink_kernel(
     m_c = ()
     b_h = ()
     for bank in tl.static_range(BANKS):
-        slot, rank = columns(block, BC[bank], RP)
+        slot, rank = slots_and_ranks(block, BC[bank], RP)
         expert = slot
         if BY_ID[bank]:
             expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
@@ -146,7 +146,7 @@ def shrink_kernel(
             if dtype == tl.float32:  # no tensor core adds float32 exactly
                 b_sum = tl.sum(b_seen, 0)
             else:
-                b_sum = tl.sum(tl.dot(b_ones, b_seen), 0)  # one row is not zero
+                b_sum = tl.sum(tl.dot(b_ones, b_seen), 0)  # of 16 rows, only the first is not zero
             if block == 0:
                 tl.store(sums_ptr + to_int64(tile) * d + o_d, b_sum, mask=m_d)
         if BANKS > 0:
@@ -166,7 +166,7 @@ def shrink_kernel(
 
     o_t = to_int64(i_s) * T + rows
     for bank in tl.static_range(BANKS):
-        slot, rank = columns(block, BC[bank], RP)
+        slot, rank = slots_and_ranks(block, BC[bank], RP)
         p_out = part_ptrs[bank] + o_t[:, None] * (SLOTS[bank] * R) + (slot * R + rank)[None, :]
         tl.store(p_out, b_h[bank], mask=inside[:, None] & m_c[bank][None, :])
     if token_router_ptr is not None:
@@ -174,7 +174,7 @@ def shrink_kernel(
 
 
 class Shrunk(NamedTuple):
-    """Partial results of `shrink`."""
+    """Partial results of `shrink`, to be added up over split_k."""
 
     parts: tuple[Tensor, ...]  # of each bank, (split_k, T, slots * r)
     logits_part: Tensor | None  # (split_k, T, Z)
@@ -201,32 +201,32 @@ def shrink(
     streams: list[int] | None = None,
     threshold: int = 0,
 ) -> Shrunk:
-    """Launch the pass over x.
+    """Launch `shrink_kernel`, the pass over x.
 
     Args:
-        A: of each bank; none for column sums alone.
+        A: one a bank; empty for column sums alone.
         slots: of each bank, how many experts are computed: those of its ids, or the first ones in order.
-        by_id: of each bank, whether they are those of its ids (n, b, K).
+        by_id: of each bank, whether it computes the experts of its ids (n, b, K).
         r, strides: rank, and the strides of A between experts, ranks and inputs.
-        num_columns: slots that the tile is chosen for, where there are none.
-        routed: (n, 2), with which the columns are summed too, over the tokens of `route_mask`.
+        num_columns: slots that the tile is chosen for where A is empty.
+        routed: (n, 2), if the columns are summed, too, over the tokens of `route_mask`.
     """
     T, d = x.shape
     banks, widest = len(A), max(slots, default=num_columns)
     card, RP = card_of(x.device), tiles.padded_rank(r)
     tile = tiles.choose_tile("shrink", r, widest, x.dtype, card.capability, "one_bank" if banks == 1 else "")
     extra_tiles = 1 if routed is None or route_mask is None else 2
-    number = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed, extra_tiles)
+    num_tiles = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed, extra_tiles)
     BC = tuple(min(next_power_of_2(s) * RP, tile.BC) for s in slots)
     blocks = max((cdiv(s * RP, width) for s, width in zip(slots, BC, strict=True)), default=1)
-    splits = split_k(number * blocks, d, 4 * tile.BD, card.processors)
+    splits = split_k(num_tiles * blocks, d, 4 * tile.BD, card.processors)
     Z = 0 if token_router is None else token_router.shape[0]
     float32 = dict(dtype=torch.float32, device=x.device)
     parts = tuple(torch.empty((splits, T, s * r), **float32) for s in slots)
     logits_part = torch.empty((splits, T, Z), **float32) if Z else None
-    sums = None if routed is None else torch.empty((number, d), **float32)
-    if number:
-        shrink_kernel[(number, splits, blocks)](
+    sums = None if routed is None else torch.empty((num_tiles, d), **float32)
+    if num_tiles:
+        shrink_kernel[(num_tiles, splits, blocks)](
             x_ptr=x,
             A_ptrs=tuple(A) or None,
             token_router_ptr=token_router,

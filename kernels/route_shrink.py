@@ -1,4 +1,4 @@
-"""Choose each sequence's slots and bring its tokens into rank space: one read of x.
+"""x -> routes and h, with one read of x. docs/architecture.md explains the symbols.
 
 Kernels, in the order they run (`shrink_kernel`, the pass over x, is in products.py):
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..launch import card_of, cdiv, next_power_of_2, tile_count
 from ..spec import down_slots, new_rank_space, new_routing, num_slots
 from . import tiles
-from .primitives import columns, first_tile, sequences, slot_experts, tile_span, to_int64, top_k
+from .primitives import choose_top_k, first_tile, sequences, slot_experts, slots_and_ranks, tile_span, to_int64
 from .products import shrink
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -55,7 +55,7 @@ def find_routed(i_n, route_mask_ptr, cu_seqlens_ptr, seq_len, BS: tl.constexpr):
 
 @triton.jit
 def task_router(router_ptr, router_rows_ptr, i_n, size, TASKS: tl.constexpr):
-    """Return where a sequence's router lies: the one, or that of its task."""
+    """Return a pointer to a sequence's router: the only one, or that of its task."""
     if TASKS:
         router_ptr += tl.load(router_rows_ptr + i_n) * size
     return router_ptr
@@ -74,7 +74,7 @@ def route_instruction_and_w_kernel(
     logits_ptr,  # (n, TOTAL) out
     B_ptrs,  # (E, k, R); None: there is no w
     importance_ptrs,  # (k,)
-    w_part_ptr,  # (parts, TOTAL, R) out
+    w_part_ptr,  # (parts of k, TOTAL, R) out
     num_seqs,
     seq_len,
     instruction_dim,
@@ -97,7 +97,7 @@ def route_instruction_and_w_kernel(
     BK: tl.constexpr,
     ROUND: tl.constexpr,  # dtype that B and I are rounded to
 ):
-    """Grid (n if routed + TOTAL * parts of k if w): a program a sequence, then one for a part of an expert's w."""
+    """Grid (n if routed + TOTAL * parts of k if w,): a program for a sequence, then one for a part of an expert's w."""
     pid = tl.program_id(0)
     if pid < num_seqs:
         if routed_ptr is not None:
@@ -120,7 +120,7 @@ def route_instruction_and_w_kernel(
                         p_r = p_router + o_n[:, None] * instruction_dim + o_e[None, :]
                         b_r = tl.load(p_r, mask=(o_n[:, None] < EXPERTS[bank]) & m_e[None, :], other=0).to(tl.float32)
                         b_z += tl.sum(b_r * b_e[None, :], 1)
-                    b_id, b_q = top_k(b_z, EXPERTS[bank], PADDED[bank], K, KP, GATE_ALL)
+                    b_id, b_q = choose_top_k(b_z, EXPERTS[bank], PADDED[bank], K, KP, GATE_ALL)
                     o_slot = (pid * BANKS + bank) * K + o_j
                     tl.store(ids_ptr + o_slot, b_id, mask=o_j < K)
                     tl.store(slot_weights_ptr + o_slot, b_q, mask=o_j < K)
@@ -214,14 +214,14 @@ def choose_kernel(
             b_z = tl.full(o_n.shape, 0.0, tl.float32)
             for i in range(0, slices):
                 b_z += tl.load(z_part_ptr + (i_n * slices + i) * TOTAL + FIRST[bank] + o_n, mask=m_n, other=0)
-            b_id, b_q = top_k(b_z, EXPERTS[bank], PADDED[bank], K, KP, GATE_ALL)
+            b_id, b_q = choose_top_k(b_z, EXPERTS[bank], PADDED[bank], K, KP, GATE_ALL)
             o_slot = (i_n * BANKS + bank) * K + o_j
             tl.store(ids_ptr + o_slot, b_id, mask=o_j < K)
             tl.store(slot_weights_ptr + o_slot, b_q, mask=o_j < K)
             tl.store(logits_ptr + i_n * TOTAL + FIRST[bank] + o_n, b_z, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["tiles", "T", "num_seqs", "seq_len", "w_parts"])
+@triton.jit(do_not_specialize=["num_tiles", "T", "num_seqs", "seq_len", "w_parts"])
 def reduce_split_k_kernel(
     part_ptrs,  # (split_k, T, slots * R)
     logits_part_ptr,  # (split_k, T, Z) or None
@@ -231,12 +231,12 @@ def reduce_split_k_kernel(
     h_ptr,  # (T, b, DOWN, R) out
     token_logits_ptr,  # (T, Z) out, or None
     w_ptr,  # (TOTAL, R) out
-    tiles,
+    num_tiles,
     T,
     num_seqs,
     seq_len,
     w_parts,
-    scale,
+    scale,  # of what dropout keeps
     BANKS: tl.constexpr,
     SLOTS: tl.constexpr,  # of each bank's partial results
     CHOOSE: tl.constexpr,  # of each bank: they are all experts, of which the ids choose
@@ -253,14 +253,14 @@ def reduce_split_k_kernel(
     BC: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Grid (tiles + TOTAL if w): add the parts of the slots' columns, times dropout's scale, and of logits; or of w."""
+    """Grid (tiles + TOTAL if w,): a program adds the parts of a tile's h and logits, or those of an expert's w."""
     pid = tl.program_id(0)
-    if pid < tiles:
+    if pid < num_tiles:
         i_n, start, end = tile_span(pid, cu_seqlens_ptr, num_seqs, seq_len, BT)
         rows = start + tl.arange(0, BT)
         inside = rows < end
         for block in tl.static_range(BLOCKS):
-            slot, rank = columns(block, BC, RP)
+            slot, rank = slots_and_ranks(block, BC, RP)
             m_c = inside[:, None] & ((slot < DOWN) & (rank < R))[None, :]
             for bank in tl.static_range(BANKS):
                 source = slot
@@ -287,8 +287,8 @@ def reduce_split_k_kernel(
             o_r = tl.arange(0, RP)
             b_w = tl.zeros([RP], tl.float32)
             for i in range(0, w_parts):
-                b_w += tl.load(w_part_ptr + (i * TOTAL + pid - tiles) * R + o_r, mask=o_r < R, other=0)
-            tl.store(w_ptr + (pid - tiles) * R + o_r, b_w, mask=o_r < R)
+                b_w += tl.load(w_part_ptr + (i * TOTAL + pid - num_tiles) * R + o_r, mask=o_r < R, other=0)
+            tl.store(w_ptr + (pid - num_tiles) * R + o_r, b_w, mask=o_r < R)
 
 
 def route_shrink(
@@ -377,18 +377,19 @@ def route_shrink(
             **tiles.SMALL,
         )
 
-    # the slots of a router of x are known after the pass over x: it computes all experts, if that is not too much
-    late = [reads and not shared for reads in reads_x]
-    one_pass = all(e * RP <= tiles.MAX_ONE_PASS_COLUMNS for e, is_late in zip(experts, late, strict=True) if is_late)
-    choose = [is_late and one_pass for is_late in late]
-    by_id = [chosen is not None and not shared and not all_experts for all_experts in choose]
-    slots = [e if all_experts else down for e, all_experts in zip(experts, choose, strict=True)]
+    # fused routing: one pass over x computes all experts of the banks that x routes, as slots are known only after it
+    routed_by_x = [reads and not shared for reads in reads_x]
+    widest = max((e * RP for e, by_x in zip(experts, routed_by_x, strict=True) if by_x), default=0)
+    fused_routing = widest <= tiles.MAX_FUSED_ROUTING_COLUMNS
+    all_experts = [by_x and fused_routing for by_x in routed_by_x]
+    by_id = [chosen is not None and not shared and not whole for whole in all_experts]
+    slots = [e if whole else down for e, whole in zip(experts, all_experts, strict=True)]
     pass_over_x = dict(
         r=r, strides=(r * d, d, 1), token_router=token_router, seed=seed, streams=streams, threshold=threshold
     )
     if any(reads_x):
         sums_too = dict(routed=routed, route_mask=route_mask)
-        if one_pass:
+        if fused_routing:
             shrunk = shrink(x, A, slots, by_id, chosen, seqs, **pass_over_x, **sums_too)
         else:
             shrunk = shrink(x, [], [], [], None, seqs, r=r, strides=(0, 0, 0), num_columns=K, **sums_too)
@@ -424,30 +425,30 @@ def route_shrink(
                 KP=KP,
                 num_warps=1,
             )
-    if not (any(reads_x) and one_pass):
+    if not (any(reads_x) and fused_routing):
         shrunk = shrink(x, A, slots, by_id, chosen, seqs, **pass_over_x)
 
     tile = tiles.choose_tile("reduce_split_k", r, down, x.dtype, card.capability)
-    number = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed)
-    programs = number + (total if w_parts else 0)
+    num_tiles = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed)
+    programs = num_tiles + (total if w_parts else 0)
     if programs:
         Z = token_logits.shape[1]
         reduce_split_k_kernel[(programs,)](
             part_ptrs=shrunk.parts,
             logits_part_ptr=shrunk.logits_part,
-            ids_ptr=chosen if any(choose) else None,
+            ids_ptr=chosen if any(all_experts) else None,
             w_part_ptr=w_part,
             h_ptr=h,
             token_logits_ptr=token_logits if Z else None,
             w_ptr=w,
-            tiles=number,
+            num_tiles=num_tiles,
             T=T,
             **seqs.arguments(),
             w_parts=w_parts,
             scale=256 / (256 - threshold),
             BANKS=banks,
             SLOTS=tuple(slots),
-            CHOOSE=tuple(choose),
+            CHOOSE=tuple(all_experts),
             TOTAL=total,
             SPLIT_K=shrunk.split_k,
             GROUP=min(shrunk.split_k, max(1, 32768 // (tile.BT * tile.BC))),  # 256 registers of 128 threads

@@ -1,7 +1,7 @@
-"""Tile sizes, from shape, rank, dtype and compute capability, in one place.
+"""Tile sizes of every kernel, from rank, slots, dtype and compute capability.
 
-They never depend on the token count (only split-K factors and chunks do), so longer batches do not recompile, and the
-tiles that order a router's sums are the same for every batch.
+They never depend on the token count (only split-K factors and chunks do), so longer batches do not recompile, and a
+router's sums run in the same order for every batch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 from ..launch import next_power_of_2
 
-MAX_ONE_PASS_COLUMNS = 128  # of all experts of a bank: up to here one pass over x computes them and the router's sums
-MAX_ONE_READ_COLUMNS = 64  # of the slots of all banks: up to here one read of g gives p and dB
+MAX_FUSED_ROUTING_COLUMNS = 128  # of a bank: up to here one pass over x computes all experts and the router's sums
+MAX_FUSED_P_AND_DB_COLUMNS = 64  # of the slots of all banks: up to here one read of g gives p and dB
 
 
 def padded_rank(r: int) -> int:
@@ -24,7 +24,7 @@ def padded_rank(r: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's tile, for banks of up to `max_columns` columns (None: any)."""
+    """A kernel's tile, for banks of up to `max_columns` columns (None: any number)."""
 
     max_columns: int | None
     BT: int  # tokens
@@ -35,15 +35,15 @@ class Tile:
     registers: int | None = None  # limit of a thread's; None leaves it to ptxas
 
     def options(self) -> dict[str, int]:
-        """Return the launch's options."""
+        """Return them as options of a launch."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
-# Found with bench/kernel_report.py: of the spill-free tiles, the ones with the most bytes in flight. The limits:
-# float32 products keep whole rows of both operands in registers; mma.sync takes float32 parameters there before it
-# rounds them; pipelined loads take shared memory for every column block. A limit on registers stands where it buys a
-# second block a processor, or keeps ptxas from a tighter one, for which it spills.
+# Found with bench/kernel_report.py: of the spill-free tiles, the ones with the most bytes in flight. What limits them:
+# float32 products keep whole rows of both operands in registers; mma.sync holds float32 parameters in registers before
+# it rounds them; pipelined loads take shared memory for every column block. Registers are limited where that fits a
+# second block on a processor, or where ptxas would choose a tighter limit by itself, and spill.
 FLOAT32 = {
     "shrink": (Tile(None, BT=32, BD=16, BC=64, warps=8, stages=2),),
     "expand": (
@@ -89,7 +89,7 @@ WARPGROUP = {
         Tile(None, BT=32, BD=64, BC=64, warps=8, stages=1),
     ),
 }
-# tcgen05 does so, too, and its code takes a few registers more: compute capability 10
+# tcgen05 reads it, too, and its code takes a few registers more: compute capability 10
 TENSOR_MEMORY = {
     **WARPGROUP,
     "grad_input": (
@@ -119,7 +119,7 @@ WARP = {
     ),
 }
 for table in (FLOAT32, WARPGROUP, TENSOR_MEMORY, WARP):
-    # a token router takes registers, which the tile of 16 columns does not leave
+    # a token router takes registers, and the tile of 16 columns leaves none
     table["grad_input/token_router"] = table["grad_input"][1:]
 # rank space alone, in float32 on every card
 RANK_SPACE = (
