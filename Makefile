@@ -1,9 +1,11 @@
 # make run            set up .venv (minutes, once), then the quick benchmark, and MiniCVIT with LoRA and with SMoLoRA
-# make test           ruff and all tests that need neither a GPU nor patience
+# make test           lint, and all tests that need neither a GPU nor patience
+# make lint           ruff
 # make test-slow      the tests marked slow
 # make test-triton36  kernel tests with Triton 3.6.0, the version that goes with torch 2.11
 # make test-newest    all tests with the versions that pip takes without constraints (torch for CUDA: 6 GB)
 # make kernels        static report: every kernel and tile compiled for every architecture
+# make docs           the pages of docs/ and the API reference, into site/
 # make gpu            everything that needs a GPU, logs and results under $(OUT); in parts: gpu-setup, then gpu-tests,
 #                     gpu-sanitizer, gpu-bench, gpu-train, gpu-decode, gpu-evaluate
 #
@@ -19,7 +21,7 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .PHONY: run test test-kernels test-csrc test-train test-optional test-rest test-slow test-triton36 test-newest \
-        kernels \
+        lint docs kernels \
         gpu gpu-setup gpu-tests gpu-sanitizer gpu-bench gpu-train gpu-decode gpu-evaluate
 
 VENV := .venv
@@ -41,9 +43,11 @@ run: $(VENV)/.run
 			\( -path '*/stage-*' -o -path '*/cases' \) -prune -o \
 			-newer $(VENV)/.started \( -name '*.md' -o -name '*.json' -o -name '*.png' \) -print | sort
 
-test: $(VENV)/.dev
+lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+test: lint
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc test-train test-optional
 
 # two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
@@ -135,6 +139,18 @@ $(OPTIONAL)/.ready: $(VENV)/.dev
 	@echo "== $(OPTIONAL): bitsandbytes, deepspeed and trl over $(VENV)"
 	@$(call overlay,$(OPTIONAL),$(PY))
 	@$(OPTIONAL)/bin/python $(PIP_INSTALL) -c constraints.txt bitsandbytes deepspeed trl
+	@touch $@
+
+DOCS := .venv-docs
+
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# The reference is read from the sources without importing them, so torch is not needed.
+$(DOCS)/.ready: constraints.txt
+	@echo "== $(DOCS): mkdocs-material and mkdocstrings"
+	@test -x $(DOCS)/bin/pip || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python $(PIP_INSTALL) -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 # ---- GPU, each part within ten minutes: over the packages of $(PYTHON) if its torch sees a GPU, else over .venv; neither is changed

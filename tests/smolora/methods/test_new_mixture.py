@@ -1,9 +1,8 @@
-"""A mixture that the package does not know: the one of docs/architecture.md, made known by one registration."""
+"""A mixture that the package does not know: the file of docs/add_a_method.md, registered as it says."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,23 +11,15 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import smolora
-from smolora.config import MixtureConfig
-from smolora.methods.base import DropIn, Mixture, MixtureExperts, Prepared
-from smolora.spec import Bank
 from smolora.tuner.model import register
 from support.project import ROOT
 from support.tiny_llava import batch, tiny_llava
 
-DOCS = ROOT / "docs/architecture.md"
-(block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
-words = {"dataclass": dataclass, "torch": torch, "Bank": Bank, "Prepared": Prepared}
-words |= {"MixtureConfig": MixtureConfig, "MixtureExperts": MixtureExperts, "__name__": __name__}
-exec(block, words)
-GatedLoRAConfig, GatedLoRAExperts = words["GatedLoRAConfig"], words["GatedLoRAExperts"]
-
-
-class FusedGatedLoRA(DropIn, GatedLoRAExperts):
-    """A linear layer with independently gated experts."""
+PAGE = ROOT / "docs/add_a_method.md"
+source, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+module = {"__name__": "smolora.methods.gatedlora", "__package__": "smolora.methods"}
+exec(compile(source, PAGE, "exec", dont_inherit=True), module)
+FusedGatedLoRA, GatedLoRAConfig, GATEDLORA = (module[n] for n in ("FusedGatedLoRA", "GatedLoRAConfig", "GATEDLORA"))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -55,7 +46,7 @@ def test_layer(backend: str):
 
 def test_whole_model(tmp_path: Path):
     """The one registration gives PEFT the method: it trains, saves and loads."""
-    register(Mixture("gatedlora", GatedLoRAConfig, GatedLoRAExperts, FusedGatedLoRA, "the gates depend on the token"))
+    register(GATEDLORA)
     model = get_peft_model(tiny_llava(), GatedLoRAConfig(r=2, num_experts=2, task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
