@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from smolora.official.assemble import CHAT_TEMPLATE
+from smolora.data.prompts import CHAT_TEMPLATE
 
 IMAGE_SIZE, PATCH = 28, 14
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (230, 210, 50)}

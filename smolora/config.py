@@ -1,8 +1,7 @@
-"""The configuration of a SMoLoRA adapter: one `peft.PeftConfig` for the bare layer and for a whole model."""
+"""Configurations of adapters: one `peft.PeftConfig` serves a single layer and a whole model."""
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
+from .arguments import check_choice, check_int, is_int, is_number
 from .io.embeddings import INSTRUCTION_FILE, read_instruction_embeddings, write_instruction_embeddings
 from .io.tensors import add_checksums, read_tensors
 from .peft_compat import PeftConfig, register_peft_type
@@ -26,18 +26,18 @@ CHOICES = {
 
 
 def dropout_threshold(p: float) -> int:
-    """The 8-bit threshold `round(256 p)`: an element is dropped when its random byte lies below it.
+    """Return the 8-bit threshold `round(256 p)`: an element is dropped when its random byte is below it.
 
     Args:
         p: dropout probability in [0, 1).
 
     Returns:
-        0 for no dropout, else 1 to 255; what is kept is scaled by `256 / (256 - threshold)`.
+        0 for no dropout, else 1 to 255. Kept elements are scaled by `256 / (256 - threshold)`.
 
     Raises:
-        ValueError: `p` is no number in [0, 1), or is positive and too small (or too close to 1) for 8 bits.
+        ValueError: `p` is not a number in [0, 1), or is positive and too small (or too close to 1) for 8 bits.
     """
-    if not isinstance(p, (int, float)) or isinstance(p, bool) or not 0 <= p < 1:
+    if not is_number(p) or not 0 <= p < 1:
         raise ValueError(f"lora_dropout must be a number in [0, 1), got {p!r}")
     threshold = round(256 * p)
     if p > 0 and threshold == 0:
@@ -52,30 +52,9 @@ def dropout_threshold(p: float) -> int:
     return threshold
 
 
-def check_int(name: str, value: Any, least: int = 1) -> None:
-    """Check a whole number.
-
-    Raises:
-        ValueError: `value` is none, or is less than `least`.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ValueError(f"{name} must be {kind}, got {value!r}")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Check one of some words.
-
-    Raises:
-        ValueError: `value` is none of them.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 @dataclass
 class MixtureConfig(PeftConfig):
-    """What the configurations of all mixtures of low-rank experts have.
+    """Base of the configurations of all mixtures of low-rank experts.
 
     Args:
         r: rank of each expert, 1 to 128.
@@ -89,9 +68,9 @@ class MixtureConfig(PeftConfig):
         ValueError: naming the argument, its value and what is allowed.
     """
 
-    # What a layer's call takes of each sample and of its tokens, by argument; a method with none of them runs anywhere.
+    # Keyword arguments of a layer's call beside x; a method without any needs no routing inputs.
     takes: ClassVar[tuple[str, ...]] = ()
-    # A method with such options has fields of these names.
+    # A method that has these options overrides them with fields.
     route_over: ClassVar[str] = "all"
     decode_routing: ClassVar[str] = "token"
 
@@ -112,22 +91,22 @@ class MixtureConfig(PeftConfig):
         if self.r > MAX_RANK:
             raise ValueError(f"r must be at most {MAX_RANK}, got {self.r}")
         alpha = self.lora_alpha
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
+        if not is_number(alpha) or alpha <= 0:
             raise ValueError(f"lora_alpha must be a positive finite number, got {alpha!r}")
         dropout_threshold(self.lora_dropout)
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
-        """`method`: the name of the method in `smolora.MIXTURES`; a subclass without one has its parent's."""
+        """Set the name of the method in `smolora.MIXTURES`, by default the parent's."""
         super().__init_subclass__(**kwargs)
         cls.method = method or cls.method
 
     def needs(self, argument: str) -> bool:
-        """Return whether a layer cannot do without an argument of `takes`."""
+        """Return whether a layer's call requires an argument of `takes`."""
         return argument in self.takes and argument in ("instruction", "task", "experts")
 
     @property
     def sees_image_tokens(self) -> bool:
-        """Whether a whole model routes by the tokens of its images alone."""
+        """Whether a whole model routes by its image tokens alone."""
         return False
 
     @property
@@ -136,10 +115,7 @@ class MixtureConfig(PeftConfig):
         return self.lora_alpha / self.r
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`.
-
-        PEFT has written the adapter's tensors just before: they get the checksums that `from_pretrained` looks at.
-        """
+        """Write `adapter_config.json`, and add checksums to the adapter's tensors, which PEFT has just written."""
         super().save_pretrained(save_directory, **kwargs)
         weights = os.path.join(save_directory, WEIGHT_FILES[0])
         if os.path.isfile(weights):
@@ -152,8 +128,8 @@ class MixtureConfig(PeftConfig):
         """Read a saved configuration, from a folder or the Hub.
 
         Raises:
-            ValueError: as for the constructor; or the adapter's tensors in the same folder are broken, which is looked
-                at here since PEFT does not.
+            ValueError: as for the constructor; or the adapter's tensors in the same folder are broken, which PEFT does
+                not check.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
@@ -167,8 +143,8 @@ class MixtureConfig(PeftConfig):
 class SMoLoRAConfig(MixtureConfig, method="smolora"):
     """Configuration of SMoLoRA (Separable Mixture of Low-Rank Adaptation, ICCV 2025).
 
-    The defaults are the paper's setting; where paper and released code differ, the first choice listed is the default
-    and `SMoLoRAConfig.official()` gives the released code's behaviour.
+    The defaults are the paper's setting. Where paper and released code differ, the default is the first choice listed,
+    and `SMoLoRAConfig.official()` is the released code's behaviour.
 
     Args:
         r: rank of each expert, 1 to 128.
@@ -178,23 +154,23 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
         num_if_experts: number of instruction-following experts (the paper's N - M).
         top_k: experts chosen in each branch (Eq. 5 and 6), at most `min(num_vu_experts, num_if_experts)`.
         instruction_dim: size of the instruction embedding.
-        route_over: tokens whose mean routes the VU branch of a whole model: "prompt" (valid tokens that are no answer,
-            so that training and inference route alike; a sample that is all answer has no prompt, and routes by its
-            valid tokens), "valid" (all but padding) or "all".
+        route_over: tokens whose mean routes the VU branch of a whole model: "prompt" (all but padding and answer, so
+            that training and inference route alike; a sample without a prompt routes by its valid tokens), "valid"
+            (all but padding) or "all".
         decode_routing: "prompt" keeps the routes of a `generate()` call's first forward; "token" routes every new
             token by itself, as released.
         fusion: "adaptive" (Eq. 8 and 9), "mean", "vu" or "if" (the ablations of Table 4).
         router_grad: "none" (a router learns only through the softmax of its chosen experts, so not at all when
-            `top_k` is 1) or "straight_through" (the chosen experts' gates pull on all logits of the branch).
+            `top_k` is 1) or "straight_through" (the gates' gradients reach all logits of the branch).
         target_modules: names of the linear layers to adapt, or a regular expression.
         exclude_modules: names to leave out, or a regular expression.
         modules_to_save: further modules to train and save.
-        default_instruction: row of `instruction_embeddings` that a whole model takes where a call gives no
-            `instruction_embeds`; with None such a call is an error.
+        default_instruction: row of `instruction_embeddings` that a whole model uses if a call gives no
+            `instruction_embeds`; with None such a call raises.
 
     Attributes:
-        instruction_embeddings: (rows, instruction_dim), or None. It travels beside the adapter, in
-            `instruction_embeddings.safetensors`: `save_pretrained` writes it, `from_pretrained` reads it where
+        instruction_embeddings: (rows, instruction_dim), or None. Saved beside the adapter in
+            `instruction_embeddings.safetensors`: `save_pretrained` writes it, `from_pretrained` reads it if
             `default_instruction` is set.
 
     Raises:
@@ -233,7 +209,7 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
                 f"{min(self.num_vu_experts, self.num_if_experts)}, got {self.top_k}"
             )
         row = self.default_instruction
-        if row is not None and (not isinstance(row, int) or isinstance(row, bool) or row < 0):
+        if row is not None and not is_int(row, 0):
             raise ValueError(f"default_instruction must be a row number or None, got {row!r}")
         self.instruction_embeddings: Tensor | None = None
         self.instruction_texts: list[str | list[str] | None] | None = None
@@ -242,7 +218,7 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
 
     @classmethod
     def official(cls, **overrides) -> SMoLoRAConfig:
-        """The released code's behaviour: every position routes, and every decoded token is routed by itself."""
+        """Make the released code's configuration: every position routes, and every decoded token by itself."""
         return cls(**{"route_over": "all", "decode_routing": "token", **overrides})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -261,7 +237,7 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
         Raises:
             FileNotFoundError: `default_instruction` is set and the embeddings are not there.
             ValueError: as for the constructor, and as `load_instruction_embeddings`; or the adapter's tensors in the
-                same folder are broken, which is looked at here since PEFT does not.
+                same folder are broken, which PEFT does not check.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, SMoLoRAConfig) and config.default_instruction is not None:
@@ -278,7 +254,7 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is broken, or does not have the one tensor, of floating point rows of `instruction_dim`.
+            ValueError: the file is broken, or does not hold floating point rows of `instruction_dim` alone.
         """
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no {path}, the instruction embeddings of default_instruction")
@@ -290,10 +266,10 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
         self.instruction_embeddings, self.instruction_texts = embeddings, texts
 
     def default_embedding(self) -> Tensor | None:
-        """The embedding (instruction_dim,) that `default_instruction` names, or None if it names none.
+        """Return the embedding (instruction_dim,) of `default_instruction`, or None if that is None.
 
         Raises:
-            ValueError: there are no `instruction_embeddings`, or they have no such row.
+            ValueError: `instruction_embeddings` are not loaded, or have no such row.
         """
         if self.default_instruction is None:
             return None
@@ -315,5 +291,5 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
 
     @property
     def routers_learn(self) -> bool:
-        """Whether a gradient can reach the routers: with one expert chosen its gate is the constant 1."""
+        """Whether a gradient reaches the routers; with one chosen expert the gate is the constant 1, and none does."""
         return self.top_k > 1 or self.router_grad == "straight_through"

@@ -1,4 +1,4 @@
-"""What stock PEFT needs so that it knows methods of other packages."""
+"""Compatibility with stock PEFT: its version, and its enum of methods, to which we add ours."""
 
 from __future__ import annotations
 

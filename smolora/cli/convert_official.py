@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..io.files import path_argument
-from ..io.tensors import read_json
+from ..io.files import path_argument, read_json_object
 from ..official import convert, convert_moelora
 
 
@@ -21,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    kind = read_json(Path(args.adapter) / "adapter_config.json").get("peft_type")
+    kind = read_json_object(Path(args.adapter) / "adapter_config.json").get("peft_type")
     to_official, from_official = convert.convert_to_official, convert.convert_official
     if kind in (convert_moelora.OFFICIAL_PEFT_TYPE, "MOELORA"):
         to_official, from_official = convert_moelora.convert_to_official, convert_moelora.convert_official

@@ -14,9 +14,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..instructions.texts import IMAGE_TOKEN
 from ..io.files import decode, surrogate
-
-IMAGE_TOKEN = "<image>"
 
 
 def _no_constant(name: str) -> None:

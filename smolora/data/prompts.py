@@ -15,11 +15,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .format import IMAGE_TOKEN
+from ..instructions.texts import IMAGE_TOKEN
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# the same prompt as transformers' chat template; a conversation that starts with a system message brings its own
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}" + SYSTEM + " {% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}" + IMAGE_TOKEN + "\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 IGNORED_LABEL = -100
 

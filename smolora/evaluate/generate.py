@@ -32,10 +32,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from ..arguments import is_int
 from ..data.format import Question, Skipped, read_json, read_questions
 from ..data.images import BrokenImageError, ImageTransform
 from ..data.prompts import PromptEncoder, pad
-from ..io.files import has_file, locked, write_json, write_whole
+from ..instructions.texts import IMAGE_TOKEN
+from ..io.files import atomic_write_text, has_file, locked, write_json
 from .parts import Parts, same_run
 from .routing import RoutingRecorder, summary, tally
 from .score import skipped_path
@@ -64,7 +66,7 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("token_budget", 1), ("image_workers", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            if not is_int(value, low):
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
@@ -427,7 +429,7 @@ def _merge(
 
 def _answer(question: Question, text: str, job: Job) -> dict[str, Any]:
     """A line of the answers file. ScienceQA's released prompts show the image's place, the others' do not."""
-    place = "<image>\n" if job.dataset == "ScienceQA" and question.image is not None else ""
+    place = f"{IMAGE_TOKEN}\n" if job.dataset == "ScienceQA" and question.image is not None else ""
     return {
         "question_id": question.question_id,
         "prompt": place + question.text,
@@ -439,7 +441,7 @@ def _answer(question: Question, text: str, job: Job) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _info_path(output: Path) -> Path:

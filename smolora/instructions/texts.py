@@ -1,14 +1,14 @@
-"""Instructions: the benchmark's own (Table 8, as the released files have them), and the one that a prompt ends with.
+"""Texts of instructions: the benchmark's (Table 8, as in the released files), and the one at the end of a prompt.
 
-An instruction is the part of a prompt that says what form the answer takes.
+An instruction is the part of a prompt that asks for a form of answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-IMAGE_PLACEHOLDER = "<image>"
-TURNS = ("USER:", "ASSISTANT:")  # of a whole conversation's prompt, where the data has the user's text alone
+IMAGE_TOKEN = "<image>"  # the place of an image in a text
+TURNS = ("USER:", "ASSISTANT:")  # in the prompt of a conversation; the data has the user's text alone
 
 _LETTER = "Answer with the option's letter from the given choices directly."
 _WORD = "Answer the question using a single word or phrase."
@@ -80,20 +80,20 @@ MULTI_TYPE: dict[str, tuple[str, ...]] = {
 
 
 def known_instructions(task: str) -> tuple[str, ...]:
-    """The benchmark's instructions of a task, single-type and multi-type."""
+    """Return the benchmark's instructions of a task, single-type and multi-type."""
     return SINGLE_TYPE.get(task, ()) + MULTI_TYPE.get(task, ())
 
 
 def instruction_of(prompt: str, templates: Iterable[str] = ()) -> str:
-    """The instruction part of a prompt: the longest of the known templates that it ends with, else its last line.
+    """Find the instruction of a prompt: the longest template that it ends with, else its last line.
 
     Args:
         prompt: the user's text ("<image>\\nquestion\\ninstruction"), or a conversation's prompt that ends with it
             ("... USER: <image>\\nquestion\\ninstruction ASSISTANT:").
-        templates: known instructions, of one or more lines. One counts where a line or at least a word starts with it.
+        templates: known instructions, of one or more lines. A template must start at the start of a word.
 
     Returns:
-        The instruction, without white space around it.
+        The instruction, stripped of white space.
 
     Raises:
         ValueError: the prompt is empty, or holds nothing but an image.
@@ -117,10 +117,10 @@ def instruction_of(prompt: str, templates: Iterable[str] = ()) -> str:
 
 
 def _without_images(text: str) -> str:
-    """A prompt without its images' places, at its head or in last lines of their own; elsewhere they are text."""
+    """Strip the image tokens at the head of a prompt and in its last lines; elsewhere they are text."""
     text = text.strip()
-    while text.startswith(IMAGE_PLACEHOLDER):
-        text = text.removeprefix(IMAGE_PLACEHOLDER).lstrip()
-    while text.endswith(f"\n{IMAGE_PLACEHOLDER}"):
-        text = text.removesuffix(IMAGE_PLACEHOLDER).rstrip()
+    while text.startswith(IMAGE_TOKEN):
+        text = text.removeprefix(IMAGE_TOKEN).lstrip()
+    while text.endswith(f"\n{IMAGE_TOKEN}"):
+        text = text.removesuffix(IMAGE_TOKEN).rstrip()
     return text

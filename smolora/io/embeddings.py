@@ -1,4 +1,4 @@
-"""Instruction embeddings on the disk: rows, and the texts that they are of."""
+"""Files of instruction embeddings: a row for each instruction, and its text."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ INSTRUCTION_KEY = "embeddings"  # its tensor, (rows, instruction_dim)
 def write_instruction_embeddings(
     path: str | os.PathLike, embeddings: Tensor, texts: Sequence[str | list[str] | None]
 ) -> None:
-    """Write embeddings and the texts they are of into one safetensors file.
+    """Write embeddings and their texts to one safetensors file.
 
     Args:
-        path: the file, or an existing folder (an adapter's) for `instruction_embeddings.safetensors` in it.
+        path: the file, or an existing folder (an adapter's), where `instruction_embeddings.safetensors` is written.
         embeddings: (rows, e), floating point.
-        texts: for each row its text, several texts for a row that is their mean, or None where it is not known.
+        texts: for each row its text, a list of texts if the row is their mean, or None if it is unknown.
 
     Raises:
-        ValueError: the embeddings are no rows of finite numbers, there are not as many texts, or the path is neither.
+        ValueError: `path` is neither; the embeddings are not rows of finite numbers; or there are not as many texts.
     """
     path = Path(path)
     if not path.is_dir() and path.suffix != ".safetensors":
@@ -45,10 +45,10 @@ def write_instruction_embeddings(
 
 
 def read_instruction_embeddings(path: str | os.PathLike) -> tuple[Tensor, list[str | list[str] | None]]:
-    """Read what `write_instruction_embeddings` wrote.
+    """Read a file of `write_instruction_embeddings`.
 
     Returns:
-        The embeddings (rows, e), and for each row its text, its texts, or None.
+        The embeddings (rows, e), and for each row its text, a list of texts, or None.
 
     Raises:
         FileNotFoundError: there is no such file.

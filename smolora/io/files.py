@@ -1,4 +1,4 @@
-"""Files: written as a whole or not at all, read as UTF-8, kept from a second process, named by people."""
+"""Files: atomic writes, UTF-8 reads, locks against a second process, and paths that people typed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import socket
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from typing import Any
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def sync_folder(folder: Path) -> None:
-    """See that a folder's entries are on the disk."""
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,35 +30,35 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sync_file(path: Path) -> None:
-    """See that a file is on the disk."""
+def fsync_file(path: Path) -> None:
+    """Flush a file to the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-def settle(folder: Path) -> None:
-    """See that all files under a folder are on the disk."""
+def fsync_tree(folder: Path) -> None:
+    """Flush all files under a folder to the disk."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            sync_file(path)
+            fsync_file(path)
 
 
-def _beside(path: Path) -> Path:
-    """A name that nobody uses, in the same folder, so that renaming it to `path` is one step of the file system.
+def _temporary_beside(path: Path) -> Path:
+    """Return an unused name in the same folder, from which a rename to `path` is atomic.
 
-    What killed processes of this machine left under such names is removed.
+    Removes what killed processes of this machine left under such names.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
     for left in path.parent.iterdir():
-        of = re.fullmatch(rf"\.{re.escape(host)}\.(\d+)\.[0-9a-f]{{8}}\.{re.escape(path.name)}", left.name)
-        if of is not None and not _runs(int(of[1])):
+        match = re.fullmatch(rf"\.{re.escape(host)}\.(\d+)\.[0-9a-f]{{8}}\.{re.escape(path.name)}", left.name)
+        if match is not None and not _is_running(int(match[1])):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    # the suffix stays: it may say what is written
+    # the suffix stays: libraries choose the format by it
     return path.parent / f".{host}.{os.getpid()}.{uuid.uuid4().hex[:8]}.{path.name}"
 
 
-def _runs(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -70,66 +70,66 @@ def _runs(process: int) -> bool:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Write a file as a whole or not at all: yields another name for it, which replaces `path` when the block ends.
+    """Write a file atomically: yields a temporary path, which replaces `path` when the block ends.
 
-    What stood there before stays until the new file is on disk, and for good if the block raises.
+    An existing file stays until the new one is on disk, and stays for good if the block raises.
     """
     path = Path(path).absolute()
-    temporary = _beside(path)
+    temporary = _temporary_beside(path)
     try:
         yield temporary
-        sync_file(temporary)
+        fsync_file(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike, argument: str = "output") -> Iterator[Path]:
-    """Write a folder as a whole or not at all: yields an empty folder that becomes `path` when the block ends.
+    """Write a folder atomically: yields an empty temporary folder, which becomes `path` when the block ends.
 
     Args:
         path: a folder that does not exist yet, or is empty.
-        argument: what an error calls it.
+        argument: the argument's name in errors.
 
     Raises:
-        FileExistsError: there is something at `path`.
+        FileExistsError: `path` is a file, or a folder that is not empty.
     """
     path = Path(path).absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{argument} must be a new or empty folder, got {path}, which exists")
-    temporary = _beside(path)
+    temporary = _temporary_beside(path)
     temporary.mkdir()
     try:
         yield temporary
-        settle(temporary)
-        sync_folder(temporary)
+        fsync_tree(temporary)
+        fsync_folder(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_whole(path: str | os.PathLike, content: str) -> None:
-    """Write a text file in UTF-8, as a whole or not at all."""
+def atomic_write_text(path: str | os.PathLike, content: str) -> None:
+    """Write a text file in UTF-8 atomically."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(content.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write a JSON file as a whole or not at all."""
-    write_whole(path, json.dumps(content, indent=1) + "\n")
+    """Write a JSON file atomically."""
+    atomic_write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
 def decode(content: bytes) -> str:
-    """UTF-8 as text; a byte order mark in front is no part of it.
+    """Decode UTF-8, without its byte order mark if it has one.
 
     Raises:
-        ValueError: it is in another encoding, which is named where it can be told.
+        ValueError: the bytes are in another encoding; the message names it if they start with its byte order mark.
     """
     encoding = json.detect_encoding(content[:4])  # a byte order mark, or where the zeros are
     if content and encoding not in ("utf-8", "utf-8-sig"):
@@ -145,23 +145,54 @@ def decode(content: bytes) -> str:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A text file in UTF-8, with or without a byte order mark; see `decode`."""
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: see `decode`.
+    """
     try:
         return decode(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON, or holds no object.
+    """
+    path = Path(path)
+    require_file(path)
+    try:
+        value = json.loads(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def require_file(path: Path) -> None:
+    """Raise FileNotFoundError unless `path` is a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a file, and is {'a folder' if path.is_dir() else 'not there'}")
+
+
 def has_file(path: Path) -> bool:
-    """Whether there is a file of that name; no name that could be written down is an error."""
+    """Return whether `path` is a file; False for a name that no file system takes."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # too long, or not to be had
+    except (OSError, ValueError):  # too long, or with a null byte
         return False
 
 
 def surrogate(text: str) -> str | None:
-    """What is said of half a character in a text, which no file and no tokenizer takes; None for a text without."""
+    """Describe the first lone surrogate of a text, for an error message; None if there is none.
+
+    Neither files nor tokenizers take a lone surrogate.
+    """
     found = re.search("[\ud800-\udfff]", text)
     if found is None:
         return None
@@ -172,10 +203,10 @@ def surrogate(text: str) -> str | None:
 
 
 def user_path(text: str) -> str:
-    """A path as it was written in a file: `~` and `~name` are home folders.
+    """Expand `~` and `~name` in a path that was written in a file.
 
     Raises:
-        ValueError: it has a `$`, which would not be replaced, or no such home folder is known.
+        ValueError: the path has a `$`, which is not expanded, or there is no such home folder.
     """
     if "$" in text:
         raise ValueError(f"a path is taken as it is written, and no $ is replaced in it: write out {text!r}")
@@ -186,11 +217,18 @@ def user_path(text: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """A path of the command line: `~` is the home folder, also where the shell leaves it (`--output=~/runs`)."""
+    """Parse a path of the command line; expands `~` where the shell does not, as in `--output=~/runs`."""
     path = os.path.expanduser(text)
     if path.startswith("~"):
         raise argparse.ArgumentTypeError(f"there is no home folder of {text.partition('/')[0]!r}, got {text!r}")
     return Path(path)
+
+
+def join_names(names: Iterable[str], limit: int = 4) -> str:
+    """Join the first names in alphabetical order, and the number of the others, for an error message."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
 
 
 # --------------------------------------------------------------------------------------------------------------- locks
@@ -198,28 +236,28 @@ def path_argument(text: str) -> Path:
 _held: set[int] = set()  # descriptors of this process's locks
 
 
-def _let_go() -> None:
-    """A forked child (a worker that reads images) does not keep its parent's locks alive."""
+def _release_in_child() -> None:
+    """Close the locks in a forked child, such as a data loader's worker, which must not keep its parent's alive."""
     while _held:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 @contextmanager
 def locked(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Keep others from doing the same at the same time: other processes, other machines, other threads.
+    """Hold a lock against other processes, threads and machines.
 
-    A process that ends in whatever way gives its locks back.
+    The system releases the locks of a process that ends, however it ends.
 
     Args:
-        path: the lock file, which is there as long as the block lasts.
-        what: what it is for, as an error says it.
-        wait: wait for another that has it; else that is an error.
+        path: the lock file; it exists as long as the block runs.
+        what: what the lock protects, for messages.
+        wait: wait if another process holds the lock, instead of raising.
 
     Raises:
-        BlockingIOError: another has it; the message says who.
+        BlockingIOError: another process holds the lock; the message names it.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +266,7 @@ def locked(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterato
     try:
         yield
     finally:
-        if descriptor in _held:  # not so in a forked child
+        if descriptor in _held:  # a forked child has closed it already
             _held.remove(descriptor)
             path.unlink(missing_ok=True)
             os.close(descriptor)
@@ -257,7 +295,7 @@ def _lock(path: Path, what: str, wait: bool) -> int:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             return descriptor
-        os.close(descriptor)  # the file of one that has just ended: there is another now
+        os.close(descriptor)  # its holder has just ended and removed the file: try again with the new one
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..config import MixtureConfig, check_choice, check_int
+from ..arguments import check_choice, check_int
+from ..config import MixtureConfig
 from ..routing import Chosen
 from ..spec import Bank, Mixed, Router, Slots, Tokens, accurate_dtype
 from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared

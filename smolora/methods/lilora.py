@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import MixtureConfig, check_int
+from ..arguments import check_int
+from ..config import MixtureConfig
 from ..spec import Bank, Slots
 from .base import DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_task, reads_values

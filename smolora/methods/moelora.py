@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import MixtureConfig, check_int
+from ..arguments import check_int
+from ..config import MixtureConfig
 from ..spec import Bank, Mixed
 from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
 from .released import load_released

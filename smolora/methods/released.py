@@ -1,4 +1,4 @@
-"""State dicts of layers of released codes, where every expert is a tensor of its own."""
+"""State dicts of released layers, in which every expert is a tensor of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# a parameter's name, perhaps the adapter's, then an expert's number; the second name of an expert has `.mlp` in it
+SMOLORA_NAMES = {  # of the parameters that are no experts: ours, the released code's
+    "vu_router": "lora_vu_gate",
+    "if_router": "lora_ins_gate",
+    "vu_importance": "lora_fc_A",
+    "if_importance": "lora_fc_B",
+}
+# a parameter's name, the adapter's if it is there, then an expert's number; an expert's second name has `.mlp` in it
 KEY = re.compile(
     r"(?P<kind>lora_\w+?)(?:\.(?!lora[AB]\.)(?!weight$)[^.]+)?"
     r"(?:\.lora(?P<letter>[AB])\.(?P<expert>\d+)(?:\.mlp)?)?\.weight"
@@ -16,7 +22,10 @@ KEY = re.compile(
 
 
 def released_name(key: str) -> str:
-    """Return a key without the adapter's name: `lora_A.3` of `lora_A.default.loraA.3.mlp.weight`, or the key itself."""
+    """Shorten a key to parameter and expert: `lora_A.default.loraA.3.mlp.weight` to `lora_A.3`.
+
+    A key of another form is returned as it is.
+    """
     match = KEY.fullmatch(key)
     if match is None or (match["letter"] is not None and not match["kind"].endswith(f"_{match['letter']}")):
         return key
@@ -29,11 +38,12 @@ def load_released(
     """Copy a released layer's tensors into ours.
 
     Args:
-        targets: ours by `released_name`; all must be there, in the same shape, but for a leading 1.
-        optional: those of the linear layer itself, loaded if they are in.
+        targets: our tensors by `released_name`. All are needed, in the same shape; `lora_fc_*` has a leading 1 there.
+        optional: the linear layer's own tensors by name, loaded if `state_dict` has them.
+        state_dict: the released layer's.
 
     Raises:
-        KeyError: keys are missing or unknown; all are named, and nothing is loaded.
+        KeyError: keys are missing or unknown; the message names all of them, and nothing is loaded.
         ValueError: a tensor has the wrong shape, or two keys of one expert differ.
     """
     places = {**targets, **optional}

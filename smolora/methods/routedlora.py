@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..config import MixtureConfig, check_int
+from ..arguments import check_int
+from ..config import MixtureConfig
 from ..spec import Bank, Slots, accurate_dtype
 from .base import DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_tensor, reads_values

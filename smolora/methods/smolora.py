@@ -13,18 +13,12 @@ from ..routing import Chosen, Routing
 from ..spec import Bank, Mixed, Router, Slots, accurate_dtype
 from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_tensor
-from .released import load_released
+from .released import SMOLORA_NAMES, load_released
 
 # The branches that a fusion uses, which are also their dropout streams: VU is 0, IF is 1.
 BRANCHES = {"adaptive": (0, 1), "mean": (0, 1), "vu": (0,), "if": (1,)}
 # What is added to a branch's logit of the two-way softmax, where the fusion is not adaptive.
 FIXED_LOGIT = {"mean": 0.0, "vu": float("inf"), "if": -float("inf")}
-RELEASED = {  # ours: the released code's
-    "vu_router": "lora_vu_gate",
-    "if_router": "lora_ins_gate",
-    "vu_importance": "lora_fc_A",
-    "if_importance": "lora_fc_B",
-}
 
 
 class SMoLoRAExperts(MixtureExperts):
@@ -277,7 +271,7 @@ class FusedSMoLoRA(DropIn, SMoLoRAExperts):
         Raises:
             KeyError, ValueError: see `released.load_released`.
         """
-        targets = {released: self.get_parameter(name) for name, released in RELEASED.items()}
+        targets = {released: self.get_parameter(name) for name, released in SMOLORA_NAMES.items()}
         for letter in "AB":
             experts = [*self.get_parameter(f"vu_{letter}").unbind(0), *self.get_parameter(f"if_{letter}").unbind(0)]
             targets |= {f"lora_{letter}.{i}": expert for i, expert in enumerate(experts)}

@@ -33,8 +33,7 @@ from transformers import (
 
 from ..data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder, pad
 from ..instructions.texts import MULTI_TYPE, SINGLE_TYPE
-from ..io.files import atomic_folder, locked, write_json
-from ..io.tensors import read_json
+from ..io.files import atomic_folder, locked, read_json_object, write_json
 from . import scenes, tasks
 from .scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, SIDE, WORDS, Dice
 from .tasks import KINDS, QUIZ, WHERE, options
@@ -455,7 +454,7 @@ def _is_made(folder: Path, settings: BaseSettings) -> bool:
     found = folder / "base.json"
     if not found.is_file():
         raise ValueError(f"{folder} must be empty, or hold a base model of MiniCVIT, got other files")
-    made = read_json(found)["settings"]
+    made = read_json_object(found)["settings"]
     if made != asdict(settings) | {"data": tasks.SEED}:
         raise ValueError(f"{folder} holds a base model of other settings ({made}): remove it or name another folder")
     return True

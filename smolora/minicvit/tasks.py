@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ..instructions.texts import MULTI_TYPE, SINGLE_TYPE
-from ..io.files import locked, read_text, write_whole
+from ..io.files import atomic_write_text, locked, read_text
 from . import scenes
 from .drawing import Canvas, png
 from .scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, WORDS, Dice
@@ -326,7 +326,7 @@ def _write_task(folder: Path, name: str) -> None:
     contact_sheet(folder / "contact_sheets" / f"{name}.png", [s for s, _, _ in drawn[:24]])
     # last: it says that the rest is there
     content = json.dumps({"seed": SEED, "sha256": digest.hexdigest()}) + "\n"
-    write_whole(folder / "annotations" / name / "digest.json", content)
+    atomic_write_text(folder / "annotations" / name / "digest.json", content)
 
 
 def _write_shots(put: Callable[[str, bytes], None], image: Callable[[Sample, str, int], str | None]) -> None:

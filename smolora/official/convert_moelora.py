@@ -1,9 +1,9 @@
-"""Adapters of CoIN's released MoELoRA as PEFT adapters, and back.
+"""Convert MoELoRA adapters of CoIN's code to PEFT adapters and back.
 
 CoIN saves `adapter_model.bin`, a pickle that holds every expert twice, `adapter_config.json`, in which r and alpha are
 those of all experts together, and `non_lora_trainables.bin` with the multimodal projector, which it trains in full.
-Here they become what stock PEFT loads over an assembled LLaVA (`assemble`): an `adapter_model.safetensors` with the
-experts of a layer in one tensor, and the projector, if it is there, among `modules_to_save`.
+Ours is what stock PEFT loads onto an assembled LLaVA (`assemble`): an `adapter_model.safetensors` with all experts of a
+layer in one tensor, and the projector, if there is one, among `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -17,36 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..io.files import atomic_folder
-from ..io.tensors import named, read_json, read_tensors, save_tensors, write_tensors
+from ..arguments import check_int
+from ..io.files import atomic_folder, join_names, read_json_object
+from ..io.tensors import read_tensors, save_tensors, write_tensors
 from ..methods import MoELoRAConfig
 from ..methods.released import released_name
+from .names import FIXED_ENTRIES, LANGUAGE_MODEL, PREFIX, PROJECTOR, expert_tensor
 
 OFFICIAL_PEFT_TYPE = "MOE_LORA_CoIN"
 OFFICIAL_TASK_TYPE = "CAUSAL_LM_CoIN"
-PREFIX = "base_model.model.model."
-LANGUAGE_MODEL = "language_model."  # between the prefix and a layer's name, in an assembled LLaVA
 MODULE = r"layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
-PROJECTOR = {
-    "model.mm_projector.0": "multi_modal_projector.linear_1",
-    "model.mm_projector.2": "multi_modal_projector.linear_2",
-}
-FIXED = {  # what else adapter_config.json says, and the values that it has for CoIN's adapters
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "init_lora_weights": True,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "modules_to_save": None,
-    "task_embedding_dim": 64,
-}
+FIXED = {**FIXED_ENTRIES, "task_embedding_dim": 64}
 
 
 def from_official_config(released: Mapping[str, Any], source: str | Path) -> MoELoRAConfig:
-    """Return CoIN's `adapter_config.json` as ours.
+    """Convert CoIN's `adapter_config.json`.
 
     Raises:
-        ValueError: an entry is missing, or of a value that CoIN's adapters do not have.
+        ValueError: an entry is missing, or has a value that no adapter of CoIN's has.
     """
     expected = ("r", "lora_alpha", "lora_dropout", "expert_num", "target_modules")
     missing = [name for name in expected if name not in released]
@@ -57,8 +45,7 @@ def from_official_config(released: Mapping[str, Any], source: str | Path) -> MoE
             raise ValueError(f"{source}: {name} must be {value!r}, got {released[name]!r}")
     r, E, alpha = released["r"], released["expert_num"], released["lora_alpha"]
     for name, value in (("r", r), ("expert_num", E), ("lora_alpha", alpha)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{source}: {name} must be a positive integer, got {value!r}")
+        check_int(f"{source}: {name}", value)
     if r % E:
         raise ValueError(f"{source}: expert_num must divide r, the rank of all experts together; got {E} and {r}")
     targets = released["target_modules"]
@@ -76,30 +63,30 @@ def from_official_config(released: Mapping[str, Any], source: str | Path) -> MoE
 
 
 def targets_of(names: list[str]) -> str:
-    """Return the language model's layers of these names as a regular expression: the tower has some of them, too."""
+    """Make a regular expression for the language model's layers; the vision tower has layers of the same names."""
     return rf"(.*\.)?language_model\..*\.({'|'.join(sorted(name.rpartition('.')[2] for name in names))})"
 
 
 def convert_official(adapter: str | Path, output: str | Path) -> None:
-    """Make a PEFT adapter of one that CoIN's code saved.
+    """Convert an adapter of CoIN's code to a PEFT adapter.
 
     Args:
         adapter: folder with `adapter_model.bin`, `adapter_config.json` and, where the projector was trained,
             `non_lora_trainables.bin`.
-        output: a new or empty folder, written as a whole or not at all.
+        output: a new or empty folder, written atomically.
 
     Raises:
-        FileNotFoundError, FileExistsError: a file is missing, or `output` has something in it.
+        FileNotFoundError, FileExistsError: a file is missing, or `output` is not empty.
         ValueError: a file is broken, or no adapter of CoIN's code; the message names the tensor or entry.
     """
     adapter = Path(adapter)
-    config = from_official_config(read_json(adapter / "adapter_config.json"), adapter / "adapter_config.json")
-    source = adapter / "adapter_model.bin"
+    source, config_file = adapter / "adapter_model.bin", adapter / "adapter_config.json"
+    config = from_official_config(read_json_object(config_file), config_file)
     state, _ = read_tensors(source)
     converted = {
         f"{PREFIX}{LANGUAGE_MODEL}{module}.moelora_experts.{name}": tensor
-        for module, tensors in _by_module(state, source).items()
-        for name, tensor in _stacked(module, tensors, config, source).items()
+        for module, tensors in _group_by_module(state, source).items()
+        for name, tensor in _stack_experts(module, tensors, config, source).items()
     }
     beside = adapter / "non_lora_trainables.bin"
     if beside.exists():
@@ -110,8 +97,8 @@ def convert_official(adapter: str | Path, output: str | Path) -> None:
         config.save_pretrained(str(folder))
 
 
-def _by_module(state: Mapping[str, Tensor], source: Path) -> dict[str, dict[str, Tensor]]:
-    """Tensors by layer and released name; each expert is there under two names."""
+def _group_by_module(state: Mapping[str, Tensor], source: Path) -> dict[str, dict[str, Tensor]]:
+    """Group tensors by layer and `released_name`; the file has each expert under two names."""
     pattern = re.compile(rf"{re.escape(PREFIX)}(?P<module>{MODULE})\.(?P<name>.+)")
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -127,8 +114,8 @@ def _by_module(state: Mapping[str, Tensor], source: Path) -> dict[str, dict[str,
     return modules
 
 
-def _stacked(module: str, tensors: dict[str, Tensor], config: MoELoRAConfig, source: Path) -> dict[str, Tensor]:
-    """A layer's tensors as ours: A, B and the router."""
+def _stack_experts(module: str, tensors: dict[str, Tensor], config: MoELoRAConfig, source: Path) -> dict[str, Tensor]:
+    """Convert a layer's tensors to A (E, r, d), B (E, k, r) and the router (E, d)."""
     E, r = config.num_experts, config.r
     names = {letter: [f"lora_{letter}.{e}" for e in range(E)] for letter in "AB"}
     wanted = {*names["A"], *names["B"], "lora_router"}
@@ -147,23 +134,23 @@ def _stacked(module: str, tensors: dict[str, Tensor], config: MoELoRAConfig, sou
 
 
 def _projector(state: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """The projector's tensors under the names that PEFT gives `modules_to_save`."""
+    """Rename the projector's tensors as PEFT names those of `modules_to_save`."""
     found = {}
     for key, value in state.items():
-        place, _, kind = key.removeprefix("base_model.model.").rpartition(".")
-        if place not in PROJECTOR or kind not in ("weight", "bias"):
+        match = re.fullmatch(r"(?:base_model\.model\.)?model\.(?P<linear>.+)\.(?P<kind>weight|bias)", key)
+        if match is None or match["linear"] not in PROJECTOR:
             raise ValueError(f"{source} may hold the multimodal projector alone, got {key!r}")
-        found[f"{PREFIX}{PROJECTOR[place]}.{kind}"] = value
+        found[f"{PREFIX}{PROJECTOR[match['linear']]}.{match['kind']}"] = value
     if len(found) != 4:
-        raise ValueError(f"{source} must hold weight and bias of both layers of the projector, got {named(state)}")
+        raise ValueError(f"{source} must hold weight and bias of both layers of the projector, got {join_names(state)}")
     return found
 
 
 def convert_to_official(adapter: str | Path, output: str | Path) -> None:
-    """Make an adapter that CoIN's code loads of a PEFT adapter; the inverse of `convert_official`.
+    """Convert a PEFT adapter to an adapter of CoIN's code; the inverse of `convert_official`.
 
     Raises:
-        FileNotFoundError, FileExistsError: a file is missing, or `output` has something in it.
+        FileNotFoundError, FileExistsError: a file is missing, or `output` is not empty.
         ValueError: a file is broken, or CoIN's code cannot do what the adapter does.
     """
     adapter = Path(adapter)
@@ -173,27 +160,28 @@ def convert_to_official(adapter: str | Path, output: str | Path) -> None:
     if alpha != int(alpha):
         raise ValueError(f"lora_alpha * num_experts must be whole for CoIN's code, got {alpha}")
     state, _ = read_tensors(source)
-    ours = {place: official for official, place in PROJECTOR.items()}
+    released_projector = {ours: official for official, ours in PROJECTOR.items()}
     pattern = re.compile(
         rf"{re.escape(PREFIX)}{re.escape(LANGUAGE_MODEL)}(?P<module>{MODULE})\.moelora_experts\.(?P<name>A|B|router)"
     )
     released: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
     for key, value in state.items():
-        place, _, kind = key.removeprefix(PREFIX).rpartition(".")
-        if place in ours:
-            projector[f"base_model.model.{ours[place]}.{kind}"] = value.clone()
+        linear, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        if linear in released_projector:
+            projector[f"{PREFIX}{released_projector[linear]}.{kind}"] = value.clone()
             continue
         match = pattern.fullmatch(key)
         if match is None:
             raise ValueError(f"{source} has a tensor that CoIN's code has no place for: {key!r}")
-        at, name = f"{PREFIX}{match['module']}", match["name"]
+        place, name = f"{PREFIX}{match['module']}", match["name"]
         if name == "router":
-            released[f"{at}.lora_router.weight"] = value.clone()
+            released[f"{place}.lora_router.weight"] = value.clone()
             continue
         for e, expert in enumerate(value.unbind(0)):
-            for suffix in ("weight", "mlp.weight"):
-                released[f"{at}.lora_{name}.lora{name}.{e}.{suffix}"] = expert.clone()
+            official = f"{place}.{expert_tensor(name, e)}"
+            released[official] = expert.clone()
+            released[official.removesuffix("weight") + "mlp.weight"] = expert.clone()
     targets = sorted({key.removeprefix(PREFIX).split(".lora_")[0].rpartition(".")[2] for key in released})
     text = {
         **FIXED,

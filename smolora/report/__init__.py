@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluate.datasets import DATASETS
-from ..io.files import write_whole
+from ..io.files import atomic_write_text
 from ..io.markdown import escape, picture
 from . import cases, figures, tables
 from .layout import Run, read_runs
@@ -61,7 +61,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
         for task, table in cases.case_tables(output, found, cases_per_task).items():
             parts += [f"### {escape(task)}", table]
     path = output / "report.md"
-    write_whole(path, "\n\n".join(parts) + "\n")
+    atomic_write_text(path, "\n\n".join(parts) + "\n")
     return path
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluate.matrix import FIGURES
-from ..io.files import atomic_file, write_whole
+from ..io.files import atomic_file, atomic_write_text
 from ..io.markdown import printable
 from .layout import Run
 
@@ -38,7 +38,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     writer = csv.writer(file, lineterminator="\n")
     for row in (header, *rows):
         writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in row])
-    write_whole(path, file.getvalue())
+    atomic_write_text(path, file.getvalue())
 
 
 def accuracy_over_stages(path: Path, runs: Sequence[Run]) -> None:

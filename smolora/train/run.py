@@ -41,7 +41,7 @@ from ..data.prompts import PromptEncoder
 from ..evaluate.generate import GenerationSettings, Job, generate_answers, process_state
 from ..evaluate.matrix import continual_metrics
 from ..evaluate.score import find_dataset, score
-from ..io.files import locked, read_text, write_json, write_whole
+from ..io.files import atomic_write_text, locked, read_text, write_json
 from ..recipe import Recipe, TaskRecipe
 from .data import Collator, Instructions, Samples, TaskSamples, check_samples
 from .methods import Stage, find_method
@@ -117,7 +117,7 @@ class Run:
                     flush=True,
                 )
             prepare(self.recipe.prepare)
-            write_whole(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.as_dict(), sort_keys=False))
+            atomic_write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.as_dict(), sort_keys=False))
         self.state.wait_for_everyone()
         self.load_parts()
         stages = [*self.method.stages(), *self.method.downstream()]

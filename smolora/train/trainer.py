@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..io.files import read_text, settle, write_json
+from ..io.files import fsync_tree, read_text, write_json
 from ..recipe import Recipe
 from .data import GlobalBatches, Samples
 from .methods.base import Method
@@ -237,7 +237,7 @@ class ContinualTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                settle(path)
+                fsync_tree(path)
                 files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
                 write_json(path / MARKER, {"files": files, "seconds": cost["seconds"], "tokens": cost["tokens"]})
         except Exception as error:  # a full disk is an OSError here, a RuntimeError of torch.save, a SafetensorError
@@ -276,7 +276,7 @@ class ContinualTrainer(Trainer):
                     raise OSError("no adapter was written (FSDP needs the state dict type FULL_STATE_DICT)")
                 for name in ("training_args.bin", "README.md"):
                     (folder / name).unlink(missing_ok=True)
-                settle(folder)
+                fsync_tree(folder)
         except Exception as error:
             raise TrainingStoppedError(f"cannot write {folder}: {error}; {self.last_good}") from error
         self.accelerator.wait_for_everyone()

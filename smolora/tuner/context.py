@@ -27,6 +27,7 @@ from transformers import Cache
 from transformers.utils import TransformersKwargs
 
 from ..config import MixtureConfig
+from ..data.prompts import IGNORED_LABEL
 from ..routing import Chosen
 from .call import CACHES, Call, Generation, cache_input, checked_map, image_positions, token_input
 from .entries import OWN_KEYWORDS, Entry, entries, generators
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 CONTEXT = "_smolora_context"  # attribute of a model with adapters
 FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")  # which take any image of `image_size`
-IGNORED_LABEL = -100
 
 
 class _Started:

@@ -16,13 +16,23 @@ from pathlib import Path
 import pytest
 
 from smolora.io import files
-from smolora.io.files import has_file, locked, path_argument, read_text, surrogate, user_path, write_json, write_whole
+from smolora.io.files import (
+    atomic_write_text,
+    has_file,
+    locked,
+    path_argument,
+    read_text,
+    surrogate,
+    user_path,
+    write_json,
+)
 
 # ---- writing
 
 
 def test_a_text_is_utf_8_whatever_the_locale_is(tmp_path):
-    code = f"from smolora.io.files import write_whole; write_whole({str(tmp_path / 'a')!r}, 'caf\\u00e9 \\u00b1\\n')"
+    path = str(tmp_path / "a")
+    code = f"from smolora.io.files import atomic_write_text as w; w({path!r}, 'caf\\u00e9 \\u00b1\\n')"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     root = str(Path(__file__).parents[3])
     subprocess.run([sys.executable, "-c", code], env={**environment, "PYTHONPATH": root}, check=True)
@@ -47,7 +57,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 def test_many_writers_of_one_file(tmp_path):
     """Each finds its own name beside it: the file is always one of theirs, whole."""
     contents = [str(number) * 5000 for number in range(8)]
-    threads = [threading.Thread(target=write_whole, args=(tmp_path / "a", content)) for content in contents]
+    threads = [threading.Thread(target=atomic_write_text, args=(tmp_path / "a", content)) for content in contents]
     for thread in threads:
         thread.start()
     for thread in threads:
