@@ -76,6 +76,7 @@ class Call:
         routed: what the adapters decided.
         first, last: the numbers of the forward's autograd nodes, from `first` to before `last`.
         graphs: the backward passes that went through the forward's outputs.
+        compiled: whether a compiled layer ran in it.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Call:
         self.first = torch.autograd._get_sequence_nr()
         self.last = -1
         self.graphs: set[int] = set()
+        self.compiled = False
 
     def arrange(self, x: Tensor, images: bool) -> tuple[Tensor, Tensor | None]:
         """A layer's input with an instance a row, or as (1, T, d) with the boundaries of the instances in it.

@@ -320,6 +320,32 @@ class RoutingContext:
             if found:
                 with self._lock:
                     self._alive.add(call)
+                if call.compiled:
+                    self._follow_backward(call, found)
+
+    def _follow_backward(self, call: Call, outputs: list[Tensor]) -> None:
+        """Have each node of a forward's graph set the call while it runs, since compiled code cannot ask which node
+        recomputes it. On a GPU one thread runs the nodes of all backward passes, in any order."""
+        here = self.here
+
+        def before(grads: tuple[Tensor, ...]) -> None:
+            here.suspended.append(here.call)
+            here.call = call
+
+        def after(grad_inputs: tuple[Tensor, ...], grad_outputs: tuple[Tensor, ...]) -> None:
+            here.call = here.suspended.pop()
+
+        todo = [output.grad_fn for output in outputs]
+        while todo:
+            node = todo.pop()
+            if node is None or hasattr(node, "variable"):  # the latter is a parameter's, which all forwards share
+                continue
+            if "smolora_followed" in node.metadata:  # in this walk, or after an earlier forward that this one goes on
+                continue
+            node.metadata["smolora_followed"] = True
+            node.register_prehook(before)
+            node.register_hook(after)
+            todo += [child for child, _ in node.next_functions]
 
     def misses_images(self, call: Call) -> bool:
         """Whether an image adapter trains that a forward did not run."""
@@ -442,7 +468,7 @@ class _Restore:
     def __call__(self, grad: Tensor) -> None:
         here = self.context.here
         self.call.graphs.add(torch._C._current_graph_task_id())
-        here.call, here.restored = self.call, (torch.autograd._get_sequence_nr(), weakref.ref(self.call))
+        here.restored = (torch.autograd._get_sequence_nr(), weakref.ref(self.call))
 
 
 REPLICA = (

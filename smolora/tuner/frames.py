@@ -39,7 +39,8 @@ class Here(threading.local):
     Attributes:
         frames: the forwards, each within the one before it.
         generations: the `generate()` calls, likewise; None for one without adapters.
-        call: of the innermost forward, or of the backward that this thread runs: what compiled layers read.
+        call: of the innermost forward, or of the node of a backward that this thread runs: what compiled layers read.
+        suspended: the calls of what such nodes interrupt.
         restored: what a backward came back to since the thread's last forward: the number of the first autograd node
             that was made after that, and the call.
         ahead: what the layer that was called last has computed for the next one; see `together`.
@@ -49,6 +50,7 @@ class Here(threading.local):
         self.frames: list[Frame] = []
         self.generations: list[Generation | None] = []
         self.call: Call | None = None
+        self.suspended: list[Call | None] = []
         self.restored: tuple[int, weakref.ref[Call]] | None = None
         self.ahead: Ahead | None = None
 
@@ -59,6 +61,9 @@ class Here(threading.local):
 
     def enter(self) -> Frame:
         """Begin a forward that routes by nothing yet."""
+        if not self.frames and torch._C._current_graph_task_id() == -1:  # a backward that failed leaves its call
+            self.call = None
+            self.suspended.clear()
         frame = Frame(self.call)
         self.frames.append(frame)
         self.call = self.restored = None

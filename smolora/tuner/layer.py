@@ -68,6 +68,8 @@ class MixtureLayer(BaseTunerLayer):
 
     def decide(self, call: Call, name: str, last: tuple[Mixed, Tensor | None]) -> None:
         """Keep what an adapter decided in a call."""
+        if torch.compiler.is_compiling():
+            call.compiled = True
         setattr(call.routed, self._label(name), last)
 
     def forget(self, call: Call) -> None:

@@ -282,6 +282,57 @@ def test_compiled_layers_in_two_threads():
     torch._dynamo.reset()
 
 
+def one_backward(losses, middle):
+    sum(losses).backward()
+
+
+def at_a_time(losses, middle):
+    in_threads(*(loss.backward for loss in losses))
+
+
+def one_within_the_other(losses, middle):
+    middle.register_hook(lambda _: losses[1].backward())
+    losses[0].backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("backward", [one_backward, at_a_time, one_within_the_other])
+def test_compiled_layers_recompute_their_own_forward(backward, reentrant):
+    """Forwards of two threads, whose nodes have the same numbers. Compiled code cannot ask which node recomputes it,
+    and one thread runs the nodes of both: of one backward here, of all backward passes on a GPU."""
+    torch._dynamo.reset()
+    inputs, e, losses, middle, found = batch((5, 9), answer=3), [embeddings(2), embeddings(2, 7)], [], [], []
+
+    def forward(model, x):
+        losses.append(model(**inputs, instruction_embeds=x, use_cache=False).loss)
+
+    for compiled in (False, True):
+        model = adapted().train()
+        layers = model.get_base_model().model.language_model.layers
+        if compiled:
+            for layer in layers:
+                layer.mlp.compile(backend="eager")
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+            layers[0].register_forward_hook(lambda m, args, y: middle.append(y))
+            for x in e:  # one after the other: two threads cannot compile at a time
+                thread = threading.Thread(target=forward, args=(model, x))
+                thread.start()
+                thread.join()
+            backward(losses, middle[0])
+            with pytest.raises(RuntimeError, match="outside of its model's forward"):
+                layers[0].mlp(torch.zeros(1, 2, 32))
+        else:
+            for x in e:
+                forward(model, x)
+                losses.pop().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        assert (found[1][name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-12, name
+    torch._dynamo.reset()
+
+
 def test_the_report_is_of_one_call():
     """Not of layers that two threads ran."""
     model, inputs = adapted(), batch((5, 9))
