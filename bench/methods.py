@@ -19,7 +19,7 @@ import smolora
 from shapes import MixtureCase
 from smolora import reference
 from smolora.engine.cuda_passes import unsupported_reason
-from smolora.routing import Chosen
+from smolora.routing import TopK
 from workload import SCALING, STD_A, Batch, Draw, Layer, towards, up_std
 
 Dropout = Callable[[Tensor], Tensor]
@@ -124,7 +124,7 @@ class BranchLoRA(MixtureLayer):
         batch = super().draw_batch(x, normal)
         pi = torch.softmax(batch.x[:, 0].float() @ router.float().mT, -1)
         weights, ids = pi.topk(top_k)
-        return replace(batch, step_call={"routes": Chosen(ids[:, None].int(), weights[:, None])})
+        return replace(batch, step_call={"routes": TopK(ids[:, None].int(), weights[:, None])})
 
     @staticmethod
     def official(x, base, adapter, call, dropout):

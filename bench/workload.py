@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import smolora
 from shapes import Shape
 from smolora.reference import smolora_forward
-from smolora.routing import Chosen
+from smolora.routing import TopK
 
 TRAINED = ("vu_A", "vu_B", "if_A", "if_B", "vu_importance", "if_importance")
 
@@ -89,7 +89,7 @@ class Layer:
             x.to(dtype),
             normal(*x.shape[:2], self.case.k).to(dtype),
             call={"instruction": instruction},
-            step_call={"routes": Chosen(ids, torch.ones_like(ids, dtype=torch.float32))},
+            step_call={"routes": TopK(ids, torch.ones_like(ids, dtype=torch.float32))},
             instruction=instruction,
             routes=(routes[0].int(), routes[1].int()),
         )

@@ -35,7 +35,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _obstacle(backend: str) -> str | None:
+def _unavailable_reason(backend: str) -> str | None:
     """Why a backend cannot run on this machine at all; None if it can."""
     if backend == "triton":
         if not _HAS_TRITON:
@@ -47,13 +47,13 @@ def _obstacle(backend: str) -> str | None:
     return None
 
 
-def _misfit(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _unsupported_reason(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot take tensors of this device and dtype; None if it can."""
     if backend == "torch":
         return None
-    obstacle = _obstacle(backend)
-    if obstacle is not None:
-        return obstacle
+    reason = _unavailable_reason(backend)
+    if reason is not None:
+        return reason
     if dtype not in KERNEL_DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {dtype}"
     if backend == "cuda":
@@ -79,18 +79,18 @@ def resolve_backend(device_type: str, dtype: torch.dtype) -> str:
         RuntimeError: a backend was asked for by name and cannot run these tensors; the message says why.
     """
     if _requested != "auto":
-        misfit = _misfit(_requested, device_type, dtype)
-        if misfit is not None:
-            raise RuntimeError(f"backend {_requested!r} cannot run: {misfit}")
+        reason = _unsupported_reason(_requested, device_type, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {_requested!r} cannot run: {reason}")
         return _requested
     if device_type == "cpu":
         return "torch"
-    misfit = _misfit("triton", device_type, dtype)
-    if misfit is None:
+    reason = _unsupported_reason("triton", device_type, dtype)
+    if reason is None:
         return "triton"
-    if misfit not in _warned:
-        _warned.add(misfit)
-        warnings.warn(f"smolora falls back to its slower torch backend: triton cannot run, {misfit}", stacklevel=2)
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"smolora falls back to its slower torch backend: triton cannot run, {reason}", stacklevel=2)
     return "torch"
 
 
@@ -105,9 +105,9 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: the backend cannot run on this machine; nothing falls back.
     """
     global _requested
-    obstacle = _obstacle(_checked(name, "backend"))
-    if obstacle is not None:
-        raise RuntimeError(f"backend {name!r} cannot run: {obstacle}")
+    reason = _unavailable_reason(_checked(name, "backend"))
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run: {reason}")
     before, _requested = _requested, name
     try:
         yield
@@ -121,9 +121,9 @@ def check_backend(name: str) -> None:
     Raises:
         ValueError: it cannot, or there is no such backend.
     """
-    obstacle = _obstacle(_checked(name, "backend"))
-    if obstacle is not None:
-        raise ValueError(f"backend {name!r} cannot run: {obstacle}")
+    reason = _unavailable_reason(_checked(name, "backend"))
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot run: {reason}")
 
 
 def backend_info() -> dict[str, Any]:
@@ -139,7 +139,7 @@ def backend_info() -> dict[str, Any]:
     """
     backends = {}
     for name in BACKENDS[1:]:
-        reason = _obstacle(name)
+        reason = _unavailable_reason(name)
         backends[name] = {"available": reason is None, "reason": reason}
     backends["torch"]["version"] = torch.__version__
     backends["torch"]["dropout"] = "compiled" if cpu_passes.compiled else "not compiled: slow on a CPU"
@@ -150,7 +150,7 @@ def backend_info() -> dict[str, Any]:
     for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         chosen = _requested
         if chosen == "auto":
-            fits = device_type == "cuda" and _misfit("triton", device_type, torch.float32) is None
+            fits = device_type == "cuda" and _unsupported_reason("triton", device_type, torch.float32) is None
             chosen = "triton" if fits else "torch"
-        active[device_type] = chosen if _misfit(chosen, device_type, torch.float32) is None else None
+        active[device_type] = chosen if _unsupported_reason(chosen, device_type, torch.float32) is None else None
     return {"requested": _requested, "active": active, "backends": backends}

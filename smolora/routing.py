@@ -20,7 +20,7 @@ class Routing(NamedTuple):
     beta: Tensor | None = None  # (T,), the IF branch's
 
 
-class Chosen(NamedTuple):
+class TopK(NamedTuple):
     """Experts and gates of n instances as the passes take them: b branches in use, c chosen experts."""
 
     routes: Tensor  # int32 (n, b, c)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..arguments import check_choice, check_int
 from ..config import MixtureConfig
-from ..routing import Chosen
+from ..routing import TopK
 from ..spec import Bank, Mixed, Router, Slots, Tokens, accurate_dtype
 from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_task, check_tensor
@@ -120,7 +120,7 @@ class BranchLoRAExperts(MixtureExperts):
         x: Tensor,
         task: int | Tensor | None = None,
         *,
-        routes: tuple[Tensor, Tensor] | SlotRouting | Chosen | None = None,
+        routes: tuple[Tensor, Tensor] | SlotRouting | TopK | None = None,
         route_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Prepared:
@@ -160,13 +160,13 @@ class BranchLoRAExperts(MixtureExperts):
             self._usage += (mixed.ids.reshape(-1, 1) == number).sum(0)
         return super().finish(x, mixed, decision)
 
-    def _given(self, routes: tuple[Tensor, Tensor] | SlotRouting | Chosen, batch: Any) -> Slots:
+    def _given(self, routes: tuple[Tensor, Tensor] | SlotRouting | TopK, batch: Any) -> Slots:
         """Check given branches and weights.
 
         Raises:
             TypeError, ValueError: they do not fit.
         """
-        if isinstance(routes, Chosen):
+        if isinstance(routes, TopK):
             if routes.routes.shape[0] != batch.tokens.num_seqs:
                 raise ValueError(
                     f"routes must be those of {batch.tokens.num_seqs} sequences, got {routes.routes.shape[0]}"

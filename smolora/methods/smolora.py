@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import SMoLoRAConfig
-from ..routing import Chosen, Routing
+from ..routing import Routing, TopK
 from ..spec import Bank, Mixed, Router, Slots, accurate_dtype
 from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_tensor
@@ -70,7 +70,7 @@ class SMoLoRAExperts(MixtureExperts):
         *,
         route_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        routes: Chosen | tuple[Tensor | None, Tensor | None] | None = None,
+        routes: TopK | tuple[Tensor | None, Tensor | None] | None = None,
         gates: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> Prepared:
         """Check a call, and say what it computes.
@@ -140,11 +140,11 @@ class SMoLoRAExperts(MixtureExperts):
 
     def _given(
         self,
-        routes: Chosen | tuple[Tensor | None, Tensor | None] | None,
+        routes: TopK | tuple[Tensor | None, Tensor | None] | None,
         gates: tuple[Tensor | None, Tensor | None] | None,
         num_seqs: int,
         dtype: torch.dtype,
-    ) -> Chosen | None:
+    ) -> TopK | None:
         """Return given routes, and gates in `dtype`, as the engine takes them.
 
         Raises:
@@ -154,7 +154,7 @@ class SMoLoRAExperts(MixtureExperts):
             if gates is not None:
                 raise ValueError("gates must come with routes, got gates alone")
             return None
-        if isinstance(routes, Chosen):
+        if isinstance(routes, TopK):
             if routes.routes.shape[0] != num_seqs:
                 raise ValueError(f"routes must be those of {num_seqs} instances, got {routes.routes.shape[0]}")
             return routes
@@ -183,8 +183,8 @@ class SMoLoRAExperts(MixtureExperts):
                 picked[name].append(value.view(num_seqs, top_k))
         chosen = torch.stack(picked["routes"], 1).int()
         if gates is None:
-            return Chosen(chosen, torch.full(chosen.shape, 1 / top_k, dtype=dtype, device=chosen.device))
-        return Chosen(chosen, torch.stack(picked["gates"], 1).to(dtype))
+            return TopK(chosen, torch.full(chosen.shape, 1 / top_k, dtype=dtype, device=chosen.device))
+        return TopK(chosen, torch.stack(picked["gates"], 1).to(dtype))
 
     def last_routing(self) -> Routing:
         """Return what the last forward decided; `alpha` is in it if `keep_alpha` was set then.
@@ -216,14 +216,14 @@ class SMoLoRAExperts(MixtureExperts):
             scores = torch.full(mixed.y.shape[:1], fixed, dtype=mixed.slot_weights.dtype, device=mixed.y.device)
         return super().finish(x, mixed._replace(scores=scores), decision)
 
-    def last_chosen(self) -> Chosen:
+    def last_chosen(self) -> TopK:
         """Return the experts and gates of the last forward, as `forward` takes them for `routes`.
 
         Raises:
             RuntimeError: there was no forward yet.
         """
         last = self._decided("last_chosen()")
-        return Chosen(last.ids, last.slot_weights)
+        return TopK(last.ids, last.slot_weights)
 
     def facts(self) -> dict[str, Any]:
         c = self.config

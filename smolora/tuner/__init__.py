@@ -1,6 +1,7 @@
 """PEFT methods: `peft.get_peft_model(model, config)` with the configuration of any mixture."""
 
-from .layer import MixtureLayer, MixtureLinear
+from .layer import MixtureLayer
+from .linear import MixtureLinear
 from .model import MODELS, MixtureModel, SMoLoRAModel
 from .report import LayerRouting, routing_report
 

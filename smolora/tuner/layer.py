@@ -1,8 +1,6 @@
-"""The adapter layer that PEFT puts in a linear layer's place."""
+"""The adapters of one layer, as PEFT manages them: added, activated, frozen, moved."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
@@ -10,19 +8,16 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..config import MixtureConfig
-from ..methods.base import Decision, Mixture
+from ..methods.base import Mixture
 from ..spec import Mixed
-from .call import Call
-from .context import RoutingContext
-from .together import decoded_together
+from .routing_inputs import RoutingInputs
 
 
 class MixtureLayer(BaseTunerLayer):
-    """What PEFT sees of an adapted layer: the experts of each adapter by name, in `<method>_experts`.
+    """An adapted layer with the experts of each adapter by name, in `<method>_experts`.
 
     Attributes:
         mixture: the method, of the class.
-        smolora_context: shared with the model; None for a method that treats all samples alike.
         smolora_key: the layer's name in the model.
         takes_images: whether its rows are images.
     """
@@ -30,12 +25,11 @@ class MixtureLayer(BaseTunerLayer):
     mixture: Mixture
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, context: RoutingContext | None, key: str, takes_images: bool) -> None:
+    def __init__(self, base_layer: nn.Module, key: str, takes_images: bool) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         setattr(self, f"{self.mixture.name}_experts", nn.ModuleDict())
-        self.smolora_context = context
         self.smolora_key = key
         self.takes_images = takes_images
         self.merged_adapters = []
@@ -62,23 +56,23 @@ class MixtureLayer(BaseTunerLayer):
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.experts]
 
-    def decided(self, call: Call, name: str) -> tuple[Mixed, Tensor | None] | None:
-        """What an adapter decided in a call, and the boundaries of packed rows; None if it did not run."""
-        return getattr(call.routed, self._label(name), None)
+    def decision(self, routing: RoutingInputs, name: str) -> tuple[Mixed, Tensor | None] | None:
+        """Return what an adapter decided, and the boundaries of packed rows; None if it did not run."""
+        return getattr(routing.decisions, self._label(name), None)
 
-    def decide(self, call: Call, name: str, last: tuple[Mixed, Tensor | None]) -> None:
-        """Keep what an adapter decided in a call."""
+    def record_decision(self, routing: RoutingInputs, name: str, decision: tuple[Mixed, Tensor | None]) -> None:
+        """Record what an adapter decided."""
         if torch.compiler.is_compiling():
-            call.compiled = True
-        setattr(call.routed, self._label(name), last)
+            routing.compiled = True
+        setattr(routing.decisions, self._label(name), decision)
 
-    def forget(self, call: Call) -> None:
-        """Drop what was decided in a call."""
+    def forget_decisions(self, routing: RoutingInputs) -> None:
+        """Drop what the layer's adapters decided."""
         for name in self.experts:
-            vars(call.routed).pop(self._label(name), None)
+            vars(routing.decisions).pop(self._label(name), None)
 
     def _label(self, name: str) -> str:
-        """An attribute for an adapter of this layer; torch.compile takes none with a dot."""
+        """Return the attribute for an adapter of this layer; torch.compile accepts no dot in it."""
         return f"{self.smolora_key} {name}".replace(".", "/")
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -119,83 +113,8 @@ class MixtureLayer(BaseTunerLayer):
         """Nothing to undo: nothing is ever merged."""
 
 
-class MixtureLinear(nn.Module, MixtureLayer):
-    """A linear layer of a model, possibly quantised, with adapters of one method."""
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: MixtureConfig,
-        *,
-        context: RoutingContext | None,
-        key: str,
-        takes_images: bool,
-    ) -> None:
-        super().__init__()
-        MixtureLayer.__init__(self, base_layer, context, key, takes_images)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output plus that of each active adapter.
-
-        Args:
-            x: (B, S, d), or (images, patches, d) in an image branch.
-        """
-        if self.disable_adapters or not self.active_in_layer():
-            return self.base_layer(x, *args, **kwargs)
-        try:
-            return self._adapted(x)
-        except (ValueError, TypeError, RuntimeError) as error:
-            name_layer(error, self.smolora_key)
-            raise
-
-    def _adapted(self, x: Tensor) -> Tensor:
-        names = self.active_in_layer()
-        if self.smolora_context is None:  # every token by itself
-            rows = x.reshape(1, -1, x.shape[-1])
-            y = self.experts[names[0]](rows, base=self.base_layer)
-            for name in names[1:]:
-                y = y + self.experts[name](rows)
-            return y.view(*x.shape[:-1], self.out_features)
-        call = self.smolora_context.current()
-        rows, bounds = call.arrange(x, self.takes_images)
-        if len(names) == 1 and bounds is None and (y := decoded_together(self, names[0], rows, call)) is not None:
-            return y.view(*x.shape[:-1], self.out_features)
-        y = self._output(call, rows, bounds, names[0], self.base_layer)
-        if not torch.compiler.is_compiling() and y.grad_fn is not None:
-            y.grad_fn.metadata["smolora_call"] = call  # which lives as long as a backward may recompute the layer
-        for name in names[1:]:
-            y = y + self._output(call, rows, bounds, name)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def _output(
-        self, call: Call, rows: Tensor, bounds: Tensor | None, name: str, base: nn.Module | None = None
-    ) -> Tensor:
-        """One adapter's output, with the base's if `base` is given."""
-        experts, decision = self.experts[name], Decision()
-        arguments = call.arguments(rows, bounds, experts.config, (self.smolora_key, name), self.takes_images)
-        y = experts(rows, base=base, decision=decision, **arguments)
-        self.decide(call, name, (decision.last, bounds))
-        return y
-
-    def __repr__(self) -> str:
-        return f"{self.mixture.name}.{super().__repr__()}"
-
-
-def layer_class(mixture: Mixture) -> type[MixtureLinear]:
-    """Make the adapter layer of a method, such as `SMoLoRALinear`."""
-    attributes = {
-        "__doc__": f"A linear layer of a model, possibly quantised, with {mixture.title} adapters.",
-        "mixture": mixture,
-        "adapter_layer_names": (f"{mixture.name}_experts",),
-    }
-    return type(f"{mixture.title}Linear", (MixtureLinear,), attributes)
-
-
 def place_of(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dtype | None]:
-    """Where and in which dtype the adapter of a layer lies: as the base, or where an offloaded base runs."""
+    """Return device and dtype for a layer's adapter: the base's, or the device that an offloaded base runs on."""
     base = layer.get_base_layer()
     device, dtype = layer._get_base_layer_device_and_dtype(base)
     hook = getattr(base, "_hf_hook", None)
@@ -203,9 +122,3 @@ def place_of(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dtype | 
         devices = (getattr(h, "execution_device", None) for h in getattr(hook, "hooks", (hook,)))
         device = torch.device(next((d for d in devices if d is not None), "cpu"))
     return device, dtype
-
-
-def name_layer(error: Exception, key: str) -> None:
-    """Put a layer's name before the message of an error that a model's forward raises in it."""
-    if error.args and isinstance(error.args[0], str):
-        error.args = (f"{key}: {error.args[0]}", *error.args[1:])

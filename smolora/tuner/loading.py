@@ -83,7 +83,7 @@ def check_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
             raise ValueError(f"adapter checkpoint: {name!r} must be {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-class LoadEntry:
+class LoadWrapper:
     """What `load_adapter` of transformers reads tensors with, for a model with adapters.
 
     It refers to the model by attribute, so that a copied model gets its own.

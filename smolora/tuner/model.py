@@ -17,7 +17,9 @@ from ..methods import MIXTURES
 from ..methods.base import Mixture
 from ..peft_compat import register_peft_type
 from .context import CONTEXT, RoutingContext
-from .layer import MixtureLayer, layer_class, place_of
+from .install import install, install_image_anchor, remove
+from .layer import MixtureLayer, place_of
+from .linear import MixtureLinear, layer_class
 from .loading import PREFIX, check_names, explain_refused_peft
 
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -58,7 +60,7 @@ class MixtureModel(BaseTuner):
                 "a decoder have tokens of their own, and the prompt's routes would not reach the answer"
             )
         if CONTEXT not in model.__dict__:
-            RoutingContext(model).install()
+            install(model)
 
     def _create_and_replace(
         self,
@@ -106,7 +108,7 @@ class MixtureModel(BaseTuner):
             )
         yield
 
-    def new_layer(self, target: nn.Module, adapter_name: str, config: MixtureConfig, key: str) -> MixtureLayer:
+    def new_layer(self, target: nn.Module, adapter_name: str, config: MixtureConfig, key: str) -> MixtureLinear:
         """Make the layer that is put in the place of `target`, which is called `key`."""
         context: RoutingContext | None = self.model.__dict__.get(CONTEXT)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -117,7 +119,7 @@ class MixtureModel(BaseTuner):
             )
         takes_images = context is not None and _takes_images(self.model, base)
         if takes_images:
-            context.install_anchor(_text_decoder(self.model))
+            install_image_anchor(context, _text_decoder(self.model))
         layer = self.tuner_layer_cls(target, adapter_name, config, context=context, key=key, takes_images=takes_images)
         if context is not None:
             context.layers[key] = layer
@@ -138,7 +140,7 @@ class MixtureModel(BaseTuner):
         """The base model, without adapters and as it was."""
         context = self.model.__dict__.get(CONTEXT)
         if context is not None:
-            context.remove()
+            remove(context)
         return super().unload()
 
     @classmethod

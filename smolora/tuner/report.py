@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from torch import Tensor, nn
 
-from .layer import MixtureLayer
+from .linear import MixtureLinear
 
 
 class LayerRouting(TypedDict):
@@ -42,7 +42,7 @@ def routing_report(model: nn.Module, adapter: str | None = None) -> dict[str, La
         RuntimeError: there was no forward with it yet.
     """
     layers = [
-        module for module in model.modules() if isinstance(module, MixtureLayer) and module.mixture.name == "smolora"
+        module for module in model.modules() if isinstance(module, MixtureLinear) and module.mixture.name == "smolora"
     ]
     active = {name for layer in layers for name in layer.active_in_layer()}
     if not layers or (adapter is None and not active):
@@ -54,16 +54,16 @@ def routing_report(model: nn.Module, adapter: str | None = None) -> dict[str, La
     elif not any(adapter in layer.experts for layer in layers):
         raise ValueError(f"adapter must be one of the model's, got {adapter!r}")
     report: dict[str, LayerRouting] = {}
-    call = layers[0].smolora_context.call
-    for layer in layers if call is not None else ():
-        decided = layer.decided(call, adapter) if adapter in layer.experts else None
-        if decided is None:
+    routing = layers[0].smolora_context.last
+    for layer in layers if routing is not None else ():
+        decision = layer.decision(routing, adapter) if adapter in layer.experts else None
+        if decision is None:
             continue
-        last, bounds = decided
+        last, bounds = decision
         found = layer.experts[adapter].routing(last)
         shape = (last.ids.shape[0] if bounds is None else 1, -1)
         alpha, beta = (share.view(shape) if bounds is None else share.flatten() for share in (found.alpha, found.beta))
-        valid = None if layer.takes_images else call.valid
+        valid = None if layer.takes_images else routing.valid
         report[layer.smolora_key] = LayerRouting(
             adapter=adapter,
             rows="images" if layer.takes_images else "samples",

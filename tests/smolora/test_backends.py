@@ -144,7 +144,7 @@ def test_backward_runs_where_the_forward_ran(layer: smolora.FusedSMoLoRA, backen
 FALLBACKS = {
     "not installed": (dict(_HAS_TRITON=False), torch.float32, "triton is not installed"),
     "no device": (dict(_interpreted=lambda: False), torch.bfloat16, "torch sees no CUDA device"),  # a broken driver
-    "dtype": (dict(_obstacle=lambda backend: None), torch.float64, "not torch.float64"),
+    "dtype": (dict(_unavailable_reason=lambda backend: None), torch.float64, "not torch.float64"),
 }
 
 
@@ -177,7 +177,7 @@ def test_each_reason_warns(monkeypatch):
     monkeypatch.setattr(backends, "_HAS_TRITON", False)
     with pytest.warns(UserWarning, match="triton is not installed"):
         backends.resolve_backend("cuda", torch.float64)
-    monkeypatch.setattr(backends, "_obstacle", lambda backend: None)
+    monkeypatch.setattr(backends, "_unavailable_reason", lambda backend: None)
     with pytest.warns(UserWarning, match="not torch.float64"):
         backends.resolve_backend("cuda", torch.float64)
 

@@ -117,11 +117,11 @@ def test_a_reset_cache_starts_anew():
     held = [layer.smolora_experts["default"].last_chosen().routes for layer in context.layers.values()]
     seen = [routes.clone() for routes in held]
     loop.step()
-    before = {key: (chosen.routes, chosen.routes.clone()) for key, chosen in context.call.kept.items()}
+    before = {key: (chosen.routes, chosen.routes.clone()) for key, chosen in context.last.prompt_routes.items()}
     with pytest.raises(ValueError, match="instruction_embeds must be given"):
         loop.start(second[0], None)
     assert torch.equal(loop.logits(*second, 4), expected)
-    assert all(context.call.kept[key].routes is routes for key, (routes, _) in before.items())
+    assert all(context.last.prompt_routes[key].routes is routes for key, (routes, _) in before.items())
     assert any(not torch.equal(routes, copy) for routes, copy in before.values())
     assert all(map(torch.equal, held, seen)), "what was given out of the first prompt has changed"
 

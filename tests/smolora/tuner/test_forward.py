@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import smolora
-from smolora.tuner.entries import OWN_KEYWORDS
+from smolora.tuner.arguments import OWN_KEYWORDS
 from support.spy import Spy, check
 from support.tiny_llava import INSTRUCTION_DIM, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llava
 

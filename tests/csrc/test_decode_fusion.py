@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import smolora
 from smolora.engine import cuda_passes
-from smolora.tuner import context as tuner_context
+from smolora.tuner import decode_fusion
 from smolora.tuner.context import CONTEXT
 from support.tiny_llava import INSTRUCTION_DIM, fill_adapters, tiny_config, tiny_llama
 
@@ -57,12 +57,12 @@ def both(model: PeftModel, launches: list[int], forward: Callable[[PeftModel], t
     got = forward(model)
     counts = list(launches)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuner_context, "BESIDE", {})
+        patch.setattr(decode_fusion, "SIBLINGS", {})
         launches.clear()
         expected = forward(own)
         assert 2 not in launches
     assert torch.equal(got, expected)
-    assert getattr(model.get_base_model(), CONTEXT).here.ahead is None
+    assert getattr(model.get_base_model(), CONTEXT).thread.prefetched is None
     return counts
 
 
@@ -80,7 +80,7 @@ def test_one_launch_for_two(model: PeftModel, launches: list[int]):
         step(model, tokens=2)
         step(model)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tuner_context, "BESIDE", {})
+            patch.setattr(decode_fusion, "SIBLINGS", {})
             step(model)
     expected = smolora.routing_report(model)
     assert len(report) == 6 and report.keys() == expected.keys()
@@ -115,9 +115,9 @@ def test_nothing_is_kept(model: PeftModel):
 
     def forward(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
         gate = self.gate_proj(x)
-        alive.append(weakref.ref(context.here.ahead.result[0]))
+        alive.append(weakref.ref(context.thread.prefetched.result[0]))
         up = self.up_proj(x)
-        assert context.here.ahead is None
+        assert context.thread.prefetched is None
         return self.down_proj(self.act_fn(gate) * up)
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
@@ -125,11 +125,11 @@ def test_nothing_is_kept(model: PeftModel):
         step(model)
         patch.setattr(LlamaMLP, "forward", lambda self, x: self.gate_proj(x))
         step(model)
-        assert context.here.ahead is None
+        assert context.thread.prefetched is None
         patch.setattr(LlamaMLP, "forward", lambda self, x: (self.gate_proj(x), 1 / 0))
         with pytest.raises(ZeroDivisionError):
             step(model)
-        assert context.here.ahead is None
+        assert context.thread.prefetched is None
     assert len(alive) == 2 and all(y() is None for y in alive)
 
 
