@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -299,16 +300,12 @@ def main(argv: list[str] | None = None) -> None:
             names.append(name)
     how = "a captured graph" if device.type == "cuda" else "no graph: eager steps of a CPU, which say nothing on a GPU"
 
-    def measure_all(run: Run) -> Row:
-        measure(run, shape, numbers, args.prompt)
-        return {}
-
     def show(run: Run, folder: Path) -> None:
         print(f"\n{shape.name}: one token after {args.prompt}, {shape.dtype}, {how}")
         print(table(run.rows))
 
     bench_main(
-        measure_all,
+        partial(measure, shape=shape, numbers=numbers, prompt=args.prompt),
         show,
         stem=f"decode_step_{shape.name}",
         output=args.output,

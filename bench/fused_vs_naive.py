@@ -33,7 +33,7 @@ from peers import PEERS, Peer
 from report import MODES, Row
 from runs import Run, bench_main, choose_cases, choose_device, free_memory, positive, unavailable
 from shapes import ITEM_BYTES, METHODS, PRESETS, Case, MixtureCase, Shape
-from timing import Job, Timing, capture, kept_for_backward, measure_peaks, peak
+from timing import Job, MachinePeaks, Timing, capture, kept_for_backward, measure_peaks, peak
 from workload import Batch, Layer, draw_batch, draw_layer
 
 LAYER_GROUPS = 4
@@ -341,17 +341,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.method != "smolora":
         stem = f"{args.method}_{stem}"
 
-    def measure(run: Run) -> Row:
+    def measure(run: Run) -> None:
         run.set_status("peaks of this machine")
         peaks = measure_peaks(device, getattr(torch, cases[0].dtype), run.clock, run.group_seconds / 2)
+        run.facts["ceilings"] = asdict(peaks)
         card = roofline.Card("measured", peaks.bandwidth, peaks.rate)
         for case in cases:
             measure_case(run, card, case, decode, sweep if case is cases[0] else ())
-        return {"ceilings": asdict(peaks)}
 
     def show(run: Run, folder: Path) -> None:
         print_results(run, cases)
-        print("'of floor': the time that this machine's peaks allow for the counted bytes and operations / time taken")
+        peaks = MachinePeaks(**run.facts["ceilings"])
+        print(
+            f"this machine: copy {peaks.bandwidth / 1e9:.1f} GB/s, "
+            f"{cases[0].dtype} product {peaks.rate / 1e12:.2f} TFLOP/s; 'of floor' is the time that these two allow "
+            "for the counted bytes and operations, over the time measured"
+        )
         swept = [row for row in run.rows if row["kind"] == "sweep"]
         if swept:
             report.plot(folder / f"{stem}.png", swept, f"{run.environment['device']}, {cases[0].describe()}")

@@ -234,11 +234,10 @@ def main(argv: list[str] | None = None) -> None:
     cases, note = choose_cases(preset, args.case, {"dropout": 0.0}, device)
     skipped = {name: why for name in args.backends if (why := unavailable(name, device, cases[0].dtype))}
 
-    def measure(run: Run) -> Row:
+    def measure(run: Run) -> None:
         for case in cases:
             measure_case(run, case)
             free_memory(device)
-        return {}
 
     def show(run: Run, folder: Path) -> None:
         for case in cases:

@@ -124,6 +124,7 @@ class Run:
     bar: tqdm
     environment: Row
     rows: list[Row] = field(default_factory=list)
+    facts: Row = field(default_factory=dict)  # what the JSON file has besides the rows
     skipped: dict[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
@@ -162,7 +163,7 @@ class Run:
 
 
 def bench_main(
-    measure: Callable[[Run], Row],
+    measure: Callable[[Run], None],
     show: Callable[[Run, Path], None],
     *,
     stem: str,
@@ -179,8 +180,8 @@ def bench_main(
     """Run a benchmark: print the machine, measure, write the rows as JSON, print the results.
 
     Args:
-        measure: fills the run's rows; returns what the JSON file has besides.
-        show: prints the results; may write more into the folder that it gets.
+        measure: fills the run's rows and facts.
+        show: prints the results, and may write more files into the folder.
         stem: the JSON file's name without its suffix.
         output: folder of the results; None: bench/results/<device>.
         names, skipped: peers to measure, and why others are not.
@@ -199,11 +200,11 @@ def bench_main(
     torch.manual_seed(0)
     with progress(steps) as bar:
         run = Run(device, clock_for(device), names, group_seconds, deadline, rounds, bar, environment, skipped=skipped)
-        facts = measure(run)
+        measure(run)
     folder = report.results_folder(output, environment)
     content = {
         "environment": environment,
-        **facts,
+        **run.facts,
         "note": note,
         "seconds": time.perf_counter() - began,
         "exposed_samples": run.clock.exposed,

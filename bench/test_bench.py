@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -123,6 +124,14 @@ def test_command_writes_tables_json_and_plot(tmp_path, capsys):
     assert rows[1]["own_ms"]["both"]["median"] == pytest.approx(rows[1]["both"]["median"] - rows[0]["both"]["median"])
     assert {row["tokens"] for row in result["rows"] if row["kind"] == "sweep"} == {16, 64, 256, 512}
     assert [row["peer"] for row in result["rows"] if row["kind"] == "decode"] == names
+
+
+def test_without_matplotlib_a_run_has_no_plot(tmp_path, monkeypatch, capsys):
+    """It says what to install, and succeeds."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fused_vs_naive.main([*FLAGS, "--peers", "linear,torch", "--decode", "none", "--output", str(tmp_path)])
+    assert "pip install 'smolora[report]'" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["custom.json"]
 
 
 def test_command_refuses_to_time_what_is_wrong(tmp_path, monkeypatch):

@@ -246,13 +246,13 @@ def main(argv: list[str] | None = None) -> None:
     if shape.dtype == "float32" and "peft_lora" in names and "peft_lora_fp32" in names:
         names.remove("peft_lora_fp32")  # the same
 
-    def measure_all(run: Run) -> Row:
-        error = check(device)
-        run.bar.write(f"smolora and the released algorithm agree to {error:.1e} in float32 (logits, gradients)")
+    def measure_all(run: Run) -> None:
+        run.facts["agreement"] = check(device)
         measure(run, shape)
-        return {"agreement": error}
 
     def show(run: Run, folder: Path) -> None:
+        agreement = run.facts["agreement"]
+        print(f"\nsmolora and the released algorithm agree to {agreement:.1e} in float32 (logits, gradients)")
         print(f"\n{shape.name}: {shape.batch} x {shape.tokens} tokens, {shape.dtype}, dropout {shape.dropout:g}")
         print(table(run.rows))
 
