@@ -178,9 +178,12 @@ def test_wheel_works_without_nvcc(tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = "import json, smolora; print(json.dumps([smolora.__file__, smolora.backend_info()['backends']['cuda']]))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     file, info = json.loads(done.stdout.splitlines()[-1])
     assert Path(file).is_relative_to(tmp_path / "site")
@@ -250,9 +253,15 @@ def failing(tmp_path: Path):
 
     def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            list(map(str, command)), cwd=project, env=kept | environment, text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            list(map(str, command)),
+            cwd=project,
+            env=kept | environment,
+            text=True,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     run.project, run.nvcc = project, tmp_path / "cuda/bin/nvcc"
     return run
@@ -292,9 +301,13 @@ def test_no_installation_has_what_an_earlier_one_built(failing):
     built = lambda: {path.suffix for path in failing.project.glob("smolora/_C.*")}  # noqa: E731
     broken, works = failing.nvcc.read_text(), failing.nvcc.read_text().replace("exit 2", ":")
     for nvcc, environment, left in (
-        (works, {}, {".so"}), (broken, {}, {".log"}), (works, {}, {".so"}), (works, {"FORCE_CUDA": "0"}, set()),
-        (broken, {}, {".log"}), (broken, {"FORCE_CUDA": "0"}, set()),
-    ):  # fmt: skip
+        (works, {}, {".so"}),
+        (broken, {}, {".log"}),
+        (works, {}, {".so"}),
+        (works, {"FORCE_CUDA": "0"}, set()),
+        (broken, {}, {".log"}),
+        (broken, {"FORCE_CUDA": "0"}, set()),
+    ):
         failing.nvcc.write_text(nvcc)
         shutil.rmtree(failing.project / "build", ignore_errors=True)
         assert failing(*SETUP, **environment).returncode == 0
@@ -313,7 +326,7 @@ def test_no_installation_has_what_an_earlier_one_built(failing):
         ("FAILED: a.o\nnvcc /error/a.cu\nKilled\nninja: build stopped: subcommand failed.", "Killed"),
         ("", "the compiler says nothing"),
     ],
-)  # fmt: skip
+)
 def test_the_first_error(machine, output: str, error: str):
     machine()
     assert machine.namespace["first_error"](output) == error

@@ -20,12 +20,17 @@ DECODING = [
     plain.but(B=1, M=1, N=1),
     plain.but(B=5, given=True, d=41, k=57, r=12),
     plain.but(B=2, d=1100, k=1100, r=128, top_k=3),  # several slices of d and k, sequences mixed one after another
-    plain.but(fusion="vu", r=1), plain.but(fusion="if", r=128), plain.but(fusion="mean", r=24),
+    plain.but(fusion="vu", r=1),
+    plain.but(fusion="if", r=128),
+    plain.but(fusion="mean", r=24),
     plain.but(B=7, mask=True, bias=False, shared=True),
     plain.but(B=33, given=True, M=9, N=7, r=48),
-    plain.but(B=9, given=True, fusion="mean"), plain.but(B=9, given=True, top_k=2, M=5),  # a warp's second sequence
-    plain.but(B=5, k=4100), plain.but(B=3, k=8200), plain.but(B=2, k=33000, d=64),  # longer slices of k
-]  # fmt: skip
+    plain.but(B=9, given=True, fusion="mean"),
+    plain.but(B=9, given=True, top_k=2, M=5),  # a warp's second sequence
+    plain.but(B=5, k=4100),
+    plain.but(B=3, k=8200),
+    plain.but(B=2, k=33000, d=64),  # longer slices of k
+]
 
 
 @pytest.mark.sanitizer
@@ -133,15 +138,31 @@ def test_more_projections_than_a_launch_takes(device: str):
         together(batch.x, [layer] * 5, batch)
 
 
-def test_decode_is_for_inference_of_one_token(device: str, monkeypatch: pytest.MonkeyPatch):
-    """With a gradient, dropout, more tokens, sequences or experts, the four passes run."""
+def test_a_forward_with_gradients_is_left_to_the_passes(device: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cuda_passes, "decode", lambda *_: pytest.fail("decode ran"))
     check(plain.but(S=1), float32, "cuda", device)
-    larger = plain.but(S=1, M=200, r=64)  # more than a block has room for
-    for case in (plain.but(S=1, dropout=0.1), plain.but(S=2), plain.but(S=1, B=65), plain.but(lengths=(1, 1)), larger):
-        layer, batch = build(case, float32, device)
-        with torch.no_grad(), smolora.use_backend("cuda"):
-            assert torch.isfinite(layer(batch.x, **batch.keywords)).all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        plain.but(S=1, dropout=0.1),
+        plain.but(S=2),
+        plain.but(S=1, B=65),  # more sequences than a launch takes
+        plain.but(lengths=(1, 1)),
+        plain.but(S=1, M=200, r=64),  # more numbers of w than a block has room for
+    ],
+    ids=str,
+)
+def test_what_decode_leaves_to_the_passes(case: Case, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Without a gradient, too; y is the reference's, by the same dropout masks."""
+    monkeypatch.setattr(cuda_passes, "decode", lambda *_: pytest.fail("decode ran"))
+    layer, batch = build(case, float32, device)
+    truth, eager = ({"y": reference(layer, batch, dtype)["y"]} for dtype in (torch.float64, float32))
+    torch.manual_seed(1)  # of the reference's masks
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        got = layer(batch.x, **batch.keywords)
+    assert not complaints({"y": got}, truth, eager, float32)
 
 
 class Operators(TorchDispatchMode):

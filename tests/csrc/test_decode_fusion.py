@@ -102,9 +102,12 @@ def test_generate(decode_routing: str, device: str, launches: list[int]):
     def generate(model: PeftModel) -> torch.Tensor:
         with smolora.use_backend("cuda"):
             return model.generate(
-                input_ids=ids, instruction_embeds=torch.ones(INSTRUCTION_DIM, device=device), max_new_tokens=4,
-                min_new_tokens=4, do_sample=False,
-            )  # fmt: skip
+                input_ids=ids,
+                instruction_embeds=torch.ones(INSTRUCTION_DIM, device=device),
+                max_new_tokens=4,
+                min_new_tokens=4,
+                do_sample=False,
+            )
 
     assert both(model, launches, generate) == TOGETHER * 3
 

@@ -24,9 +24,14 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """What a command prints; it has to succeed."""
     kept = {n: v for n, v in os.environ.items() if n not in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "TRITON_INTERPRET")}
     done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**kept, **NO_CARD, **environment}, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        list(map(str, command)),
+        cwd=cwd,
+        env={**kept, **NO_CARD, **environment},
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 
@@ -52,9 +57,12 @@ def built(project: Path, set_up: str) -> Path:
     """The Python of an environment with nothing but pip, into which pip has installed the checkout, built by nvcc."""
     python = empty_environment(project.parent / "empty")
     run(
-        *(python, "-m", "pip", "install", "--no-deps", "-e", "."), cwd=project, CUDA_HOME=str(Path(NVCC).parents[1]),
-        FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0",
-    )  # fmt: skip
+        *(python, "-m", "pip", "install", "--no-deps", "-e", "."),
+        cwd=project,
+        CUDA_HOME=str(Path(NVCC).parents[1]),
+        FORCE_CUDA="1",
+        TORCH_CUDA_ARCH_LIST="9.0",
+    )
     add_packages(python)  # torch, and what else smolora needs to run
     return python
 

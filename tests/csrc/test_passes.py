@@ -70,9 +70,26 @@ def test_masks_are_those_of_every_backend(seed: int, device: str):
     ids = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
     for stream in (0, 1, 5):
         dx, *_ = cuda_passes.grad_input(
-            None, dh, ids, [ones], None, None, 1, None, None, None, torch.tensor([seed], device=device), [stream],
-            threshold, float32, True, [False], False, None, None,
-        )  # fmt: skip
+            x=None,
+            dh=dh,
+            ids=ids,
+            A=[ones],
+            token_router=None,
+            dtoken_logits=None,
+            num_seqs=1,
+            cu_seqlens=None,
+            route_mask=None,
+            dmean=None,
+            seed=torch.tensor([seed], device=device),
+            streams=[stream],
+            threshold=threshold,
+            dtype=float32,
+            need_dx=True,
+            need_A=[False],
+            need_token_router=False,
+            g=None,
+            base_weight=None,
+        )
         kept = philox_bytes(seed, T, d, stream) >= threshold
         assert torch.equal(dx.cpu() != 0, torch.from_numpy(kept))
         (expected,) = keep_masks(torch.tensor([seed]), T, d, threshold, (stream,), float32)
@@ -88,7 +105,20 @@ def test_rounding(dtype: torch.dtype, device: str):
     h = torch.cat([h, ties, -ties]).view(-1, 1, 1, 1).to(device)
     n, one = len(h), torch.ones(1, 1, 1, device=device)
     y, _ = cuda_passes.fuse_expand(
-        h, torch.empty(0, 1, device=device), None, None, None, [one], 1, None, 1.0, "weighted", dtype, None, None, None
+        h=h,
+        w=torch.empty(0, 1, device=device),
+        ids=None,
+        slot_weights=None,
+        scores=None,
+        B=[one],
+        num_seqs=1,
+        cu_seqlens=None,
+        scaling=1.0,
+        mix="weighted",
+        dtype=dtype,
+        x=None,
+        base_weight=None,
+        base_bias=None,
     )
     assert torch.equal(y.view(n), h.view(n).to(dtype))
 
@@ -100,9 +130,12 @@ def test_golden(device: str, monkeypatch: pytest.MonkeyPatch):
         m = {key: int(float(value)) for key, value in file.metadata().items()}
     r, half = m["lora_r_total"] // m["expert_num"], m["expert_num"] // 2
     config = smolora.SMoLoRAConfig.official(
-        r=r, lora_alpha=r * m["lora_alpha"] / m["lora_r_total"], lora_dropout=0.0, num_vu_experts=half,
+        r=r,
+        lora_alpha=r * m["lora_alpha"] / m["lora_r_total"],
+        lora_dropout=0.0,
+        num_vu_experts=half,
         num_if_experts=half,
-    )  # fmt: skip
+    )
     bias = "param.bias" in tensors
     layer = smolora.FusedSMoLoRA(torch.nn.Linear(m["in_features"], m["out_features"], bias), config)
     layer.load_official_state_dict({k.removeprefix("param."): t for k, t in tensors.items() if k.startswith("param.")})

@@ -91,9 +91,14 @@ def test_more_than_two_to_the_31_elements(side: str):
     last = x.detach()[-1:, rows].double().cpu().requires_grad_()
     base = layer.base_layer
     expected = smolora_forward(
-        last, base.weight.double().cpu(), base.bias.double().cpu(),
-        *(layer.get_parameter(n).detach().double().cpu() for n in PARAMETERS), None, scaling=2.0, routes=routes,
-    )  # fmt: skip
+        last,
+        base.weight.double().cpu(),
+        base.bias.double().cpu(),
+        *(layer.get_parameter(n).detach().double().cpu() for n in PARAMETERS),
+        None,
+        scaling=2.0,
+        routes=routes,
+    )
     expected.backward(g[-1:, rows].double().cpu())
     assert error(y[-1:, rows], expected) < 1e-2
     assert error(x.grad[-1:, rows], last.grad) < 2e-2

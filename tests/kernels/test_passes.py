@@ -99,15 +99,26 @@ def cases(draw) -> Case:
         if sum(lengths) > limit:
             lengths = lengths[:2]
     return Case(
-        B=B, S=S, lengths=lengths, d=draw(st.integers(1, 80)), k=draw(st.integers(1, 90)),
-        r=draw(st.sampled_from([1, 2, 3, 4, 7, 8, 12, 16, 16, 24, 32, 33, 64])), M=experts[0], N=experts[1],
-        e=draw(st.integers(1, 40)), top_k=draw(st.integers(1, min(*experts, 3))),
+        B=B,
+        S=S,
+        lengths=lengths,
+        d=draw(st.integers(1, 80)),
+        k=draw(st.integers(1, 90)),
+        r=draw(st.sampled_from([1, 2, 3, 4, 7, 8, 12, 16, 16, 24, 32, 33, 64])),
+        M=experts[0],
+        N=experts[1],
+        e=draw(st.integers(1, 40)),
+        top_k=draw(st.integers(1, min(*experts, 3))),
         fusion=draw(st.sampled_from(["adaptive"] * 3 + ["mean", "vu", "if"])),
         router_grad=draw(st.sampled_from(["none", "straight_through"])),
         dropout=draw(st.sampled_from([0.0, 0.05, 0.5])),
-        bias=draw(st.booleans()), mask=draw(st.booleans()), shared=draw(st.booleans()),
-        given=draw(st.sampled_from([False, False, True])), spread=draw(st.booleans()), seed=draw(st.integers(0, 2**16)),
-    )  # fmt: skip
+        bias=draw(st.booleans()),
+        mask=draw(st.booleans()),
+        shared=draw(st.booleans()),
+        given=draw(st.sampled_from([False, False, True])),
+        spread=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
 
 
 @pytest.mark.slow  # some minutes a part under the interpreter

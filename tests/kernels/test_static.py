@@ -43,7 +43,7 @@ def test_no_faults(architectures: list[str], groups: list[str], at_least: int, t
     out = tmp_path / "rows.json"
     done = python(
         "kernel_report.py", "--arch", *architectures, "--groups", *groups, "--workers", "1", "--json", str(out)
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) >= at_least
