@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .context import CONTEXT, RoutingContext
-from .images import Images, blank_image
+from .images import blank_image, images_of
 from .routing_inputs import RoutingInputs
-
-ANCHORED_TOWERS = ("clip_vision_model", "siglip_vision_model")  # they take any image of `image_size`
 
 
 @torch.compiler.disable
@@ -28,10 +27,10 @@ def touch_image_adapters(
     routing = frames[-1].routing if frames else None
     if routing is None or embeds is None or not torch.is_grad_enabled() or not _misses_images(context, routing):
         return None
-    routing.images = Images(samples=1)
-    features = context.model.get_image_features(**blank_image(context.model.config, embeds))
-    features = getattr(features, "pooler_output", features)
-    nothing = sum(feature[:0].sum() for feature in features)
+    image = blank_image(context.model, embeds)
+    routing.images = images_of(context.model, image, told=False, given=None, samples=1)
+    features = tree_leaves(context.model.get_image_features(**image))
+    nothing = sum(t[:0].sum() for t in features if isinstance(t, Tensor) and t.requires_grad)
     for layer in context.layers.values():
         if layer.takes_images:
             layer.forget_decisions(routing)

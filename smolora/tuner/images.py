@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .packing import is_capturing, sums
 
+BLANK_TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral", "internvl_vision")  # see `blank_image`
 TILED = ("llava_next", "llava_next_video", "llava_onevision")  # an image is several rows, by its size
 
 
@@ -256,12 +257,34 @@ def _tokens_of_tiles(model: nn.Module, sizes: Any, tiles: list[int]) -> list[int
     return [feature.shape[0] for feature in features]
 
 
-def blank_image(config: Any, like: Tensor) -> dict[str, Any]:
-    """The arguments of `get_image_features` for one blank image, in like's dtype and on its device."""
-    vision = config.vision_config
-    shape = (vision.num_channels, vision.image_size, vision.image_size)
-    if config.model_type not in TILED:
-        return {"pixel_values": like.new_zeros((1, *shape))}
-    size = torch.tensor([[vision.image_size] * 2])
-    (tiles,) = _tiles(config, size, None)
-    return {"pixel_values": like.new_zeros((1, tiles, *shape)), "image_sizes": size.to(like.device)}
+def takes_blank_image(model: nn.Module) -> bool:
+    """Return whether `blank_image` knows the images that a model takes."""
+    return _takes_grid(model) or model.config.vision_config.model_type in BLANK_TOWERS
+
+
+def blank_image(model: nn.Module, like: Tensor) -> dict[str, Any]:
+    """Return the arguments of `get_image_features` for one small blank image, in like's dtype and on its device."""
+    config, vision = model.config, model.config.vision_config
+    if _takes_grid(model):
+        merge, channels = vision.spatial_merge_size, getattr(vision, "in_channels", 3)
+        patch = channels * vision.temporal_patch_size * vision.patch_size**2
+        grid = torch.tensor([[1, merge, merge]], device=like.device)
+        return {"pixel_values": like.new_zeros((merge**2, patch)), "image_grid_thw": grid}
+    side = vision.image_size
+    if vision.model_type == "pixtral":
+        side = 2 * vision.patch_size * getattr(config, "spatial_merge_size", 1)  # Mistral 3 fails on a single token
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    size = torch.tensor([[height, width]])
+    shape = (vision.num_channels, height, width)
+    if config.model_type in TILED:
+        (tiles,) = _tiles(config, size, None)
+        shape = (tiles, *shape)
+    inputs = {"pixel_values": like.new_zeros((1, *shape))}
+    if vision.model_type == "pixtral" or config.model_type in TILED:
+        inputs["image_sizes"] = size.to(like.device)
+    return inputs
+
+
+def _takes_grid(model: nn.Module) -> bool:
+    """Return whether a model takes its images as patches in one row, as Qwen2-VL does."""
+    return "image_grid_thw" in inspect.signature(model.get_image_features).parameters

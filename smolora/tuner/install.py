@@ -7,7 +7,8 @@ from torch import nn
 from .context import CONTEXT, RoutingContext
 from .forward import ForwardWrapper, after_forward, before_forward
 from .generate import generate_wrappers, generators
-from .image_anchor import ANCHORED_TOWERS, touch_image_adapters
+from .image_anchor import touch_image_adapters
+from .images import takes_blank_image
 from .loading import LoadWrapper
 
 
@@ -31,7 +32,7 @@ def install(model: nn.Module) -> RoutingContext:
 
 def install_image_anchor(context: RoutingContext, decoder: nn.Module) -> None:
     """Have the text decoder give image adapters a gradient where a batch has no image; see `touch_image_adapters`."""
-    if CONTEXT in decoder.__dict__ or context.model.config.vision_config.model_type not in ANCHORED_TOWERS:
+    if CONTEXT in decoder.__dict__ or not takes_blank_image(context.model):
         return
     setattr(decoder, CONTEXT, context)
     context.handles.append(decoder.register_forward_pre_hook(touch_image_adapters, with_kwargs=True))

@@ -6,6 +6,7 @@ import transformers as T
 from peft import get_peft_model
 
 import smolora
+from smolora.tuner import MixtureLinear
 from support.backbones import BACKBONES, IMAGE, SIGLIP, TEXT, TEXT_ONLY, TOWER, VOCABULARY, drawn, qformer
 from support.tiny_llava import embeddings, tiny_config
 
@@ -86,13 +87,27 @@ def test_tiles_are_of_their_image(name):
             model(inputs_embeds=embeds, **rest, instruction_embeds=e, image_to_sample=torch.tensor([0, 1, 1]))
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
-def test_a_batch_without_images_trains_the_projector_of_tiles(name):
-    """By a gradient of zero, from a blank image."""
+@pytest.mark.parametrize("name", [name for name, backbone in BACKBONES.items() if not backbone.needs_image])
+def test_a_batch_without_images_trains_the_image_adapters(name):
+    """By a gradient of zero, from a blank image that changes nothing else, and every module runs: processes that train
+    together wait for each other in each."""
     model, backbone = BACKBONES[name].adapted().train(), BACKBONES[name]
-    model(**backbone.batch([(5, []), (9, [])], answer=2), instruction_embeds=embeddings(2)).loss.backward()
-    projector = [p for n, p in model.named_parameters() if "projector" in n and p.requires_grad]
-    assert projector and all(p.grad is not None and not p.grad.any() for p in projector)
+    inputs, e, ran = backbone.batch([(5, []), (9, [])], answer=2), embeddings(2), set()
+    with torch.no_grad():
+        want = model(**inputs, instruction_embeds=e).loss
+    for module_name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=module_name: ran.add(name))
+    loss = model(**inputs, instruction_embeds=e).loss
+    assert torch.equal(loss, want)
+    loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    images = [p for n, p in model.named_parameters() if p.requires_grad and "language_model" not in n]
+    assert images and not any(p.grad.any() for p in images)
+    layers = {n for n, m in model.named_modules() if isinstance(m, MixtureLinear)}
+    assert layers <= ran
+    report = smolora.routing_report(model)
+    assert {row["rows"] for row in report.values()} == {"samples"}
 
 
 def test_images_that_onevision_does_not_cut():
