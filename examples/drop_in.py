@@ -142,14 +142,25 @@ FFN, PROJECTOR = ("gate_proj", "up_proj", "down_proj"), ("linear_1", "linear_2")
 def make_model(settings: Settings) -> LlavaForConditionalGeneration:
     torch.manual_seed(settings.seed)
     vision = CLIPVisionConfig(
-        image_size=IMAGE_SIZE, patch_size=PATCH, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
         num_attention_heads=4,
-    )  # fmt: skip
+    )
     text = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=settings.hidden, intermediate_size=round(2.7 * settings.hidden),
-        num_hidden_layers=settings.layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
-        pad_token_id=PAD, bos_token_id=BEGIN, eos_token_id=END,
-    )  # fmt: skip
+        vocab_size=len(VOCABULARY),
+        hidden_size=settings.hidden,
+        intermediate_size=round(2.7 * settings.hidden),
+        num_hidden_layers=settings.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=PAD,
+        bos_token_id=BEGIN,
+        eos_token_id=END,
+    )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, vision_feature_layer=-1)
     model = LlavaForConditionalGeneration(config)
     for module in model.modules():
@@ -190,10 +201,23 @@ class Reference(nn.Module):
         f = self.fused
         seed = int(torch.randint(2**63 - 1, (1,))) if self.training and f.config.lora_dropout else None
         return smolora_forward(
-            x, f.base_layer.weight, f.base_layer.bias, f.vu_A, f.vu_B, f.if_A, f.if_B, f.vu_router, f.if_router,
-            f.vu_importance, f.if_importance, instruction, scaling=f.config.scaling, route_mask=route_mask,
-            dropout=f.config.lora_dropout, seed=seed,
-        )  # fmt: skip
+            x,
+            f.base_layer.weight,
+            f.base_layer.bias,
+            f.vu_A,
+            f.vu_B,
+            f.if_A,
+            f.if_B,
+            f.vu_router,
+            f.if_router,
+            f.vu_importance,
+            f.if_importance,
+            instruction,
+            scaling=f.config.scaling,
+            route_mask=route_mask,
+            dropout=f.config.lora_dropout,
+            seed=seed,
+        )
 
 
 def add_smolora(model: nn.Module, settings: Settings, context: Context, reference: bool = False) -> nn.Module:

@@ -38,9 +38,12 @@ def collate(
     ]
     answers = [f" {row['answer']}</s>" for row in rows]
     batch = processor(
-        images=[row["image"] for row in rows], text=[p + a for p, a in zip(prompts, answers, strict=True)],
-        return_tensors="pt", padding=True, padding_side="left",
-    )  # fmt: skip
+        images=[row["image"] for row in rows],
+        text=[p + a for p, a in zip(prompts, answers, strict=True)],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
     labels = torch.full_like(batch["input_ids"], -100)
     for i, answer in enumerate(answers):  # padding is on the left, so the answer is what the row ends with
         length = len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
@@ -62,9 +65,11 @@ def main(arguments: list[str] | None = None) -> list[float]:
         base = options.model or save_tiny_llava(Path(folder) / "base")
         output = options.output or Path(folder) / "adapter"
         quantisation = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-        )  # fmt: skip
+        )
         model = LlavaForConditionalGeneration.from_pretrained(
             base, quantization_config=quantisation, device_map=device, dtype=torch.bfloat16
         )

@@ -65,16 +65,24 @@ def main(arguments: list[str] | None = None) -> list[float]:
         trainer = SFTTrainer(
             model=LlavaForConditionalGeneration.from_pretrained(base),
             args=SFTConfig(
-                output_dir=output, max_steps=options.steps, per_device_train_batch_size=4, learning_rate=1e-2,
-                logging_steps=1, save_strategy="no", report_to="none", max_length=None, bf16=False,
+                output_dir=output,
+                max_steps=options.steps,
+                per_device_train_batch_size=4,
+                learning_rate=1e-2,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                max_length=None,
+                bf16=False,
                 remove_unused_columns=False,  # the trainer would drop the instruction
-                gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=not torch.cuda.is_available(),
+                gradient_checkpointing_kwargs={"use_reentrant": False},
+                use_cpu=not torch.cuda.is_available(),
             ),
             train_dataset=conversations(squares(16)),
             data_collator=collator,
             processing_class=processor,
             peft_config=smolora.SMoLoRAConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"),
-        )  # fmt: skip
+        )
         trainer.train()
         trainer.save_model(output)
         for layer, routing in smolora.routing_report(trainer.model).items():

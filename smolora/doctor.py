@@ -30,14 +30,29 @@ OPTIONAL = {
 }
 # imported, since a version does not say whether a package works: torchvision's wheel beside another torch does not
 IMPORTED = {
-    "torch": "torch", "triton": "triton", "transformers": "transformers.models.llava.modeling_llava", "peft": "peft",
-    "accelerate": "accelerate", "safetensors": "safetensors.torch", "sentence-transformers": "sentence_transformers",
-    "matplotlib": "matplotlib", "torchvision": "torchvision", "bitsandbytes": "bitsandbytes", "pillow": "PIL.Image",
-}  # fmt: skip
+    "torch": "torch",
+    "triton": "triton",
+    "transformers": "transformers.models.llava.modeling_llava",
+    "peft": "peft",
+    "accelerate": "accelerate",
+    "safetensors": "safetensors.torch",
+    "sentence-transformers": "sentence_transformers",
+    "matplotlib": "matplotlib",
+    "torchvision": "torchvision",
+    "bitsandbytes": "bitsandbytes",
+    "pillow": "PIL.Image",
+}
 VARIABLES = (
-    "SMOLORA_BACKEND", "SMOLORA_CHECK", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "LD_LIBRARY_PATH",
-    "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONSAFEPATH",
-)  # fmt: skip
+    "SMOLORA_BACKEND",
+    "SMOLORA_CHECK",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "LD_LIBRARY_PATH",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+    "PYTHONSAFEPATH",
+)
 
 
 @dataclass
@@ -318,9 +333,15 @@ def check_encoder(report: Report) -> None:
 
 
 CHECKS: tuple[Callable[[Report], None], ...] = (
-    check_python, check_packages, check_adapter_methods, check_encoder, check_kernels_folder, check_gpu,
-    check_compilers, check_backends,
-)  # fmt: skip
+    check_python,
+    check_packages,
+    check_adapter_methods,
+    check_encoder,
+    check_kernels_folder,
+    check_gpu,
+    check_compilers,
+    check_backends,
+)
 
 
 def diagnose() -> Report:

@@ -17,10 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", metavar="TEXT", help="an instruction; may be given several times")
     source.add_argument(
-        "--file", type=path_argument, metavar="FILE",
+        "--file",
+        type=path_argument,
+        metavar="FILE",
         help="a text file with an instruction a line, or a .json file with a list of them; a list in that list makes "
         "one row, the mean of its texts",
-    )  # fmt: skip
+    )
     source.add_argument("--show", type=path_argument, metavar="FILE", help="print the rows of a file written before")
     parser.add_argument(
         "--output",

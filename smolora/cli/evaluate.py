@@ -23,6 +23,7 @@ from ..evaluate.datasets import DATASETS, PROTOCOLS
 from ..evaluate.generate import Embed, GenerationSettings, process_state
 from ..evaluate.instructions import SOURCES, check_size, embeds_of_texts, saved_embeds
 from ..evaluate.tasks import PADDINGS, Task, check_tasks, evaluate_tasks
+from ..extras import require_extra
 from ..io.files import path_argument
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -40,9 +41,13 @@ SHORT = {  # option: what of a recipe it changes
     "protocol": "evaluation.protocol",
 }
 DEFAULTS = {  # of options, where no recipe says it
-    "dtype": "auto", "instruction": "sample", "token_budget": GenerationSettings.token_budget,
-    "image_workers": GenerationSettings.image_workers, "padding": "all", "protocol": "smolora",
-}  # fmt: skip
+    "dtype": "auto",
+    "instruction": "sample",
+    "token_budget": GenerationSettings.token_budget,
+    "image_workers": GenerationSettings.image_workers,
+    "padding": "all",
+    "protocol": "smolora",
+}
 
 
 class Request(NamedTuple):
@@ -71,21 +76,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=path_argument, help="the base: a LLaVA of transformers, with its tokenizer and image processor")
     add("--adapter", type=path_argument, help="folder of a PEFT adapter on it")
     add(
-        "--task", action="append",
+        "--task",
+        action="append",
         help=f"one of {', '.join(DATASETS)}, or with --recipe of its tasks (default: all); may be given several times",
-    )  # fmt: skip
+    )
     add(
-        "--annotations", action="append", type=path_argument, metavar="DIR",
+        "--annotations",
+        action="append",
+        type=path_argument,
+        metavar="DIR",
         help="folder with the tasks' files, or with a subfolder for each; may be given several times",
-    )  # fmt: skip
+    )
     add("--images", type=path_argument, metavar="DIR", help="folder that the records' image paths start in")
     add("--output", required=True, type=path_argument, metavar="DIR", help="folder for answers and scores")
     add("--model-id", help="the model's name in the answers (default: the adapter's or the model's folder)")
     add(
-        "--instruction", choices=SOURCES,
+        "--instruction",
+        choices=SOURCES,
         help="what the adapter routes by: each question's own instruction, the mean of a task's, or the rows saved "
         f"with the adapter, one a task, as released (default: {DEFAULTS['instruction']})",
-    )  # fmt: skip
+    )
     add(
         "--encoder",
         type=path_argument,
@@ -101,15 +111,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-new-tokens", type=int, help="of an answer (default: as released, 1024 for four tasks and 128 for six)")
     add(
-        "--token-budget", type=int,
+        "--token-budget",
+        type=int,
         help=f"tokens of a batch's prompts, padding and image included (default: {DEFAULTS['token_budget']})",
-    )  # fmt: skip
+    )
     add("--image-workers", type=int, help=f"default: {DEFAULTS['image_workers']}")
     add(
-        "--padding", choices=PADDINGS,
+        "--padding",
+        choices=PADDINGS,
         help="pad images to a square for all tasks, as in training, or for the released six "
         f"(default: {DEFAULTS['padding']})",
-    )  # fmt: skip
+    )
     add("--protocol", choices=PROTOCOLS, help=f"of the scores (default: {DEFAULTS['protocol']})")
     add("--skip-broken", action="store_true", help="leave out broken records and images, count and list them")
     add("--routes", action="store_true", help="save the routes, alpha and beta of every sample")
@@ -141,11 +153,19 @@ def run(args: argparse.Namespace) -> int:
             embed = request.embed(model.active_peft_config)
     with use_backend(request.backend):
         scores = evaluate_tasks(
-            model.to(state.device).eval(), encoder, ImageTransform.from_pretrained(request.model), request.tasks,
-            output=args.output, model_id=args.model_id or folder_name(args.adapter or request.model), embed=embed,
-            instructions=None if embed is None else request.instructions, settings=request.settings,
-            max_new_tokens=request.max_new_tokens, padding=request.padding, protocol=request.protocol,
-        )  # fmt: skip
+            model.to(state.device).eval(),
+            encoder,
+            ImageTransform.from_pretrained(request.model),
+            request.tasks,
+            output=args.output,
+            model_id=args.model_id or folder_name(args.adapter or request.model),
+            embed=embed,
+            instructions=None if embed is None else request.instructions,
+            settings=request.settings,
+            max_new_tokens=request.max_new_tokens,
+            padding=request.padding,
+            protocol=request.protocol,
+        )
     if state.is_main_process:
         for name, score in scores.items():
             print(score if name == score.dataset else f"{name}: {score}")
@@ -181,17 +201,26 @@ def by_options(args: argparse.Namespace) -> Request:
         return embeds_of_texts(options.instruction, config, questions, options.encoder)
 
     return Request(
-        str(options.model), options.dtype, tasks, embed, f"{options.instruction}, encoder {options.encoder}",
+        str(options.model),
+        options.dtype,
+        tasks,
+        embed,
+        f"{options.instruction}, encoder {options.encoder}",
         GenerationSettings(
-            token_budget=options.token_budget, image_workers=options.image_workers, skip_broken=args.skip_broken,
+            token_budget=options.token_budget,
+            image_workers=options.image_workers,
+            skip_broken=args.skip_broken,
             routes_per_sample=args.routes,
         ),
-        options.max_new_tokens, options.padding, options.protocol,
-    )  # fmt: skip
+        options.max_new_tokens,
+        options.padding,
+        options.protocol,
+    )
 
 
 def by_recipe(args: argparse.Namespace) -> Request:
     """What a recipe's run asks: all its tasks, or those that are named."""
+    require_extra("eval", user="--recipe")
     from ..recipe import load_recipe
     from ..train.data import Instructions
 
@@ -222,10 +251,19 @@ def by_recipe(args: argparse.Namespace) -> Request:
 
     evaluation = recipe.evaluation
     return Request(
-        recipe.model.path, recipe.model.dtype, tasks, embed, "saved" if saved else str(recipe.instructions),
+        recipe.model.path,
+        recipe.model.dtype,
+        tasks,
+        embed,
+        "saved" if saved else str(recipe.instructions),
         GenerationSettings(
-            token_budget=evaluation.token_budget, image_workers=evaluation.workers, skip_broken=args.skip_broken,
+            token_budget=evaluation.token_budget,
+            image_workers=evaluation.workers,
+            skip_broken=args.skip_broken,
             routes_per_sample=args.routes,
         ),
-        evaluation.max_new_tokens, evaluation.padding, evaluation.protocol, recipe.backend,
-    )  # fmt: skip
+        evaluation.max_new_tokens,
+        evaluation.padding,
+        evaluation.protocol,
+        recipe.backend,
+    )

@@ -15,10 +15,11 @@ from ..io.markdown import printable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "matrix", type=path_argument,
+        "matrix",
+        type=path_argument,
         help='JSON: {"tasks": [...], "matrix": [[a11], [a21, a22], ...], "mif": of the same form or left out, '
         '"method": "dirlora" for an adapter a task}; a single row of all tasks is one evaluation',
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with one entry a stage")
     parser.add_argument(
         "--allow-missing", action="store_true", help="cells may be missing; so are the figures that need them"

@@ -13,14 +13,20 @@ from ..io.files import path_argument
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
     parser.add_argument(
-        "--annotations", required=True, action="append", type=path_argument, metavar="DIR",
+        "--annotations",
+        required=True,
+        action="append",
+        type=path_argument,
+        metavar="DIR",
         help="folder with the dataset's files, or with a subfolder of its name; may be given several times",
-    )  # fmt: skip
+    )
     parser.add_argument("--answers", required=True, type=path_argument, metavar="FILE", help="the answers, JSON lines")
     parser.add_argument(
-        "--protocol", default="smolora", choices=PROTOCOLS,
+        "--protocol",
+        default="smolora",
+        choices=PROTOCOLS,
         help="smolora: as the paper's tables; standard: as the field means the metric (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, in percent, unrounded")
 
 

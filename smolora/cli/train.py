@@ -13,9 +13,11 @@ from ..train.methods import METHODS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=path_argument, metavar="RECIPE", help="a YAML file, see recipes/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value",
+        "overrides",
+        nargs="*",
+        metavar="key=value",
         help="changes to the recipe: training.epochs=2, tasks.0.test=FILE, ...; values are YAML",
-    )  # fmt: skip
+    )
     parser.add_argument("--method", choices=METHODS, help="short for method=...")
     parser.add_argument("--output", metavar="DIR", help="short for output=...: the run's folder")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_int
+from ..extras import require_extra
 from ..io.files import surrogate
 from .texts import instruction_of
 
@@ -49,6 +50,7 @@ class InstructionEncoder:
         device: where the model runs; None for a GPU if torch sees one.
 
     Raises:
+        MissingExtraError: sentence-transformers is not installed.
         FileNotFoundError: there is no such folder, or no packaged model.
         ValueError: `batch_size` is not a positive integer, or a template is empty.
     """
@@ -62,6 +64,7 @@ class InstructionEncoder:
         batch_size: int = 64,
         device: str | torch.device | None = None,
     ) -> None:
+        require_extra("llava", "sentence_transformers", user="InstructionEncoder")
         check_int("batch_size", batch_size)
         self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
         for template in self.templates:

@@ -1,1 +1,1 @@
-"""MiniCVIT: the benchmark in small, made in code, and a base model for it."""
+"""MiniCVIT: a small synthetic version of the benchmark, and a base model for it."""

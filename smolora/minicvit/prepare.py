@@ -1,8 +1,8 @@
-"""What recipes on MiniCVIT make themselves: its data, and the base model that is aligned on its kinds of pictures.
+"""Preparation of recipes on MiniCVIT: its data, and the base model aligned on its kinds of pictures.
 
     prepare: {minicvit: {data: DIR, base: DIR, tasks: [NAME, ...]}}
 
-Both are kept: the next run finds them made.
+Both are made once and kept for later runs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..extras import require_extra
 from ..io.files import user_path
 from .base_model import make_base
 from .tasks import SETTINGS, TASKS, make_minicvit, training_files
 
 
 class Options(NamedTuple):
-    """What is made, and where."""
+    """The options of `prepare.minicvit`."""
 
     data: Path
     base: Path
@@ -42,11 +43,13 @@ def _options(options: dict[str, Any]) -> Options:
 
 
 def planned(options: dict[str, Any]) -> dict[Path, int | None]:
-    """The paths that `prepare` makes, each with its number of records if it has any.
+    """Return the paths that `prepare` makes, each with its number of records if it has any.
 
     Raises:
-        ValueError: an option is unknown or does not fit.
+        MissingExtraError: a package that drawing needs is not installed.
+        ValueError: an option is unknown, or has a wrong value.
     """
+    require_extra("minicvit", user="prepare.minicvit")
     data, base, tasks = _options(options)
     paths: dict[Path, int | None] = {base: None, data / "images": None, data / "annotations": None}
     for tree in SETTINGS:
@@ -57,10 +60,10 @@ def planned(options: dict[str, Any]) -> dict[Path, int | None]:
 
 
 def prepare(options: dict[str, Any]) -> None:
-    """Make what is not there yet.
+    """Make the data and the base model, unless they are there.
 
     Raises:
-        ValueError: an option is unknown or does not fit, or the base's folder holds something else.
+        ValueError: an option is unknown or has a wrong value, or the base's folder holds something else.
     """
     data, base, tasks = _options(options)
     make_minicvit(data, tasks)

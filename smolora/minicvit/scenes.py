@@ -28,9 +28,23 @@ SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("beach", "forest", "desert", "city", "mountain", "field")
 COMPANIONS = ("dog", "ball", "umbrella")
 WORDS = (
-    "stop", "exit", "taxi", "cafe", "open", "sale", "milk", "bank",
-    "park", "shop", "wine", "mail", "yoga", "rock", "jump", "gold",
-)  # fmt: skip
+    "stop",
+    "exit",
+    "taxi",
+    "cafe",
+    "open",
+    "sale",
+    "milk",
+    "bank",
+    "park",
+    "shop",
+    "wine",
+    "mail",
+    "yoga",
+    "rock",
+    "jump",
+    "gold",
+)
 
 _DARK: Colour = (38, 38, 46)
 _PALE: Colour = (236, 233, 225)
@@ -40,8 +54,10 @@ _SKY: Colour = (160, 205, 238)
 _SKIN: Colour = (226, 172, 134)
 
 
-class Dice:
-    """Choices that are the same on every machine: of Python's generator only `random()` is promised to be.
+class StableRandom:
+    """A random generator with the same choices on every machine.
+
+    It uses `random()` alone, the one method of Python's generator that is guaranteed not to change.
 
     Args:
         seed: any text.
@@ -51,70 +67,70 @@ class Dice:
         self._random = random.Random(seed).random
 
     def below(self, count: int) -> int:
-        """An integer from 0 to count - 1."""
+        """Return an integer from 0 to count - 1."""
         return int(self._random() * count)
 
     def between(self, low: int, high: int) -> int:
-        """An integer from low to high."""
+        """Return an integer from low to high, both inclusive."""
         return low + self.below(high - low + 1)
 
     def choice(self, values: Sequence[T]) -> T:
-        """One of them."""
+        """Return one of the values."""
         return values[self.below(len(values))]
 
     def sample(self, values: Sequence[T], count: int) -> list[T]:
-        """`count` different ones, in a random order."""
+        """Return `count` different values in random order."""
         rest = list(values)
         return [rest.pop(self.below(len(rest))) for _ in range(count)]
 
     def chance(self, percent: int) -> bool:
-        """True in so many of 100."""
+        """Return True with this probability, in percent."""
         return self.below(100) < percent
 
 
 @cache
 def _handwritten() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's digits: values 0 to 16 (1797, 8, 8), and which they are (1797,)."""
+    """Load scikit-learn's digits: images with values 0 to 16 (1797, 8, 8), and their labels (1797,)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     return data.images.astype(np.int32), data.target.astype(np.int32)
 
 
-def handwritten(digit: int, dice: Dice, held_out: bool) -> np.ndarray:
-    """A real digit (8, 8); every fifth of them is held out for tests."""
+def handwritten(digit: int, rng: StableRandom, held_out: bool) -> np.ndarray:
+    """Choose a real digit (8, 8); every fifth image is held out for tests."""
     images, targets = _handwritten()
     indices = [index for index in np.flatnonzero(targets == digit) if (index % 5 == 0) == held_out]
-    return images[dice.choice(indices)]
+    return images[rng.choice(indices)]
 
 
-def _ground(colours: Sequence[Colour], dice: Dice) -> Colour:
-    """One of the colours, a little lighter or darker: no two pictures are the same."""
-    return tuple(min(255, max(0, value + dice.between(-15, 15))) for value in dice.choice(colours))
+def _background(colours: Sequence[Colour], rng: StableRandom) -> Colour:
+    """Choose a background colour and vary its brightness, so that no two pictures are the same."""
+    return tuple(min(255, max(0, value + rng.between(-15, 15))) for value in rng.choice(colours))
 
 
-# ---- pictures of one thing
+# ---- pictures of one object
 
 
-def digit(digit: int, colour: str, dice: Dice, held_out: bool) -> Canvas:
-    """A handwritten digit, 40 pixels high, in coloured chalk on a blackboard."""
-    canvas = Canvas(SIDE, SIDE, _ground([_DARK], dice))
-    cover = enlarge(handwritten(digit, dice, held_out), 5)
-    canvas.stamp(dice.between(3, 5), dice.between(3, 5), cover, 16 * 9, COLOURS[colour])
+def draw_digit(digit: int, colour: str, rng: StableRandom, held_out: bool) -> Canvas:
+    """Draw a handwritten digit, 40 pixels high, in coloured chalk on a blackboard."""
+    canvas = Canvas(SIDE, SIDE, _background([_DARK], rng))
+    cover = enlarge(handwritten(digit, rng, held_out), 5)
+    canvas.blend(rng.between(3, 5), rng.between(3, 5), cover, 16 * 9, COLOURS[colour])
     return canvas
 
 
-def thing(name: str, colour: str, dice: Dice) -> Canvas:
-    """One of OBJECTS."""
-    canvas = Canvas(SIDE, SIDE, _ground([_PALE, (205, 222, 235), (222, 214, 196)], dice))
-    canvas.rectangle(0, 40, SIDE, SIDE, _ground([(186, 178, 160), (150, 178, 128), (170, 170, 178)], dice))
-    x, y = dice.between(-3, 3), dice.between(-3, 1)
-    _object(canvas, name, COLOURS[colour], 24 + x, 24 + y)
+def draw_object(name: str, colour: str, rng: StableRandom) -> Canvas:
+    """Draw one of OBJECTS."""
+    canvas = Canvas(SIDE, SIDE, _background([_PALE, (205, 222, 235), (222, 214, 196)], rng))
+    canvas.rectangle(0, 40, SIDE, SIDE, _background([(186, 178, 160), (150, 178, 128), (170, 170, 178)], rng))
+    x, y = rng.between(-3, 3), rng.between(-3, 1)
+    _paint_object(canvas, name, COLOURS[colour], 24 + x, 24 + y)
     return canvas
 
 
-def _object(canvas: Canvas, name: str, ink: Colour, x: int, y: int) -> None:
-    """An object of about 34 pixels around (x, y)."""
+def _paint_object(canvas: Canvas, name: str, ink: Colour, x: int, y: int) -> None:
+    """Paint an object of about 34 pixels around (x, y)."""
     if name == "house":
         canvas.rectangle(x - 13, y - 1, x + 13, y + 17, ink)
         canvas.polygon([(x - 17, y), (x, y - 17), (x + 17, y)], _BROWN)
@@ -166,24 +182,24 @@ def _object(canvas: Canvas, name: str, ink: Colour, x: int, y: int) -> None:
 # ---- shapes in the four cells of a picture
 
 
-def shapes(cells: Mapping[int, tuple[str, str]], dice: Dice) -> Canvas:
-    """Shapes and their colours, by cell: 0 and 1 in the upper row, 2 and 3 below."""
-    canvas = Canvas(SIDE, SIDE, _ground([_PALE, (226, 230, 240), (240, 228, 230)], dice))
+def draw_shapes(cells: Mapping[int, tuple[str, str]], rng: StableRandom) -> Canvas:
+    """Draw shapes by cell, each with its colour; cells 0 and 1 are the upper row, 2 and 3 the lower."""
+    canvas = Canvas(SIDE, SIDE, _background([_PALE, (226, 230, 240), (240, 228, 230)], rng))
     for cell, (shape, colour) in sorted(cells.items()):
         row, column = divmod(cell, 2)
-        x, y = CELL * column + CELL // 2 + dice.between(-2, 2), CELL * row + CELL // 2 + dice.between(-2, 2)
-        _shape(canvas, shape, COLOURS[colour], x, y, dice.between(7, 9))
+        x, y = CELL * column + CELL // 2 + rng.between(-2, 2), CELL * row + CELL // 2 + rng.between(-2, 2)
+        _paint_shape(canvas, shape, COLOURS[colour], x, y, rng.between(7, 9))
     return canvas
 
 
-def one_shape(shape: str, colour: str, dice: Dice) -> Canvas:
-    """A large shape."""
-    canvas = Canvas(SIDE, SIDE, _ground([_PALE, (226, 230, 240), (240, 228, 230)], dice))
-    _shape(canvas, shape, COLOURS[colour], 24 + dice.between(-3, 3), 24 + dice.between(-3, 3), dice.between(14, 18))
+def draw_one_shape(shape: str, colour: str, rng: StableRandom) -> Canvas:
+    """Draw a large shape."""
+    canvas = Canvas(SIDE, SIDE, _background([_PALE, (226, 230, 240), (240, 228, 230)], rng))
+    _paint_shape(canvas, shape, COLOURS[colour], 24 + rng.between(-3, 3), 24 + rng.between(-3, 3), rng.between(14, 18))
     return canvas
 
 
-def _shape(canvas: Canvas, shape: str, ink: Colour, x: int, y: int, size: int) -> None:
+def _paint_shape(canvas: Canvas, shape: str, ink: Colour, x: int, y: int, size: int) -> None:
     if shape == "circle":
         canvas.ellipse(x, y, size, size, ink)
     elif shape == "square":
@@ -201,32 +217,32 @@ def _shape(canvas: Canvas, shape: str, ink: Colour, x: int, y: int, size: int) -
 # ---- words
 
 
-def sign(word: str, colour: str, dice: Dice) -> Canvas:
-    """A street sign with a word of four letters across the picture."""
-    canvas = Canvas(SIDE, SIDE, _ground([_SKY, (206, 214, 220), (244, 214, 178)], dice))
-    canvas.rectangle(0, 40, SIDE, SIDE, _ground([(120, 120, 128), _GREEN, (170, 150, 120)], dice))
-    top = dice.choice([6, 9, 12])
+def draw_sign(word: str, colour: str, rng: StableRandom) -> Canvas:
+    """Draw a street sign with a word of four letters across the picture."""
+    canvas = Canvas(SIDE, SIDE, _background([_SKY, (206, 214, 220), (244, 214, 178)], rng))
+    canvas.rectangle(0, 40, SIDE, SIDE, _background([(120, 120, 128), _GREEN, (170, 150, 120)], rng))
+    top = rng.choice([6, 9, 12])
     canvas.rectangle(22, top, 26, 44, (90, 90, 98))
     canvas.rectangle(0, top - 1, SIDE, top + 21, _DARK if colour == "yellow" else _PALE)
     canvas.rectangle(0, top, SIDE, top + 20, COLOURS[colour])
-    _word(canvas, word, top + 3, _DARK if colour == "yellow" else _PALE)
+    _paint_word(canvas, word, top + 3, _DARK if colour == "yellow" else _PALE)
     return canvas
 
 
-def book(words: Sequence[str], colour: str, dice: Dice) -> Canvas:
-    """A book's cover with its title, a word a line."""
-    canvas = Canvas(SIDE, SIDE, _ground([_BROWN], dice))
+def draw_book(words: Sequence[str], colour: str, rng: StableRandom) -> Canvas:
+    """Draw a book's cover with its title, a word on each line."""
+    canvas = Canvas(SIDE, SIDE, _background([_BROWN], rng))
     canvas.rectangle(0, 1, SIDE, SIDE - 1, _PALE)
     canvas.rectangle(0, 2, SIDE, SIDE - 2, COLOURS[colour])
     ink = _DARK if colour == "yellow" else _PALE
-    top = dice.between(5, 7)
+    top = rng.between(5, 7)
     for index, word in enumerate(words):
-        _word(canvas, word, top + 18 * index, ink)
+        _paint_word(canvas, word, top + 18 * index, ink)
     canvas.rectangle(6, 42, SIDE - 6, 43, ink)
     return canvas
 
 
-def _word(canvas: Canvas, word: str, top: int, ink: Colour) -> None:
+def _paint_word(canvas: Canvas, word: str, top: int, ink: Colour) -> None:
     scale = 2
     canvas.text((SIDE - GLYPH_WIDTH * len(word) * scale) // 2 + 1, top, word, ink, scale)
 
@@ -234,65 +250,65 @@ def _word(canvas: Canvas, word: str, top: int, ink: Colour) -> None:
 # ---- places, and people in them
 
 
-def place(name: str, dice: Dice) -> Canvas:
-    """One of PLACES."""
-    canvas = Canvas(SIDE, SIDE, _ground([_SKY], dice))
-    horizon = dice.between(22, 27)
+def draw_place(name: str, rng: StableRandom) -> Canvas:
+    """Draw one of PLACES."""
+    canvas = Canvas(SIDE, SIDE, _background([_SKY], rng))
+    horizon = rng.between(22, 27)
     if name == "beach":
-        sun = dice.between(6, 42)
+        sun = rng.between(6, 42)
         canvas.ellipse(sun, 8, 5, 5, (250, 222, 90))
         canvas.rectangle(0, horizon - 4, SIDE, horizon + 8, (38, 110, 186))
         canvas.polygon(
-            [(0, horizon + 10), (SIDE, horizon + dice.between(3, 7)), (SIDE, SIDE), (0, SIDE)], (233, 211, 152)
+            [(0, horizon + 10), (SIDE, horizon + rng.between(3, 7)), (SIDE, SIDE), (0, SIDE)], (233, 211, 152)
         )
     elif name == "forest":
-        canvas.rectangle(0, 0, SIDE, SIDE, _ground([(150, 190, 160)], dice))
+        canvas.rectangle(0, 0, SIDE, SIDE, _background([(150, 190, 160)], rng))
         canvas.rectangle(0, 34, SIDE, SIDE, (74, 104, 54))
-        for x in range(dice.between(-2, 3), SIDE + 4, 9):
-            top = dice.between(2, 9)
+        for x in range(rng.between(-2, 3), SIDE + 4, 9):
+            top = rng.between(2, 9)
             canvas.rectangle(x - 1, top + 10, x + 2, 38, _BROWN)
-            canvas.polygon([(x - 7, top + 24), (x, top), (x + 7, top + 24)], dice.choice([(24, 92, 46), (36, 112, 56)]))
+            canvas.polygon([(x - 7, top + 24), (x, top), (x + 7, top + 24)], rng.choice([(24, 92, 46), (36, 112, 56)]))
     elif name == "desert":
-        canvas.rectangle(0, 0, SIDE, SIDE, _ground([(250, 224, 180)], dice))
-        canvas.ellipse(dice.between(6, 42), 9, 6, 6, (246, 150, 60))
-        canvas.ellipse(dice.between(2, 18), SIDE, 30, SIDE - horizon, (222, 164, 92))
-        canvas.ellipse(dice.between(34, 48), SIDE + 6, 32, SIDE - horizon, (204, 142, 74))
-        x = dice.between(6, 40)
+        canvas.rectangle(0, 0, SIDE, SIDE, _background([(250, 224, 180)], rng))
+        canvas.ellipse(rng.between(6, 42), 9, 6, 6, (246, 150, 60))
+        canvas.ellipse(rng.between(2, 18), SIDE, 30, SIDE - horizon, (222, 164, 92))
+        canvas.ellipse(rng.between(34, 48), SIDE + 6, 32, SIDE - horizon, (204, 142, 74))
+        x = rng.between(6, 40)
         canvas.rectangle(x - 2, 22, x + 2, 40, (52, 120, 60))
         canvas.rectangle(x - 6, 26, x - 3, 32, (52, 120, 60))
         canvas.rectangle(x - 6, 30, x + 5, 33, (52, 120, 60))
         canvas.rectangle(x + 3, 25, x + 6, 33, (52, 120, 60))
     elif name == "city":
-        canvas.rectangle(0, 0, SIDE, SIDE, _ground([(196, 202, 212)], dice))
-        for x in range(-dice.below(5), SIDE, 12):
-            top = dice.between(4, 18)
-            canvas.rectangle(x, top, x + 11, 40, dice.choice([(92, 96, 112), (120, 104, 104), (74, 84, 104)]))
+        canvas.rectangle(0, 0, SIDE, SIDE, _background([(196, 202, 212)], rng))
+        for x in range(-rng.below(5), SIDE, 12):
+            top = rng.between(4, 18)
+            canvas.rectangle(x, top, x + 11, 40, rng.choice([(92, 96, 112), (120, 104, 104), (74, 84, 104)]))
             for wy in range(top + 2, 36, 5):
                 for wx in (x + 2, x + 7):
                     canvas.rectangle(wx, wy, wx + 2, wy + 3, (244, 214, 120))
         canvas.rectangle(0, 40, SIDE, SIDE, (84, 84, 90))
-        for x in range(dice.below(6), SIDE, 10):
+        for x in range(rng.below(6), SIDE, 10):
             canvas.rectangle(x, 43, x + 5, 44, _PALE)
     elif name == "mountain":
-        for x, top in ((dice.between(8, 18), dice.between(4, 10)), (dice.between(30, 42), dice.between(8, 15))):
+        for x, top in ((rng.between(8, 18), rng.between(4, 10)), (rng.between(30, 42), rng.between(8, 15))):
             canvas.polygon([(x - 26, 40), (x, top), (x + 26, 40)], (112, 118, 134))
             canvas.polygon([(x - 7, top + 10), (x, top), (x + 7, top + 10), (x, top + 7)], (250, 250, 252))
         canvas.rectangle(0, 39, SIDE, SIDE, (196, 204, 214))
     elif name == "field":
-        canvas.ellipse(dice.between(8, 40), 8, 8, 4, (250, 250, 252))
+        canvas.ellipse(rng.between(8, 40), 8, 8, 4, (250, 250, 252))
         canvas.rectangle(0, horizon, SIDE, SIDE, (132, 190, 84))
         for _ in range(12):
-            x, y = dice.below(SIDE), dice.between(horizon + 3, SIDE - 3)
-            canvas.rectangle(x, y, x + 2, y + 2, dice.choice([(250, 240, 120), (240, 120, 150), (250, 250, 252)]))
+            x, y = rng.below(SIDE), rng.between(horizon + 3, SIDE - 3)
+            canvas.rectangle(x, y, x + 2, y + 2, rng.choice([(250, 240, 120), (240, 120, 150), (250, 250, 252)]))
     else:
         raise ValueError(f"name must be one of {', '.join(PLACES)}, got {name!r}")
     return canvas
 
 
-def person(shirt: str, companion: str, where: str, dice: Dice) -> Canvas:
-    """Someone in a shirt of a colour, with one of COMPANIONS, in one of PLACES."""
-    canvas = place(where, dice)
-    x, feet = 15 + dice.between(-2, 2), SIDE - 2
+def draw_person(shirt: str, companion: str, where: str, rng: StableRandom) -> Canvas:
+    """Draw a person in a coloured shirt, with one of COMPANIONS, in one of PLACES."""
+    canvas = draw_place(where, rng)
+    x, feet = 15 + rng.between(-2, 2), SIDE - 2
     for dx in (-4, 1):
         canvas.rectangle(x + dx, feet - 12, x + dx + 4, feet, (62, 62, 92))
     canvas.rectangle(x - 9, feet - 26, x + 10, feet - 11, _DARK)
@@ -301,7 +317,7 @@ def person(shirt: str, companion: str, where: str, dice: Dice) -> Canvas:
     canvas.rectangle(x + 6, feet - 14, x + 9, feet - 12, _SKIN)
     canvas.ellipse(x, feet - 31, 6, 6, _BROWN)
     canvas.ellipse(x, feet - 30, 5, 5, _SKIN)
-    cx = 35 + dice.between(-1, 2)
+    cx = 35 + rng.between(-1, 2)
     if companion == "dog":
         canvas.rectangle(cx - 8, feet - 9, cx + 6, feet - 3, _BROWN)
         for dx in (-8, -4, 1, 4):

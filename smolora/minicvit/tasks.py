@@ -1,14 +1,14 @@
-"""MiniCVIT: the benchmark's ten tasks in small, in the files and formats of the released data, made in code.
+"""MiniCVIT: a small synthetic version of the benchmark's ten tasks, in the released files and formats.
 
     Instructions_Single/<task>/      train.json, test.json or val.json (Places365: train_5shot.json, train_10shot.json)
     Instructions_Multi/<task>/       the same questions, with instructions of five wordings
-    annotations/<task>/              what scoring needs besides: problems.json, TextVQA_0.5.1_val.json, ...
+    annotations/<task>/              further files for scoring: problems.json, TextVQA_0.5.1_val.json, ...
     images/<task>/<split>/           PNG files; the records' paths start in images/
-    contact_sheets/<task>.png        pictures with their questions and answers, to look at (not part of the data)
+    contact_sheets/<task>.png        pictures with their questions and answers, for people (not part of the data)
 
-Digits are real ones, from scikit-learn; those of the test files occur in no training file. Everything else is drawn.
-All of it but the contact sheets is the same, byte for byte, on every machine. Words, objects and places are the same in
-training and test files; their combinations, colours and positions vary, and no picture occurs twice.
+Digits are real, from scikit-learn, and split into training and test. Everything else is drawn. All files but the
+contact sheets have the same bytes on every machine. Training and test files share words, objects and places, but not
+pictures: combinations, colours and positions vary.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ..instructions.texts import MULTI_TYPE, SINGLE_TYPE
+from ..instructions.texts import IMAGE_TOKEN, MULTI_TYPE, SINGLE_TYPE
 from ..io.files import atomic_write_text, locked, read_text
 from . import scenes
 from .drawing import Canvas, png
-from .scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, WORDS, Dice
+from .scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, WORDS, StableRandom
 
 SEED = "MiniCVIT 1"
 SETTINGS = {"Instructions_Single": SINGLE_TYPE, "Instructions_Multi": MULTI_TYPE}
@@ -35,21 +35,21 @@ SHOTS = (5, 10)
 UNANSWERABLE = "unanswerable"
 
 
-class Sample(NamedTuple):
-    """A question about a picture, or about none, before it gets its instruction."""
+class DrawnSample(NamedTuple):
+    """A question, about a picture or about none, without its instruction."""
 
-    question: str  # empty: the instruction asks it
+    question: str  # empty where the instruction is the question
     answer: str
     canvas: Canvas | None
-    references: tuple[str, ...] = ()  # captions: five ways to say it, of which `answer` is one
+    references: tuple[str, ...] = ()  # of captions: five, of which `answer` is one
     choices: tuple[str, ...] = ()
-    kind: str = ""  # GQA: whether it asks ("query") or checks ("verify")
+    kind: str = ""  # GQA's type: "query" or "verify"
 
 
 # ---- one sample of each task
 
 
-# choices stand in the same order whenever they are asked for: which letter is right is told by the picture, or known
+# a question's choices always have the same order, so a letter can be learned from the picture
 QUIZ: dict[str, tuple[tuple[str, ...], ...]] = {
     "Which number is written here?": (DIGITS[:5], DIGITS[5:]),
     "What is shown in the picture?": (OBJECTS[:4], OBJECTS[4:]),
@@ -59,38 +59,38 @@ QUIZ: dict[str, tuple[tuple[str, ...], ...]] = {
 KINDS = {"colour": tuple(COLOURS), "number": DIGITS, "object": OBJECTS, "place": PLACES, "shape": SHAPES}
 
 
-def science_qa(dice: Dice, held_out: bool) -> Sample:
-    """A picture, or a word and no picture, and four or five choices: the answer is a letter."""
-    topic = dice.choice(["digit", "object", "object", "colour", "shape", "kind"])
-    colour = dice.choice(list(COLOURS))
+def science_qa(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Ask a multiple-choice question about a picture, or about a word without a picture; the answer is a letter."""
+    topic = rng.choice(["digit", "object", "object", "colour", "shape", "kind"])
+    colour = rng.choice(list(COLOURS))
     if topic == "kind":
-        kind = dice.choice(list(KINDS))
-        question, right, choices, canvas = f"What is {dice.choice(KINDS[kind])}?", kind, tuple(KINDS), None
+        kind = rng.choice(list(KINDS))
+        question, right, choices, canvas = f"What is {rng.choice(KINDS[kind])}?", kind, tuple(KINDS), None
     elif topic == "digit":
-        question, right = "Which number is written here?", dice.choice(DIGITS)
-        canvas = scenes.digit(DIGITS.index(right), colour, dice, held_out)
+        question, right = "Which number is written here?", rng.choice(DIGITS)
+        canvas = scenes.draw_digit(DIGITS.index(right), colour, rng, held_out)
     elif topic == "object":
-        question, right = "What is shown in the picture?", dice.choice(OBJECTS)
-        canvas = scenes.thing(right, colour, dice)
+        question, right = "What is shown in the picture?", rng.choice(OBJECTS)
+        canvas = scenes.draw_object(right, colour, rng)
     else:
-        shape = dice.choice(SHAPES)
+        shape = rng.choice(SHAPES)
         question, right = ("Which colour is the shape?", colour) if topic == "colour" else ("Which shape is it?", shape)
-        canvas = scenes.one_shape(shape, colour, dice)
+        canvas = scenes.draw_one_shape(shape, colour, rng)
     if topic != "kind":
         choices = next(choices for choices in QUIZ[question] if right in choices)
-    return Sample(question + options(choices), "ABCDE"[choices.index(right)], canvas, choices=choices)
+    return DrawnSample(question + options(choices), "ABCDE"[choices.index(right)], canvas, choices=choices)
 
 
 def options(choices: Sequence[str]) -> str:
-    """Choices as the prompt lists them, a line each."""
+    """Format choices as the prompt lists them, one on each line."""
     return "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCDE", choices, strict=False))
 
 
-def text_vqa(dice: Dice, held_out: bool) -> Sample:
-    """The word on a sign."""
-    word = dice.choice(WORDS)
-    question = dice.choice(["What word is on the sign?", "What does the sign say?", "Which word is written here?"])
-    return Sample(question, word, scenes.sign(word, dice.choice(list(COLOURS)), dice))
+def text_vqa(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Ask for the word on a sign."""
+    word = rng.choice(WORDS)
+    question = rng.choice(["What word is on the sign?", "What does the sign say?", "Which word is written here?"])
+    return DrawnSample(question, word, scenes.draw_sign(word, rng.choice(list(COLOURS)), rng))
 
 
 SUBJECTS = ("A person", "A man", "Somebody", "Our friend")
@@ -111,33 +111,33 @@ WHERE = {
 }
 
 
-def flickr(dice: Dice, held_out: bool) -> Sample:
-    """Someone, something and a place, said by five people."""
-    colour, companion, where = dice.choice(list(COLOURS)), dice.choice(COMPANIONS), dice.choice(PLACES)
-    canvas = scenes.person(colour, companion, where, dice)
+def flickr(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Draw a person, a companion and a place, captioned by five people."""
+    colour, companion, where = rng.choice(list(COLOURS)), rng.choice(COMPANIONS), rng.choice(PLACES)
+    canvas = scenes.draw_person(colour, companion, where, rng)
 
     def caption() -> str:
         parts = (SUBJECTS, SHIRTS, VERBS, WITH[companion], WHERE[where])
-        return " ".join(dice.choice(part) for part in parts).format(colour) + "."
+        return " ".join(rng.choice(part) for part in parts).format(colour) + "."
 
     references = tuple(caption() for _ in range(5))
-    return Sample("", references[0], canvas, references)
+    return DrawnSample("", references[0], canvas, references)
 
 
-def image_net(dice: Dice, held_out: bool) -> Sample:
-    """The class of an object, or of a handwritten digit."""
-    colour = dice.choice(list(COLOURS))
-    name = dice.choice(OBJECTS + DIGITS)
+def image_net(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Ask for the class of an object or of a handwritten digit."""
+    colour = rng.choice(list(COLOURS))
+    name = rng.choice(OBJECTS + DIGITS)
     if name in DIGITS:
-        return Sample("", name, scenes.digit(DIGITS.index(name), colour, dice, held_out))
-    return Sample("", name, scenes.thing(name, colour, dice))
+        return DrawnSample("", name, scenes.draw_digit(DIGITS.index(name), colour, rng, held_out))
+    return DrawnSample("", name, scenes.draw_object(name, colour, rng))
 
 
-def gqa(dice: Dice, held_out: bool) -> Sample:
-    """Two shapes side by side or above each other, and a question that takes more than one step."""
-    shape, other = dice.sample(SHAPES, 2)
-    colour, other_colour = dice.sample(list(COLOURS), 2)
-    first, second, relation, inverse = dice.choice(
+def gqa(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Draw two shapes, side by side or one above the other, and ask a question of several steps."""
+    shape, other = rng.sample(SHAPES, 2)
+    colour, other_colour = rng.sample(list(COLOURS), 2)
+    first, second, relation, inverse = rng.choice(
         [
             (0, 1, "to the left of", "to the right of"),
             (2, 3, "to the left of", "to the right of"),
@@ -145,124 +145,124 @@ def gqa(dice: Dice, held_out: bool) -> Sample:
             (1, 3, "above", "below"),
         ]
     )
-    canvas = scenes.shapes({first: (shape, colour), second: (other, other_colour)}, dice)
-    asked = dice.choice(["colour", "shape", "relation"])
+    canvas = scenes.draw_shapes({first: (shape, colour), second: (other, other_colour)}, rng)
+    asked = rng.choice(["colour", "shape", "relation"])
     if asked == "relation":
-        right = dice.chance(50)
+        right = rng.chance(50)
         claim = relation if right else inverse
-        return Sample(f"Is the {shape} {claim} the {other}?", "yes" if right else "no", canvas, kind="verify")
-    if dice.chance(50):  # ask from the other side
+        return DrawnSample(f"Is the {shape} {claim} the {other}?", "yes" if right else "no", canvas, kind="verify")
+    if rng.chance(50):  # ask about the other shape
         shape, colour, other, other_colour, relation = other, other_colour, shape, colour, inverse
     if asked == "colour":
-        return Sample(f"What colour is the shape {relation} the {other}?", colour, canvas, kind="query")
-    return Sample(f"What is {relation} the {other_colour} shape?", shape, canvas, kind="query")
+        return DrawnSample(f"What colour is the shape {relation} the {other}?", colour, canvas, kind="query")
+    return DrawnSample(f"What is {relation} the {other_colour} shape?", shape, canvas, kind="query")
 
 
-def vqa(dice: Dice, held_out: bool) -> Sample:
-    """Yes, no, or a number."""
-    asked = dice.choice(["count", "there", "digit", "larger"])
+def vqa(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Ask a question whose answer is yes, no or a number."""
+    asked = rng.choice(["count", "there", "digit", "larger"])
     if asked in ("digit", "larger"):
-        number = dice.below(10)
-        canvas = scenes.digit(number, dice.choice(list(COLOURS)), dice, held_out)
+        number = rng.below(10)
+        canvas = scenes.draw_digit(number, rng.choice(list(COLOURS)), rng, held_out)
         if asked == "digit":
-            return Sample("What number is written here?", str(number), canvas)
-        return Sample("Is the number larger than 4?", "yes" if number > 4 else "no", canvas)
-    cells = dice.sample(range(4), dice.between(1, 4))
-    shown = {cell: (dice.choice(SHAPES), dice.choice(list(COLOURS))) for cell in cells}
-    canvas = scenes.shapes(shown, dice)
+            return DrawnSample("What number is written here?", str(number), canvas)
+        return DrawnSample("Is the number larger than 4?", "yes" if number > 4 else "no", canvas)
+    cells = rng.sample(range(4), rng.between(1, 4))
+    shown = {cell: (rng.choice(SHAPES), rng.choice(list(COLOURS))) for cell in cells}
+    canvas = scenes.draw_shapes(shown, rng)
     if asked == "count":
-        return Sample("How many shapes are there?", str(len(cells)), canvas)
+        return DrawnSample("How many shapes are there?", str(len(cells)), canvas)
     there = {shape for shape, _ in shown.values()}
     missing = [shape for shape in SHAPES if shape not in there]
-    right = dice.chance(50) or not missing
-    shape = dice.choice(sorted(there) if right else missing)
-    return Sample(f"Is there a {shape}?", "yes" if right else "no", canvas)
+    right = rng.chance(50) or not missing
+    shape = rng.choice(sorted(there) if right else missing)
+    return DrawnSample(f"Is there a {shape}?", "yes" if right else "no", canvas)
 
 
-def viz_wiz(dice: Dice, held_out: bool) -> Sample:
-    """TextVQA's questions and others about photographs that are out of focus, some beyond reading."""
-    hopeless = dice.chance(15)
-    if dice.chance(50):
-        sample = text_vqa(dice, held_out)
+def viz_wiz(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Ask TextVQA's and other questions about blurred pictures, some of them unreadable."""
+    unreadable = rng.chance(15)
+    if rng.chance(50):
+        sample = text_vqa(rng, held_out)
     else:
-        sample = image_net(dice, held_out)._replace(question="What is this?")
-    sample.canvas.blur(7 if hopeless else 1)
-    return sample._replace(answer=UNANSWERABLE) if hopeless else sample
+        sample = image_net(rng, held_out)._replace(question="What is this?")
+    sample.canvas.blur(7 if unreadable else 1)
+    return sample._replace(answer=UNANSWERABLE) if unreadable else sample
 
 
-def text_caps(dice: Dice, held_out: bool) -> Sample:
-    """A caption with the word that is read in the picture."""
-    word, colour = dice.choice(WORDS), dice.choice(list(COLOURS))
-    canvas = scenes.sign(word, colour, dice)
+def text_caps(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Ask for a caption that has the word in the picture."""
+    word, colour = rng.choice(WORDS), rng.choice(list(COLOURS))
+    canvas = scenes.draw_sign(word, colour, rng)
     forms = ("A {} sign with the word {}.", "A {} sign says {}.", "There is a {} sign that reads {}.")
     forms += ("On a {} sign is the word {}.", "A {} sign stands here with the text {}.")
-    references = tuple(form.format(colour, word) for form in dice.sample(forms, len(forms)))
-    return Sample("", references[0], canvas, references)
+    references = tuple(form.format(colour, word) for form in rng.sample(forms, len(forms)))
+    return DrawnSample("", references[0], canvas, references)
 
 
-def ocr_vqa(dice: Dice, held_out: bool) -> Sample:
-    """The title on a book's cover, two words."""
-    words = dice.sample(WORDS, 2)
-    question = dice.choice(["What is the title of this book?", "What is the book called?"])
-    return Sample(question, " ".join(words), scenes.book(words, dice.choice(list(COLOURS)), dice))
+def ocr_vqa(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Ask for the title on a book's cover, two words."""
+    words = rng.sample(WORDS, 2)
+    question = rng.choice(["What is the title of this book?", "What is the book called?"])
+    return DrawnSample(question, " ".join(words), scenes.draw_book(words, rng.choice(list(COLOURS)), rng))
 
 
-def places(dice: Dice, held_out: bool) -> Sample:
-    """The background."""
-    name = dice.choice(PLACES)
-    return Sample("", name, scenes.place(name, dice))
+def places(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Ask for the background."""
+    name = rng.choice(PLACES)
+    return DrawnSample("", name, scenes.draw_place(name, rng))
 
 
 # ---- the table
 
 
-class Task(NamedTuple):
-    """A task: how a sample is drawn, and how many there are in which files."""
+class TaskSpec(NamedTuple):
+    """How a task draws a sample, and the number of samples in its files."""
 
-    draw: Callable[[Dice, bool], Sample]
+    draw: Callable[[StableRandom, bool], DrawnSample]
     test_file: str
     train: int = 0
     test: int = 100
 
 
 TRAIN = 1600
-TASKS: dict[str, Task] = {
-    "ScienceQA": Task(science_qa, "test.json", TRAIN),
-    "TextVQA": Task(text_vqa, "val.json", TRAIN),
-    "Flickr30k": Task(flickr, "val.json", TRAIN),
-    "ImageNet": Task(image_net, "test.json", TRAIN),
-    "GQA": Task(gqa, "test.json", TRAIN),
-    "VQAv2": Task(vqa, "val.json", TRAIN),
-    "VizWiz": Task(viz_wiz, "val.json"),
-    "TextCaps": Task(text_caps, "val.json"),
-    "OCRVQA": Task(ocr_vqa, "test.json"),
-    "Places365": Task(places, "val.json"),
+TASKS: dict[str, TaskSpec] = {
+    "ScienceQA": TaskSpec(science_qa, "test.json", TRAIN),
+    "TextVQA": TaskSpec(text_vqa, "val.json", TRAIN),
+    "Flickr30k": TaskSpec(flickr, "val.json", TRAIN),
+    "ImageNet": TaskSpec(image_net, "test.json", TRAIN),
+    "GQA": TaskSpec(gqa, "test.json", TRAIN),
+    "VQAv2": TaskSpec(vqa, "val.json", TRAIN),
+    "VizWiz": TaskSpec(viz_wiz, "val.json"),
+    "TextCaps": TaskSpec(text_caps, "val.json"),
+    "OCRVQA": TaskSpec(ocr_vqa, "test.json"),
+    "Places365": TaskSpec(places, "val.json"),
 }
 
 
 def training_files(task: str) -> dict[str, int]:
-    """A task's training files, each with its number of samples."""
+    """Return a task's training files, each with its number of samples."""
     if task == "Places365":
         return {f"train_{shots}shot.json": shots * len(PLACES) for shots in SHOTS}
     return {"train.json": TASKS[task].train} if TASKS[task].train else {}
 
 
-def samples(task: str, split: str, count: int) -> Iterator[tuple[Sample, Dice]]:
-    """Samples of a split ("train" or "test"), each with the dice that goes on choosing for it."""
+def samples(task: str, split: str, count: int) -> Iterator[tuple[DrawnSample, StableRandom]]:
+    """Draw the samples of a split ("train" or "test"), each with its generator for further choices."""
     for index in range(count):
-        dice = Dice(f"{SEED}, {task}, {split}, {index}")
-        yield TASKS[task].draw(dice, split == "test"), dice
+        rng = StableRandom(f"{SEED}, {task}, {split}, {index}")
+        yield TASKS[task].draw(rng, split == "test"), rng
 
 
 # ---- files
 
 
 def make_minicvit(folder: str | Path, tasks: list[str] | None = None) -> Path:
-    """Write MiniCVIT; what is there already and complete is left as it is.
+    """Write MiniCVIT, except tasks that are complete already.
 
     Args:
-        folder: where to; see the module for what is in it then.
-        tasks: those of `TASKS` to write; None for all.
+        folder: the destination; the module's docstring has its layout.
+        tasks: names of `TASKS` to write; None for all.
 
     Returns:
         The folder.
@@ -277,7 +277,7 @@ def make_minicvit(folder: str | Path, tasks: list[str] | None = None) -> Path:
         raise ValueError(f"tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
     if all(is_complete(folder, name) for name in wanted):
         return folder
-    with locked(folder / ".lock", str(folder), wait=True):  # two runs may want it
+    with locked(folder / ".lock", str(folder), wait=True):  # another run may be writing it
         missing = [name for name in wanted if not is_complete(folder, name)]
         for name in tqdm(missing, desc="MiniCVIT", unit="task"):
             _write_task(folder, name)
@@ -285,7 +285,7 @@ def make_minicvit(folder: str | Path, tasks: list[str] | None = None) -> Path:
 
 
 def is_complete(folder: Path, task: str) -> bool:
-    """Whether a task's files are there, those of this version of the data."""
+    """Return whether a task's files are all there, in this version of the data."""
     path = folder / "annotations" / task / "digest.json"
     return path.is_file() and json.loads(read_text(path))["seed"] == SEED
 
@@ -299,7 +299,7 @@ def _write_task(folder: Path, name: str) -> None:
         (folder / path).write_bytes(data)
         digest.update(path.encode() + b"\0" + hashlib.sha256(data).digest())
 
-    def image(sample: Sample, split: str, index: int) -> str | None:
+    def image(sample: DrawnSample, split: str, index: int) -> str | None:
         if sample.canvas is None:
             return None
         path = f"{name}/{split}/{index:05d}.png"
@@ -309,51 +309,48 @@ def _write_task(folder: Path, name: str) -> None:
     if name == "Places365":
         _write_shots(put, image)
     elif task.train:
-        drawn = [(s, image(s, "train", i), dice) for i, (s, dice) in enumerate(samples(name, "train", task.train))]
+        drawn = [(s, image(s, "train", i), rng) for i, (s, rng) in enumerate(samples(name, "train", task.train))]
         for tree, instructions in SETTINGS.items():
-            records = [_conversation(s, path, dice.choice(instructions[name])) for s, path, dice in drawn]
+            records = [_conversation(s, path, rng.choice(instructions[name])) for s, path, rng in drawn]
             put(f"{tree}/{name}/train.json", _json(records))
-    drawn = [(s, image(s, "test", i), dice) for i, (s, dice) in enumerate(samples(name, "test", task.test))]
+    drawn = [(s, image(s, "test", i), rng) for i, (s, rng) in enumerate(samples(name, "test", task.test))]
     ids = [_question_id(name, index) for index in range(task.test)]
     for tree, instructions in SETTINGS.items():
         records = [
-            _question(i, s, path, dice.choice(instructions[name]))
-            for i, (s, path, dice) in zip(ids, drawn, strict=True)
+            _question(i, s, path, rng.choice(instructions[name])) for i, (s, path, rng) in zip(ids, drawn, strict=True)
         ]
         put(f"{tree}/{name}/{task.test_file}", _json(records))
     for path, content in _annotations(name, ids, [s for s, _, _ in drawn], [path for _, path, _ in drawn]):
         put(f"annotations/{name}/{path}", _json(content))
     contact_sheet(folder / "contact_sheets" / f"{name}.png", [s for s, _, _ in drawn[:24]])
-    # last: it says that the rest is there
+    # written last, as the mark of a complete task
     content = json.dumps({"seed": SEED, "sha256": digest.hexdigest()}) + "\n"
     atomic_write_text(folder / "annotations" / name / "digest.json", content)
 
 
-def _write_shots(put: Callable[[str, bytes], None], image: Callable[[Sample, str, int], str | None]) -> None:
-    """Places365: so many pictures of each class, those of fewer shots among those of more."""
-    drawn: list[tuple[int, str, Dice, Sample]] = []
+def _write_shots(put: Callable[[str, bytes], None], image: Callable[[DrawnSample, str, int], str | None]) -> None:
+    """Write Places365's training files: the 5 pictures of each class are among the 10."""
+    drawn: list[tuple[int, str, StableRandom, DrawnSample]] = []
     for index in range(max(SHOTS) * len(PLACES)):
         shot, place = divmod(index, len(PLACES))
-        dice = Dice(f"{SEED}, Places365, train, {index}")
-        sample = Sample("", PLACES[place], scenes.place(PLACES[place], dice))
-        drawn.append((shot, image(sample, "train", index), dice, sample))
+        rng = StableRandom(f"{SEED}, Places365, train, {index}")
+        sample = DrawnSample("", PLACES[place], scenes.draw_place(PLACES[place], rng))
+        drawn.append((shot, image(sample, "train", index), rng, sample))
     for tree, instructions in SETTINGS.items():
-        chosen = [
-            (shot, _conversation(s, path, dice.choice(instructions["Places365"]))) for shot, path, dice, s in drawn
-        ]
+        chosen = [(shot, _conversation(s, path, rng.choice(instructions["Places365"]))) for shot, path, rng, s in drawn]
         for shots in SHOTS:
             records = [record for shot, record in chosen if shot < shots]
             put(f"{tree}/Places365/train_{shots}shot.json", _json(records))
 
 
-def _text(sample: Sample, instruction: str) -> str:
+def _text(sample: DrawnSample, instruction: str) -> str:
     return f"{sample.question}\n{instruction}" if sample.question else instruction
 
 
-def _conversation(sample: Sample, image: str | None, instruction: str) -> dict[str, Any]:
+def _conversation(sample: DrawnSample, image: str | None, instruction: str) -> dict[str, Any]:
     value = _text(sample, instruction)
     turns = [
-        {"from": "human", "value": value if image is None else f"<image>\n{value}"},
+        {"from": "human", "value": value if image is None else f"{IMAGE_TOKEN}\n{value}"},
         {"from": "gpt", "value": sample.answer},
     ]
     return ({} if image is None else {"image": image}) | {"conversations": turns}
@@ -363,16 +360,16 @@ def _question_id(task: str, index: int) -> int | str:
     return str(index + 1) if task in ("ScienceQA", "GQA") else index + 1
 
 
-def _question(question_id: int | str, sample: Sample, image: str | None, instruction: str) -> dict[str, Any]:
+def _question(question_id: int | str, sample: DrawnSample, image: str | None, instruction: str) -> dict[str, Any]:
     record = {"question_id": question_id} | ({} if image is None else {"image": image})
     answer = list(sample.references) if sample.references else sample.answer
     return record | {"text": _text(sample, instruction), "answer": answer}
 
 
 def _annotations(
-    task: str, ids: list[int | str], drawn: list[Sample], images: list[str | None]
+    task: str, ids: list[int | str], drawn: list[DrawnSample], images: list[str | None]
 ) -> Iterator[tuple[str, Any]]:
-    """The files beside the questions that a dataset's own scoring reads."""
+    """Make the further files that a dataset's own scoring reads."""
     if task == "ScienceQA":
         yield "pid_splits.json", {"train": [], "val": [], "test": ids}
         yield (
@@ -389,13 +386,18 @@ def _annotations(
         ]
         yield "TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": data}
     elif task == "GQA":
-        yield "testdev_balanced_questions.json", {
-            i: {
-                "question": s.question, "answer": s.answer, "isBalanced": True,
-                "types": {"structural": s.kind, "semantic": "rel"},
-            }
-            for i, s in zip(ids, drawn, strict=True)
-        }  # fmt: skip
+        yield (
+            "testdev_balanced_questions.json",
+            {
+                i: {
+                    "question": s.question,
+                    "answer": s.answer,
+                    "isBalanced": True,
+                    "types": {"structural": s.kind, "semantic": "rel"},
+                }
+                for i, s in zip(ids, drawn, strict=True)
+            },
+        )
     elif task == "VQAv2":
         records = [
             {"question_id": i, "answers": [{"answer": a} for a in _ten(s.answer, f"{task} {i}")]}
@@ -415,11 +417,11 @@ def _annotations(
 
 
 def _ten(answer: str, where: str) -> list[str]:
-    """Ten people's answers: up to two of them cannot tell."""
-    dice = Dice(f"{SEED}, ten answers, {where}")
+    """Make ten people's answers; up to two of them are "unanswerable"."""
+    rng = StableRandom(f"{SEED}, ten answers, {where}")
     answers = [answer] * 10
-    for _ in range(dice.below(3)):
-        answers[dice.below(10)] = UNANSWERABLE
+    for _ in range(rng.below(3)):
+        answers[rng.below(10)] = UNANSWERABLE
     return answers
 
 
@@ -430,8 +432,8 @@ def _json(content: Any) -> bytes:
 # ---- contact sheets
 
 
-def contact_sheet(path: Path, shown: list[Sample], *, columns: int = 6, zoom: int = 4) -> None:
-    """Pictures, enlarged, with question and answer below each."""
+def contact_sheet(path: Path, shown: list[DrawnSample], *, columns: int = 6, zoom: int = 4) -> None:
+    """Draw a sheet of enlarged pictures, each above its question and answer."""
     side, caption = scenes.SIDE * zoom, 92
     rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + caption) + 8), (255, 255, 255))

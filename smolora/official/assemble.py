@@ -18,6 +18,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from ..data.prompts import CHAT_TEMPLATE
+from ..extras import require_extra
 from ..instructions.texts import IMAGE_TOKEN
 from ..io.files import atomic_folder, join_names
 from ..io.tensors import read_model, read_tensors, save_tensors
@@ -238,9 +239,11 @@ def assemble(
         shard_bytes: largest size of a file of weights, unless a single tensor is larger.
 
     Raises:
+        MissingExtraError: Pillow, which processes images, is not installed.
         FileNotFoundError, FileExistsError: a part is missing, or `output` is not empty.
         ValueError: a part is broken, or does not fit the others; the message names the tensor.
     """
+    require_extra("llava", "PIL", user="assemble")
     from transformers import GenerationConfig, LlavaProcessor
 
     language, vision, projector = Path(language), Path(vision), Path(projector)

@@ -41,9 +41,7 @@ def one_thread():
 @pytest.fixture
 def small(drop_in):
     """A model and runs small enough for the reference, which loops over instances and experts."""
-    return drop_in.Settings(
-        hidden=48, layers=2, rank=4, alpha=8, batch=4, align_steps=20, task_steps=3, test_images=6
-    )  # fmt: skip
+    return drop_in.Settings(hidden=48, layers=2, rank=4, alpha=8, batch=4, align_steps=20, task_steps=3, test_images=6)
 
 
 def test_embeddings_are_minilms(embeddings):

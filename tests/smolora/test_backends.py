@@ -270,9 +270,14 @@ def python(code: str, cwd: Path, *options: str, stdin: str = "", **environment: 
     ours = ("TRITON_INTERPRET", "SMOLORA_BACKEND", "SMOLORA_CHECK")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
-        [sys.executable, *options, "-c", code], input=stdin, cwd=cwd, capture_output=True, text=True, timeout=300,
+        [sys.executable, *options, "-c", code],
+        input=stdin,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**kept, "CUDA_VISIBLE_DEVICES": "", **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -347,12 +352,16 @@ def test_without_triton(tmp_path: Path):
     (tmp_path / "smolora").mkdir()
     for entry in [*Path(smolora.__file__).parent.iterdir(), Path(smolora.kernels.__file__).parent]:
         (tmp_path / "smolora" / entry.name).symlink_to(entry)
-    code = LAYER + "import json, sys\n" + "\n".join(
-        [
-            "results = [report(forward), report(enter, 'triton'), report(enter, 'torch')]",
-            "print(json.dumps([*results, sorted(m for m in sys.modules if m.partition('.')[0] == 'triton')]))",
-        ]
-    )  # fmt: skip
+    code = (
+        LAYER
+        + "import json, sys\n"
+        + "\n".join(
+            [
+                "results = [report(forward), report(enter, 'triton'), report(enter, 'torch')]",
+                "print(json.dumps([*results, sorted(m for m in sys.modules if m.partition('.')[0] == 'triton')]))",
+            ]
+        )
+    )
     forward, strict, torch_backend, modules = python(code, tmp_path, "-S", PYTHONPATH=str(tmp_path))
     assert modules == []  # else the test has not tested it
     assert forward[0] == "" and forward[1]["active"] == {"cpu": "torch"}

@@ -143,11 +143,23 @@ def test_dropout_threshold(p: float, threshold: int):
 # ------------------------------------------------------------------------------------------------------ as peft sees it
 
 UNUSUAL = dict(
-    r=8, lora_alpha=12.5, lora_dropout=0.25, num_vu_experts=3, num_if_experts=5, top_k=2, instruction_dim=24,
-    route_over="valid", decode_routing="token", fusion="mean", router_grad="straight_through",
-    target_modules=["gate_proj", "up_proj"], exclude_modules=r".*vision.*", modules_to_save=["lm_head"],
-    task_type="CAUSAL_LM", base_model_name_or_path="a/base",
-)  # fmt: skip
+    r=8,
+    lora_alpha=12.5,
+    lora_dropout=0.25,
+    num_vu_experts=3,
+    num_if_experts=5,
+    top_k=2,
+    instruction_dim=24,
+    route_over="valid",
+    decode_routing="token",
+    fusion="mean",
+    router_grad="straight_through",
+    target_modules=["gate_proj", "up_proj"],
+    exclude_modules=r".*vision.*",
+    modules_to_save=["lm_head"],
+    task_type="CAUSAL_LM",
+    base_model_name_or_path="a/base",
+)
 
 
 def test_peft_type():

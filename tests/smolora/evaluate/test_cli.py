@@ -20,10 +20,29 @@ from smolora.evaluate.score import score
 
 def arguments(base_folder, released, output, *more):
     return [
-        "evaluate", "--model", str(base_folder), "--task", "VQAv2", "--task", "ImageNet", "--annotations",
-        str(released), "--images", str(released), "--output", str(output), "--device", "cpu", "--dtype", "float32",
-        "--max-new-tokens", "4", "--image-workers", "0", *more,
-    ]  # fmt: skip
+        "evaluate",
+        "--model",
+        str(base_folder),
+        "--task",
+        "VQAv2",
+        "--task",
+        "ImageNet",
+        "--annotations",
+        str(released),
+        "--images",
+        str(released),
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        "4",
+        "--image-workers",
+        "0",
+        *more,
+    ]
 
 
 def test_command(base_folder, adapter_folder, released, tmp_path, capsys, model):
@@ -117,11 +136,12 @@ def test_home_in_an_option(base_folder, released, tmp_path, monkeypatch, capsys,
         (["--model", "nope"], "--model must be the folder of a LLaVA, got nope"),
         (["--adapter", "nope"], "--adapter must be the folder of a PEFT adapter .*got nope"),
         pytest.param(
-            ["--device", "cuda"], "--device cuda needs a GPU",
+            ["--device", "cuda"],
+            "--device cuda needs a GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_named(base_folder, released, tmp_path, capsys, change, match):
     assert cli.main(arguments(base_folder, released, tmp_path, *change)) == 1
     error = capsys.readouterr().err

@@ -16,7 +16,7 @@ from smolora.io.files import atomic_folder, write_json
 from smolora.minicvit import base_model, tasks
 from smolora.minicvit import prepare as preparation
 from smolora.minicvit.base_model import (
-    HEADS,
+    PROBE_HEADS,
     BaseSettings,
     converse,
     draw_picture,
@@ -24,13 +24,20 @@ from smolora.minicvit.base_model import (
     make_model,
     make_tokenizer,
 )
-from smolora.minicvit.scenes import SIDE, Dice
+from smolora.minicvit.scenes import SIDE, StableRandom
 from smolora.minicvit.tasks import TASKS, samples
 
 TINY = BaseSettings(
-    vision_hidden=16, vision_layers=1, hidden=16, layers=1, vision_steps=3, vision_batch=4, steps=3, batch=4,
+    vision_hidden=16,
+    vision_layers=1,
+    hidden=16,
+    layers=1,
+    vision_steps=3,
+    vision_batch=4,
+    steps=3,
+    batch=4,
     pictures=30,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +71,8 @@ def test_every_text_of_the_benchmark_is_known_and_comes_back(name, encoder):
 def test_conversations_are_known_and_only_answers_are_learned(encoder):
     system = encoder.tokenizer.convert_tokens_to_ids(SYSTEM)
     for index in range(80):
-        picture = draw_picture(Dice(f"test {index}"))
-        ids, labels = converse(picture, encoder, Dice(f"turns {index}"))
+        picture = draw_picture(StableRandom(f"test {index}"))
+        ids, labels = converse(picture, encoder, StableRandom(f"turns {index}"))
         assert encoder.tokenizer.unk_token_id not in ids
         assert (ids.count(system), ids.count(encoder.tokenizer.bos_token_id)) == (1, 1)
         assert ids.count(encoder.image_token_id) == (16 if picture.pixels is not None else 0)
@@ -73,12 +80,12 @@ def test_conversations_are_known_and_only_answers_are_learned(encoder):
         asked = encoder.tokenizer.convert_tokens_to_ids("▁USER")
         assert asked in ids and asked not in labels
         for head, place in picture.facts.items():
-            assert 0 <= place < len(HEADS[head].names)
+            assert 0 <= place < len(PROBE_HEADS[head].names)
 
 
 def test_no_instruction_occurs_in_the_alignment():
     """What the instructions ask for is left to the benchmark's stages."""
-    turns = [turn for n in range(200) for turn in draw_picture(Dice(f"{n}")).turns]
+    turns = [turn for n in range(200) for turn in draw_picture(StableRandom(f"{n}")).turns]
     said = " ".join(f"{question} {sentence}" for question, _, sentence in turns)
     assert all("{}" in sentence and sentence.endswith(".") for _, _, sentence in turns)
     for table in (SINGLE_TYPE, MULTI_TYPE):

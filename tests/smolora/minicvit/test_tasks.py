@@ -15,7 +15,7 @@ from smolora.data.format import read_conversations, read_questions
 from smolora.evaluate.score import score
 from smolora.minicvit import drawing, scenes
 from smolora.minicvit import tasks as module
-from smolora.minicvit.scenes import Dice
+from smolora.minicvit.scenes import StableRandom
 from smolora.minicvit.tasks import SETTINGS, TASKS, make_minicvit, samples, training_files
 
 SMALL = 12
@@ -48,8 +48,8 @@ def test_the_bytes_are_those_of_every_machine(folder):
 
 
 def test_train_and_test_share_no_handwritten_digit():
-    of_train = {scenes.handwritten(d, Dice(f"a {n}"), False).tobytes() for d in range(10) for n in range(40)}
-    of_test = {scenes.handwritten(d, Dice(f"b {n}"), True).tobytes() for d in range(10) for n in range(40)}
+    of_train = {scenes.handwritten(d, StableRandom(f"a {n}"), False).tobytes() for d in range(10) for n in range(40)}
+    of_test = {scenes.handwritten(d, StableRandom(f"b {n}"), True).tobytes() for d in range(10) for n in range(40)}
     assert of_train and of_test and not of_train & of_test
 
 
@@ -187,10 +187,10 @@ def test_blurring_keeps_what_is_flat_and_spreads_what_is_not():
 
 def test_unknown_names_are_refused():
     for draw in (
-        lambda: scenes.thing("spoon", "red", Dice("")),
-        lambda: scenes.place("moon", Dice("")),
-        lambda: scenes.person("red", "cat", "beach", Dice("")),
-        lambda: scenes.one_shape("ring", "red", Dice("")),
+        lambda: scenes.draw_object("spoon", "red", StableRandom("")),
+        lambda: scenes.draw_place("moon", StableRandom("")),
+        lambda: scenes.draw_person("red", "cat", "beach", StableRandom("")),
+        lambda: scenes.draw_one_shape("ring", "red", StableRandom("")),
     ):
         with pytest.raises(ValueError, match=r"must be one of .*, got '"):
             draw()

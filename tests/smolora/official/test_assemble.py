@@ -65,8 +65,10 @@ def inputs(expected: dict[str, torch.Tensor], samples: slice, image_token: int) 
         rows.append([t for token in row for t in ([image_token] * PATCHES if token == -200 else [token])])
     ids = torch.tensor(rows)
     return {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": expected["pixel_values"][samples],
-    }  # fmt: skip
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": expected["pixel_values"][samples],
+    }
 
 
 # ------------------------------------------------------------------------------------------- as the released code does
@@ -99,9 +101,12 @@ def test_released_tokens(key: str, use_cache: bool, adapted: PeftModel, expected
     for sample, tokens in enumerate(golden[key]):
         batch = inputs(expected, slice(sample, sample + 1), adapted.config.image_token_id)
         generated = adapted.generate(
-            **batch, max_new_tokens=golden["max_new_tokens"], eos_token_id=golden["eos_token_id"], do_sample=False,
+            **batch,
+            max_new_tokens=golden["max_new_tokens"],
+            eos_token_id=golden["eos_token_id"],
+            do_sample=False,
             use_cache=use_cache,
-        )  # fmt: skip
+        )
         assert generated[0, batch["input_ids"].shape[1] :].tolist() == tokens
 
 
@@ -152,10 +157,13 @@ def test_layout_is_the_one_on_disk(llava: Path, tmp_path: Path):
     ours, theirs = load_file(llava / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     for name in (
-        "language_model.model.layers.1.mlp.gate_proj.weight", "language_model.model.embed_tokens.weight",
-        "language_model.lm_head.weight", "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
-        "vision_tower.vision_model.pre_layrnorm.weight", "multi_modal_projector.linear_1.weight",
-    ):  # fmt: skip
+        "language_model.model.layers.1.mlp.gate_proj.weight",
+        "language_model.model.embed_tokens.weight",
+        "language_model.lm_head.weight",
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "vision_tower.vision_model.pre_layrnorm.weight",
+        "multi_modal_projector.linear_1.weight",
+    ):
         assert name in ours
 
 
@@ -226,10 +234,17 @@ def full_clip(folder: Path) -> Path:
     """The golden vision tower within a whole CLIP, with the buffer that old transformers saved."""
     config = CLIPConfig(
         vision_config=CLIPVisionConfig.from_pretrained(VISION).to_dict(),
-        text_config=CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                   vocab_size=50, bos_token_id=1, eos_token_id=2).to_dict(),
+        text_config=CLIPTextConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=50,
+            bos_token_id=1,
+            eos_token_id=2,
+        ).to_dict(),
         projection_dim=8,
-    )  # fmt: skip
+    )
     CLIPModel(config).save_pretrained(folder)
     state = {**load_file(folder / "model.safetensors"), **load_file(VISION / "model.safetensors")}
     state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
@@ -255,9 +270,12 @@ def in_shards(source: Path, folder: Path) -> Path:
 def test_other_forms_give_the_same(llava: Path, tmp_path: Path):
     """`.bin` shards and a full CLIP: the same model; small shards of output hold the same tensors, and load."""
     assemble(
-        in_shards(LANGUAGE, tmp_path / "language"), full_clip(tmp_path / "clip"), PROJECTOR, tmp_path / "out",
+        in_shards(LANGUAGE, tmp_path / "language"),
+        full_clip(tmp_path / "clip"),
+        PROJECTOR,
+        tmp_path / "out",
         shard_bytes=100_000,
-    )  # fmt: skip
+    )
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     ours = load_file(llava / "model.safetensors")
     files = {name: load_file(tmp_path / "out" / name) for name in set(index["weight_map"].values())}

@@ -54,8 +54,10 @@ def written(folder: Path, state: dict | None = None, **changes) -> Path:
 def test_what_is_written(converted: Path):
     """The released code's behaviour in our configuration; the embeddings, and the row that the released one used."""
     assert {p.name for p in converted.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "instruction_embeddings.safetensors",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "instruction_embeddings.safetensors",
+    }
     config = smolora.SMoLoRAConfig.from_pretrained(str(converted))
     assert (config.r, config.lora_alpha, config.scaling, config.lora_dropout) == (4, 8, 2.0, 0.05)
     assert (config.num_vu_experts, config.num_if_experts, config.top_k, config.instruction_dim) == (4, 4, 1, 384)

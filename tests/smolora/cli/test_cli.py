@@ -1,0 +1,46 @@
+"""The command `smolora` itself: its help, its subcommands and its exit status."""
+
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from smolora import cli
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_subcommand_has_a_module_and_help(name: str, capsys):
+    module = importlib.import_module(f"smolora.cli.{name.replace('-', '_')}")
+    assert callable(module.add_arguments) and callable(module.run)
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and cli.COMMANDS[name].help in printed
+
+
+@pytest.mark.parametrize("argv", [[], ["trian"], ["score", "--no-such-option"]])
+def test_usage_errors(argv: list[str], capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    assert end.value.code == 2 and "usage: smolora" in capsys.readouterr().err
+
+
+def test_help_imports_no_subcommand():
+    """Nor what subcommands need: `smolora --help` takes no longer than `import smolora`."""
+    code = (
+        "import sys; before = set(sys.modules) if __import__('smolora') else None\n"
+        "from smolora import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print(*sorted(name for name in set(sys.modules) - before if name.startswith('smolora')), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(re.search(rf"^ +{name}\b", done.stdout, re.M) for name in cli.COMMANDS)
+    assert done.stderr.split() == ["smolora.cli", "smolora.extras"]
+
+
+def test_python_m():
+    done = subprocess.run([sys.executable, "-m", "smolora.cli", "doctor", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: smolora doctor" in done.stdout
