@@ -1,4 +1,4 @@
-"""Right before fast: every peer against float64, on the inputs it will be timed on."""
+"""Right before fast: every peer is checked against float64, on the inputs that it is timed on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Errors:
 
 
 def expect(formula: str, layer: Layer, batch: Batch) -> Expected:
-    """Results of the "method", "linear" or "lora" in float64, one instance at a time to bound the memory."""
+    """Compute the "method", "linear" or "lora" in float64, one instance at a time to bound the memory."""
     weight = layer.weight.double()
     bias = None if layer.bias is None else layer.bias.double()
     adapter = {name: tensor.double() for name, tensor in layer.adapter.items()}
@@ -75,7 +75,7 @@ def expect(formula: str, layer: Layer, batch: Batch) -> Expected:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected|; infinite where something is not finite or a zero is missed."""
+    """Return |actual - expected| / |expected|; infinite if a number is not finite, or a zero is missed."""
     difference = (actual.double() - expected).norm().item()
     scale = expected.norm().item()
     if not math.isfinite(difference):
@@ -84,7 +84,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def forward_backward(peer: Peer, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """y, dx and the gradients of the peer's parameters."""
+    """Return y, dx and the gradients of the peer's parameters."""
     x = batch.x.detach().requires_grad_()
     with peer.scope():
         y = peer(replace(batch, x=x))
@@ -93,7 +93,7 @@ def forward_backward(peer: Peer, batch: Batch) -> tuple[Tensor, Tensor, dict[str
 
 
 def check(name: str, peer: Peer, batch: Batch, expected: Expected) -> Errors:
-    """Errors of a training forward and backward with dropout off, and proof that dropout, when on, does something.
+    """Return the errors of a training step with dropout off; then check that dropout, when on, is as strong as p.
 
     Raises:
         WrongResult: an error is over its limit.
@@ -115,7 +115,7 @@ def check(name: str, peer: Peer, batch: Batch, expected: Expected) -> Errors:
 
 
 def _check_dropout(name: str, peer: Peer, batch: Batch, y: Tensor) -> None:
-    """A peer that skipped dropout would be timed on less work: the noise must be as large as p makes it."""
+    """Check that dropout's noise is as large as p makes it: a peer without dropout would be timed on less work."""
     p, (instances, seq, d) = peer.layer.case.dropout, batch.x.shape
     if instances * seq < 64 or d * p < 2:
         return  # too few elements are dropped for their noise to be predictable
@@ -129,7 +129,7 @@ def _check_dropout(name: str, peer: Peer, batch: Batch, y: Tensor) -> None:
 
 
 def check_step(name: str, peer: Peer, y: Tensor, expected: Tensor) -> Errors:
-    """Error of a decode step's output.
+    """Return the error of a decode step's output.
 
     Raises:
         WrongResult: it is over the limit.

@@ -18,7 +18,7 @@ from workload import Batch, Layer, draw_batch, draw_layer
 
 @dataclass
 class Bench:
-    """Peers on one problem; none is handed out before its result was checked."""
+    """Peers on one workload; each is checked before it is handed out."""
 
     layer: Layer
     batch: Batch
@@ -38,7 +38,7 @@ class Bench:
         return self.made[name]
 
     def finished(self, run: Callable[..., object]) -> Callable[..., None]:
-        """`run`, returning when the device is done."""
+        """Wrap `run` so that it returns when the device is done."""
 
         def wait(*args: object) -> None:
             run(*args)

@@ -31,9 +31,10 @@ import roofline
 from accuracy import Errors, WrongResult, check, check_step, expect, forward_backward
 from peers import PEERS, Peer
 from report import MODES, Row
+from roofline import MachinePeaks
 from runs import Run, bench_main, choose_cases, choose_device, free_memory, positive, unavailable
-from shapes import ITEM_BYTES, METHODS, PRESETS, Case, MixtureCase, Shape
-from timing import Job, MachinePeaks, Timing, capture, kept_for_backward, measure_peaks, peak
+from shapes import ITEM_BYTES, METHODS, PRESETS, MixtureCase, Shape, SMoLoRACase
+from timing import Job, Timing, capture, kept_for_backward, measure_peaks, peak
 from workload import Batch, Layer, draw_batch, draw_layer
 
 LAYER_GROUPS = 4
@@ -94,7 +95,7 @@ def row_head(run: Run, case: Shape, name: str, peer: Peer, batch: Batch, kind: s
     }
 
 
-def measure_layer(run: Run, card: roofline.Card, case: Shape, layer: Layer, peers: dict[str, Peer]) -> None:
+def measure_layer(run: Run, peaks: MachinePeaks, case: Shape, layer: Layer, peers: dict[str, Peer]) -> None:
     """Measure forward, backward and both; memory; and compare with `linear` and with the floor."""
     batch = draw_batch(layer, case.batch, case.seq)
     errors = checked(run, case, peers, batch)
@@ -113,8 +114,8 @@ def measure_layer(run: Run, card: roofline.Card, case: Shape, layer: Layer, peer
         mine, theirs = overhead(name, mode), overhead("official", mode)
         return theirs.median / mine.median if theirs and mine and mine.median > 0 else None
 
-    floors = {mode: seconds * 1e3 for mode, seconds in roofline.layer_seconds(case, card).items()}
-    gemm = roofline.base(case)["base forward"].seconds(card) * 1e3
+    floors = {mode: seconds * 1e3 for mode, seconds in roofline.layer_seconds(case, peaks).items()}
+    gemm = roofline.base(case)["base forward"].seconds(peaks) * 1e3
     given = [value for value in batch.call.values() if isinstance(value, torch.Tensor)]
     for name, peer in peers.items():
         live = replace(batch, x=batch.x.detach().requires_grad_())
@@ -209,14 +210,14 @@ def measure_sweep(run: Run, case: Shape, layer: Layer, peers: dict[str, Peer], f
                 run.rows.append(head | {"both": timings[name][-1].summary(), "error": asdict(errors[name])})
 
 
-def measure_case(run: Run, card: roofline.Card, case: Shape, decode: list[int], sweep: tuple[float, ...]) -> None:
+def measure_case(run: Run, peaks: MachinePeaks, case: Shape, decode: list[int], sweep: tuple[float, ...]) -> None:
     """Measure everything about one shape."""
     if run.out_of_time(case.name):
         return
     torch.compiler.reset()
     layer = draw_layer(case, run.device, kind=KINDS[case.method])
     peers = {name: known_peers(case.method)[name](layer) for name in run.names}
-    measure_layer(run, card, case, layer, peers)
+    measure_layer(run, peaks, case, layer, peers)
     for sequences in decode:
         if not run.out_of_time(f"{case.name}, decoding {sequences}"):
             measure_decode(run, case, layer, peers, sequences)
@@ -313,7 +314,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def of_method(case: Case, method: str, numbers: dict[str, int]) -> Case | MixtureCase:
+def of_method(case: SMoLoRACase, method: str, numbers: dict[str, int]) -> SMoLoRACase | MixtureCase:
     """Return a preset's shape for a method, with its numbers of experts and the like."""
     if method == "smolora":
         return replace(case, **numbers)
@@ -344,14 +345,13 @@ def main(argv: list[str] | None = None) -> None:
     def measure(run: Run) -> None:
         run.set_status("peaks of this machine")
         peaks = measure_peaks(device, getattr(torch, cases[0].dtype), run.clock, run.group_seconds / 2)
-        run.facts["ceilings"] = asdict(peaks)
-        card = roofline.Card("measured", peaks.bandwidth, peaks.rate)
+        run.facts["ceilings"] = {"bandwidth": peaks.bandwidth, "rate": peaks.rate}
         for case in cases:
-            measure_case(run, card, case, decode, sweep if case is cases[0] else ())
+            measure_case(run, peaks, case, decode, sweep if case is cases[0] else ())
 
     def show(run: Run, folder: Path) -> None:
         print_results(run, cases)
-        peaks = MachinePeaks(**run.facts["ceilings"])
+        peaks = MachinePeaks("measured", **run.facts["ceilings"])
         print(
             f"this machine: copy {peaks.bandwidth / 1e9:.1f} GB/s, "
             f"{cases[0].dtype} product {peaks.rate / 1e12:.2f} TFLOP/s; 'of floor' is the time that these two allow "

@@ -128,7 +128,7 @@ class BranchLoRA(MixtureLayer):
 
     @staticmethod
     def official(x, base, adapter, call, dropout):
-        """One shrink; every branch's k-sized output times its gate, most of which are 0."""
+        """Shrink once, then weight every branch's k-sized output by its gate; most gates are 0."""
         pi = torch.softmax(F.linear(x[:, 0].float(), adapter["router"][call["task"]].float()), -1)
         weights, ids = pi.topk(call["top_k"])
         gate = torch.zeros_like(pi).scatter(-1, ids, weights).to(x.dtype)
@@ -174,7 +174,7 @@ class LiLoRA(MixtureLayer):
 
     @staticmethod
     def official(x, base, adapter, call, dropout):
-        """The task's B formed of copies of its parts, then a LoRA with it."""
+        """Form the task's B from copies of its parts, then compute a LoRA with it."""
         A_t, B_t, logit = (adapter[f"task_{name}"][call["task"]] for name in ("A", "B", "logit"))
         share = torch.sigmoid(logit)
         z = F.linear(dropout(x), adapter["A"])
@@ -204,7 +204,7 @@ class RoutedLoRA(MixtureLayer):
 
     @staticmethod
     def official(x, base, adapter, call, dropout):
-        """The active experts' outputs summed up, each with a dropout draw of its own, then scaled and added."""
+        """Sum the active experts' outputs, each with a dropout draw of its own, then scale and add."""
         total = torch.zeros_like(base)
         for e in call["experts"][0].tolist():
             total += F.linear(F.linear(dropout(x), adapter["A"][e]), adapter["B"][e])

@@ -36,7 +36,7 @@ from peers import OURS
 from recorded import RESULTS, RecordedPasses, named_results
 from report import Row
 from runs import Run, bench_main, choose_cases, choose_device, free_memory, positive, unavailable
-from shapes import PRESETS, Case
+from shapes import PRESETS, SMoLoRACase
 from smolora.engine import torch_passes
 from smolora.engine.function import mixture_linear
 from smolora.engine.ops import BACKENDS
@@ -73,7 +73,7 @@ def allocated(function: Any, arguments: tuple) -> tuple[tuple, list[Tensor]]:
     return results, [tensor for address, tensor in allocations.made.items() if address not in others]
 
 
-def training_calls(case: Case, device: torch.device) -> dict[str, tuple]:
+def training_calls(case: SMoLoRACase, device: torch.device) -> dict[str, tuple]:
     """Record the arguments of each pass in a training step's forward and backward."""
     layer = draw_layer(case, device)
     batch = draw_batch(layer, case.batch, case.seq)
@@ -134,13 +134,13 @@ def check_pass(what: str, results: dict[str, Tensor], expected: dict[str, Tensor
     return worst
 
 
-def operand_bytes(case: Case, name: str) -> int:
+def operand_bytes(case: SMoLoRACase, name: str) -> int:
     """Count every operand of a pass once, as the floor does; of route_shrink's columns only those it returns."""
     unchosen = roofline.shrink_columns(case) - 2 * case.r if name == "route_shrink" else 0
     return roofline.adapter(case)[name].bytes - case.tokens * unchosen * roofline.FLOAT
 
 
-def partial_bytes(case: Case, name: str, buffers: list[Tensor]) -> int:
+def partial_bytes(case: SMoLoRACase, name: str, buffers: list[Tensor]) -> int:
     """Count the bytes written to buffers and read again; route_shrink reads the chosen experts' columns alone."""
     total = sum(buffer.untyped_storage().nbytes() for buffer in buffers)
     if name != "route_shrink":
@@ -149,7 +149,7 @@ def partial_bytes(case: Case, name: str, buffers: list[Tensor]) -> int:
     return 2 * total - columns + columns * 2 * case.r // roofline.shrink_columns(case)
 
 
-def measure_case(run: Run, case: Case) -> None:
+def measure_case(run: Run, case: SMoLoRACase) -> None:
     """Measure every pass and backend on one shape."""
     if run.out_of_time(case.name):
         return

@@ -145,7 +145,7 @@ class Written(Peer):
     """An algorithm in ordinary torch operations under autograd."""
 
     def __init__(self, layer: Layer, algorithm: Callable[..., Tensor], routes_itself: bool = False) -> None:
-        """`routes_itself`: a decode step takes no routes but routes on its one token, as released."""
+        """Hold an algorithm; with `routes_itself` a decode step routes on its one token, as released."""
         super().__init__(layer)
         self.algorithm = algorithm
         self.routes_itself = routes_itself

@@ -71,7 +71,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def layer_table(rows: list[Row]) -> str:
-    """One line a peer for one case; times in ms, median (20th-80th percentile)."""
+    """Format a line a peer for one case; times in ms, median (20th-80th percentile)."""
     header = (
         f"{'peer':<20}{'forward ms':>27}{'backward ms':>27}{'both ms':>27}{'/ linear':>9}{'overhead':>9}"
         f"{'official/':>10}{'of floor':>9}{'kept MB':>9}{'peak MB':>9}{'err y':>9}{'err dx':>9}{'err grad':>9}"
@@ -100,7 +100,7 @@ def _mega(count: int | None) -> float | None:
 
 
 def decode_table(rows: list[Row]) -> str:
-    """Time of one decode step in microseconds, and the share of the bare linear layer's speed that is left."""
+    """Format the time of a decode step in microseconds, and its speed relative to the bare linear layer."""
     batches = sorted({row["shape"]["batch"] for row in rows})
     lines = [f"{'decode step, us':<20}" + "".join(f"{f'{batch} sequence(s)':>38}" for batch in batches)]
     for peer in dict.fromkeys(row["peer"] for row in rows):
@@ -118,7 +118,7 @@ def decode_table(rows: list[Row]) -> str:
 
 
 def sum_table(title: str, rows: list[Row]) -> str:
-    """Forward + backward of one FFN block: the sum over its layers, with the ratios that the sum gives."""
+    """Format forward + backward of an FFN block: the sums over its layers, and their ratios."""
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     whole = {p: sum(row["shape"]["ffn"] * row["both"]["median"] for row in rows if row["peer"] == p) for p in peers}
     cases = {row["case"] for row in rows}

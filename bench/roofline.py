@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
-from shapes import PRESETS, Case, MixtureCase, Shape
+from shapes import PRESETS, MixtureCase, Shape, SMoLoRACase
 
 FLOAT = 4  # bytes of h, alpha, dh, and of a float32 gradient
 
 
 @dataclass(frozen=True)
-class Card:
-    """Device memory bandwidth in byte/s and matrix rate in FLOP/s."""
+class MachinePeaks:
+    """Memory bandwidth in byte/s (read plus written) and matrix rate in FLOP/s."""
 
     name: str
     bandwidth: float
@@ -26,13 +26,13 @@ class Card:
 
 
 CARDS = (
-    Card("A100", 2.0e12, 312e12),
-    Card("H100", 3.35e12, 989e12),
-    Card("H200", 4.8e12, 989e12),
-    Card("B200", 8.0e12, 2250e12),
+    MachinePeaks("A100", 2.0e12, 312e12),
+    MachinePeaks("H100", 3.35e12, 989e12),
+    MachinePeaks("H200", 4.8e12, 989e12),
+    MachinePeaks("B200", 8.0e12, 2250e12),
 )
 # What an H200 was measured to give; the others, and its own line above, are the data sheets' figures.
-H200_MEASURED = Card("H200 measured", 4.3e12, 780e12)
+H200_MEASURED = MachinePeaks("H200 measured", 4.3e12, 780e12)
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class Work:
     bytes: float
     flops: float
 
-    def seconds(self, card: Card) -> float:
-        return max(self.bytes / card.bandwidth, self.flops / card.rate)
+    def seconds(self, peaks: MachinePeaks) -> float:
+        return max(self.bytes / peaks.bandwidth, self.flops / peaks.rate)
 
 
-def shrink_columns(case: Case) -> int:
-    """Columns of rank space that `route_shrink` computes: the chosen experts', or with one read all VU experts'."""
+def shrink_columns(case: SMoLoRACase) -> int:
+    """Return the columns of rank space that `route_shrink` computes: with one read, those of all VU experts."""
     return 2 * case.r if _two_reads(case) else case.vu * case.r + case.r
 
 
-def _two_reads(case: Case) -> bool:
+def _two_reads(case: SMoLoRACase) -> bool:
     return case.vu * case.r > 128
 
 
-def _route_shrink(case: Case) -> Work:
-    """h and the router's sums from one read of x; beyond 128 columns a second read for the chosen expert is cheaper."""
+def _route_shrink(case: SMoLoRACase) -> Work:
+    """Count h and the router's sums from one read of x, or beyond 128 columns from two, which is cheaper."""
     T, d, r, item = case.tokens, case.d, case.r, case.item
     columns = shrink_columns(case)  # the router's own come on top
     weights = (case.vu * r + case.vu + r) * d * item  # vu_A, R_vu, one if_A
@@ -64,12 +64,12 @@ def _route_shrink(case: Case) -> Work:
     return Work(reads + weights + T * columns * FLOAT, 2 * T * d * (columns + case.vu))
 
 
-def adapter(case: Case | MixtureCase) -> dict[str, Work]:
-    """The adapter's four passes over one batch; y and dx are written once and the base GEMM accumulates on them."""
+def adapter(case: SMoLoRACase | MixtureCase) -> dict[str, Work]:
+    """Count the adapter's four passes; y and dx are written once, and the base GEMM accumulates on them."""
     return _mixture(case) if isinstance(case, MixtureCase) else _smolora(case)
 
 
-def _smolora(case: Case) -> dict[str, Work]:
+def _smolora(case: SMoLoRACase) -> dict[str, Work]:
     T, d, k, r, item = case.tokens, case.d, case.k, case.r, case.item
     chosen = min(case.batch, case.vu) + min(case.batch, case.if_)  # experts that some instance uses
     A, B = chosen * r * d, chosen * r * k  # elements
@@ -84,7 +84,7 @@ def _smolora(case: Case) -> dict[str, Work]:
 
 
 def _mixture(case: MixtureCase) -> dict[str, Work]:
-    """The other methods'. What is done once a sequence or a step (gates, LiLoRA's B) is left out, being little.
+    """Count another method's passes, without the little work done once a sequence or a step (gates, LiLoRA's B).
 
     MoELoRA's router is counted, for every token goes through it.
     """
@@ -104,7 +104,7 @@ def _mixture(case: MixtureCase) -> dict[str, Work]:
 
 
 def base(case: Shape) -> dict[str, Work]:
-    """The frozen linear layer: y = W x and dx = W^T g."""
+    """Count the frozen linear layer: y = W x and dx = W^T g."""
     T, d, k = case.tokens, case.d, case.k
     gemm = Work((T * d + d * k + T * k) * case.item, 2 * T * d * k)
     return {"base forward": gemm, "base dx": gemm}
@@ -114,22 +114,22 @@ FORWARD = ("route_shrink", "fuse_expand")
 BACKWARD = ("grad_output", "grad_input")
 
 
-def adapter_seconds(case: Case | MixtureCase, card: Card) -> dict[str, float]:
-    """Floors of the adapter's own share in seconds: {"forward", "backward", "both"}."""
-    passes = {name: work.seconds(card) for name, work in adapter(case).items()}
+def adapter_seconds(case: SMoLoRACase | MixtureCase, peaks: MachinePeaks) -> dict[str, float]:
+    """Return the floors of the adapter alone in seconds: {"forward", "backward", "both"}."""
+    passes = {name: work.seconds(peaks) for name, work in adapter(case).items()}
     forward, backward = sum(passes[name] for name in FORWARD), sum(passes[name] for name in BACKWARD)
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-def layer_seconds(case: Case | MixtureCase, card: Card) -> dict[str, float]:
-    """Floors of base and adapter together in seconds: {"forward", "backward", "both"}."""
-    own = adapter_seconds(case, card)
-    gemm = base(case)["base forward"].seconds(card)
+def layer_seconds(case: SMoLoRACase | MixtureCase, peaks: MachinePeaks) -> dict[str, float]:
+    """Return the floors of base and adapter together in seconds: {"forward", "backward", "both"}."""
+    own = adapter_seconds(case, peaks)
+    gemm = base(case)["base forward"].seconds(peaks)
     return {mode: own[mode] + (2 if mode == "both" else 1) * gemm for mode in own}
 
 
-def table(case: Case | MixtureCase, cards: tuple[Card, ...]) -> str:
-    """The floor table of one case, in microseconds."""
+def table(case: SMoLoRACase | MixtureCase, cards: tuple[MachinePeaks, ...]) -> str:
+    """Format the floors of one case, in microseconds."""
     passes = adapter(case) | base(case)
     lines = [
         case.describe(),

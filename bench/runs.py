@@ -22,7 +22,7 @@ import smolora
 from accuracy import WrongResult
 from peers import OURS
 from report import Row
-from shapes import PRESETS, Case
+from shapes import PRESETS, SMoLoRACase
 from timing import Clock, Job, Timing, clock_for, interleave
 
 CPU_TOKENS = (2, 128)  # batch and sequence to which a GPU's preset is cut on a CPU
@@ -59,12 +59,12 @@ def choose_device(name: str) -> torch.device:
 
 def choose_cases(
     preset: str, names: list[str] | None, changes: dict[str, Any], device: torch.device
-) -> tuple[list[Case], str | None]:
+) -> tuple[list[SMoLoRACase], str | None]:
     """Return the shapes that the flags ask for, and a note on them for the reader.
 
     Args:
         names: only these shapes of the preset.
-        changes: fields of every `Case` to replace; with d or k in them, of the first one alone.
+        changes: fields of every `SMoLoRACase` to replace; with d or k in them, of the first one alone.
     """
     cases = [case for case in PRESETS[preset] if not names or case.name in names]
     if not cases:

@@ -1,4 +1,4 @@
-"""The shapes that are measured: one `Case` is one linear layer with its adapter and its batch. No torch in here."""
+"""The shapes that are measured: a case is one linear layer with its adapter and its batch. No torch in here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Shape:
         return ITEM_BYTES[self.dtype]
 
     def counts(self) -> str:
-        """How many experts there are, in words."""
+        """Say how many experts there are."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -44,7 +44,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Case(Shape):
+class SMoLoRACase(Shape):
     """A layer with SMoLoRA: `vu` + `if_` experts."""
 
     method: ClassVar[str] = "smolora"
@@ -95,17 +95,17 @@ METHODS: dict[str, dict[str, int]] = {
 }
 
 
-def _llava(d: int, k: int) -> tuple[Case, ...]:
+def _llava(d: int, k: int) -> tuple[SMoLoRACase, ...]:
     return (
-        Case("gate/up", d, k, ffn=2),
-        Case("down", k, d, ffn=1),
-        Case("projector 1", 1024, d, bias=True),
-        Case("projector 2", d, d, bias=True),
+        SMoLoRACase("gate/up", d, k, ffn=2),
+        SMoLoRACase("down", k, d, ffn=1),
+        SMoLoRACase("projector 1", 1024, d, bias=True),
+        SMoLoRACase("projector 2", d, d, bias=True),
     )
 
 
-PRESETS: dict[str, tuple[Case, ...]] = {
+PRESETS: dict[str, tuple[SMoLoRACase, ...]] = {
     "llava-7b": _llava(4096, 11008),
     "llava-13b": _llava(5120, 13824),
-    "small": (Case("small", 1024, 2752, batch=4, seq=256, dtype="float32"),),
+    "small": (SMoLoRACase("small", 1024, 2752, batch=4, seq=256, dtype="float32"),),
 }

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from roofline import MachinePeaks
+
 WARM_UP = 1  # untimed runs of every job; the check before has compiled what there is to compile
 MAX_ROUNDS = 200
 SLEEP = 5_000_000  # cycles of a GPU, 3 ms: longer than the host takes to queue a layer's forward and backward
@@ -203,14 +205,6 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     return graph.replay, y
 
 
-@dataclass(frozen=True)
-class MachinePeaks:
-    """What this machine reaches now: bytes read plus written per second of a large copy, FLOP/s of a large product."""
-
-    bandwidth: float
-    rate: float
-
-
 def measure_peaks(device: torch.device, dtype: torch.dtype, clock: Clock, seconds: float) -> MachinePeaks:
     """Measure the machine's peaks with torch's own copy and matrix product on random data."""
     cuda = device.type == "cuda"
@@ -224,4 +218,6 @@ def measure_peaks(device: torch.device, dtype: torch.dtype, clock: Clock, second
         Job("product", (lambda _: torch.mm(a, b.T, out=c),)),
     ]
     measured = {name: timings[-1].median * 1e-3 for name, timings in interleave(jobs, clock, seconds).items()}
-    return MachinePeaks(2 * elements * dtype.itemsize / measured["copy"], 2 * m * n * k / measured["product"])
+    return MachinePeaks(
+        "measured", 2 * elements * dtype.itemsize / measured["copy"], 2 * m * n * k / measured["product"]
+    )

@@ -1,4 +1,4 @@
-"""Random layers and batches for a `Case`, the same values for every implementation that is compared."""
+"""Random layers and batches for a `SMoLoRACase`, the same values for every implementation that is compared."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def _unavailable_reason(backend: str) -> str | None:
         if not torch.cuda.is_available() and not _interpreted():
             return "torch sees no CUDA device; with TRITON_INTERPRET=1 Triton's interpreter runs the kernels on the CPU"
     if backend == "cuda":
-        return cuda.obstacle()
+        return cuda.unavailable_reason()
     return None
 
 

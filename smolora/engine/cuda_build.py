@@ -1,4 +1,4 @@
-"""The compiled CUDA C++ kernels of this installation, and what keeps them from running on this machine.
+"""The compiled CUDA C++ kernels of this installation, and the reasons why they may not run on this machine.
 
 `cuda_passes` calls them. In tests `extension` is the emulation of the same sources on the CPU.
 """
@@ -32,12 +32,12 @@ REBUILD = "see to that and run pip install -e . again, with FORCE_CUDA=1 to see 
 
 
 def driver_needed(runtime: int) -> str:
-    """The oldest driver for kernels that were built with a CUDA version, given as 1000 major + 10 minor."""
+    """Return the oldest driver for kernels built with a CUDA version, given as 1000 major + 10 minor."""
     return {12: "525", 13: "580"}.get(runtime // 1000, f"for CUDA {runtime // 1000}")
 
 
 def runs_on(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether a card can run what was built for `architectures`, as in "80 90a 120+PTX"."""
+    """Tell whether a card can run kernels built for `architectures`, as in "80 90a 120+PTX"."""
     for name in architectures.split():
         number = name.removesuffix("+PTX")
         major, minor = divmod(int(number.removesuffix("a")), 10)
@@ -51,22 +51,22 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
 
 
 def build_failure() -> str | None:
-    """Why the extension could not be built, such as a compiler's first error; None if it was, or was not to be."""
+    """Return why the build failed, such as a compiler's first error; None if it did not, or there was none."""
     if extension is not None or not BUILD_LOG.exists():
         return None
     return BUILD_LOG.read_text(encoding="utf-8").partition("\n")[0]
 
 
-def obstacle() -> str | None:
-    """Why the kernels cannot run on this machine at all; None if they can."""
+def unavailable_reason() -> str | None:
+    """Return why the kernels cannot run on this machine; None if they can."""
     failure = build_failure()
     if failure is not None:
         return f"the CUDA C++ kernels could not be built: {failure} (more in {BUILD_LOG}); {REBUILD}"
-    return _missing if extension is None else _obstacle(extension)
+    return _missing if extension is None else _reason_on_this_machine(extension)
 
 
 @cache
-def _obstacle(built: Any) -> str | None:
+def _reason_on_this_machine(built: Any) -> str | None:
     if built.emulated:
         return None
     needed = driver_needed(built.runtime_version)
@@ -91,7 +91,7 @@ def _obstacle(built: Any) -> str | None:
 
 
 def info() -> dict[str, Any]:
-    """What `backend_info` adds for this backend."""
+    """Return what `backend_info` says about this backend besides its availability."""
     facts: dict[str, Any] = {"version": None, "auto": "never: no measurement has shown yet where it beats Triton"}
     if extension is not None and not extension.emulated:
         runtime = extension.runtime_version

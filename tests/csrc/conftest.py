@@ -20,6 +20,6 @@ def device(request: pytest.FixtureRequest) -> str:
     """The device of a test that runs both ways."""
     if request.param == "cpu":
         request.getfixturevalue("emulated")
-    elif (reason := cuda_build.obstacle()) is not None:
+    elif (reason := cuda_build.unavailable_reason()) is not None:
         pytest.fail(f"backend 'cuda' cannot run on this GPU: {reason}")
     return request.param

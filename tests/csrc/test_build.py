@@ -210,7 +210,7 @@ def test_runs_on():
         (13010, [(9, 0), (7, 5)], None),
     ],
 )
-def test_obstacles(driver: int, cards: list, reason: str | None, monkeypatch: pytest.MonkeyPatch):
+def test_unavailable_reasons(driver: int, cards: list, reason: str | None, monkeypatch: pytest.MonkeyPatch):
     """What stands between the built kernels and this machine, told in words."""
     built = ModuleType("built")
     built.emulated, built.runtime_version, built.architectures = False, 13000, "89 90a 120+PTX"
@@ -219,7 +219,7 @@ def test_obstacles(driver: int, cards: list, reason: str | None, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: cards[i])
-    found = cuda.obstacle()
+    found = cuda.unavailable_reason()
     assert found is None if reason is None else reason in found
     assert cuda.info()["driver"] == "580 or newer" and cuda.info()["architectures"] == "89 90a 120+PTX"
 
@@ -227,7 +227,7 @@ def test_obstacles(driver: int, cards: list, reason: str | None, monkeypatch: py
 def test_not_built(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cuda, "extension", None)
     monkeypatch.setattr(cuda, "_missing", "said by the import")
-    assert cuda.obstacle() == "said by the import"
+    assert cuda.unavailable_reason() == "said by the import"
     assert cuda.info()["version"] is None and "no measurement" in cuda.info()["auto"]
 
 

@@ -29,7 +29,7 @@ def pytest_collection_finish() -> None:
     from smolora.engine import cuda_build as cuda
 
     if cuda.extension is not None:
-        cuda.obstacle = lambda: None
+        cuda.unavailable_reason = lambda: None
 
 
 @pytest.hookimpl(tryfirst=True)
