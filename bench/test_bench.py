@@ -128,7 +128,8 @@ def test_command_writes_tables_json_and_plot(tmp_path, capsys):
 
 def test_without_matplotlib_a_run_has_no_plot(tmp_path, monkeypatch, capsys):
     """It says what to install, and succeeds."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     fused_vs_naive.main([*FLAGS, "--peers", "linear,torch", "--decode", "none", "--output", str(tmp_path)])
     assert "pip install 'smolora[report]'" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["custom.json"]

@@ -1,5 +1,5 @@
-// The module: a function a pass, which takes a dict of the fields of its params struct: numbers, for a tensor its
-// address and dtype, and for the banks a list of dicts.
+// The Python module. Each pass takes a dict with the fields of its params struct: numbers, (address, dtype) for a
+// tensor, and a list of dicts for the banks.
 
 #include <pybind11/pybind11.h>
 

@@ -9,7 +9,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSlice = limits::kDecodeInputs;  // 32 lanes of kVectors vectors of 4
 constexpr int kVectors = kSlice / 128;
-constexpr int kLoads = 8;   // of a thread, on their way together: parts of a sum, rows of B
+constexpr int kLoads = 8;   // of a thread, in flight together: parts of a sum, rows of B
 constexpr int kTokens = 2;  // that a row of A is multiplied with at a time
 constexpr int kGroup = 16;  // sequences that a block expands at a time, at most
 constexpr int kSums = 256;  // numbers of w that a block adds up at a time
@@ -47,7 +47,7 @@ struct Sizes {
   __host__ __device__ int logits() const { return static_cast<int>(cdiv(n * e_rows, kWarps)); }
 };
 
-// count numbers, `stride` apart, added up in their order.
+// The sum of `count` numbers, `stride` apart, in their order.
 __device__ __forceinline__ float strided_sum(Ptr<const float> from, int count, int stride) {
   float sum = 0;
 #pragma unroll 1
@@ -61,11 +61,11 @@ __device__ __forceinline__ float strided_sum(Ptr<const float> from, int count, i
   return sum;
 }
 
-// How elements of a weight are read, four at a time: in one load, where all rows of a launch allow that (WIDE), or else
-// one by one.
+// Readers of a weight, four elements at a time: by one load where all rows of a launch allow that (WIDE), else one by
+// one.
 template <class W>
 struct Vectors {
-  static constexpr int kRows = kLoads;  // on their way together
+  static constexpr int kRows = kLoads;  // in flight together
   using Value = W;
   const void* data;
   __device__ __forceinline__ Vectors of(const Weight& other) const { return {other.data}; }
@@ -98,7 +98,7 @@ inline bool is_wide(const Decode& p) {
   return wide;
 }
 
-// Calls f with what reads a weight.
+// Calls f with the reader of a weight.
 template <bool WIDE, class F>
 __device__ __forceinline__ void with_reader(const Weight& weight, F f) {
   if constexpr (WIDE) {
@@ -148,7 +148,7 @@ __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, 
     }
   };
   take_tokens();
-  float a[kVectors][4];  // only now, so that row and tokens are on their way together
+  float a[kVectors][4];  // only now, so that row and tokens are in flight together
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     unpack<typename Reader::Value>(a[v], row[v]);

@@ -20,8 +20,8 @@ namespace limits {
 constexpr int kBanks = 2;              // of a call
 constexpr int kDecodeInputs = 512;     // inputs that a warp multiplies with a row of A in decode
 constexpr int kDecodeProjections = 4;  // that one launch of decode serves
-// What a block of decode has room for: numbers of w, (sum E) r; of rank space and of y at a time, at least those of one
-// sequence, b K RP and a slice of k; ids, n b K, and pairs of a slot and an expert of its bank.
+// Capacity of a block of decode: numbers of w, (sum E) r; numbers of rank space and of y at a time, at least those of
+// one sequence, b K RP and a slice of k; ids, n b K, and pairs of a slot and an expert of its bank.
 constexpr int kDecodeWeights = 8192;
 constexpr int kDecodeMixed = 6144;
 constexpr int kDecodeRoutes = 1024;
@@ -56,7 +56,7 @@ struct Weight {
   FIELD(Weight, importance, {})                /* (k,) */                                                             \
   FIELD(Weight, router, {})                    /* (E, d) or (E, e); or one a task, (tasks, E, ...) */                 \
   FIELD(int64_t, router_reads_x, 0)            /* the mean of the routed tokens; else the instruction */              \
-  FIELD(void*, padded, nullptr)                /* room for A or B as the products read it; null: as it is */          \
+  FIELD(void*, padded, nullptr)                /* buffer for A or B as the products read it; null: as it is */        \
   FIELD(const uint8_t*, trained, nullptr)      /* (E,) or null: experts whose B gets a gradient */                    \
   FIELD(Weight, dA, {})                        /* like A, out; null: not needed */                                    \
   FIELD(Weight, dB, {})                        /* like B, out; null: not needed */                                    \

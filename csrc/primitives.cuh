@@ -1,4 +1,4 @@
-// What the kernels share: weights of any dtype, dropout's masks, top-k, where a tile of tokens lies.
+// Device functions that the kernels share: weights of any dtype, dropout's masks, top-k, tiles of tokens.
 #pragma once
 
 #include <type_traits>
@@ -7,7 +7,7 @@
 #include "ptx.cuh"
 
 __host__ __device__ constexpr int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// Columns of a rank in rank space: a multiple of the 16 of a tensor core.
+// Columns that an expert takes in rank space: its rank, rounded up to the 16 of a tensor core.
 __host__ __device__ constexpr int rank16(int64_t r) { return static_cast<int>(cdiv(r, 16) * 16); }
 
 __device__ __forceinline__ float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
@@ -28,7 +28,7 @@ __device__ __forceinline__ float weight_at(Weight w, int64_t i) {
   }
 }
 
-// Four elements as one load brings them.
+// Four elements, as the type that one load returns.
 template <class Scalar>
 using Four = std::conditional_t<sizeof(Scalar) == 4, float4, uint2>;
 
@@ -72,13 +72,13 @@ __device__ __forceinline__ void set_weight(Weight w, int64_t i, float v) {
   }
 }
 
-// v as the compute dtype has it.
+// v, rounded to the compute dtype.
 template <class Scalar>
 __device__ __forceinline__ float rounded(float v) {
   return to_float(from_float<Scalar>(v));
 }
 
-// v as the compute dtype has them.
+// Rounds four numbers to the compute dtype.
 template <class Scalar>
 __device__ __forceinline__ void round4(float (&v)[4]) {
   round_pair<Scalar>(v[0], v[1]);
@@ -94,7 +94,7 @@ __device__ __forceinline__ float warp_dot(const Weight& a, int64_t i, const Weig
 }
 
 // A block's part of an expert's w = s B^T I, (r,), over rows `begin` to `end` of B; `scratch` has 4 THREADS elements.
-// Weights come by reference: out of a copy nvcc would not know that they lie in global memory.
+// Weights are passed by reference: nvcc could not tell that a copy points to global memory.
 template <class Scalar, int THREADS>
 __device__ __forceinline__ void add_w_part(const Layout& p, const Weight& B, const Weight& importance, int64_t k,
                                            int64_t expert, int64_t begin, int64_t end, Ptr<float> scratch,
@@ -180,8 +180,8 @@ __device__ __forceinline__ int expert_in(Ptr<const int> ids, bool in_order, int6
   return in_order ? slot : max(ids[at], 0);
 }
 
-// Where the tiles of BT tokens lie. A sequence of L tokens has room for (L + extra BT - 1) / BT tiles; those past its
-// last token are empty.
+// A tile of BT tokens of one sequence. A sequence of L tokens has (L + extra BT - 1) / BT tiles; those past its end are
+// empty.
 struct SeqTile {
   int seq;
   int64_t tile;        // its number in the sequence
@@ -233,7 +233,7 @@ __device__ __forceinline__ int seq_of(const Layout& p, int64_t token) {
   return static_cast<int>(low);
 }
 
-// Tiles that cover all tokens, as the host counts them.
+// Number of tiles that cover all tokens; for packed sequences, whose lengths the host does not know, an upper bound.
 inline int64_t tile_count(const Layout& p, int64_t BT, int64_t extra) {
   if (p.n == 0) return 0;
   return p.cu_seqlens != nullptr ? p.T / BT + extra * p.n : p.n * ((p.T / p.n + extra * BT - 1) / BT);

@@ -1,4 +1,4 @@
-// What the kernels ask of the hardware, in thin wrappers: the only file with PTX in it.
+// Thin wrappers of hardware instructions, shared memory and launches: the only file with PTX in it.
 //
 // Compiled by g++ with SMOLORA_EMULATE, the emulate.h of the tests gives the same names on the CPU. Ptr<T> is T* here
 // and a pointer that checks its bounds there, so kernels take all memory, global and shared, through Ptr.
@@ -37,7 +37,7 @@ __device__ __forceinline__ Ptr<U> view(T* p) {
   return reinterpret_cast<U*>(p);
 }
 
-// Shared memory of the block, taken piece by piece; a piece starts at a multiple of 16 bytes.
+// Hands out the block's shared memory piece by piece; a piece starts at a multiple of 16 bytes.
 class SmemAllocator {
  public:
   __device__ __forceinline__ SmemAllocator() {
@@ -74,7 +74,7 @@ __device__ __forceinline__ fp16 from_float<fp16>(float v) {
   return __float2half_rn(v);
 }
 
-// Two numbers as T has them, by one conversion where T has 16 bits: single ones go through a slower unit.
+// Rounds two numbers to T, by one conversion where T has 16 bits: single conversions use a slower unit.
 template <class T>
 __device__ __forceinline__ void round_pair(float&, float&) {}
 template <>
@@ -131,7 +131,7 @@ __device__ __forceinline__ void cp_async16(T* to, const T* from) {
                : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most PENDING of this thread's groups are on their way.
+// Waits until at most PENDING of this thread's groups are in flight.
 template <int PENDING>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -139,7 +139,7 @@ __device__ __forceinline__ void cp_async_wait() {
 
 __device__ __forceinline__ float shuffle_xor(float v, int lanes) { return __shfl_xor_sync(0xFFFFFFFFu, v, lanes); }
 
-// Bit l: whether lane l says so.
+// A ballot: bit l is lane l's `yes`.
 __device__ __forceinline__ uint32_t lanes_where(bool yes) { return __ballot_sync(0xFFFFFFFFu, yes); }
 
 // Per byte: 0xFF where a >= b, else 0.
@@ -153,8 +153,8 @@ inline void check(cudaError_t status, const char* what) {
   }
 }
 
-// Lets a kernel have more shared memory than a block gets unasked: always the same, so that a launch with less takes
-// nothing from one that is captured in a graph.
+// Allows a kernel more shared memory than the default 48 KB. The limit is always the same: a smaller one, set by a
+// later launch, would take memory from one that is captured in a graph.
 template <class... P>
 void allow_shared(const char* name, void (*kernel)(P...), size_t shared) {
   if (shared <= 48 * 1024) return;
@@ -180,7 +180,7 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, int threads, size
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
-// Blocks of a kernel that the current device holds at once.
+// Number of blocks of a kernel that are resident on the current device at once.
 template <class... P>
 int resident_blocks(const char* name, void (*kernel)(P...), int threads, size_t shared) {
   int device = 0, processors = 0, blocks = 0;

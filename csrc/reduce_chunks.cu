@@ -8,7 +8,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Grid (blocks of r L, experts of all banks). Which chunks an expert was chosen in, each thread asks of one, for all.
+// Grid (blocks of r L, experts of all banks). Each thread looks up one chunk for the whole block: the slot, if any, in
+// which the chunk's sequence has the expert.
 __global__ void __launch_bounds__(kThreads, 1) reduce_chunks_kernel(ReduceChunks p) {
   SmemAllocator smem;
   auto slots = smem.take<int>(kThreads);

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1) route_instruction_and_w_kernel(Ro
       int64_t first = p.route_mask == nullptr ? 0 : length, count = p.route_mask == nullptr ? length : 0;
       if (p.route_mask != nullptr) {
 #pragma unroll 8
-        for (int64_t t = thread; t < length; t += kThreads) {  // without a branch, so that loads need not wait
+        for (int64_t t = thread; t < length; t += kThreads) {  // branch-free, so that loads overlap
           const bool routes = global<const uint8_t>(p.route_mask)[start + t];
           first = routes ? min(first, t) : first;
           count += routes;

@@ -9,20 +9,20 @@
 
 #include "primitives.cuh"
 
-constexpr int kStages = 3;  // tiles on their way or in use
+constexpr int kStages = 3;  // tiles in flight or in use
 
 template <class Scalar>
 constexpr int kColumns = limits::kRow / sizeof(Scalar);  // of a tile
 template <class Scalar>
 constexpr int kChunk = 16 / sizeof(Scalar);  // elements of 16 bytes
 
-// Where an element of a tile lies.
+// The index of an element in a tile.
 template <class Scalar>
 __device__ __forceinline__ unsigned place(unsigned row, unsigned column) {
   return row * kColumns<Scalar> + ((column / kChunk<Scalar> ^ row % 8) * kChunk<Scalar>) + column % kChunk<Scalar>;
 }
 
-// Brings 16 bytes into a tile: `valid` elements, and zeros for what is past them. Commit and wait as for cp.async.
+// Loads 16 bytes into a tile: `valid` elements, then zeros. Commit and wait as for cp.async.
 template <class Scalar>
 __device__ __forceinline__ void load_chunk(Ptr<Scalar> to, Ptr<const Scalar> from, int64_t valid, bool aligned) {
   if (aligned && valid >= kChunk<Scalar>) {

@@ -8,7 +8,6 @@ and the tensors are CPU tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,87 +24,16 @@ from ..spec import (
     num_slots,
 )
 from . import cuda_build
+from .cuda_launch import MIXES, layout, run_pass
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-OTHER_DTYPE = 4
-MIXES = {"weighted": 0, "smolora": 1}
 COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have; in float32 the last would spill
 MAX_BANKS = 2
 MAX_RANK = 128
 MAX_MIX_NUMBERS = 2048  # of a token in rank space, b K r, that a warp holds in mix's gradient
-MAX_FUSED_ROUTING_COLUMNS = 128  # of all experts that x routes: up to here one pass over x computes them all
+MAX_FUSED_ROUTING_COLUMNS = 128  # of all experts that x routes: up to here one pass over x computes them
 MAX_DECODE_SEQS = 64
 MAX_DECODE_EXPERTS = 256
 MAX_DECODE_OUTPUTS = 512  # of a block of decode
-
-
-# ----------------------------------------------------------------------------------------------------------- launching
-
-
-def _run(name: str, like: Tensor, *parts: dict[str, Any]) -> None:
-    """Run a pass of the extension on the current stream of a tensor's device, with the fields of its params struct.
-
-    A tensor becomes its address and dtype; None leaves a field as it is; "banks" has the fields of each. Only decode
-    takes several structs.
-    """
-    common: dict[str, Any] = {"device": like.device.index or 0}
-    if like.device.type == "cuda":
-        common["stream"] = torch.cuda.current_stream(like.device).cuda_stream, OTHER_DTYPE
-    if cuda_build.extension.emulated:
-        cuda_build.extension.forget()
-    getattr(cuda_build.extension, name)(*[common | _addresses(fields) for fields in parts])
-
-
-def _addresses(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields as the extension reads them."""
-    values = {}
-    for field, value in fields.items():
-        if isinstance(value, Tensor):
-            values[field] = value.data_ptr(), DTYPES.get(value.dtype, OTHER_DTYPE)
-            if cuda_build.extension.emulated:
-                cuda_build.extension.allow(value.data_ptr(), value.numel() * value.element_size())
-        elif field == "banks":
-            values[field] = [_addresses(bank) for bank in value]
-        elif value is not None:
-            values[field] = value
-    return values
-
-
-def _layout(
-    dtype: torch.dtype,
-    tokens: int,
-    num_seqs: int,
-    banks: list[dict[str, Any]],
-    slots: int,
-    r: int,
-    shared: bool,
-    *,
-    ids: Tensor | None = None,
-    slot_weights: Tensor | None = None,
-    mix: str = "weighted",
-    scaling: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    seed: Tensor | None = None,
-    threshold: int = 0,
-) -> dict[str, Any]:
-    """Return the fields that every pass has."""
-    return dict(
-        dtype=DTYPES[dtype],
-        T=tokens,
-        n=num_seqs,
-        b=len(banks),
-        banks=banks,
-        K=slots,
-        r=r,
-        shared=shared,
-        mix=MIXES[mix],
-        scaling=scaling,
-        ids=ids,
-        slot_weights=slot_weights,
-        cu_seqlens=cu_seqlens,
-        seed=seed if threshold else None,
-        threshold=threshold,
-    )
 
 
 def padded_rank16(r: int) -> int:
@@ -129,7 +57,7 @@ def fused_p_and_dB(columns: int, dtype: torch.dtype) -> bool:
 
 
 def _padded(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype, transposed: bool = False) -> Tensor | None:
-    """Allocate a weight in the compute dtype, padded; None where it already lies as the kernels want it."""
+    """Allocate a padded weight in the compute dtype; None if the kernels can read the weight as it is."""
     as_it_is = weight.dtype == dtype and tuple(weight.shape) == shape and weight.data_ptr() % 16 == 0
     return None if as_it_is and not transposed else torch.empty(shape, dtype=dtype, device=weight.device)
 
@@ -214,11 +142,12 @@ def route_shrink(
     if fused_routing and not shared:
         columns += of_x - RP * slots * sum(router_reads_x)
     block = shrink_columns(columns, dtype)
-    card, tile, width = card_of(x.device), cuda_build.extension.TILE, cuda_build.extension.ROW // x.element_size()
+    limits, packed, processors = cuda_build.extension, cu_seqlens is not None, card_of(x.device).processors
+    width = limits.ROW // x.element_size()
     extra = 1 if route_mask is None else 2
-    tiles = tile_count(T, n, tile, cu_seqlens is not None, extra if fused_routing else 1)
-    sum_tiles = tile_count(T, n, tile, cu_seqlens is not None, extra)
-    parts = split_k(tiles * cdiv(columns, block), d, 4 * width, card.processors)
+    tiles = tile_count(T, n, limits.TILE, packed, extra if fused_routing else 1)
+    sum_tiles = tile_count(T, n, limits.TILE, packed, extra)
+    splits = split_k(tiles * cdiv(columns, block), d, 4 * width, processors)
     float32 = dict(dtype=torch.float32, device=x.device)
     mean = torch.empty((n, d) if routes_by_x else (0, 0), **float32)
     banks = [
@@ -234,7 +163,7 @@ def route_shrink(
         )
         for i in range(len(B))
     ]
-    fields = _layout(
+    fields = layout(
         dtype,
         T,
         n,
@@ -264,19 +193,19 @@ def route_shrink(
         router_rows=router_rows,
         fused_routing=fused_routing,
         columns=block,
-        split_k=parts,
-        sum_split_k=split_k(sum_tiles, d, 4 * width, card.processors),
+        split_k=splits,
+        sum_split_k=split_k(sum_tiles, d, 4 * width, processors),
         routed=torch.empty((n, 2), dtype=torch.int64, device=x.device),
         arrived=torch.empty(n, dtype=torch.int32, device=x.device),
         sums=torch.empty((sum_tiles, d), **float32) if routes_by_x else None,
         mean=mean,
-        z_part=torch.empty((n, cdiv(d, cuda_build.extension.ROUTE_INPUTS), sum(E)), **float32) if routes_by_x else None,
-        w_part=torch.empty((cdiv(k, cuda_build.extension.W_PART_OUTPUTS), sum(E), r), **float32) if len(w) else None,
-        part=torch.empty((parts, T, columns), **float32),
+        z_part=torch.empty((n, cdiv(d, limits.ROUTE_INPUTS), sum(E)), **float32) if routes_by_x else None,
+        w_part=torch.empty((cdiv(k, limits.W_PART_OUTPUTS), sum(E), r), **float32) if len(w) else None,
+        part=torch.empty((splits, T, columns), **float32),
         h=h,
         w=w if len(w) else None,
     )
-    _run("route_shrink", x, fields)
+    run_pass("route_shrink", x, fields)
     mean = mean if need_mean and routes_by_x else torch.empty((0, 0), **float32)
     return h, w, routed_ids, routed_weights, logits, mean, token_logits
 
@@ -303,8 +232,9 @@ def fuse_expand(
     RP = padded_rank16(r)
     y = torch.empty((T, k), dtype=dtype, device=h.device)
     fused = h.new_empty(T if mix == "smolora" else 0)
+    tiles = tile_count(T, n, cuda_build.extension.TILE, cu_seqlens is not None)
     banks = [dict(E=b.shape[0], B=b, padded=_padded(b, (b.shape[0], k, RP), dtype)) for b in B]
-    fields = _layout(
+    fields = layout(
         dtype,
         T,
         n,
@@ -320,9 +250,7 @@ def fuse_expand(
     )
     fields |= dict(
         k=k,
-        slices=split_k(
-            tile_count(T, n, cuda_build.extension.TILE, cu_seqlens is not None), k, 256, card_of(h.device).processors
-        ),
+        slices=split_k(tiles, k, 256, card_of(h.device).processors),
         h=h,
         w=w,
         bias=base_bias,
@@ -330,7 +258,7 @@ def fuse_expand(
         scores=fused,
         y=y,
     )
-    _run("fuse_expand", h, fields)
+    run_pass("fuse_expand", h, fields)
     if base_weight is not None:
         y.addmm_(x, base_weight.t())
     return y, fused
@@ -359,16 +287,17 @@ def grad_output(
     """Go from g = dL/dy (T, k) to rank space, and to the gradients of what lies behind it."""
     (T, k), n, down, r, slots = g.shape, num_seqs, h.shape[2], h.shape[3], num_slots(ids, B, 0)
     need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
-    packed, RP, card, dtype = cu_seqlens is not None, padded_rank16(r), card_of(g.device), g.dtype
+    limits, packed, processors = cuda_build.extension, cu_seqlens is not None, card_of(g.device).processors
+    RP, dtype = padded_rank16(r), g.dtype
     total = len(B) * slots * RP
     fused, columns = fused_p_and_dB(total, dtype), shrink_columns(total, dtype)
-    block = cuda_build.extension.OUTER_TILES * cuda_build.extension.ROW // g.element_size()
+    block = limits.OUTER_TILES * limits.ROW // g.element_size()
     k_blocks = cdiv(k, block)
-    chunk = chunk_tokens(T, n, k_blocks, cuda_build.extension.CHUNK, card.processors)
+    chunk = chunk_tokens(T, n, k_blocks, limits.CHUNK, processors)
     chunks = tile_count(T, n, chunk, packed)
-    tiles = tile_count(T, n, cuda_build.extension.TILE, packed) * cdiv(total, columns)
-    parts = k_blocks if fused else split_k(tiles, k, block, card.processors)
-    mix_tiles = tile_count(T, n, cuda_build.extension.MIX_TILE, packed)
+    tiles = tile_count(T, n, limits.TILE, packed) * cdiv(total, columns)
+    splits = k_blocks if fused else split_k(tiles, k, block, processors)
+    mix_tiles = tile_count(T, n, limits.MIX_TILE, packed)
     float32, int32 = dict(dtype=torch.float32, device=g.device), dict(dtype=torch.int32, device=g.device)
     dh = empty_like_if(need.p, h)
     dB = [empty_like_if(needed, b) for needed, b in zip(need_B, B, strict=True)]
@@ -387,7 +316,7 @@ def grad_output(
         )
         for i, b in enumerate(B)
     ]
-    fields = _layout(
+    fields = layout(
         dtype,
         T,
         n,
@@ -410,7 +339,7 @@ def grad_output(
         need_importance=need_importance,
         fused_p_and_dB=fused,
         columns=columns,
-        split_k=parts,
+        split_k=splits,
         chunk=chunk,
         chunks=chunks,
         g=g,
@@ -418,7 +347,7 @@ def grad_output(
         w=w,
         scores=scores,
         u=torch.empty((T, total), dtype=dtype, device=g.device) if any(need_B) else None,
-        p_part=torch.empty((parts, T, total), **float32) if need.p else None,
+        p_part=torch.empty((splits, T, total), **float32) if need.p else None,
         B_part=torch.empty((chunks, total // 16, k, 16), **float32) if any(need_B) else None,
         chunk_to_seq=torch.empty(chunks, **int32),
         dw_part=torch.empty(rank_space, **float32) if need.dw else None,
@@ -428,7 +357,7 @@ def grad_output(
         dh=dh,
         dslot_weights=dslot_weights,
     )
-    _run("grad_output", g, fields)
+    run_pass("grad_output", g, fields)
     return dh if need_dh else dh.new_empty(0), dB, dI, dslot_weights, h.new_empty(0)
 
 
@@ -455,10 +384,11 @@ def grad_input(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Go from dh to dx, and to the gradients of A."""
     (T, _, down, r), n, d, RP = dh.shape, num_seqs, A[0].shape[2], padded_rank16(dh.shape[3])
-    shared, packed, card = down_slots(A, 0) == 1, cu_seqlens is not None, card_of(dh.device)
+    limits, packed, processors = cuda_build.extension, cu_seqlens is not None, card_of(dh.device).processors
+    shared = down_slots(A, 0) == 1
     slots, total = down if ids is None else ids.shape[2], len(A) * down * RP
-    block = cuda_build.extension.OUTER_TILES * cuda_build.extension.ROW // dtype.itemsize
-    chunk = chunk_tokens(T, n, cdiv(d, block), cuda_build.extension.CHUNK, card.processors)
+    block = limits.OUTER_TILES * limits.ROW // dtype.itemsize
+    chunk = chunk_tokens(T, n, cdiv(d, block), limits.CHUNK, processors)
     chunks = tile_count(T, n, chunk, packed)
     dx = dh.new_empty((T, d) if need_dx else 0, dtype=dtype)
     dA = [empty_like_if(needed, a) for needed, a in zip(need_A, A, strict=True)]
@@ -472,14 +402,14 @@ def grad_input(
         )
         for i, a in enumerate(A)
     ]
-    fields = _layout(
+    fields = layout(
         dtype, T, n, banks, slots, r, shared, ids=ids, cu_seqlens=cu_seqlens, seed=seed, threshold=threshold
     )
     fields |= dict(
         d=d,
         need_dx=need_dx,
         need_A=any(need_A),
-        slices=split_k(tile_count(T, n, cuda_build.extension.TILE, packed), d, 256, card.processors),
+        slices=split_k(tile_count(T, n, limits.TILE, packed), d, 256, processors),
         chunk=chunk,
         chunks=chunks,
         x=x,
@@ -491,7 +421,7 @@ def grad_input(
         chunk_to_seq=dh.new_empty(chunks, dtype=torch.int32),
         dx=dx,
     )
-    _run("grad_input", dh, fields)
+    run_pass("grad_input", dh, fields)
     if need_dx and base_weight is not None:
         dx.addmm_(g, base_weight)
     return dx, dA, dh.new_empty(0)
@@ -510,16 +440,16 @@ def decodes(
     routers: Sequence[Router],
     mix: str,
 ) -> bool:
-    """Tell whether `decode` takes a forward: one token a sequence, no dropout, and no gradient asked for."""
+    """Tell whether `decode` can take a forward: one token a sequence, without dropout and without gradients."""
     one_token = x.shape[0] == num_seqs and cu_seqlens is None and 0 < num_seqs <= MAX_DECODE_SEQS
     if not one_token or threshold or torch.is_grad_enabled() or any(router.weight.dim() != 2 for router in routers):
         return False
-    experts, r = sum(bank.B.shape[0] for bank in banks), banks[0].B.shape[2]
+    experts, r, limits = sum(bank.B.shape[0] for bank in banks), banks[0].B.shape[2], cuda_build.extension
     return (
         experts <= MAX_DECODE_EXPERTS
-        and max(num_seqs * len(banks), experts) * slots <= cuda_build.extension.DECODE_ROUTES
-        and (mix != "smolora" or experts * r <= cuda_build.extension.DECODE_WEIGHTS)
-        and len(banks) * slots * padded_rank16(r) + MAX_DECODE_OUTPUTS <= cuda_build.extension.DECODE_MIXED
+        and max(num_seqs * len(banks), experts) * slots <= limits.DECODE_ROUTES
+        and (mix != "smolora" or experts * r <= limits.DECODE_WEIGHTS)
+        and len(banks) * slots * padded_rank16(r) + MAX_DECODE_OUTPUTS <= limits.DECODE_MIXED
     )
 
 
@@ -544,17 +474,17 @@ def decode(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Run P projections of one token a sequence in one launch, after their bases' products.
 
-    Arguments are those of `route_shrink` and `fuse_expand`, with a list where projections differ. What B is multiplied
-    with stays in float32 here.
+    Arguments are those of `route_shrink` and `fuse_expand`, with a list where projections differ. The right operand of
+    the up-projection stays in float32 here.
 
     Args:
-        ids, slot_weights: one a projection, or none: those that it routes, all experts in order, weights of 1.
+        ids, slot_weights: one a projection. If empty, it routes here, or has all experts in order, with weights of 1.
         A, B, importance, routers: the projections one after another, the banks of each within.
         router_reads_x: of each bank, the same in all projections.
         base_weight, base_bias: of each projection; None where y is the mixture's alone.
 
     Returns:
-        y, ids, slot_weights, logits and scores of each projection. What is not made comes back empty.
+        y, ids, slot_weights, logits and scores, each a list with one tensor a projection; empty if it is not made.
     """
     n, d = x.shape
     b = len(A) // len(base_weight)
@@ -581,7 +511,7 @@ def decode(
         ]
         shared = down_slots(A[own], 0) == 1
         d_slices, outputs = cdiv(d, cuda_build.extension.DECODE_INPUTS), decode_outputs(k)
-        fields = _layout(
+        fields = layout(
             x.dtype,
             n,
             n,
@@ -616,5 +546,5 @@ def decode(
             w_part=scores.new_empty((cdiv(k, outputs), E, r)) if mix == "smolora" else None,
         )
         calls.append(fields)
-    _run("decode", x, *calls)
+    run_pass("decode", x, *calls)
     return tuple(map(list, zip(*results, strict=True)))

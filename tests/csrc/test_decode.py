@@ -114,8 +114,8 @@ def test_decode_together(case: Case, dtype: torch.dtype, device: str, monkeypatc
         if not case.given:  # routes are each layer's, all else is shared
             batch.keywords = built[0][1].keywords
         batches.append(Batch(x, batch.cotangent, batch.keywords))
-    run_pass, launches = cuda_passes._run, []
-    monkeypatch.setattr(cuda_passes, "_run", lambda name, *rest: (launches.append(name), run_pass(name, *rest)))
+    run_pass, launches = cuda_passes.run_pass, []
+    monkeypatch.setattr(cuda_passes, "run_pass", lambda name, *rest: (launches.append(name), run_pass(name, *rest)))
     with torch.no_grad(), smolora.use_backend("cuda"):
         alone = [layer(x, **batch.keywords) for layer, batch in zip(layers, batches, strict=True)]
         for count in range(1, 5):

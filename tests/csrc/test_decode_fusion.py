@@ -30,14 +30,14 @@ def model(device: str) -> PeftModel:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many projections each launch of decode had."""
-    run, counts = cuda_passes._run, []
+    run, counts = cuda_passes.run_pass, []
 
     def record(name: str, like: torch.Tensor, *parts: dict) -> None:
         if name == "decode":
             counts.append(len(parts))
         run(name, like, *parts)
 
-    monkeypatch.setattr(cuda_passes, "_run", record)
+    monkeypatch.setattr(cuda_passes, "run_pass", record)
     return counts
 
 

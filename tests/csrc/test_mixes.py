@@ -166,6 +166,6 @@ def test_what_decode_leaves_to_the_passes(case: MixCase, device: str, monkeypatc
 def test_what_it_lacks(case: MixCase, reason: str, device: str, monkeypatch: pytest.MonkeyPatch):
     """Named, before anything runs; nothing falls back."""
     call = build_call(case).to(device, float32)
-    monkeypatch.setattr(cuda_passes, "_run", lambda *_: pytest.fail("a kernel ran"))
+    monkeypatch.setattr(cuda_passes, "run_pass", lambda *_: pytest.fail("a kernel ran"))
     with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot run: .*{reason}"):
         forward_call(call, "cuda", call.x, call.named)
