@@ -183,10 +183,10 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
     num_if_experts: int = field(default=4, metadata={"help": "number of instruction-following experts"})
     top_k: int = field(default=1, metadata={"help": "experts chosen in each branch"})
     instruction_dim: int = field(default=384, metadata={"help": "size of the instruction embedding"})
-    route_over: Literal["prompt", "valid", "all"] = field(
+    route_over: Literal["prompt", "valid", "all"] = field(  # type: ignore[misc]
         default="prompt", metadata={"help": "tokens whose mean routes the VU branch"}
     )
-    decode_routing: Literal["prompt", "token"] = field(
+    decode_routing: Literal["prompt", "token"] = field(  # type: ignore[misc]
         default="prompt", metadata={"help": "route once a generate() call, or every new token"}
     )
     fusion: Literal["adaptive", "mean", "vu", "if"] = field(
@@ -217,7 +217,7 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
             check_choice(name, getattr(self, name), allowed)
 
     @classmethod
-    def official(cls, **overrides) -> SMoLoRAConfig:
+    def official(cls, **overrides: Any) -> SMoLoRAConfig:
         """Make the released code's configuration: every position routes, and every decoded token by itself."""
         return cls(**{"route_over": "all", "decode_routing": "token", **overrides})
 

@@ -7,7 +7,16 @@ from .moelora import MOELORA, FusedMoELoRA, MoELoRAConfig
 from .routedlora import ROUTEDLORA, FusedRoutedLoRA, RoutedLoRAConfig
 from .smolora import SMOLORA, FusedSMoLoRA, SMoLoRAConfig
 
-MIXTURES: dict[str, Mixture] = {mixture.name: mixture for mixture in (SMOLORA, MOELORA, ROUTEDLORA, BRANCHLORA, LILORA)}
+MIXTURES: dict[str, Mixture] = {
+    mixture.name: mixture
+    for mixture in (
+        SMOLORA,
+        MOELORA,
+        ROUTEDLORA,
+        BRANCHLORA,
+        LILORA,
+    )
+}
 
 __all__ = [
     "MIXTURES",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def is_local(parameter: Tensor) -> bool:
     return type(parameter) in (nn.Parameter, SlicedParameter, Tensor) and not hasattr(parameter, "ds_id")
 
 
-def is_plain_linear(base: nn.Module, dtype: torch.dtype) -> bool:
+def is_plain_linear(base: nn.Module | None, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
     """Return whether `base` is nothing but x W^T + b with frozen weights in `dtype`, whose products may be taken over.
 
     Hooks, parametrisations, sharded weights and subclasses all mean that calling it does more than this product.
@@ -158,7 +158,7 @@ class MixtureExperts(nn.Module):
 
     # ---- a call
 
-    def prepare(self, x: Tensor) -> Prepared:
+    def prepare(self, x: Tensor, *args: Any, **kwargs: Any) -> Prepared:
         """Check a call, and say in the engine's words what it computes.
 
         A method's has its own arguments besides x. It calls `batch`, and routes nothing itself.
@@ -195,18 +195,18 @@ class MixtureExperts(nn.Module):
             RuntimeError: the backend that was asked for cannot run.
         """
         batch, banks, how = self.prepare(x, *args, **kwargs)
-        plain = base is not None and is_plain_linear(base, batch.x.dtype)
+        plain = base if is_plain_linear(base, batch.x.dtype) else None
         mixed = mixture_linear(
             batch.x,
             banks,
             tokens=batch.tokens,
             dropout=self._dropout(x.device),
             backend=batch.backend,
-            weight=base.weight if plain else None,
-            bias=base.bias if plain else None,
+            weight=None if plain is None else plain.weight,
+            bias=None if plain is None else plain.bias,
             **{"scaling": self.config.scaling, **how},
         )
-        if base is not None and not plain:
+        if base is not None and plain is None:
             mixed = mixed._replace(y=mixed.y.add_(base(x).view_as(mixed.y)))
         return self.finish(x, mixed, decision)
 
@@ -235,7 +235,8 @@ class MixtureExperts(nn.Module):
 
     def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
         """Keep what was decided, and give the output the shape of x."""
-        self._last = Mixed(None, *(None if t is None else t.detach() for t in mixed[1:]))
+        decided = (None if t is None else t.detach() for t in mixed[1:])
+        self._last = Mixed(None, *decided)  # type: ignore[arg-type]  # y is not kept
         if decision is not None:
             decision.last = self._last
         return mixed.y.view(*x.shape[:-1], self.out_features)
@@ -260,7 +261,7 @@ class MixtureExperts(nn.Module):
         return self._last
 
     def extra_repr(self) -> str:
-        facts = {"in_features": self.in_features, "out_features": self.out_features, "r": self.config.r}
+        facts: dict[str, Any] = {"in_features": self.in_features, "out_features": self.out_features, "r": self.config.r}
         facts |= {"scaling": f"{self.config.scaling:g}", **self.facts(), "dropout": f"{self._threshold / 256:g}"}
         return ", ".join(f"{name}={value}" for name, value in facts.items())
 
@@ -308,7 +309,7 @@ def decode_layers(
     )
 
 
-class DropIn:
+class DropIn(MixtureExperts):
     """A drop-in for an `nn.Linear`: mixed into the experts of a method, it makes them wrap the layer.
 
     The parameters are those of the experts, in float32, or in float64 over a float64 layer. What cannot get a gradient,

@@ -59,10 +59,10 @@ class BranchLoRAConfig(MixtureConfig, method="branchlora"):
         default="all", metadata={"help": "branches of which the most used are frozen after a task"}
     )
     freeze_A_after: int | None = field(default=None, metadata={"help": "tasks after which A is frozen"})
-    route_over: Literal["prompt", "valid", "all"] = field(
+    route_over: Literal["prompt", "valid", "all"] = field(  # type: ignore[misc]
         default="prompt", metadata={"help": "tokens of a whole model that are routed"}
     )
-    decode_routing: Literal["prompt", "token"] = field(
+    decode_routing: Literal["prompt", "token"] = field(  # type: ignore[misc]
         default="prompt", metadata={"help": "route once a generate() call, or every new token"}
     )
 
@@ -99,6 +99,11 @@ class BranchLoRAExperts(MixtureExperts):
 
     config: BranchLoRAConfig
     config_class = BranchLoRAConfig
+    A: Tensor
+    B: Tensor
+    router: Tensor
+    frozen_branches: Tensor
+    _usage: Tensor
     sliced = ("B", "router")
 
     def __init__(self, *args: Any, device: torch.device | None = None, **kwargs: Any) -> None:
@@ -155,7 +160,7 @@ class BranchLoRAExperts(MixtureExperts):
         return Prepared(seen, banks, how)
 
     def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
-        if mixed.logits is not None:  # routed, not given
+        if mixed.logits is not None and mixed.ids is not None:  # routed, not given
             number = torch.arange(self.config.num_branches, device=x.device)
             self._usage += (mixed.ids.reshape(-1, 1) == number).sum(0)
         return super().finish(x, mixed, decision)
@@ -192,6 +197,7 @@ class BranchLoRAExperts(MixtureExperts):
             RuntimeError: there was no forward yet.
         """
         last = self._decided("last_routing()")
+        assert last.ids is not None and last.slot_weights is not None  # a branch is a slot
         return SlotRouting(last.ids[:, 0], last.slot_weights[:, 0], last.logits)
 
     def freeze_branches(self, frozen: Tensor) -> None:

@@ -77,7 +77,7 @@ def check_route_mask(route_mask: Tensor | None, x: Tensor) -> None:
 
 def check_ids(
     name: str,
-    ids: Tensor,
+    ids: Tensor | None,
     shapes: tuple[tuple[int | str, ...], ...],
     device: torch.device,
     *,
@@ -96,11 +96,10 @@ def check_ids(
         TypeError, ValueError: they do not fit.
     """
     expected = " or ".join(f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})" for shape in shapes)
-    fits = isinstance(ids, Tensor) and any(
+    if not isinstance(ids, Tensor) or not any(
         ids.dim() == len(shape) and all(isinstance(b, str) or a == b for a, b in zip(ids.shape, shape, strict=True))
         for shape in shapes
-    )
-    if not fits:
+    ):
         got = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
         raise ValueError(f"{name} must be a tensor of shape {expected}, got {got}")
     if ids.device != device:

@@ -49,6 +49,11 @@ class LiLoRAExperts(MixtureExperts):
 
     config: LiLoRAConfig
     config_class = LiLoRAConfig
+    A: Tensor
+    B: Tensor
+    task_A: Tensor
+    task_B: Tensor
+    task_logit: Tensor
     sliced = ("task_A", "task_B", "task_logit")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -44,6 +44,9 @@ class MoELoRAExperts(MixtureExperts):
 
     config: MoELoRAConfig
     config_class = MoELoRAConfig
+    A: Tensor
+    B: Tensor
+    router: Tensor
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         E, r, d, k = self.config.num_experts, self.config.r, self.in_features, self.out_features

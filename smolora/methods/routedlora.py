@@ -52,6 +52,8 @@ class RoutedLoRAExperts(MixtureExperts):
 
     config: RoutedLoRAConfig
     config_class = RoutedLoRAConfig
+    A: Tensor
+    B: Tensor
     sliced = ("A", "B")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -114,6 +116,7 @@ class RoutedLoRAExperts(MixtureExperts):
             RuntimeError: there was no forward yet.
         """
         last = self._decided("last_routing()")
+        assert last.ids is not None and last.slot_weights is not None  # slots were given
         return SlotRouting(last.ids[:, 0], last.slot_weights[:, 0])
 
     def facts(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ _before: WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Tensor, Tensor, Ten
 @torch.no_grad()
 def _remember(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """Keep the values of the slices that no gradient reaches."""
-    kept = []
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(parameter, SlicedParameter) and parameter.grad is not None and parameter.numel():

@@ -36,6 +36,14 @@ class SMoLoRAExperts(MixtureExperts):
 
     config: SMoLoRAConfig
     config_class = SMoLoRAConfig
+    vu_A: Tensor
+    vu_B: Tensor
+    if_A: Tensor
+    if_B: Tensor
+    vu_router: Tensor
+    if_router: Tensor
+    vu_importance: Tensor
+    if_importance: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -179,7 +187,7 @@ class SMoLoRAExperts(MixtureExperts):
                         what=("a VU expert", "an IF expert")[branch],
                     )
                 else:
-                    _check_gates(label, value, shapes, self.vu_A.device)
+                    value = _check_gates(label, value, shapes, self.vu_A.device)
                 picked[name].append(value.view(num_seqs, top_k))
         chosen = torch.stack(picked["routes"], 1).int()
         if gates is None:
@@ -198,21 +206,25 @@ class SMoLoRAExperts(MixtureExperts):
         """Return what a forward decided, branch by branch; alpha and beta are in it if it has scores."""
         pair: dict[str, list[Tensor | None]] = {"routes": [None, None], "logits": [None, None], "gates": [None, None]}
         experts = self._in_use(self.config.num_vu_experts, self.config.num_if_experts)
+        ids, weights = decided.ids, decided.slot_weights
+        assert ids is not None and weights is not None  # every branch has slots
         for bank, branch in enumerate(BRANCHES[self.config.fusion]):
-            pair["routes"][branch] = decided.ids[:, bank, 0] if self.config.top_k == 1 else decided.ids[:, bank]
-            pair["gates"][branch] = decided.slot_weights[:, bank]
+            pair["routes"][branch] = ids[:, bank, 0] if self.config.top_k == 1 else ids[:, bank]
+            pair["gates"][branch] = weights[:, bank]
             if decided.logits is not None:
                 pair["logits"][branch] = decided.logits.split(experts, 1)[bank]
         alpha = beta = None
         if decided.scores is not None:
             alpha, beta = torch.sigmoid(decided.scores), torch.sigmoid(-decided.scores)
-        return Routing(*(tuple(values) for values in pair.values()), alpha, beta)
+        routes, logits, gates = ((vu, if_) for vu, if_ in pair.values())
+        return Routing(routes, logits, gates, alpha, beta)
 
     def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
         keep = self.keep_alpha or decision is not None
         scores = mixed.scores if keep else None
         if keep and self.config.fusion != "adaptive":
             fixed = FIXED_LOGIT[self.config.fusion]
+            assert mixed.slot_weights is not None  # every branch has slots
             scores = torch.full(mixed.y.shape[:1], fixed, dtype=mixed.slot_weights.dtype, device=mixed.y.device)
         return super().finish(x, mixed._replace(scores=scores), decision)
 
@@ -223,6 +235,7 @@ class SMoLoRAExperts(MixtureExperts):
             RuntimeError: there was no forward yet.
         """
         last = self._decided("last_chosen()")
+        assert last.ids is not None and last.slot_weights is not None  # every branch has slots
         return TopK(last.ids, last.slot_weights)
 
     def facts(self) -> dict[str, Any]:
@@ -235,8 +248,8 @@ class SMoLoRAExperts(MixtureExperts):
         }
 
 
-def _check_gates(name: str, gates: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
-    """Check given weights of a branch.
+def _check_gates(name: str, gates: Tensor | None, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Check given weights of a branch, and return them.
 
     Raises:
         ValueError: they do not fit.
@@ -248,6 +261,7 @@ def _check_gates(name: str, gates: Tensor, shapes: tuple[tuple[int, ...], ...], 
         raise ValueError(f"{name} must be on {device}, got {gates.device}")
     if not gates.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {gates.dtype}")
+    return gates
 
 
 class FusedSMoLoRA(DropIn, SMoLoRAExperts):
@@ -271,7 +285,7 @@ class FusedSMoLoRA(DropIn, SMoLoRAExperts):
         Raises:
             KeyError, ValueError: see `released.load_released`.
         """
-        targets = {released: self.get_parameter(name) for name, released in SMOLORA_NAMES.items()}
+        targets: dict[str, Tensor] = {released: self.get_parameter(name) for name, released in SMOLORA_NAMES.items()}
         for letter in "AB":
             experts = [*self.get_parameter(f"vu_{letter}").unbind(0), *self.get_parameter(f"if_{letter}").unbind(0)]
             targets |= {f"lora_{letter}.{i}": expert for i, expert in enumerate(experts)}
