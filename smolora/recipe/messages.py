@@ -88,7 +88,7 @@ def _known_keys(path: Sequence[str | int]) -> Iterable[str]:
     """The keys of the section at a path, which leads through lists and mappings too."""
     kind: Any = Recipe
     for part in path:
-        kind = typing.get_type_hints(kind)[part] if dataclasses.is_dataclass(kind) else typing.get_args(kind)[-1]
+        kind = typing.get_type_hints(kind)[str(part)] if dataclasses.is_dataclass(kind) else typing.get_args(kind)[-1]
     return typing.get_type_hints(kind)
 
 
@@ -96,7 +96,7 @@ def _all_keys(cls: type, section: str) -> Iterator[tuple[str, str]]:
     """Every key of a recipe as (last part, dotted key). Outer sections come last, so in a dict they win."""
     hints = typing.get_type_hints(cls)
     for name, hint in hints.items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _all_keys(hint, f"{section}{name}.")
     if cls is Recipe:
         yield from ((name, f"adapter.{name}") for name in ADAPTER_KEYS)
