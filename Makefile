@@ -1,6 +1,6 @@
 # make run            set up .venv (minutes, once), then the quick benchmark, and MiniCVIT with LoRA and with SMoLoRA
 # make test           lint, and all tests that need neither a GPU nor patience
-# make lint           ruff
+# make lint           ruff and mypy
 # make test-slow      the tests marked slow
 # make test-triton36  kernel tests with Triton 3.6.0, the version that goes with torch 2.11
 # make test-newest    all tests with the versions that pip takes without constraints (torch for CUDA: 6 GB)
@@ -46,6 +46,7 @@ run: $(VENV)/.run
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 test: lint
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc test-train test-optional

@@ -57,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(argv)  # exits: with help, or with an error
     name = argv[0]
     try:
-        if COMMANDS[name].extra is not None:
-            require_extra(COMMANDS[name].extra, user="this command")
+        extra = COMMANDS[name].extra
+        if extra is not None:
+            require_extra(extra, user="this command")
         module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
         module.add_arguments(parsers[name])
         args = parsers[name].parse_intermixed_args(argv[1:])  # key=value may stand before options and after them
