@@ -32,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cu"), ROOT / "csrc/bindings.cpp"])
-CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/cpu*.cpp"), ROOT / "csrc/dropout.cpp"])
+CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")  # of FORCE_CUDA=1
 
 
@@ -266,7 +266,7 @@ extensions = [
     Extension(
         "smolora._cpu",
         CPU_SOURCES,
-        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu*.h")],
+        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.h")],
         extra_compile_args=["-std=c++17", "-O3", "-Wno-psabi"],
         optional=True,
     ),

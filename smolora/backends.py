@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .engine import cpu_passes
+from .engine import compiled
 from .engine import cuda_build as cuda
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
@@ -142,7 +142,7 @@ def backend_info() -> dict[str, Any]:
         reason = _unavailable_reason(name)
         backends[name] = {"available": reason is None, "reason": reason}
     backends["torch"]["version"] = torch.__version__
-    backends["torch"]["dropout"] = "compiled" if cpu_passes.compiled else "not compiled: slow on a CPU"
+    backends["torch"]["compiled"] = compiled.describe()
     backends["triton"]["version"] = metadata.version("triton") if _HAS_TRITON else None
     backends["triton"]["interpreted"] = _interpreted()
     backends["cuda"] |= cuda.info()

@@ -1,36 +1,358 @@
-"""What is compiled for a CPU, in the optional module `smolora._cpu`: without it the torch passes do the same.
+"""The four passes and `decode` with their products compiled for a CPU, in the optional module `smolora._cpu`.
 
-Compiled code takes float32 and float64 in plain memory, with parameters of x's dtype; the rest is torch's.
+Each pass has the name and arguments of its torch pass, which runs in its place where compiled code cannot take the
+tensors: it takes float32 or float64, all of one dtype, contiguous and on the CPU, and at most two banks. Compiled
+products sum in an order that depends on shapes and on the CPU's vectors alone, so the number of threads changes no bit.
+
+In rank space these products have the columns (b, K, r) of `torch_passes`, and K is 1 where the slots share an A.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..spec import Bank, Mixed, Slots, Tokens
+from ..spec import Bank, Mixed, Slots, Tokens, empty_like_if, grad_needs
+from . import compiled, torch_passes
+from .checks import check_ids
+from .compiled import TYPES, address, function, is_plain
+from .mixes import MIX
+from .torch_passes import is_common
+from .varlen import cut, laid
 
-try:
-    compiled: ModuleType | None = importlib.import_module("smolora._cpu")
-except ImportError:  # no C++ compiler where smolora was built
-    compiled = None
-
-DTYPES = (torch.float32, torch.float64)
-EMPTY, OUT_OF_RANGE = 1, 2  # what compiled code finds among given slots
+MAX_BANKS = 2
+EMPTY, OUT_OF_RANGE = 1, 2  # what `decode` finds among given slots
 
 
-def _is_plain(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor lies in the memory of the CPU as compiled code reads it."""
-    return t.shape == shape and t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous()
+# ------------------------------------------------------------------------------------------------ what compiled code takes
+
+
+def takes(arguments: Iterable[Any]) -> bool:
+    """Whether compiled code takes a pass with these arguments."""
+    if compiled.module is None:
+        return False
+    dtypes = set()
+    for argument in arguments:
+        if isinstance(argument, torch.dtype):
+            dtypes.add(argument)
+        tensors = argument if isinstance(argument, list) else [argument]
+        if not tensors or not isinstance(tensors[0], Tensor):
+            continue
+        if len(tensors) > MAX_BANKS or not all(map(is_plain, tensors)):
+            return False
+        dtypes.update(t.dtype for t in tensors if t.is_floating_point())
+    return len(dtypes) == 1 and dtypes <= TYPES.keys()
+
+
+def _else_torch(run: Callable) -> Callable:
+    """Run the torch pass of the same name where compiled code cannot take the arguments."""
+    in_torch = getattr(torch_passes, run.__name__)
+
+    @wraps(in_torch)
+    def chosen(*arguments: Any) -> Any:
+        return (run if takes(arguments) else in_torch)(*arguments)
+
+    return chosen
+
+
+def _layout(
+    tokens: int, num_seqs: int, cu_seqlens: Tensor | None, ids: Tensor | None, experts: list[Tensor], rank: int
+) -> Any:
+    """Describe the slots (n, b, K) that tokens use of each bank's A or B; None: every expert, in order."""
+    return compiled.module.Layout(
+        tokens=tokens,
+        seqs=num_seqs,
+        slots=experts[0].shape[0] if ids is None else ids.shape[2],
+        rank=rank,
+        experts=[each.shape[0] for each in experts],
+        cu_seqlens=address(cu_seqlens),
+        ids=address(ids),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _key(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed) % 2**64
+
+
+# --------------------------------------------------------------------------------------------------------- the passes
+
+
+@_else_torch
+def route_shrink(
+    x: Tensor,
+    num_seqs: int,
+    cu_seqlens: Tensor | None,
+    route_mask: Tensor | None,
+    instruction: Tensor | None,
+    ids: Tensor | None,
+    A: list[Tensor],
+    B: list[Tensor],
+    importance: list[Tensor],
+    routers: list[Tensor],
+    router_reads_x: list[bool],
+    router_rows: Tensor | None,
+    token_router: Tensor | None,
+    seed: Tensor | None,
+    streams: list[int],
+    threshold: int,
+    top_k: int,
+    gate: str,
+    scaling: float,
+    mix: str,
+    need_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (tokens, d), r = x.shape, A[0].shape[1]
+    routed_ids, slot_weights = x.new_empty(0, dtype=torch.int32), x.new_empty(0)
+    logits, mean = x.new_empty((num_seqs, 0)), x.new_empty((0, 0))
+    if routers:
+        blocks = cut(tokens, num_seqs, cu_seqlens)
+        ids, slot_weights, logits, mean = torch_passes.route(
+            blocks.split(x), blocks, tokens, num_seqs, route_mask, instruction, routers, router_reads_x, router_rows,
+            top_k, gate,
+        )  # fmt: skip
+        routed_ids = ids
+    layout = _layout(tokens, num_seqs, cu_seqlens, None if is_common(A, ids) else ids, A, r)
+    h = x.new_empty((tokens, len(A), layout.slots, r))
+    function("shrink", x.dtype)(
+        layout,
+        A=[address(a) for a in A],
+        d=d,
+        threshold=threshold,
+        seed=_key(seed),
+        streams=streams,
+        x=address(x),
+        h=address(h),
+    )
+    w = x.new_empty((0, r))
+    if mix == "smolora":
+        w = x.new_empty((sum(b.shape[0] for b in B), r))
+        for b, i, own in zip(B, importance, w.split([b.shape[0] for b in B]), strict=True):
+            function("scores", x.dtype)(
+                shape=b.shape[:2] + (r,),
+                scaling=scaling,
+                B=address(b),
+                importance=address(i),
+                w=address(own),
+                threads=torch.get_num_threads(),
+            )
+    token_logits = x.new_empty((tokens, 0)) if token_router is None else x @ token_router.mT
+    return h, w, routed_ids, slot_weights, logits, mean if need_mean else x.new_empty((0, 0)), token_logits
+
+
+def _mixed(
+    h: Tensor,
+    w: Tensor,
+    ids: Tensor | None,
+    slot_weights: Tensor | None,
+    scores: Tensor | None,
+    B: list[Tensor],
+    num_seqs: int,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    mix: str,
+) -> tuple[Tensor, Tensor]:
+    """Return u = s c h (T, b K r), and the scores (T,) that mix "smolora" makes of h unless they are given."""
+    (tokens, _, down_slots, r), make_logits = h.shape, scores is None
+    if mix != "smolora":
+        blocks = laid(tokens, num_seqs, cu_seqlens, ids is None and slot_weights is None)
+        ids, slot_weights = blocks.spread(ids), blocks.spread(slot_weights)
+        u, fused = torch_passes.mixed(h, w, ids, slot_weights, scores, B, blocks, scaling, mix)
+        return blocks.join(u).contiguous(), fused
+    scores = h.new_empty(tokens) if make_logits else scores
+    layout = _layout(tokens, num_seqs, cu_seqlens, ids, B, r)
+    u = h.new_empty((tokens, len(B) * layout.slots * r))
+    function("mix", h.dtype)(
+        layout,
+        shared=down_slots < layout.slots,
+        h=address(h),
+        w=address(w),
+        slot_weights=address(slot_weights),
+        fusion_logits=address(scores),
+        make_logits=make_logits,
+        scaling=scaling,
+        u=address(u),
+    )
+    return u, scores
+
+
+@_else_torch
+def fuse_expand(
+    h: Tensor,
+    w: Tensor,
+    ids: Tensor | None,
+    slot_weights: Tensor | None,
+    scores: Tensor | None,
+    B: list[Tensor],
+    num_seqs: int,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    mix: str,
+    dtype: torch.dtype,
+    x: Tensor | None,
+    base_weight: Tensor | None,
+    base_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    (tokens, *_, r), k = h.shape, B[0].shape[1]
+    u, fused = _mixed(h, w, ids, slot_weights, scores, B, num_seqs, cu_seqlens, scaling, mix)
+    y = h.new_empty((tokens, k))
+    layout = _layout(tokens, num_seqs, cu_seqlens, ids, B, r)
+    function("expand", dtype)(
+        layout, B=[address(b) for b in B], k=k, u=address(u), bias=address(base_bias), y=address(y)
+    )
+    return y if base_weight is None else y.addmm_(x, base_weight.mT), fused
+
+
+@_else_torch
+def grad_output(
+    g: Tensor,
+    h: Tensor,
+    w: Tensor,
+    ids: Tensor | None,
+    slot_weights: Tensor | None,
+    scores: Tensor | None,
+    B: list[Tensor],
+    importance: list[Tensor],
+    trained: list[Tensor],
+    num_seqs: int,
+    cu_seqlens: Tensor | None,
+    scaling: float,
+    mix: str,
+    need_dh: bool,
+    need_B: list[bool],
+    need_importance: bool,
+    need_slot_weights: bool,
+    need_scores: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+    (tokens, k), r = g.shape, h.shape[3]
+    need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
+    dh, dslot_weights, dscores, u, p = (g.new_empty(0) for _ in range(5))
+    dB = [empty_like_if(needed, b) for needed, b in zip(need_B, B, strict=True)]
+    dI = [empty_like_if(need_importance, i) for i in importance]
+    layout = _layout(tokens, num_seqs, cu_seqlens, ids, B, r)
+    if any(need_B):
+        u, _ = _mixed(h, w, ids, slot_weights, scores, B, num_seqs, cu_seqlens, scaling, mix)
+    if need.p:
+        p = g.new_empty((tokens, len(B) * layout.slots * r))
+    function("grad_up", g.dtype)(
+        layout,
+        B=[address(b) for b in B],
+        trained=[address(t) for t in trained],
+        k=k,
+        scaling=scaling,
+        g=address(g),
+        u=address(u),
+        p=address(p),
+        dB=[address(grad) for grad in dB],
+    )
+    if need.p and mix != "smolora":
+        blocks = laid(tokens, num_seqs, cu_seqlens, ids is None and slot_weights is None)
+        grads = MIX[mix].backward(
+            blocks.split(p.view(tokens, len(B), layout.slots, r)),
+            blocks.split(h),
+            None,
+            blocks.spread(slot_weights),
+            None if scores is None else blocks.split(scores),
+            need_slot_weights,
+        )
+        dh = blocks.join(grads.dh).contiguous() if need_dh else dh
+        dslot_weights = blocks.gather(grads.slot_weights) if need_slot_weights else dslot_weights
+        dscores = blocks.join(grads.scores) if need_scores else dscores
+    elif need.p:
+        dh, dw = torch.empty_like(h), torch.empty_like(w)
+        dslot_weights = empty_like_if(need_slot_weights, slot_weights)
+        function("mix_backward", g.dtype)(
+            layout,
+            shared=h.shape[2] < layout.slots,
+            h=address(h),
+            w=address(w),
+            slot_weights=address(slot_weights),
+            fusion_logits=address(scores),
+            p=address(p),
+            dh=address(dh),
+            dw=address(dw),
+            dslot_weights=address(dslot_weights),
+        )
+        for bank, own in enumerate(dw.split([b.shape[0] for b in B]) if need.dw else ()):
+            function("grad_scores", g.dtype)(
+                shape=B[bank].shape[:2] + (r,),
+                scaling=scaling,
+                B=address(B[bank]),
+                importance=address(importance[bank]),
+                dw=address(own),
+                trained=address(trained[bank]) if trained else 0,
+                dB=address(dB[bank]),
+                dimportance=address(dI[bank]),
+                threads=torch.get_num_threads(),
+            )
+    return dh if need_dh else g.new_empty(0), dB, dI, dslot_weights, dscores
+
+
+@_else_torch
+def grad_input(
+    x: Tensor | None,
+    dh: Tensor,
+    ids: Tensor | None,
+    A: list[Tensor],
+    token_router: Tensor | None,
+    dtoken_logits: Tensor | None,
+    num_seqs: int,
+    cu_seqlens: Tensor | None,
+    route_mask: Tensor | None,
+    dmean: Tensor | None,
+    seed: Tensor | None,
+    streams: list[int],
+    threshold: int,
+    dtype: torch.dtype,
+    need_dx: bool,
+    need_A: list[bool],
+    need_token_router: bool,
+    g: Tensor | None,
+    base_weight: Tensor | None,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    tokens, (_, r, d) = dh.shape[0], A[0].shape
+    dh = dh * (256 / (256 - threshold)) if threshold else dh
+    dx = dh.new_empty((tokens, d) if need_dx else 0)
+    dA = [empty_like_if(needed, a) for needed, a in zip(need_A, A, strict=True)]
+    if need_dx or any(need_A):
+        function("grad_down", dtype)(
+            _layout(tokens, num_seqs, cu_seqlens, None if is_common(A, ids) else ids, A, r),
+            A=[address(a) for a in A],
+            d=d,
+            threshold=threshold,
+            seed=_key(seed),
+            streams=streams,
+            x=address(x),
+            dh=address(dh),
+            dx=address(dx),
+            dA=[address(grad) for grad in dA],
+        )
+    if need_dx and dtoken_logits is not None:
+        dx.addmm_(dtoken_logits, token_router)
+    if need_dx and base_weight is not None:
+        dx.addmm_(g, base_weight)
+    if need_dx and dmean is not None:
+        dx += torch_passes.mean_backward(dmean, tokens, num_seqs, cu_seqlens, route_mask)
+    drouter = dh.new_empty(0)
+    if need_token_router:
+        drouter = dtoken_logits.mT @ x
+    return dx, dA, drouter
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def _has_shape(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return t.shape == shape and t.dtype == dtype and is_plain(t)
 
 
 def decodes(backend: str, x: Tensor, banks: Sequence[Bank], tokens: Tokens, slots: Slots | None) -> bool:
     """Whether `decode` takes a call of `mixture_linear` without dropout, token weights or token router."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or compiled is None or backend != "torch":
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or compiled.module is None or backend != "torch":
         return False
     if (
         slots is None
@@ -40,18 +362,18 @@ def decodes(backend: str, x: Tensor, banks: Sequence[Bank], tokens: Tokens, slot
         or len(banks) > 2
     ):
         return False
-    if type(x) is not Tensor or x.dtype not in DTYPES or not _is_plain(x, x.dtype, x.shape):
+    if type(x) is not Tensor or x.dtype not in TYPES or not _has_shape(x, x.dtype, x.shape):
         return False
     n, b, _ = shape = slots.ids.shape
-    if not _is_plain(slots.ids, torch.int32, shape) or (n, b) != (tokens.num_seqs, len(banks)):
+    if not _has_shape(slots.ids, torch.int32, shape) or (n, b) != (tokens.num_seqs, len(banks)):
         return False
-    if slots.weights is not None and not _is_plain(slots.weights, x.dtype, shape):
+    if slots.weights is not None and not _has_shape(slots.weights, x.dtype, shape):
         return False
     d, (_, k, r), common = x.shape[1], banks[0].B.shape, banks[0].A.shape[0] == 1
     return all(
-        _is_plain(bank.A, x.dtype, (1 if common else bank.B.shape[0], r, d))
-        and _is_plain(bank.B, x.dtype, (bank.B.shape[0], k, r))
-        and (bank.importance is None or _is_plain(bank.importance, x.dtype, (k,)))
+        _has_shape(bank.A, x.dtype, (1 if common else bank.B.shape[0], r, d))
+        and _has_shape(bank.B, x.dtype, (bank.B.shape[0], k, r))
+        and (bank.importance is None or _has_shape(bank.importance, x.dtype, (k,)))
         for bank in banks
     )
 
@@ -77,22 +399,19 @@ def decode(
         y = torch.nn.functional.linear(x, weight, bias)
     ids, slot_weights = slots
     scores = x.new_empty(n) if mix == "smolora" else None
-    run = compiled.decode_float if x.dtype == torch.float32 else compiled.decode_double
-    found = run(
+    found = function("decode", x.dtype)(
         x.data_ptr(),
         y.data_ptr(),
         ids.data_ptr(),
-        0 if slot_weights is None else slot_weights.data_ptr(),
-        [(a.data_ptr(), b.data_ptr(), 0 if i is None else i.data_ptr(), b.shape[0]) for a, b, _, i, _ in banks],
-        0 if scores is None else scores.data_ptr(),
+        address(slot_weights),
+        [(a.data_ptr(), b.data_ptr(), address(i), b.shape[0]) for a, b, _, i, _ in banks],
+        address(scores),
         (n, d, k, r, ids.shape[2]),
         banks[0].A.shape[0] == 1,
         scaling,
         torch.get_num_threads(),
     )
     if found == OUT_OF_RANGE:
-        from .ops import check_ids  # not at the top: ops imports the passes
-
         check_ids(ids, [bank.B for bank in banks])
     if found == EMPTY and slot_weights is not None and mix == "weighted":
         slot_weights = slot_weights.masked_fill(ids < 0, 0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..spec import empty_like_if, new_rank_space, new_routing, num_slots
-from . import cuda_passes, torch_passes
+from . import cpu_passes, cuda_passes, torch_passes
+from .checks import check_ids, check_values
 
 CHECK_ENVIRONMENT = "SMOLORA_CHECK"
 
@@ -29,9 +29,10 @@ def _triton() -> ModuleType:
     return passes
 
 
-# Where each backend's route_shrink, fuse_expand, grad_output and grad_input are.
+# Where each backend's route_shrink, fuse_expand, grad_output and grad_input are. Torch's own run where those compiled
+# for a CPU cannot.
 BACKENDS: dict[str, Callable[[], ModuleType]] = {
-    "torch": lambda: torch_passes,
+    "torch": lambda: cpu_passes,
     "triton": _triton,
     "cuda": lambda: cuda_passes,
 }
@@ -63,53 +64,6 @@ def _define(signature: Callable, fake: Callable, check: Callable[..., None] | No
         _library.impl(name, run, key)
     torch.library.register_fake(f"smolora::{name}", fake, lib=_library)
     return getattr(torch.ops.smolora, name).default
-
-
-# ------------------------------------------------------------------------------------- value checks: on a GPU they sync
-
-
-def check_values(
-    x: Tensor,
-    num_seqs: int,
-    cu_seqlens: Tensor | None,
-    route_mask: Tensor | None,
-    instruction: Tensor | None,
-) -> None:
-    """Check what only the values can tell.
-
-    Raises:
-        ValueError: `cu_seqlens` are no boundaries of x's tokens, `instruction` is not finite, or `route_mask` leaves a
-            sequence that has tokens without any.
-    """
-    if cu_seqlens is not None:
-        cu = cu_seqlens.tolist()
-        if cu[0] != 0 or cu[-1] != x.shape[0] or any(a > b for a, b in pairwise(cu)):
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {x.shape[0]}, got {cu}")
-    if instruction is not None and not bool(torch.isfinite(instruction).all()):
-        bad = (~torch.isfinite(instruction).all(-1)).nonzero().flatten().tolist()
-        raise ValueError(f"instruction must be finite, got NaN or infinity in rows {bad}")
-    if route_mask is not None and x.shape[0]:
-        total = torch.cat([route_mask.new_zeros(1, dtype=torch.int64), route_mask.cumsum(0)])
-        if cu_seqlens is None:
-            bounds = torch.arange(0, x.shape[0] + 1, x.shape[0] // num_seqs, device=x.device)
-        else:
-            bounds = cu_seqlens.long()
-        empty = (total[bounds[1:]] == total[bounds[:-1]]) & (bounds[1:] > bounds[:-1])
-        if bool(empty.any()):
-            rows = empty.nonzero().flatten().tolist()
-            raise ValueError(f"route_mask must keep a token of every instance, got none for instances {rows}")
-
-
-def check_ids(ids: Tensor, B: list[Tensor]) -> None:
-    """Check given slots (n, b, K): -1, or an expert of the bank.
-
-    Raises:
-        ValueError: they name an expert that does not exist.
-    """
-    for bank, experts in enumerate(B):
-        chosen = ids[:, bank]
-        if chosen.numel() and not bool(((chosen >= -1) & (chosen < experts.shape[0])).all()):
-            raise ValueError(f"ids of bank {bank} must lie in 0 to {experts.shape[0] - 1}, got {chosen.tolist()}")
 
 
 # --------------------------------------------------------------------------------------------------------- the passes

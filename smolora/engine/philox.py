@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu_passes
+from . import compiled
 
 LOW = 0xFFFFFFFF
 
@@ -20,12 +20,10 @@ def keep_masks(
     """
     device, blocks = seed.device, -(-columns // 16)
     masks = torch.empty((len(streams), rows, 16 * blocks), dtype=dtype, device=device)
-    compiled = cpu_passes.compiled
-    if compiled is not None and device.type == "cpu" and dtype in (torch.float32, torch.float64):
-        key = int(seed) % 2**64
+    if compiled.module is not None and device.type == "cpu" and dtype in compiled.TYPES:
+        fill = compiled.function("keep_mask", dtype)
         for mask, stream in zip(masks, streams, strict=True):
-            address, is_double = mask.data_ptr(), dtype == torch.float64
-            compiled.keep_mask(address, is_double, rows * blocks, blocks, stream, key, threshold)
+            fill(mask.data_ptr(), rows, blocks, stream, int(seed) % 2**64, threshold, torch.get_num_threads())
         return masks[..., :columns]
     # a CPU goes through some rows at a time, so that ten rounds of a counter find it in the cache
     step = max(1, rows)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..spec import accurate_dtype, down_slots, grad_needs, num_slots
 from .mixes import MIX
 from .philox import keep_masks
-from .varlen import Blocks, cut, whole
+from .varlen import Blocks, cut, laid, whole
 
 # ------------------------------------------------------------------------------------------------------------ routing
 
@@ -72,12 +72,53 @@ def routed_tokens(
     return _routed(route_mask, tokens, num_seqs, cut(tokens, num_seqs, cu_seqlens), like)[1]
 
 
+def mean_backward(
+    dmean: Tensor, tokens: int, num_seqs: int, cu_seqlens: Tensor | None, route_mask: Tensor | None
+) -> Tensor:
+    """Spread the gradient of a sequence's mean (n, d), over its number of routed tokens, to those tokens: (T, d)."""
+    blocks = cut(tokens, num_seqs, cu_seqlens)
+    routed, _ = _routed(route_mask, tokens, num_seqs, blocks, dmean)
+    return blocks.join(routed[..., None] * blocks.spread(dmean)[:, None])
+
+
 def router_logits(seen: Tensor, weight: Tensor, rows: Tensor | None) -> Tensor:
     """Apply a router (E, c), or that of each sequence's task among (tasks, E, c), to (n, c): logits (n, E)."""
     weight = weight.to(seen.dtype)
     if weight.dim() == 2:
         return seen @ weight.mT
     return torch.bmm(weight.index_select(0, rows), seen[..., None])[..., 0]
+
+
+def route(
+    x_blocks: Tensor,
+    blocks: Blocks,
+    tokens: int,
+    num_seqs: int,
+    route_mask: Tensor | None,
+    instruction: Tensor | None,
+    routers: list[Tensor],
+    router_reads_x: list[bool],
+    router_rows: Tensor | None,
+    top_k: int,
+    gate: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose each sequence's slots; `route_shrink` has the arguments, but for x's blocks (N, L, d), each of a sequence.
+
+    Returns:
+        ids (n, b, K), slot_weights, logits, and the mean (n, d) that a router of x saw, (0, 0) where none reads x.
+    """
+    mean = x_blocks.new_empty((0, 0))
+    if any(router_reads_x):
+        routed, count = _routed(route_mask, tokens, num_seqs, blocks, x_blocks)
+        seen = x_blocks
+        if route_mask is not None:  # mask with where, not by multiplying: 0 * NaN is NaN
+            seen = x_blocks.masked_fill(routed[..., None] == 0, 0)
+        mean = blocks.gather(torch.bmm(routed[:, None], seen)[:, 0]) / count
+    sees = [mean if reads_x else instruction.to(mean.dtype) for reads_x in router_reads_x]
+    logits = [router_logits(*pair, router_rows) for pair in zip(sees, routers, strict=True)]
+    chosen = (choose(z, top_k, gate) for z in logits)
+    ids, slot_weights = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
+    return ids, slot_weights, torch.cat(logits, 1), mean
 
 
 # ------------------------------------------------------------------------------------------- experts and their slots
@@ -89,14 +130,14 @@ def _gathered(experts: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     return picked.view(*ids.shape, *experts.shape[1:])
 
 
-def _is_common(A: list[Tensor], ids: Tensor | None) -> bool:
+def is_common(A: list[Tensor], ids: Tensor | None) -> bool:
     """Whether every sequence has the same A in its slots."""
     return ids is None or all(a.shape[0] == 1 for a in A)
 
 
 def _down(A: list[Tensor], ids: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The slots' down projections, rounded to the compute dtype: (N, b, K r, d), or (1, ...) where all are alike."""
-    if _is_common(A, ids):
+    if is_common(A, ids):
         picked = torch.stack([a.to(dtype) for a in A])[None] if len(A) > 1 else A[0].to(dtype)[None, None]
     else:
         picked = torch.stack([_gathered(a, i, dtype) for a, i in zip(A, ids.unbind(1), strict=True)], 1)
@@ -154,6 +195,29 @@ def _scaled(h: Tensor, c: Tensor | float, slots: int) -> Tensor:
     return (h * c).expand(-1, -1, -1, slots, -1).flatten(2)
 
 
+def mixed(
+    h: Tensor,
+    w: Tensor,
+    ids: Tensor | None,
+    slot_weights: Tensor | None,
+    scores: Tensor | None,
+    B: list[Tensor],
+    blocks: Blocks,
+    scaling: float,
+    mix: str,
+) -> tuple[Tensor, Tensor]:
+    """Mix h (T, b, K, r), with ids and slot weights of blocks: u = s c h (N, L, b K r), and the mix's own scores (T,)."""
+    h = blocks.split(h)
+    fused = h.new_empty(0)
+    if MIX[mix].fuse is not None:
+        scores = MIX[mix].fuse(h, _slots_of_w(w, ids, B), slot_weights)
+        fused = blocks.join(scores)
+    elif scores is not None:
+        scores = blocks.split(scores)
+    c = MIX[mix].coefficients(slot_weights, scores, scaling)
+    return _scaled(h, c, num_slots(ids, B, 0)), fused
+
+
 def _accumulate(base: Tensor | None, left: Tensor, right: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """base (T, c) + left (N, L, j) @ right (N, j, c), in place where base has the shape and precision."""
     if base is not None and blocks.token is None and base.dtype == left.dtype:
@@ -163,11 +227,6 @@ def _accumulate(base: Tensor | None, left: Tensor, right: Tensor, blocks: Blocks
     torch.bmm(left, right, out=out.view(*left.shape[:2], right.shape[2]))
     out = out if blocks.place is None else out.index_select(0, blocks.place)
     return (out if base is None else out.add_(base)).to(dtype)
-
-
-def _laid(tokens: int, num_seqs: int, cu_seqlens: Tensor | None, common: bool) -> Blocks:
-    """The blocks of a product: by sequence, or all tokens at once where the sequences have the same factor."""
-    return whole(tokens) if common else cut(tokens, num_seqs, cu_seqlens)
 
 
 # --------------------------------------------------------------------------------------------------------- the passes
@@ -220,26 +279,27 @@ def route_shrink(
         and slot_weights are empty where nothing is routed.
     """
     accurate = accurate_dtype(x.dtype)
-    blocks = _laid(x.shape[0], num_seqs, cu_seqlens, not routers and _is_common(A, ids))
+    blocks = laid(x.shape[0], num_seqs, cu_seqlens, not routers and is_common(A, ids))
     x_blocks = blocks.split(x).to(accurate)
     mean = x.new_empty((0, 0), dtype=accurate)
     logits = x.new_zeros((num_seqs, 0), dtype=accurate)
     slot_weights = x.new_empty(0, dtype=accurate)
     chosen_ids = ids
     if routers:
-        if any(router_reads_x):
-            routed, count = _routed(route_mask, x.shape[0], num_seqs, blocks, x_blocks)
-            seen = x_blocks
-            if route_mask is not None:  # mask with where, not by multiplying: 0 * NaN is NaN
-                seen = x_blocks.masked_fill(routed[..., None] == 0, 0)
-            mean = blocks.gather(torch.bmm(routed[:, None], seen)[:, 0]) / count
-        sees = [mean if reads_x else instruction.to(accurate) for reads_x in router_reads_x]
-        z = [router_logits(*pair, router_rows) for pair in zip(sees, routers, strict=True)]
-        logits = torch.cat(z, 1)
-        chosen_ids, slot_weights = (
-            torch.stack(parts, 1) for parts in zip(*(choose(each, top_k, gate) for each in z), strict=True)
+        chosen_ids, slot_weights, logits, mean = route(
+            x_blocks,
+            blocks,
+            x.shape[0],
+            num_seqs,
+            route_mask,
+            instruction,
+            routers,
+            router_reads_x,
+            router_rows,
+            top_k,
+            gate,
         )
-    if _is_common(A, chosen_ids) and blocks.number != 1:
+    if is_common(A, chosen_ids) and blocks.number != 1:
         x_blocks, blocks = x.to(accurate)[None], whole(x.shape[0])
     down = _down(A, blocks.spread(chosen_ids), x.dtype)
     token_logits = x.new_empty((x.shape[0], 0), dtype=accurate)
@@ -291,19 +351,11 @@ def fuse_expand(
     Returns:
         y (T, k), and the scores that the mix made of h, (T,), or (0,).
     """
-    tokens = h.shape[0]
-    blocks = _laid(tokens, num_seqs, cu_seqlens, ids is None and slot_weights is None)
-    ids, slot_weights, h = blocks.spread(ids), blocks.spread(slot_weights), blocks.split(h)
-    fused = h.new_empty(0)
-    if MIX[mix].fuse is not None:
-        scores = MIX[mix].fuse(h, _slots_of_w(w, ids, B), slot_weights)
-        fused = blocks.join(scores)
-    elif scores is not None:
-        scores = blocks.split(scores)
-    c = MIX[mix].coefficients(slot_weights, scores, scaling)
-    up = _up(B, ids, dtype)
+    blocks = laid(h.shape[0], num_seqs, cu_seqlens, ids is None and slot_weights is None)
+    ids, slot_weights = blocks.spread(ids), blocks.spread(slot_weights)
+    u, fused = mixed(h, w, ids, slot_weights, scores, B, blocks, scaling, mix)
     base = None if base_weight is None else torch.nn.functional.linear(x, base_weight, base_bias)
-    return _accumulate(base, _scaled(h, c, num_slots(ids, B, 0)), up.mT, blocks, dtype), fused
+    return _accumulate(base, u, _up(B, ids, dtype).mT, blocks, dtype), fused
 
 
 def grad_output(
@@ -336,7 +388,7 @@ def grad_output(
     """
     accurate = accurate_dtype(g.dtype)
     slots = num_slots(ids, B, 0)
-    blocks = _laid(h.shape[0], num_seqs, cu_seqlens, ids is None and slot_weights is None)
+    blocks = laid(h.shape[0], num_seqs, cu_seqlens, ids is None and slot_weights is None)
     ids, slot_weights, h = blocks.spread(ids), blocks.spread(slot_weights), blocks.split(h)
     scores = None if scores is None else blocks.split(scores)
     g_blocks = blocks.split(g).to(accurate)
@@ -430,9 +482,9 @@ def grad_input(
         dx (T, d), dA of each bank, dtoken_router.
     """
     accurate = accurate_dtype(dtype)
-    common = _is_common(A, ids)
+    common = is_common(A, ids)
     tokens, d = dh.shape[0], A[0].shape[2]
-    blocks = _laid(tokens, num_seqs, cu_seqlens, common)
+    blocks = laid(tokens, num_seqs, cu_seqlens, common)
     slots = dh.shape[2]
     dh, ids = blocks.split(dh).flatten(3), None if common else blocks.spread(ids)  # (N, L, b, K r)
     used = _span(need_A)
@@ -458,9 +510,7 @@ def grad_input(
             dx = blocks.join(dx if len(parts) == 1 else dx.addcmul_(parts[1], keep[1]))
             dx = (dx if base is None else dx.add_(base)).to(dtype)
         if dmean is not None:
-            by_seq = cut(tokens, num_seqs, cu_seqlens)
-            routed, _ = _routed(route_mask, tokens, num_seqs, by_seq, dh)
-            dx += by_seq.join(routed[..., None] * by_seq.spread(dmean)[:, None])
+            dx += mean_backward(dmean, tokens, num_seqs, cu_seqlens, route_mask)
     if need_token_router:
         drouter = (dtoken_logits.mT @ x.to(accurate)).to(token_router.dtype)
     if used is None:

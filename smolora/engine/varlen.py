@@ -67,3 +67,8 @@ def cut(tokens: int, num_seqs: int, cu_seqlens: Tensor | None) -> Blocks:
 def whole(tokens: int) -> Blocks:
     """Take all tokens as one block, where every sequence is treated alike."""
     return Blocks(1, tokens)
+
+
+def laid(tokens: int, num_seqs: int, cu_seqlens: Tensor | None, common: bool) -> Blocks:
+    """Lay out a product: in blocks by sequence, or in one block where the sequences have `common` factors."""
+    return whole(tokens) if common else cut(tokens, num_seqs, cu_seqlens)

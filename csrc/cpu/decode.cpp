@@ -1,4 +1,4 @@
-#include "cpu_decode.h"
+#include "decode.h"
 
 #include <cmath>
 

@@ -1,7 +1,7 @@
 // One token a sequence on a CPU: y += sum_j B[b_j] c_j A[a_j] x for slots that are known, with the fusion of two banks.
 #pragma once
 
-#include "cpu.h"
+#include "common.h"
 
 namespace cpu {
 

@@ -1,0 +1,385 @@
+#include "products.h"
+
+#include "philox.h"
+#include "tile.h"
+
+#include <memory>
+
+namespace cpu {
+namespace {
+
+constexpr int64_t kTokens = 64;    // tokens that are taken at a time
+constexpr int64_t kFew = 8;        // tokens whose rows lie in the nearest cache together
+constexpr int64_t kColumns = 128;  // columns of x or y that are taken at a time
+constexpr int64_t kStrip = 512;    // columns of y that are written at a time
+constexpr int64_t kGroups = 8;     // of columns, each of which sums up a p of its own
+
+int64_t chunks(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
+
+// Room for `size` numbers on a vector's boundary, which a thread keeps.
+template <class T, int Place>
+T* room(int64_t size) {
+  thread_local std::vector<T> kept;
+  if (int64_t(kept.size()) < size + 16) kept.resize(size + 16);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(kept.data());
+  return reinterpret_cast<T*>((address + 63) / 64 * 64);
+}
+
+// Copies a block of some tokens and columns, with zeros up to kColumns, so that it lies in the nearest cache as a
+// whole; rows of the next block, of which there are `more`, are fetched meanwhile.
+template <class T>
+INLINE void copy_block(const T* from, int64_t from_row, int64_t rows, int64_t count, int64_t more, T* to) {
+  for (int64_t row = 0; row < rows; ++row, from += from_row, to += kColumns) {
+    if (row < more) {
+      const char* next = reinterpret_cast<const char*>(from + rows * from_row);
+      for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(next + i, 0, 2);
+    }
+    std::copy_n(from, count, to);
+    std::fill(to + count, to + kColumns, T(0));
+  }
+}
+
+// -------------------------------------------------------------------------------------------- between x and rank space
+
+template <class T, int Bytes>
+INLINE void shrink_task_body(const Down<T>& job, int64_t task) {
+  const Layout& at = job.layout;
+  const int64_t first = task * kTokens, last = std::min(first + kTokens, at.tokens);
+  const int64_t blocks = chunks(job.d, 16), width = job.threshold ? 16 * blocks : job.d;
+  const T scale = T(256) / T(256 - job.threshold);
+  int64_t seq = 0;
+  for (int64_t token = first; token < last;) {
+    while (at.ids != nullptr && at.end(seq) <= token) ++seq;
+    const int64_t end = std::min({token + kFew, last, at.ids == nullptr ? last : at.end(seq)}), rows = end - token;
+    for (int64_t bank = 0; bank < at.banks; ++bank) {
+      const T* x = job.x + token * job.d;
+      if (job.threshold) {
+        T* kept = room<T, 0>(kFew * width);
+        keep_mask(kept, token, rows, 0, blocks, job.streams[bank], job.seed, job.threshold);
+        for (int64_t row = 0; row < rows; ++row) {
+          for (int64_t i = 0; i < job.d; ++i) kept[row * width + i] *= x[row * job.d + i];
+        }
+        x = kept;
+      }
+      for (int64_t slot = 0; slot < at.slots; ++slot) {
+        T* h = job.h + token * at.columns() + (bank * at.slots + slot) * at.rank;
+        // an empty slot takes an expert too, as its weight is 0
+        const T* A = job.A[bank] + std::max<int64_t>(at.expert(seq, bank, slot), 0) * at.rank * job.d;
+        dot_rows<T, Bytes, 8>(rows, at.rank, job.d, x, width, A, job.d, scale, h, at.columns());
+      }
+    }
+    token = end;
+  }
+}
+FOR_ALL_VECTORS(shrink_task, Down)
+
+// dx and dA of some columns, token after token
+template <class T, int Bytes>
+INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
+  constexpr int64_t kTile = kWidth<T, Bytes>;
+  const Layout& at = job.layout;
+  const int64_t first = task * kColumns, count = std::min(kColumns, job.d - first);
+  const int64_t used = at.columns(), per_bank = at.slots * at.rank;
+  const int64_t seqs = at.ids == nullptr ? 1 : at.seqs;
+  T* A = room<T, 1>(used * kColumns);        // (b K r, columns)
+  T* sums = room<T, 2>(used * kColumns);     // dA of a sequence
+  T* mask = room<T, 3>(kTokens * kColumns);  // of a bank
+  T* kept = room<T, 4>(kTokens * kColumns);  // x, dropped
+  T* part = room<T, 5>(kTokens * kColumns);  // dx of a bank
+  bool need_A = false;
+  for (int64_t bank = 0; bank < at.banks; ++bank) {
+    need_A |= job.dA[bank] != nullptr;
+    if (job.dA[bank] == nullptr) continue;
+    for (int64_t row = 0; row < at.experts[bank] * at.rank; ++row) {
+      std::fill_n(job.dA[bank] + row * job.d + first, count, T(0));
+    }
+  }
+  for (int64_t seq = 0; seq < seqs; ++seq) {
+    const int64_t begin = at.ids == nullptr ? 0 : at.begin(seq), end = at.ids == nullptr ? at.tokens : at.end(seq);
+    if (begin == end) continue;
+    for (int64_t row = 0; row < used && job.dx != nullptr; ++row) {
+      const int64_t slot = row / at.rank, bank = slot / at.slots;
+      const int64_t expert = std::max<int64_t>(at.expert(seq, bank, slot % at.slots), 0);
+      const T* from = job.A[bank] + (expert * at.rank + row % at.rank) * job.d + first;
+      std::copy(from, from + count, A + row * kColumns);
+      std::fill(A + row * kColumns + count, A + (row + 1) * kColumns, T(0));
+    }
+    if (need_A) std::fill(sums, sums + used * kColumns, T(0));
+    for (int64_t token = begin; token < end; token += kTokens) {
+      const int64_t rows = std::min(kTokens, end - token);
+      const T* dh = job.dh + token * used;
+      for (int64_t bank = 0; bank < at.banks; ++bank) {
+        const T* dh_bank = dh + bank * per_bank;
+        if (job.threshold) {
+          keep_mask(mask, token, rows, first / 16, chunks(count, 16), job.streams[bank], job.seed, job.threshold);
+        }
+        const int64_t mask_row = 16 * chunks(count, 16);
+        if (job.dx != nullptr) {
+          T* dx = job.dx + token * job.d + first;
+          const bool direct = !job.threshold && count == kColumns;
+          multiply<T, Bytes>(rows, padded(count, kTile), per_bank, dh_bank, used, 1, A + bank * per_bank * kColumns,
+                             kColumns, direct ? dx : part, direct ? job.d : kColumns, direct && bank > 0);
+          for (int64_t row = 0; row < rows && !direct; ++row) {
+            T* to = dx + row * job.d;
+            T* from = part + row * kColumns;
+            if (job.threshold) {
+              for (int64_t i = 0; i < count; ++i) from[i] *= mask[row * mask_row + i];
+            }
+            if (bank == 0) {
+              std::copy(from, from + count, to);
+            } else {
+              for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+            }
+          }
+        }
+        if (job.dA[bank] == nullptr) continue;
+        const T* x = job.x + token * job.d + first;
+        if (job.threshold || bank == 0 || job.dA[0] == nullptr) {
+          copy_block(x, job.d, rows, count, bank == 0 ? std::min(kTokens, end - token - rows) : 0, kept);
+        }
+        for (int64_t row = 0; row < rows && job.threshold; ++row) {
+          for (int64_t i = 0; i < count; ++i) kept[row * kColumns + i] *= mask[row * mask_row + i];
+        }
+        multiply<T, Bytes>(per_bank, padded(count, kTile), rows, dh_bank, 1, used, kept, kColumns,
+                           sums + bank * per_bank * kColumns, kColumns, true);
+      }
+    }
+    for (int64_t row = 0; row < used && need_A; ++row) {
+      const int64_t slot = row / at.rank, bank = slot / at.slots, expert = at.expert(seq, bank, slot % at.slots);
+      if (expert < 0 || job.dA[bank] == nullptr) continue;
+      T* to = job.dA[bank] + (expert * at.rank + row % at.rank) * job.d + first;
+      for (int64_t i = 0; i < count; ++i) to[i] += sums[row * kColumns + i];
+    }
+  }
+}
+FOR_ALL_VECTORS(grad_down_task, Down)
+
+// -------------------------------------------------------------------------------------------- between rank space and y
+
+// y of a strip of columns
+template <class T, int Bytes>
+INLINE void expand_task_body(const Up<T>& job, int64_t task) {
+  constexpr int64_t kTile = kWidth<T, Bytes>;
+  const Layout& at = job.layout;
+  const int64_t first = task * kStrip, count = std::min(kStrip, job.k - first);
+  const int64_t used = at.columns(), seqs = at.ids == nullptr ? 1 : at.seqs;
+  T* B = room<T, 1>(used * kStrip);  // (tiles, b K r, columns of a tile)
+  T* part = room<T, 5>(kFew * kTile);
+  if (count < kStrip) std::fill(B, B + used * kStrip, T(0));
+  for (int64_t seq = 0; seq < seqs; ++seq) {
+    const int64_t begin = at.ids == nullptr ? 0 : at.begin(seq), end = at.ids == nullptr ? at.tokens : at.end(seq);
+    if (begin == end) continue;
+    for (int64_t slot = 0; slot < at.banks * at.slots; ++slot) {
+      const int64_t bank = slot / at.slots, expert = std::max<int64_t>(at.expert(seq, bank, slot % at.slots), 0);
+      const T* from = job.B[bank] + (expert * job.k + first) * at.rank;
+      for (int64_t i = 0; i < count; ++i) {
+        T* to = B + (i / kTile * used + slot * at.rank) * kTile + i % kTile;
+        for (int64_t j = 0; j < at.rank; ++j) to[j * kTile] = from[i * at.rank + j];
+      }
+    }
+    for (int64_t token = begin; token < end; token += kFew) {
+      const int64_t rows = std::min(kFew, end - token);
+      for (int64_t c = 0; c < count; c += kTile) {
+        T* y = job.y + token * job.k + first + c;
+        const int64_t inside = std::min(kTile, count - c);
+        const bool direct = inside == kTile;
+        T* out = direct ? y : part;
+        const int64_t out_row = direct ? job.k : kTile;
+        for (int64_t row = 0; row < rows && job.bias != nullptr; ++row) {
+          std::copy_n(job.bias + first + c, inside, out + row * out_row);
+        }
+        tile_rows<T, Bytes, kTileRows<Bytes>>(rows, used, job.u + token * used, used, 1, B + c * used, kTile, out,
+                                              out_row, job.bias != nullptr);
+        for (int64_t row = 0; row < rows && !direct; ++row) std::copy_n(part + row * kTile, inside, y + row * job.k);
+      }
+    }
+  }
+}
+FOR_ALL_VECTORS(expand_task, Up)
+
+// p and dB of a group of columns, token after token, from one read of g
+template <class T, int Bytes>
+INLINE void grad_up_task_body(const Up<T>& job, int64_t task) {
+  constexpr int64_t kTile = kWidth<T, Bytes>;
+  const Layout& at = job.layout;
+  const int64_t used = at.columns(), room_used = padded(used, kTile), seqs = at.ids == nullptr ? 1 : at.seqs;
+  const int64_t pieces = chunks(job.k, kColumns);
+  T* B = room<T, 1>(kColumns * room_used);
+  T* sums = room<T, 2>(kColumns * room_used);  // dB of a sequence
+  T* u = room<T, 3>(kTokens * room_used);
+  T* p = room<T, 4>(kTokens * room_used);
+  T* g = room<T, 5>(kTokens * kColumns);
+  std::fill(u, u + kTokens * room_used, T(0));
+  bool written = false;
+  for (int64_t piece = pieces * task / kGroups; piece < pieces * (task + 1) / kGroups; ++piece) {
+    const int64_t first = piece * kColumns, count = std::min(kColumns, job.k - first);
+    bool need_B = false;
+    for (int64_t bank = 0; bank < at.banks; ++bank) {
+      if (job.dB[bank] == nullptr) continue;
+      need_B = true;
+      for (int64_t expert = 0; expert < at.experts[bank]; ++expert) {
+        std::fill_n(job.dB[bank] + (expert * job.k + first) * at.rank, count * at.rank, T(0));
+      }
+    }
+    for (int64_t seq = 0; seq < seqs; ++seq) {
+      const int64_t begin = at.ids == nullptr ? 0 : at.begin(seq), end = at.ids == nullptr ? at.tokens : at.end(seq);
+      if (begin == end) continue;
+      bool live = false;  // is there an expert that learns
+      for (int64_t slot = 0; slot < at.banks * at.slots; ++slot) {
+        const int64_t bank = slot / at.slots, expert = at.expert(seq, bank, slot % at.slots);
+        live |= job.dB[bank] != nullptr && expert >= 0 && (job.trained[bank] == nullptr || job.trained[bank][expert]);
+        if (job.p == nullptr) continue;
+        const T* from = job.B[bank] + (std::max<int64_t>(expert, 0) * job.k + first) * at.rank;
+        for (int64_t c = 0; c < count; ++c) {
+          std::copy_n(from + c * at.rank, at.rank, B + c * room_used + slot * at.rank);
+        }
+      }
+      for (int64_t c = 0; c < count && job.p != nullptr; ++c) {
+        std::fill(B + c * room_used + used, B + (c + 1) * room_used, T(0));
+      }
+      if (need_B && live) std::fill(sums, sums + count * room_used, T(0));
+      for (int64_t token = begin; token < end; token += kTokens) {
+        const int64_t rows = std::min(kTokens, end - token);
+        const int64_t more = std::min(kTokens, end - token - rows);
+        copy_block(job.g + token * job.k + first, job.k, rows, count, more, g);
+        if (job.p != nullptr) {
+          T* mine = job.partial_p + (task * at.tokens + token) * used;
+          const bool direct = used == room_used;
+          T* out = direct ? mine : p;
+          multiply<T, Bytes>(rows, room_used, count, g, kColumns, 1, B, room_used, out, room_used, direct && written);
+          for (int64_t i = 0; i < rows * used && !direct; ++i) {
+            const T value = p[i / used * room_used + i % used];
+            mine[i] = written ? mine[i] + value : value;
+          }
+        }
+        if (need_B && live) {
+          const T* right = job.u + token * used;
+          if (used != room_used) {
+            for (int64_t row = 0; row < rows; ++row) std::copy_n(right + row * used, used, u + row * room_used);
+            right = u;
+          }
+          multiply<T, Bytes>(count, room_used, rows, g, 1, kColumns, right, room_used, sums, room_used, true);
+        }
+      }
+      for (int64_t slot = 0; slot < at.banks * at.slots && need_B && live; ++slot) {
+        const int64_t bank = slot / at.slots, expert = at.expert(seq, bank, slot % at.slots);
+        if (job.dB[bank] == nullptr || expert < 0) continue;
+        if (job.trained[bank] != nullptr && !job.trained[bank][expert]) continue;
+        T* to = job.dB[bank] + (expert * job.k + first) * at.rank;
+        for (int64_t c = 0; c < count; ++c) {
+          const T* from = sums + c * room_used + slot * at.rank;
+          for (int64_t j = 0; j < at.rank; ++j) to[c * at.rank + j] += from[j];
+        }
+      }
+    }
+    written = true;
+  }
+}
+FOR_ALL_VECTORS(grad_up_task, Up)
+
+template <class T, int Bytes>
+INLINE void add_partial_p_body(const Up<T>& job, int64_t task) {
+  const int64_t used = job.layout.columns(), first = task * kTokens, last = std::min(first + kTokens, job.layout.tokens);
+  const int64_t pieces = chunks(job.k, kColumns);
+  for (int64_t i = first * used; i < last * used; ++i) {
+    T total = 0;
+    for (int64_t group = 0; group < kGroups; ++group) {
+      if (pieces * group / kGroups == pieces * (group + 1) / kGroups) continue;  // it had no columns
+      total += job.partial_p[group * job.layout.tokens * used + i];
+    }
+    job.p[i] = job.scaling * total;
+  }
+}
+FOR_ALL_VECTORS(add_partial_p, Up)
+
+// -------------------------------------------------------------------------------------------------------- the scores
+
+template <class T, int Bytes>
+INLINE void scores_task_body(const Scores<T>& job, int64_t expert) {
+  T* w = job.w + expert * job.rank;
+  std::fill(w, w + job.rank, T(0));
+  for (int64_t first = 0; first < job.k; first += kColumns) {
+    T* part = room<T, 6>(job.rank);
+    std::fill(part, part + job.rank, T(0));
+    for (int64_t c = first; c < std::min(first + kColumns, job.k); ++c) {
+      const T* B = job.B + (expert * job.k + c) * job.rank;
+      for (int64_t j = 0; j < job.rank; ++j) part[j] += B[j] * job.importance[c];
+    }
+    for (int64_t j = 0; j < job.rank; ++j) w[j] += part[j];
+  }
+  for (int64_t j = 0; j < job.rank; ++j) w[j] *= job.scaling;
+}
+FOR_ALL_VECTORS(scores_task, Scores)
+
+template <class T, int Bytes>
+INLINE void grad_scores_task_body(const Scores<T>& job, int64_t task) {
+  const int64_t first = task * kColumns, last = std::min(first + kColumns, job.k);
+  if (job.dimportance != nullptr) std::fill(job.dimportance + first, job.dimportance + last, T(0));
+  for (int64_t expert = 0; expert < job.experts; ++expert) {
+    const T* dw = job.dw + expert * job.rank;
+    if (std::all_of(dw, dw + job.rank, [](T value) { return value == 0; })) continue;  // nobody chose it
+    const bool learns = job.dB != nullptr && (job.trained == nullptr || job.trained[expert]);
+    for (int64_t i = first; i < last; ++i) {
+      const T* B = job.B + (expert * job.k + i) * job.rank;
+      if (job.dimportance != nullptr) {
+        T total = 0;
+        for (int64_t j = 0; j < job.rank; ++j) total += B[j] * dw[j];
+        job.dimportance[i] += job.scaling * total;
+      }
+      if (!learns) continue;
+      T* dB = job.dB + (expert * job.k + i) * job.rank;
+      const T factor = job.scaling * job.importance[i];
+      for (int64_t j = 0; j < job.rank; ++j) dB[j] += factor * dw[j];
+    }
+  }
+}
+FOR_ALL_VECTORS(grad_scores_task, Scores)
+
+}  // namespace
+
+template <class T>
+void shrink(const Down<T>& job) {
+  parallel(chunks(job.layout.tokens, kTokens), job.layout.threads, [&](int64_t task) { shrink_task(job, task); });
+}
+
+template <class T>
+void grad_down(const Down<T>& job) {
+  parallel(chunks(job.d, kColumns), job.layout.threads, [&](int64_t task) { grad_down_task(job, task); });
+}
+
+template <class T>
+void expand(const Up<T>& job) {
+  parallel(chunks(job.k, kStrip), job.layout.threads, [&](int64_t task) { expand_task(job, task); });
+}
+
+template <class T>
+void grad_up(Up<T> job) {
+  const int64_t size = kGroups * job.layout.tokens * job.layout.columns();
+  const std::unique_ptr<T[]> partial(job.p == nullptr ? nullptr : new T[size]);  // no zeros: all of it is written
+  job.partial_p = partial.get();
+  parallel(kGroups, job.layout.threads, [&](int64_t task) { grad_up_task(job, task); });
+  if (job.p == nullptr) return;
+  parallel(chunks(job.layout.tokens, kTokens), job.layout.threads, [&](int64_t task) { add_partial_p(job, task); });
+}
+
+template <class T>
+void scores(const Scores<T>& job) {
+  parallel(job.experts, job.threads, [&](int64_t expert) { scores_task(job, expert); });
+}
+
+template <class T>
+void grad_scores(const Scores<T>& job) {
+  parallel(chunks(job.k, kColumns), job.threads, [&](int64_t task) { grad_scores_task(job, task); });
+}
+
+#define INSTANTIATE(T)                       \
+  template void shrink<T>(const Down<T>&);      \
+  template void grad_down<T>(const Down<T>&);   \
+  template void expand<T>(const Up<T>&);        \
+  template void grad_up<T>(Up<T>);              \
+  template void scores<T>(const Scores<T>&);    \
+  template void grad_scores<T>(const Scores<T>&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace cpu
