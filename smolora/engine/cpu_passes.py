@@ -28,7 +28,7 @@ MAX_BANKS = 2
 EMPTY, OUT_OF_RANGE = 1, 2  # what `decode` finds among given slots
 
 
-# ------------------------------------------------------------------------------------------------ what compiled code takes
+# ---------------------------------------------------------------------------------------- what compiled code can take
 
 
 def takes(arguments: Iterable[Any]) -> bool:
@@ -133,7 +133,7 @@ def route_shrink(
         w = x.new_empty((sum(b.shape[0] for b in B), r))
         for b, i, own in zip(B, importance, w.split([b.shape[0] for b in B]), strict=True):
             function("scores", x.dtype)(
-                shape=b.shape[:2] + (r,),
+                shape=tuple(b.shape),
                 scaling=scaling,
                 B=address(b),
                 importance=address(i),
@@ -279,7 +279,7 @@ def grad_output(
         )
         for bank, own in enumerate(dw.split([b.shape[0] for b in B]) if need.dw else ()):
             function("grad_scores", g.dtype)(
-                shape=B[bank].shape[:2] + (r,),
+                shape=tuple(B[bank].shape),
                 scaling=scaling,
                 B=address(B[bank]),
                 importance=address(importance[bank]),

@@ -206,7 +206,11 @@ def mixed(
     scaling: float,
     mix: str,
 ) -> tuple[Tensor, Tensor]:
-    """Mix h (T, b, K, r), with ids and slot weights of blocks: u = s c h (N, L, b K r), and the mix's own scores (T,)."""
+    """Mix h (T, b, K, r), whose ids and slot weights are those of blocks.
+
+    Returns:
+        u = s c h (N, L, b K r), and the scores (T,) that the mix made of h, or (0,).
+    """
     h = blocks.split(h)
     fused = h.new_empty(0)
     if MIX[mix].fuse is not None:

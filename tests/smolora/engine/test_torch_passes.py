@@ -5,12 +5,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smolora.engine import cpu_passes, philox, torch_passes
+from smolora.engine import compiled, philox, torch_passes
 from smolora.reference import philox_bytes, smolora_forward
 from support.cases import OPTIONS, RANKS, SHAPES, plain
 from support.oracle import PARAMETERS, Case, build, check, run
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def without_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an installation that found no C++ compiler."""
+    monkeypatch.setattr(compiled, "module", None)
 
 
 @pytest.mark.parametrize("case", OPTIONS + SHAPES + RANKS, ids=str)
@@ -77,16 +83,17 @@ def test_philox_known_answer(seed: int, row: int, stream: int, words: str):
     assert philox_bytes(seed, row + 1, 16, stream)[row].tobytes() == expected
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("is_compiled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", [0, 7, 2**62 + 3, -1])
 def test_masks_are_those_of_the_reference(
-    seed: int, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    seed: int, dtype: torch.dtype, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """Three implementations of one random stream, over more columns than a counter block has."""
-    if not compiled:
-        monkeypatch.setattr(cpu_passes, "compiled", None)
-    elif cpu_passes.compiled is None:
+    monkeypatch.undo()
+    if not is_compiled:
+        monkeypatch.setattr(compiled, "module", None)
+    elif compiled.module is None:
         pytest.skip("smolora was installed without a C++ compiler")
     for rows, columns in ((9, 41), (1, 16), (0, 16), (70, 1040)):
         masks = philox.keep_masks(torch.tensor([seed]), rows, columns, 64, (0, 1), dtype)
