@@ -50,11 +50,11 @@ def takes(arguments: Iterable[Any]) -> bool:
 
 def _else_torch(run: Callable) -> Callable:
     """Run the torch pass of the same name where compiled code cannot take the arguments."""
-    in_torch = getattr(torch_passes, run.__name__)
+    name = run.__name__
 
-    @wraps(in_torch)
+    @wraps(getattr(torch_passes, name))
     def chosen(*arguments: Any) -> Any:
-        return (run if takes(arguments) else in_torch)(*arguments)
+        return (run if takes(arguments) else getattr(torch_passes, name))(*arguments)
 
     return chosen
 

@@ -13,7 +13,7 @@ import torch
 
 import smolora
 from smolora import backends
-from smolora.engine import torch_passes
+from smolora.engine import cpu_passes
 
 # what the CUDA backend lacks without a GPU: it was not built, or it was and there is no driver or no card
 NO_CUDA = r"no CUDA C\+\+ kernels|no NVIDIA driver|NVIDIA driver is for|no CUDA device"
@@ -133,7 +133,7 @@ def test_backward_runs_where_the_forward_ran(layer: smolora.FusedSMoLoRA, backen
     with smolora.use_backend(backend):
         y = run(layer)
     for name in ("grad_output", "grad_input"):
-        foreign = {"torch": passes, "triton": torch_passes}[backend]
+        foreign = {"torch": passes, "triton": cpu_passes}[backend]
         monkeypatch.setattr(foreign, name, lambda *_: pytest.fail("another backend's backward ran"))
     with smolora.use_backend(other):
         y.sum().backward()

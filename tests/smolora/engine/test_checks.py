@@ -10,6 +10,8 @@ from smolora.engine import mixes, torch_passes
 from support.cases import plain
 from support.oracle import build, complaints, error, reference, run
 
+pytestmark = pytest.mark.usefixtures("without_compiled_code")
+
 
 def altered(function: Callable, **changes: Callable) -> Callable:
     """A function that changes some of its arguments, by name, before it is right."""

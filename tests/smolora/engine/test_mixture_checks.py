@@ -16,6 +16,8 @@ softmax = plain.but(mix="softmax", K=0)
 shared = plain.but(shared=True, K=3)
 by_task = plain.but(routed=True, reads_x=False, tasks=3, gate="all", gate_grad="all", n=6)
 
+pytestmark = pytest.mark.usefixtures("without_compiled_code")
+
 
 def given(name: str, **changes: Callable) -> tuple[str, Callable]:
     """A pass that gets other arguments than it is called with."""

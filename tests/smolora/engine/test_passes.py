@@ -4,15 +4,11 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from smolora.engine import compiled, function
+from smolora.engine import function
 from support.mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, naive_call, plain, run_call
 from support.oracle import agree
 
-
-@pytest.fixture(autouse=True)
-def without_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in an installation that found no C++ compiler."""
-    monkeypatch.setattr(compiled, "module", None)
+pytestmark = pytest.mark.usefixtures("without_compiled_code")
 
 
 @pytest.mark.parametrize("case", MIX_OPTIONS + MIX_SHAPES, ids=str)

@@ -10,13 +10,9 @@ from smolora.reference import philox_bytes, smolora_forward
 from support.cases import OPTIONS, RANKS, SHAPES, plain
 from support.oracle import PARAMETERS, Case, build, check, run
 
+pytestmark = pytest.mark.usefixtures("without_compiled_code")
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def without_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in an installation that found no C++ compiler."""
-    monkeypatch.setattr(compiled, "module", None)
 
 
 @pytest.mark.parametrize("case", OPTIONS + SHAPES + RANKS, ids=str)

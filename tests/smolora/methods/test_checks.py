@@ -9,7 +9,7 @@ from torch import nn
 
 import smolora
 from smolora import FusedSMoLoRA, SMoLoRAConfig
-from smolora.engine import torch_passes
+from smolora.engine import cpu_passes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"))]
@@ -163,7 +163,7 @@ CALLS = [
 def test_refused_calls(tokens, keywords: dict, exception: type, words: list[str], backend: str, monkeypatch):
     """The table above. Nothing ran: no pass was called, and the layer knows of no forward."""
     ran = lambda *_: pytest.fail("a pass ran on bad input")  # noqa: E731
-    monkeypatch.setattr(torch_passes, "route_shrink", ran)
+    monkeypatch.setattr(cpu_passes, "route_shrink", ran)
     if backend == "triton":
         from smolora.kernels import passes
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import smolora
 from smolora import FusedSMoLoRA, SMoLoRAConfig
-from smolora.engine import torch_passes
+from smolora.engine import cpu_passes
 from support.cases import plain
 from support.oracle import PARAMETERS, Case, agree, build, error, run
 
@@ -148,8 +148,8 @@ def test_no_work_for_what_is_frozen(monkeypatch):
     """With if_B alone training: no pass over x in backward, no other gradient computed and then thrown away."""
     calls = {}
     for name in ("grad_output", "grad_input"):
-        original = getattr(torch_passes, name)
-        monkeypatch.setattr(torch_passes, name, lambda *a, name=name, f=original: calls.setdefault(name, f(*a)))
+        original = getattr(cpu_passes, name)
+        monkeypatch.setattr(cpu_passes, name, lambda *a, name=name, f=original: calls.setdefault(name, f(*a)))
     layer, batch = build(plain.but(router_grad="straight_through"), torch.float32)
     for name in PARAMETERS:
         getattr(layer, name).requires_grad_(name == "if_B")
