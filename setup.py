@@ -12,8 +12,8 @@ first line, and what the compiler said. In the environment:
     CUDA_HOME             where nvcc is, else nvcc on PATH, else /usr/local/cuda
     MAX_JOBS              compilers at a time
 
-`smolora._cpu`, dropout's masks for the CPU, is built by the C++ compiler; where there is none, torch computes the same
-masks several times slower.
+`smolora._cpu`, the passes compiled for a CPU, comes from csrc/cpu/ by the C++ compiler; where there is none, torch
+computes the same more slowly.
 """
 
 import atexit

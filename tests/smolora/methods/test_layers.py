@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import smolora
+from smolora.engine import compiled
 from support.layers import (
     BRANCH,
     LAYERS,
@@ -201,6 +202,7 @@ def test_counts_are_by_slice():
 
 def test_frozen_branches_cost_no_product(monkeypatch: pytest.MonkeyPatch):
     """Where every chosen branch is frozen, dB's product u^T g is not computed at all."""
+    monkeypatch.setattr(compiled, "module", None)  # whose products nobody sees
     layer, batch = build_layer(BRANCH, torch.float32)
     bmm, rows = torch.bmm, BRANCH.r * layer.config.top_k
 

@@ -90,7 +90,11 @@ FED_BACK = [
 @pytest.mark.parametrize(("case", "backend"), FED_BACK, ids=str)
 def test_routes_fed_back(case: Case, backend: str):
     """The routes of a forward, given to the next one, reproduce it bit for bit: that is how decoding keeps the
-    prompt's routes, and how a recomputed forward keeps its own."""
+    prompt's routes, and how a recomputed forward keeps its own.
+
+    Triton's interpreter multiplies by NumPy, where on some CPUs a column's last bits depend on how many there are; and
+    without routers there are fewer.
+    """
     layer, batch = build(case, torch.float32)
     expected = run(layer, batch, backend)
     routing = layer.last_routing()
@@ -106,7 +110,8 @@ def test_routes_fed_back(case: Case, backend: str):
         if not (
             case.top_k > 1 and (name in ("dvu_router", "dif_router") or name == "dx")
         ):  # given routes teach no router
-            assert torch.equal(again[name], expected[name]), name
+            off = error(again[name], expected[name])
+            assert off <= (1e-6 if backend == "triton" else 0), (name, off)
 
 
 def test_one_instruction_for_all():
