@@ -6,7 +6,6 @@ import argparse
 import difflib
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,13 @@ from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
 from ..evaluate.datasets import DATASETS, PROTOCOLS
 from ..evaluate.generate import Embed, GenerationSettings, process_state
-from ..evaluate.instructions import SOURCES, check_size, embeds_of_texts, saved_embeds
+from ..evaluate.instructions import (
+    SOURCES,
+    check_size,
+    question_instructions,
+    recipe_instructions,
+    saved_instructions,
+)
 from ..evaluate.tasks import PADDINGS, Task, check_tasks, evaluate_tasks
 from ..extras import require_extra
 from ..io.files import path_argument
@@ -195,10 +200,10 @@ def by_options(args: argparse.Namespace) -> Request:
 
     def embed(config: SMoLoRAConfig) -> Mapping[str, Embed]:
         if options.instruction == "saved":
-            return saved_embeds(config, args.adapter, tasks)
+            return saved_instructions(config, args.adapter, tasks)
         broken: list[Skipped] | None = [] if args.skip_broken else None
         questions = {task.name: read_questions(task.questions, broken=broken) for task in tasks}
-        return embeds_of_texts(options.instruction, config, questions, options.encoder)
+        return question_instructions(options.instruction, config, questions, options.encoder)
 
     return Request(
         str(options.model),
@@ -222,7 +227,6 @@ def by_recipe(args: argparse.Namespace) -> Request:
     """What a recipe's run asks: all its tasks, or those that are named."""
     require_extra("eval", user="--recipe")
     from ..recipe import load_recipe
-    from ..train.data import Instructions
 
     said = {name: getattr(args, name) for name in SHORT if getattr(args, name) is not None}
     saved = said.get("instruction") == "saved"
@@ -237,17 +241,14 @@ def by_recipe(args: argparse.Namespace) -> Request:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"--task must be one of {args.recipe}'s tasks, {', '.join(known)}, got {name!r}{hint}")
     asked = [known[name] for name in dict.fromkeys(args.task or known)]
-    tasks = [
-        Task(task.name, task.benchmark_name, recipe.test_file(task), recipe.images(task), recipe.annotations(task))
-        for task in asked
-    ]
+    tasks = [Task.from_recipe(recipe, task) for task in asked]
 
     def embed(config: SMoLoRAConfig) -> Mapping[str, Embed]:
         if saved:
-            return saved_embeds(config, args.adapter, tasks)
-        instructions = Instructions(recipe)
-        check_size(instructions.encoder.dim, config, "the sentence encoder")
-        return {task.name: partial(instructions.embed, task) for task in asked}
+            return saved_instructions(config, args.adapter, tasks)
+        embeds = recipe_instructions(recipe)
+        check_size(embeds[asked[0].name].encoder.dim, config, "the sentence encoder")
+        return embeds
 
     evaluation = recipe.evaluation
     return Request(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from ..data.format import read_json
-from ..evaluate.matrix import FIGURES, Figures, continual_metrics
+from ..evaluate.metrics import FIGURES, Figures, continual_metrics
 from ..evaluate.paper import disagreements_with
 from ..io.files import path_argument
 from ..io.markdown import printable

@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(json.dumps(plan)) if args.json else print_plan(plan)
         return 0
-    from ..train.run import Run
+    from ..train.run import TrainingRun
 
-    run = Run(recipe)
+    run = TrainingRun(recipe)
     results = run()
     if run.state.is_main_process:
         print(summary(results))

@@ -1,9 +1,8 @@
-"""What the adapters of an evaluated model route by: embeddings of the questions' instructions."""
+"""Embeddings of the instructions in a task's prompts, which route the instruction-following experts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from ..data.format import Question
 from ..instructions.encoder import InstructionEncoder
 from ..instructions.texts import instruction_of, known_instructions
 from ..io.embeddings import INSTRUCTION_FILE, read_instruction_embeddings
+from ..recipe import Recipe
 from .datasets import find_dataset
 from .generate import Embed
 from .tasks import Task
@@ -20,47 +20,96 @@ from .tasks import Task
 SOURCES = ("sample", "task_mean", "saved")
 
 
-def embeds_of_texts(
+class TaskInstructions:
+    """Embeds the instructions of one task's prompts, in training and in evaluation.
+
+    Each prompt gets the embedding of its own instruction, or all get the mean of the task's: the released multi-type
+    setting averages the task's five instructions, however often each occurs. A recipe lists them. Without a list, the
+    distinct ones among the task's questions stand for them.
+
+    Args:
+        encoder: the sentence encoder.
+        templates: known instructions, to find the one that a prompt ends with; see `instruction_of`.
+        mean_of: instructions whose mean every prompt gets; None for each prompt's own.
+    """
+
+    def __init__(
+        self, encoder: InstructionEncoder, templates: Sequence[str], mean_of: Sequence[str] | None = None
+    ) -> None:
+        self.encoder, self.templates, self.mean_of = encoder, templates, mean_of
+
+    def table(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """The distinct embeddings of prompts, (rows, e), and each prompt's row."""
+        if self.mean_of is not None:
+            return self.encoder.encode(self.mean_of).mean(0, keepdim=True), [0] * len(prompts)
+        found = [instruction_of(prompt, self.templates) for prompt in prompts]
+        rows = {text: row for row, text in enumerate(dict.fromkeys(found))}
+        return self.encoder.encode(list(rows)), [rows[text] for text in found]
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """The embedding of each prompt, (n, e)."""
+        table, rows = self.table(prompts)
+        return table[rows]
+
+
+def recipe_instructions(recipe: Recipe) -> dict[str, TaskInstructions]:
+    """For each task of a recipe the embeddings that its `instructions` section asks for.
+
+    Raises:
+        FileNotFoundError: there is no sentence encoder.
+    """
+    settings = recipe.instructions
+    known = (text for task in recipe.all_tasks for text in task.instructions or known_instructions(task.benchmark_name))
+    encoder = InstructionEncoder(
+        settings.encoder, normalize=settings.normalize, templates=dict.fromkeys(known), device="cpu"
+    )
+    mean = settings.embed == "task_mean"
+    return {
+        task.name: TaskInstructions(encoder, encoder.templates, task.instructions if mean else None)
+        for task in recipe.all_tasks
+    }
+
+
+def question_instructions(
     source: str,
     config: SMoLoRAConfig,
     questions: Mapping[str, Sequence[Question]],
     encoder: str | Path | None = None,
-) -> dict[str, Embed]:
-    """For each task of the benchmark what makes the instruction embeddings of its questions.
+) -> dict[str, TaskInstructions]:
+    """For each task of the benchmark the embeddings of its questions' instructions.
 
     Args:
-        source: "sample", the instruction at each question's end; "task_mean", the mean over the different ones among a
-            task's questions (the released multi-type).
-        config: the adapter's.
-        questions: of each task.
+        source: "sample" or "task_mean", see `TaskInstructions`.
+        config: configuration of the adapter.
+        questions: the questions of each task.
         encoder: folder of a sentence encoder; None for the packaged all-MiniLM-L6-v2.
 
     Raises:
         FileNotFoundError: there is no sentence encoder.
-        ValueError: the embeddings are not of the adapter's size.
+        ValueError: the embeddings do not have the adapter's size.
     """
-    encoder = InstructionEncoder(encoder)
-    check_size(encoder.dim, config, "the sentence encoder")
+    model = InstructionEncoder(encoder)
+    check_size(model.dim, config, "the sentence encoder")
     embeds = {}
     for task, asked in questions.items():
-        embeds[task] = partial(_of_each, encoder, known_instructions(task))
+        templates, mean_of = known_instructions(task), None
         if source == "task_mean":
-            different = {instruction_of(question.text, known_instructions(task)) for question in asked}
-            embeds[task] = _constant(encoder.encode(sorted(different)).mean(0))
+            mean_of = sorted({instruction_of(question.text, templates) for question in asked})
+        embeds[task] = TaskInstructions(model, templates, mean_of)
     return embeds
 
 
-def saved_embeds(config: SMoLoRAConfig, adapter: str | Path, tasks: Sequence[Task]) -> dict[str, Embed]:
+def saved_instructions(config: SMoLoRAConfig, adapter: str | Path, tasks: Sequence[Task]) -> dict[str, Embed]:
     """For each task the row that is saved with the adapter for its dataset, as released.
 
     Args:
-        config: the adapter's.
+        config: configuration of the adapter.
         adapter: its folder, with `instruction_embeddings.safetensors`.
-        tasks: which ones.
+        tasks: the test sets.
 
     Raises:
         FileNotFoundError: the adapter's folder has no embeddings.
-        ValueError: they are not of the adapter's size, or a task has no row.
+        ValueError: they do not have the adapter's size, or a task has no row.
     """
     path = Path(adapter) / INSTRUCTION_FILE
     embeddings, _ = read_instruction_embeddings(path)
@@ -75,10 +124,10 @@ def saved_embeds(config: SMoLoRAConfig, adapter: str | Path, tasks: Sequence[Tas
 
 
 def check_size(size: int, config: SMoLoRAConfig, source: str) -> None:
-    """Whether embeddings fit an adapter.
+    """Check that embeddings fit an adapter.
 
     Raises:
-        ValueError: they do not; the message has both sizes.
+        ValueError: they do not. The message has both sizes.
     """
     if size != config.instruction_dim:
         raise ValueError(
@@ -86,9 +135,5 @@ def check_size(size: int, config: SMoLoRAConfig, source: str) -> None:
         )
 
 
-def _of_each(encoder: InstructionEncoder, templates: Sequence[str], texts: Sequence[str]) -> Tensor:
-    return encoder.encode([instruction_of(text, templates) for text in texts])
-
-
 def _constant(embedding: Tensor) -> Embed:
-    return lambda texts: embedding.expand(len(texts), -1)
+    return lambda prompts: embedding.expand(len(prompts), -1)

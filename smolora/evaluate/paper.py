@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .matrix import FIGURES, continual_metrics
+from .metrics import FIGURES, continual_metrics
 
 UPSTREAM = ("ScienceQA", "TextVQA", "Flickr30k", "ImageNet", "GQA", "VQAv2")
 ZERO_SHOT = ("VizWiz", "TextCaps", "OCRVQA")

@@ -1,13 +1,14 @@
-"""Test sets answered and scored, one after the other: what `smolora evaluate` does.
+"""Test sets answered and scored one after the other, by `smolora evaluate` and after each training stage.
 
-OUTPUT/answers/TextVQA.jsonl ...    what `smolora.evaluate.generate` writes for each task
-OUTPUT/scores.json                  {"TextVQA": {what `smolora score --json` prints}, ...}
+OUTPUT/answers/TextVQA.jsonl ...    the files of `smolora.evaluate.generate` for each task
+OUTPUT/scores.json                  {"TextVQA": {the output of `smolora score --json`}, ...}
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
 from ..io.files import locked, read_text, write_json
+from ..recipe import Recipe, TaskRecipe
 from .datasets import Files, find_dataset
 from .generate import Embed, GenerationSettings, Job, generate_answers, read_whole_questions
 from .score import Score, score
@@ -26,17 +28,17 @@ PADDINGS = ("all", "released")
 
 @dataclass(frozen=True)
 class Task:
-    """A test set, and where its files are.
+    """A test set and its files.
 
     Args:
-        name: of its answers file and its scores.
-        dataset: a name of `DATASETS`, which says how it is scored.
-        questions: its question file, named as the dataset has it.
-        images: folder that the records' image paths start in.
-        annotations: folders with what scoring needs, the question file among it.
+        name: names its answers file and its score.
+        dataset: a name of `DATASETS`, which decides how it is scored.
+        questions: its question file, with the file name that the dataset has.
+        images: folder that the records' image paths are relative to.
+        annotations: folders with the files for scoring, the question file among them.
 
     Raises:
-        ValueError: there is no such dataset, or the question file is not there or has another name.
+        ValueError: there is no such dataset, or the question file is missing or has another name.
     """
 
     name: str
@@ -56,17 +58,24 @@ class Task:
             raise ValueError(f"{self.name}: there is no question file {self.questions}")
 
     @classmethod
+    def from_recipe(cls, recipe: Recipe, task: TaskRecipe) -> Task:
+        """The test set of a recipe's task."""
+        return cls(
+            task.name, task.benchmark_name, recipe.test_file(task), recipe.images(task), recipe.annotations(task)
+        )
+
+    @classmethod
     def of_benchmark(cls, dataset: str, annotations: Sequence[Path], images: Path) -> Task:
-        """The benchmark's own task of a dataset, its files looked for in folders (see `Files`)."""
+        """The benchmark's own test set of a dataset, with its files looked up in folders (see `Files`)."""
         questions = Files(annotations, dataset).find(find_dataset(dataset).questions)
         return cls(dataset, dataset, questions, images, annotations)
 
 
 def check_tasks(tasks: Sequence[Task], protocol: str, *, skip_broken: bool = False) -> None:
-    """Whether all that asking and scoring needs is there and whole: before a model is loaded and anything answered.
+    """Check the files for answering and scoring before a model is loaded.
 
     Raises:
-        ValueError: a file is missing, a record is malformed or its image missing (unless `skip_broken`), or there is no
+        ValueError: a file is missing, a record is malformed or lacks its image (unless `skip_broken`), or there is no
             such protocol.
     """
     for task in tasks:
@@ -90,29 +99,31 @@ def evaluate_tasks(
     max_new_tokens: int | None = None,
     padding: str = "all",
     protocol: str = "smolora",
+    on_score: Callable[[str, Score, float], None] | None = None,
 ) -> dict[str, Score]:
-    """Answer and score test sets. Started again, it goes on where it was stopped; see `generate_answers`.
+    """Answer and score test sets. A second call continues where the first one was stopped; see `generate_answers`.
 
     Args:
-        model: a LLaVA, with adapters or without, in eval mode and on its device.
+        model: a LLaVA, with or without adapters, in eval mode and on its device.
         encoder: makes its prompts.
         transform: makes its images.
-        tasks: what to ask, each with a name of its own.
+        tasks: the test sets, each with a name of its own.
         output: folder for answers and scores.
-        model_id: the model's name in the answers.
-        embed: by a task's name what makes instruction embeddings of its questions, for a model that takes them.
-        instructions: what `embed` makes them of: answers by others are not taken for these.
-        settings: of the generation.
-        max_new_tokens: of every answer; by default the released number of each dataset.
-        padding: "all" pads every image to a square, as in training; "released" leaves that out for the four datasets
-            that the released evaluation does not pad.
-        protocol: of the scores.
+        model_id: name of the model in the answers.
+        embed: for each task name the function that embeds its instructions, for a model that takes them.
+        instructions: where the embeddings come from. Answers made with others are not continued.
+        settings: generation settings. Their `max_new_tokens` is replaced.
+        max_new_tokens: maximum length of every answer; None for the released limit of each dataset.
+        padding: "all" pads every image to a square, as in training. "released" does not for the four datasets that the
+            released evaluation does not pad.
+        protocol: protocol of the scores.
+        on_score: called on the main process with each task's name, score and seconds, just before the score is saved.
 
     Returns:
-        Scores by task; the same on every process.
+        Scores by task, the same on every process.
 
     Raises:
-        ValueError: a file or an argument is wrong (see `check_tasks`), or two tasks have one name.
+        ValueError: a file or an argument is wrong (see `check_tasks`), or two tasks have the same name.
     """
     if padding not in PADDINGS:
         raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))}, got {padding!r}")
@@ -122,20 +133,27 @@ def evaluate_tasks(
     settings = settings or GenerationSettings()
     scores = {}
     for task in tasks:
-        spec = find_dataset(task.dataset)
+        start = time.monotonic()
+        dataset = find_dataset(task.dataset)
         answers = output / "answers" / f"{task.name}.jsonl"
         generate_answers(
-            model, encoder,
-            ImageTransform(transform.processor, square=padding == "all" or spec.released_square),
+            model,
+            encoder,
+            ImageTransform(transform.processor, square=padding == "all" or dataset.released_square),
             Job(task.dataset, task.questions, task.images, answers, model_id, instructions),
             embed=embed and embed[task.name],
-            settings=replace(settings, max_new_tokens=max_new_tokens or spec.max_new_tokens),
-        )  # fmt: skip
-        scores[task.name] = score(task.dataset, task.annotations, answers, protocol)
-    if PartialState().is_main_process:
-        path = output / "scores.json"
-        with locked(output / "scores.json.lock", str(path), wait=True):  # another may add other tasks at this moment
-            content = json.loads(read_text(path)) if path.exists() else {}  # of other tasks, asked before
-            content.update((name, result.as_dict()) for name, result in scores.items())
-            write_json(path, content)
+            settings=replace(settings, max_new_tokens=max_new_tokens or dataset.max_new_tokens),
+        )
+        result = scores[task.name] = score(task.dataset, task.annotations, answers, protocol)
+        if PartialState().is_main_process:
+            if on_score is not None:
+                on_score(task.name, result, time.monotonic() - start)
+            _save_score(output / "scores.json", task.name, result)
     return scores
+
+
+def _save_score(path: Path, name: str, result: Score) -> None:
+    """Add a task's score to those in the file."""
+    with locked(path.with_name(f"{path.name}.lock"), str(path), wait=True):  # another process may add another task
+        content = json.loads(read_text(path)) if path.exists() else {}
+        write_json(path, {**content, name: result.as_dict()})

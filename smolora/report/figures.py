@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluate.matrix import FIGURES
+from ..evaluate.metrics import FIGURES
 from ..io.files import atomic_file, atomic_write_text
 from ..io.markdown import printable
 from .layout import Run

@@ -21,7 +21,7 @@ One evaluation without stages (zero-shot, multitask) has one folder for its sing
     protocol      of the scores, "smolora" or "standard"
     tasks         names, in order
     stages        the folders above, in order: row k of the matrix is the evaluation in folder k
-    matrix, mif   accuracy and instruction following, a row a stage (see smolora.evaluate.matrix)
+    matrix, mif   accuracy and instruction following, a row a stage (see smolora.evaluate.metrics)
     AP, MAP, BWT, MIF      one entry a stage
     downstream    optional, {"zero-shot": {"folder", "tasks", "accuracy", "mif", "AP", "MIF"}, ...}
     tests         {task: {"questions": its test file, "images": the folder of its images}}, paths from RUN_DIR
@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.format import read_answers, read_json
-from ..evaluate.matrix import FIGURES, continual_metrics
+from ..evaluate.metrics import FIGURES, continual_metrics
 
 REQUIRED = ("method", "benchmark", "setting", "protocol", "tasks", "stages", "matrix", *FIGURES)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluate import paper
-from ..evaluate.matrix import FIGURES
+from ..evaluate.metrics import FIGURES
 from ..io.markdown import table
 from .figures import write_csv
 from .layout import Run, file_name

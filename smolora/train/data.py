@@ -13,8 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from ..data.format import Conversation, read_conversations
 from ..data.images import BrokenImageError, ImageTransform
 from ..data.prompts import IGNORED_LABEL, PromptEncoder, Sample, pad
-from ..instructions.encoder import InstructionEncoder
-from ..instructions.texts import known_instructions
+from ..evaluate.instructions import TaskInstructions
 from ..recipe import Recipe, TaskRecipe
 from .methods import Stage
 
@@ -49,7 +48,7 @@ class TaskSamples(Dataset):
         recipe: Recipe,
         task: TaskRecipe,
         encoder: PromptEncoder,
-        instructions: Instructions | None,
+        instructions: TaskInstructions | None,
         chosen: Sequence[int] | None = None,
     ) -> None:
         self.file = recipe.train_file(task)
@@ -63,7 +62,7 @@ class TaskSamples(Dataset):
         self._check()
         self.table: Tensor | None = None
         if instructions is not None:
-            self.table, self.rows = instructions.table(task, [sample.text for sample in self.samples])
+            self.table, self.rows = instructions.table([sample.text for sample in self.samples])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -140,36 +139,6 @@ class Samples(Dataset):
     def __getitem__(self, index: int) -> TrainingSample:
         part, place = self.places[index]
         return part[place]
-
-
-class Instructions:
-    """From prompts to instruction embeddings, as a recipe says.
-
-    Args:
-        recipe: the run.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.settings = recipe.instructions
-        templates = [
-            text for task in recipe.all_tasks for text in task.instructions or known_instructions(task.benchmark_name)
-        ]
-        self.encoder = InstructionEncoder(
-            self.settings.encoder, normalize=self.settings.normalize, templates=dict.fromkeys(templates), device="cpu"
-        )
-
-    def table(self, task: TaskRecipe, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """The distinct embeddings (rows, e) of a task's prompts, and each prompt's row."""
-        if self.settings.embed == "task_mean":
-            return self.encoder.encode(task.instructions).mean(0, keepdim=True), [0] * len(texts)
-        found = [self.encoder.instruction(text) for text in texts]
-        rows = {text: row for row, text in enumerate(dict.fromkeys(found))}
-        return self.encoder.encode(list(rows)), [rows[text] for text in found]
-
-    def embed(self, task: TaskRecipe, texts: Sequence[str]) -> Tensor:
-        """The embedding of each prompt of a task (n, e)."""
-        table, rows = self.table(task, texts)
-        return table[rows]
 
 
 class GlobalBatches(Sampler[int]):

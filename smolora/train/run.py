@@ -1,31 +1,11 @@
-"""A run: stage after stage trained and asked, and what came out; killed anywhere, the same call goes on.
-
-What is in its folder is said in `smolora.report.layout`. On top, for each stage:
-
-    RUN_DIR/recipe.yaml           the recipe with all its defaults
-    RUN_DIR/stage-2-TextVQA/
-      checkpoints/                while it trains; loggers of training.arguments.report_to write here too
-      adapter/                    there when its training is done
-      log.json                    the trainer's log
-      training.json               samples, steps, trained parameters, and "timing"
-      kept/                       what the method keeps for later stages, if anything
-      evaluation.json             "timing" of the answers
-    RUN_DIR/downstream-few-shot/
-      Places365, 5-shot/          the adapter of a task that is trained downstream, and what goes with it
-"""
+"""A training run: stage after stage is trained and evaluated. Killed at any moment, the same call continues it."""
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import platform
 import shutil
-import time
 import zlib
 from contextlib import nullcontext
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,51 +18,61 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..backends import use_backend
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
-from ..evaluate.generate import GenerationSettings, Job, generate_answers, process_state
-from ..evaluate.matrix import continual_metrics
-from ..evaluate.score import find_dataset, score
+from ..evaluate.generate import GenerationSettings, process_state
+from ..evaluate.instructions import recipe_instructions
+from ..evaluate.score import Score
+from ..evaluate.tasks import Task, evaluate_tasks
 from ..io.files import atomic_write_text, locked, read_text, write_json
 from ..recipe import Recipe, TaskRecipe
-from .data import Collator, Instructions, Samples, TaskSamples, check_samples
+from .data import Collator, Samples, TaskSamples, check_samples
 from .methods import Stage, find_method
+from .paths import RunPaths, read, read_if_exists
 from .prepare import prepare
+from .results import collect_results
 from .trainer import ContinualTrainer, steps_of, training_arguments, whole_checkpoints
 
-# a change of these changes how a run is computed, or what is asked at its end, and nothing that is there already
+# Keys of a recipe that may change when a run is continued. They decide how it is computed or what is evaluated at its
+# end, and leave everything that is already there as it is.
 CHANGEABLE = (
-    "output", "training.per_device_batch_size", "training.activation_checkpointing", "training.save_steps",
-    "training.logging_steps", "training.workers", "training.arguments.report_to", "evaluation.workers", "downstream",
-)  # fmt: skip
+    "output",
+    "training.per_device_batch_size",
+    "training.activation_checkpointing",
+    "training.save_steps",
+    "training.logging_steps",
+    "training.workers",
+    "training.arguments.report_to",
+    "evaluation.workers",
+    "downstream",
+)
 
 
-class Run:
-    """A recipe's run.
+class TrainingRun:
+    """The run of a recipe.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
 
     Raises:
-        ValueError: the folder belongs to a run of another recipe.
+        ValueError: there is no such method, or the folder belongs to a run of another recipe.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.folder = recipe.folder
+        self.paths = RunPaths(recipe.folder)
         self.method = find_method(recipe.method)(recipe)
         self.state = process_state(on_cpu=not torch.accelerator.is_available())
         self.check_folder()
 
     def check_folder(self) -> None:
-        """Refuse to go on with another recipe's run.
+        """Refuse to continue the run of another recipe.
 
         Raises:
-            ValueError: the folder belongs to one; what differs is named.
+            ValueError: the folder belongs to one. The message names the keys that differ.
         """
-        path = self.folder / "recipe.yaml"
-        if not path.exists():
+        if not self.paths.recipe.exists():
             return
-        old = _flat(yaml.safe_load(read_text(path)))
-        new = _flat(self.recipe.as_dict())
+        old = _flatten(yaml.safe_load(read_text(self.paths.recipe)))
+        new = _flatten(self.recipe.as_dict())
         different = [
             f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
             for key in {**old, **new}
@@ -90,317 +80,212 @@ class Run:
         ]
         if different:
             raise ValueError(
-                f"{self.folder} has a run of another recipe ({'; '.join(different)}): remove it, or name another output"
+                f"{self.paths.root} has a run of another recipe ({'; '.join(different)}): remove it, or name another "
+                "output"
             )
 
     def __call__(self) -> dict[str, Any]:
-        """Do what is left to do.
+        """Do what is left of the run.
 
         Returns:
             The content of results.json.
 
         Raises:
-            ValueError: something of the input does not fit, or the training cannot go on; the message says what.
-            BlockingIOError: another process is at this run.
+            ValueError: an input is wrong, or training cannot continue.
+            BlockingIOError: another process works on this run.
         """
         main = self.state.is_main_process
-        with locked(self.folder / "run.lock", str(self.folder)) if main else nullcontext():
-            return self._go_on(main)
+        with locked(self.paths.lock, str(self.paths.root)) if main else nullcontext():
+            return self._continue(main)
 
-    def _go_on(self, main: bool) -> dict[str, Any]:
+    def _continue(self, main: bool) -> dict[str, Any]:
         if main:
-            self.check_folder()  # now that nobody else writes to it
-            seen = torch.accelerator.device_count()
-            if self.state.num_processes == 1 and seen > 1:
+            self.check_folder()  # again: only now does nobody else write to it
+            devices = torch.accelerator.device_count()
+            if self.state.num_processes == 1 and devices > 1:
                 print(
-                    f"{seen} devices are there and one is used: start it by torchrun --nproc-per-node {seen} for all",
+                    f"{devices} devices are there and one is used: start it by torchrun --nproc-per-node {devices} for "
+                    "all",
                     flush=True,
                 )
             prepare(self.recipe.prepare)
-            atomic_write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.as_dict(), sort_keys=False))
+            atomic_write_text(self.paths.recipe, yaml.safe_dump(self.recipe.as_dict(), sort_keys=False))
         self.state.wait_for_everyone()
-        self.load_parts()
+        self.load_processors()
         stages = [*self.method.stages(), *self.method.downstream()]
         check_samples(self.recipe, stages, self.encoder)
         with use_backend(self.recipe.backend):
             for number, stage in enumerate(stages):
                 if main:
                     print(f"== {self.recipe.name}: {stage.name} ({number + 1} of {len(stages)})", flush=True)
-                if stage.train and not self.adapter(stage).is_dir():
-                    self.train(stage, stages[:number])
+                if stage.train and not self.paths.adapter(stage).is_dir():
+                    self.train_stage(stage, stages[:number])
                 if main:
-                    self.tidy(stage)
-                self.ask(stage)
+                    self.remove_checkpoints(stage)
+                self.evaluate_stage(stage)
                 if main:
-                    write_json(self.folder / "results.json", self.results())
+                    write_json(self.paths.results, collect_results(self.recipe, self.method, self.paths))
                 self.state.wait_for_everyone()
-        return _read(self.folder / "results.json")
+        return read(self.paths.results)
 
-    # ---- parts
-
-    def load_parts(self) -> None:
-        """What turns files into a model's input."""
+    def load_processors(self) -> None:
+        """Load tokenizer, image processor and sentence encoder."""
         path = self.recipe.model.path
         self.dtype = getattr(torch, self.recipe.model.dtype)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        self.config = AutoConfig.from_pretrained(path, local_files_only=True)
-        self.encoder = PromptEncoder.for_model(tokenizer, self.config)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        self.encoder = PromptEncoder.for_model(tokenizer, config)
         self.transform = ImageTransform.from_pretrained(path)
-        self.instructions = Instructions(self.recipe) if self.method.takes_instructions else None
+        self.instructions = recipe_instructions(self.recipe) if self.method.takes_instructions else None
 
-    def base(self) -> nn.Module:
-        """The base model, frozen, on this process's device."""
+    def base_model(self) -> nn.Module:
+        """Load the base model, frozen, onto this process's device."""
         model = AutoModelForImageTextToText.from_pretrained(
             self.recipe.model.path, dtype=self.dtype, local_files_only=True
         )
         return model.requires_grad_(False).to(self.state.device)
 
-    def place(self, stage: Stage) -> Path:
-        """A stage's folder."""
-        return self.folder / stage.name
-
-    def table(self, stage: Stage) -> Path:
-        """Where a stage's answers lie."""
-        return self.folder / (stage.table or stage.name)
-
-    def adapter(self, stage: Stage) -> Path:
-        """A stage's adapter, which is there when its training is done."""
-        return self.place(stage) / "adapter"
-
-    def adapter_to_ask(self, stage: Stage) -> Path | None:
-        """The adapter that answers a stage's questions: its own, else the one it starts from; None for the base."""
-        if stage.train:
-            return self.adapter(stage)
-        return None if stage.starts_from is None else self.adapter_to_ask(stage.starts_from)
-
     # ---- training
 
-    def train(self, stage: Stage, earlier: list[Stage]) -> None:
-        """Train a stage, or go on with it, up to its adapter."""
-        place = self.place(stage)
-        kept = [self.place(other) / "kept" for other in earlier if other.train]
-        # by the stage's name, so that no other stage that is run or left out changes what this one draws
+    def train_stage(self, stage: Stage, earlier: list[Stage]) -> None:
+        """Train a stage up to its adapter, from its last checkpoint if there is one."""
+        states = [self.paths.method_state(other) for other in earlier if other.train]
+        # drawn from the stage's name, so that leaving out another stage does not change this one
         seed = (self.recipe.seed + zlib.crc32(stage.name.encode())) % 2**32
         set_seed(seed)
-        previous = None if stage.starts_from is None else self.adapter_to_ask(stage.starts_from)
-        model = self.method.start(self.base(), previous)
+        previous = None if stage.starts_from is None else self.paths.evaluated_adapter(stage.starts_from)
+        model = self.method.start(self.base_model(), previous)
         model.config.use_cache = False
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        samples = self.samples(stage, kept)
-        self.method.prepare(model, stage, kept)
-        folder = place / "checkpoints"
+        samples = self.stage_samples(stage, states)
+        self.method.prepare(model, stage, states)
         epochs = self.recipe.epochs(stage.train)
         steps = steps_of(len(samples), self.recipe.training.batch_size, epochs)
-        arguments = training_arguments(self.recipe, folder, epochs, steps, seed, self.state.device.type != "cpu")
-        whole = whole_checkpoints(folder)
-        resume = whole[-1] if whole else None
-        self.state.wait_for_everyone()  # all have looked before anything is removed or written
-        if self.state.is_main_process:
-            for path in folder.glob("checkpoint-*"):
-                if path not in whole:
-                    shutil.rmtree(path)
-        self.state.wait_for_everyone()
+        checkpoints = self.paths.checkpoints(stage)
+        resume = self._last_checkpoint(checkpoints)
         trainer = ContinualTrainer(
             self.recipe,
             self.method,
             samples,
             resume,
             model=model,
-            args=arguments,
+            args=training_arguments(
+                self.recipe, checkpoints, epochs, steps, seed, on_gpu=self.state.device.type != "cpu"
+            ),
             data_collator=Collator(self.transform, self.encoder.pad_token_id, self.dtype),
         )
-        set_seed((seed + self.state.process_index) % 2**32)  # of dropout: masks of its own for each process
+        set_seed((seed + self.state.process_index) % 2**32)  # each process draws its own dropout masks
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        part = place / "adapter.part"
+        self._save_stage(trainer, stage, len(samples), trainable)
+        del model, trainer
+        unset_hf_deepspeed_config()  # else ZeRO-3 would partition the next base model, which is evaluated whole
+        _free_memory()
+
+    def _last_checkpoint(self, folder: Path) -> Path | None:
+        """Find the last complete checkpoint, and remove the torn ones."""
+        whole = whole_checkpoints(folder)
+        self.state.wait_for_everyone()  # all have looked before anything is removed or written
         if self.state.is_main_process:
-            shutil.rmtree(part, ignore_errors=True)
+            for path in folder.glob("checkpoint-*"):
+                if path not in whole:
+                    shutil.rmtree(path)
         self.state.wait_for_everyone()
-        trainer.save_adapter(part)
+        return whole[-1] if whole else None
+
+    def _save_stage(self, trainer: ContinualTrainer, stage: Stage, samples: int, trainable: int) -> None:
+        """Write what a trained stage leaves, the adapter last: it marks the stage as trained."""
+        folder, state = self.paths.stage(stage), self.paths.method_state(stage)
+        partial = folder / "adapter.part"
+        if self.state.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.state.wait_for_everyone()
+        trainer.save_adapter(partial)
         cost = trainer.cost()
         if self.state.is_main_process:
-            (place / "kept").mkdir(exist_ok=True)
-            self.method.keep(trainer.accelerator.unwrap_model(trainer.model), stage, place / "kept")
-            if not any((place / "kept").iterdir()):
-                (place / "kept").rmdir()
-            write_json(place / "log.json", trainer.state.log_history)
+            state.mkdir(exist_ok=True)
+            self.method.save_state(trainer.accelerator.unwrap_model(trainer.model), stage, state)
+            if not any(state.iterdir()):
+                state.rmdir()
+            write_json(folder / "log.json", trainer.state.log_history)
             trained = {
-                "samples": len(samples),
+                "samples": samples,
                 "steps": trainer.state.global_step,
                 "trainable": trainable,
                 "timing": {**cost, "tokens_per_second": cost["tokens"] / cost["seconds"]},
             }
-            write_json(place / "training.json", trained)
-            part.replace(self.adapter(stage))
+            write_json(folder / "training.json", trained)
+            partial.replace(self.paths.adapter(stage))
         self.state.wait_for_everyone()
-        del model, trainer
-        unset_hf_deepspeed_config()  # else ZeRO-3 would partition the next base model, which is whole when it is asked
-        _free()
 
-    def tidy(self, stage: Stage) -> None:
-        """Remove the checkpoints of a stage that has its adapter; what else was logged beside them stays."""
-        folder = self.place(stage) / "checkpoints"
+    def remove_checkpoints(self, stage: Stage) -> None:
+        """Remove the checkpoints of a trained stage, and keep other files that were logged beside them."""
+        folder = self.paths.checkpoints(stage)
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
-    def samples(self, stage: Stage, kept: list[Path]) -> Samples:
-        """What a stage trains on."""
-        parts = [TaskSamples(self.recipe, task, self.encoder, self.instructions) for task in stage.train]
+    def stage_samples(self, stage: Stage, states: list[Path]) -> Samples:
+        """The samples of a stage, with those that the method adds."""
+        parts = [self._task_samples(task) for task in stage.train]
         extra: dict[str, tuple[TaskRecipe, list[int]]] = {}
-        for task, index in self.method.extra_samples(stage, kept):
+        for task, index in self.method.extra_samples(stage, states):
             extra.setdefault(task.name, (task, []))[1].append(index)
-        parts += [
-            TaskSamples(self.recipe, task, self.encoder, self.instructions, chosen) for task, chosen in extra.values()
-        ]
-        return Samples(parts)
+        return Samples([*parts, *(self._task_samples(task, indices) for task, indices in extra.values())])
 
-    # ---- questions
+    def _task_samples(self, task: TaskRecipe, indices: list[int] | None = None) -> TaskSamples:
+        instructions = None if self.instructions is None else self.instructions[task.name]
+        return TaskSamples(self.recipe, task, self.encoder, instructions, indices)
 
-    def ask(self, stage: Stage) -> None:
-        """Answer and score those of a stage's questions that are left."""
-        table = self.table(stage)
-        scores, timing = _read_if_there(table / "scores.json"), _read_if_there(table / "evaluation.json")
-        left = [task for task in stage.test if task.name not in scores]
-        if not left:
+    # ---- evaluation
+
+    def evaluate_stage(self, stage: Stage) -> None:
+        """Evaluate the tasks of a stage that have no score yet."""
+        folder, scores = self.paths.evaluation(stage), self.paths.scores(stage)
+        tasks = [Task.from_recipe(self.recipe, task) for task in stage.test if task.name not in scores]
+        if not tasks:
             return
-        model = self.method.load(self.base(), self.adapter_to_ask(stage)).eval()
-        for task in left:
-            start = time.monotonic()
-            output = table / "answers" / f"{task.name}.jsonl"
-            self.answer(model, stage, task, output)
-            if self.state.is_main_process:
-                found = score(
-                    task.benchmark_name, self.recipe.annotations(task), output, self.recipe.evaluation.protocol
-                )
-                found.show()
-                scores[task.name] = found.as_dict()
-                seconds = time.monotonic() - start
-                timing[task.name] = {"seconds": seconds, "answers_per_second": found.count / seconds}
-                write_json(table / "evaluation.json", timing)
-                write_json(table / "scores.json", scores)
-        self.state.wait_for_everyone()
-        del model
-        _free()
+        timing = read_if_exists(folder / "evaluation.json")
 
-    def answer(self, model: nn.Module, stage: Stage, task: TaskRecipe, output: Path) -> None:
-        """Answer a task's questions."""
-        evaluation, dataset = self.recipe.evaluation, find_dataset(task.benchmark_name)
-        generate_answers(
+        def report(name: str, score: Score, seconds: float) -> None:
+            score.show()
+            timing[name] = {"seconds": seconds, "answers_per_second": score.count / seconds}
+            write_json(folder / "evaluation.json", timing)
+
+        evaluation = self.recipe.evaluation
+        model = self.method.load(self.base_model(), self.paths.evaluated_adapter(stage)).eval()
+        evaluate_tasks(
             model,
             self.encoder,
-            ImageTransform(self.transform.processor, square=evaluation.padding == "all" or dataset.released_square),
-            Job(
-                dataset=task.benchmark_name,
-                questions=self.recipe.test_file(task),
-                images=self.recipe.images(task),
-                output=output,
-                model_id=f"{self.recipe.name}/{stage.name}",
-            ),
-            embed=None if self.instructions is None else partial(self.instructions.embed, task),
-            settings=GenerationSettings(
-                max_new_tokens=evaluation.max_new_tokens or dataset.max_new_tokens,
-                token_budget=evaluation.token_budget,
-                image_workers=evaluation.workers,
-            ),
+            self.transform,
+            tasks,
+            output=folder,
+            model_id=f"{self.recipe.name}/{stage.name}",
+            embed=self.instructions,
+            settings=GenerationSettings(token_budget=evaluation.token_budget, image_workers=evaluation.workers),
+            max_new_tokens=evaluation.max_new_tokens,
+            padding=evaluation.padding,
+            protocol=evaluation.protocol,
+            on_score=report,
         )
-
-    # ---- results
-
-    def results(self) -> dict[str, Any]:
-        """What the finished stages gave, as `smolora.report.layout` has it.
-
-        "training" is added, of each trained stage samples, steps and trained parameters. "timing" is all that differs
-        between a run and the same one killed and continued.
-        """
-        recipe, method = self.recipe, self.method
-        done = [stage for stage in method.stages() if self.scores(stage).keys() >= {task.name for task in stage.test}]
-        matrix, mif = (
-            method.matrix([{name: row[figure] for name, row in self.scores(stage).items()} for stage in done])
-            for figure in ("score", "mif")
-        )
-        tasks = [task.name for task in recipe.tasks]
-        metrics = continual_metrics(tasks, matrix, mif, method=method.metrics_method, allow_missing=True)
-        training = {
-            stage.name: _read(self.place(stage) / "training.json")
-            for stage in [*method.stages(), *method.downstream()]
-            if self.adapter(stage).is_dir()
-        }
-        timing = {name: {"training": content.pop("timing")} for name, content in training.items()}
-        for stage in [*done, *method.downstream()]:
-            asked = _read_if_there(self.table(stage) / "evaluation.json")
-            if asked:
-                timing.setdefault(stage.table or stage.name, {})["evaluation"] = asked
-        return {
-            "name": recipe.name,
-            "method": recipe.method,
-            "benchmark": recipe.benchmark or recipe.name,
-            "setting": recipe.setting,
-            "protocol": recipe.evaluation.protocol,
-            "tasks": tasks,
-            "stages": [stage.name for stage in done],
-            "matrix": matrix,
-            "mif": mif,
-            **{name: values[: len(done)] for name, values in metrics.items()},
-            "downstream": self.downstream_results(),
-            "training": training,
-            "tests": {
-                task.name: {
-                    "questions": os.path.relpath(recipe.test_file(task), self.folder),
-                    "images": os.path.relpath(recipe.images(task), self.folder),
-                }
-                for task in recipe.all_tasks
-            },
-            "config": {**recipe.as_dict(), **method.settings()},
-            "versions": _versions(),
-            "timing": timing,
-        }
-
-    def downstream_results(self) -> dict[str, Any]:
-        """The finished downstream tables, also those that another recipe of this run asked for."""
-        tables = _read_if_there(self.folder / "results.json").get("downstream", {})
-        for name, tasks in self.recipe.downstream.items():
-            scores = _read_if_there(self.folder / f"downstream-{name}" / "scores.json")
-            if tasks and all(task.name in scores for task in tasks):
-                accuracy, mif = ([scores[task.name][figure] for task in tasks] for figure in ("score", "mif"))
-                tables[name] = {
-                    "folder": f"downstream-{name}",
-                    "tasks": [task.name for task in tasks],
-                    "accuracy": accuracy,
-                    "mif": mif,
-                    "AP": sum(accuracy) / len(tasks),
-                    "MIF": sum(mif) / len(tasks),
-                }
-        return tables
-
-    def scores(self, stage: Stage) -> dict[str, Any]:
-        """A stage's scores so far, by task."""
-        return _read_if_there(self.table(stage) / "scores.json")
+        self.state.wait_for_everyone()
+        del model
+        _free_memory()
 
 
-def _read(path: Path) -> Any:
-    return json.loads(read_text(path))
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return _read(path) if path.exists() else {}
-
-
-def _flat(content: Any, key: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys; lists count as values."""
+def _flatten(content: Any, key: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys. Lists count as values."""
     if not isinstance(content, dict) or not content:
         return {key: content}
-    return {name: v for k, value in content.items() for name, v in _flat(value, f"{key}.{k}" if key else k).items()}
+    return {
+        name: item
+        for part, value in content.items()
+        for name, item in _flatten(value, f"{key}.{part}" if key else part).items()
+    }
 
 
-def _free() -> None:
-    """Give back a model's memory."""
+def _free_memory() -> None:
+    """Return the memory of a deleted model to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _versions() -> dict[str, str]:
-    packages = ("smolora", "torch", "transformers", "peft", "accelerate")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "device": device}

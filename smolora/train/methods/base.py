@@ -36,7 +36,7 @@ class Method:
     """A method of continual tuning: sequential by default, with one adapter that goes from task to task.
 
     A method is made once a run and asked in the order of its stages. A stage that was finished by a killed process is
-    not asked again, so what a later stage needs of it must be in `keep`'s folder.
+    not asked again, so what a later stage needs of it must be in `save_state`'s folder.
 
     Args:
         recipe: the run.
@@ -116,23 +116,23 @@ class Method:
 
     # ---- room for more than an adapter
 
-    def extra_samples(self, stage: Stage, kept: list[Path]) -> list[tuple[TaskRecipe, int]]:
+    def extra_samples(self, stage: Stage, states: list[Path]) -> list[tuple[TaskRecipe, int]]:
         """Samples to train on besides the stage's own: (task, index in its training file) each, as a replay would.
 
         Args:
             stage: the stage that begins.
-            kept: what each earlier stage kept, its folder.
+            states: folders with the state of each earlier stage.
         """
         return []
 
-    def prepare(self, model: nn.Module, stage: Stage, kept: list[Path]) -> None:
+    def prepare(self, model: nn.Module, stage: Stage, states: list[Path]) -> None:
         """Called before a stage's training, with the earlier stages' folders."""
 
     def extra_loss(self, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> Tensor | None:
         """A term to add to the loss of a micro-batch; the mean over a step's micro-batches counts."""
         return None
 
-    def keep(self, model: nn.Module, stage: Stage, folder: Path) -> None:
+    def save_state(self, model: nn.Module, stage: Stage, folder: Path) -> None:
         """Called after a stage's training: put into the folder, which exists, what later stages need."""
 
 

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
 from smolora.recipe import load_recipe
-from smolora.train.run import Run
+from smolora.train.run import TrainingRun
 
 KINDS = {"step": 5, "save": 25, "ask": 12}  # kind of event: how many to draw from
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
@@ -59,7 +59,7 @@ def in_child(recipe, moment: tuple[str, int, float] | None) -> int:
         tqdm.set_lock(threading.RLock())  # its own, or it may die with the one that the next run needs
         if moment is not None:
             Killer(recipe.folder, *moment)
-        Run(recipe)()
+        TrainingRun(recipe)()
     except BaseException:
         traceback.print_exc()
         os._exit(1)

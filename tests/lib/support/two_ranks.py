@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from smolora.recipe import load_recipe
-from smolora.train.run import Run
+from smolora.train.run import TrainingRun
 
 if __name__ == "__main__":
-    Run(load_recipe(sys.argv[1], sys.argv[2:]))()
+    TrainingRun(load_recipe(sys.argv[1], sys.argv[2:]))()

@@ -9,7 +9,7 @@ import torch
 
 import smolora
 from smolora.data.format import Question
-from smolora.evaluate.instructions import embeds_of_texts, saved_embeds
+from smolora.evaluate.instructions import question_instructions, saved_instructions
 from smolora.evaluate.tasks import Task
 from smolora.instructions.encoder import InstructionEncoder
 from smolora.instructions.texts import MULTI_TYPE
@@ -24,7 +24,7 @@ EMBEDDED = [
 
 def embeds(source, texts, task="VQAv2", config=None):
     questions = {task: [Question(i, i, text) for i, text in enumerate(texts)]}
-    return embeds_of_texts(source, config or smolora.SMoLoRAConfig(), questions)[task]
+    return question_instructions(source, config or smolora.SMoLoRAConfig(), questions)[task]
 
 
 def test_each_questions_own_instruction():
@@ -67,7 +67,7 @@ def test_saved_rows(tmp_path):
     rows = torch.randn(5, 384)
     write_instruction_embeddings(tmp_path, rows, [None] * 5)
     tasks = [task("objects", "ImageNet", tmp_path), task("GQA", "GQA", tmp_path)]
-    found = saved_embeds(smolora.SMoLoRAConfig(), tmp_path, tasks)
+    found = saved_instructions(smolora.SMoLoRAConfig(), tmp_path, tasks)
     assert torch.equal(found["objects"](["a", "b"]), rows[3].expand(2, -1))
     assert torch.equal(found["GQA"](["a"]), rows[4:5])
 
@@ -75,6 +75,6 @@ def test_saved_rows(tmp_path):
 def test_saved_rows_are_refused(tmp_path):
     write_instruction_embeddings(tmp_path, torch.randn(3, 384), [None] * 3)
     with pytest.raises(ValueError, match=r"GQA needs row 4 of .*, which has 3"):
-        saved_embeds(smolora.SMoLoRAConfig(), tmp_path, [task("GQA", "GQA", tmp_path)])
+        saved_instructions(smolora.SMoLoRAConfig(), tmp_path, [task("GQA", "GQA", tmp_path)])
     with pytest.raises(ValueError, match="embeddings of size 384, the adapter's instruction_dim is 12"):
-        saved_embeds(smolora.SMoLoRAConfig(instruction_dim=12), tmp_path, [])
+        saved_instructions(smolora.SMoLoRAConfig(instruction_dim=12), tmp_path, [])

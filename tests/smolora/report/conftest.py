@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from smolora.evaluate.matrix import continual_metrics
+from smolora.evaluate.metrics import continual_metrics
 from smolora.report import write_report
 
 MATRIX = [[80.0], [70.0, 60.0], [50.0, 40.0, 150.0]]

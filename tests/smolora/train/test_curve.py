@@ -14,7 +14,7 @@ import smolora.methods.base
 from smolora.recipe import load_recipe
 from smolora.reference import smolora_forward
 from smolora.spec import Bank, Dropout, Mixed, Router, Slots, Tokens
-from smolora.train.run import Run
+from smolora.train.run import TrainingRun
 
 ROOT = Path(__file__).parents[3]
 
@@ -65,7 +65,7 @@ def reference_linear(
 
 
 def losses_and_results(recipe, output) -> tuple[list[float], dict]:
-    run = Run(dataclasses.replace(recipe, output=str(output)))
+    run = TrainingRun(dataclasses.replace(recipe, output=str(output)))
     results = run()
     log = []
     for stage in results["stages"]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from smolora.recipe import load_recipe
-from smolora.train.run import Run
+from smolora.train.run import TrainingRun
 
 ROOT = Path(__file__).parents[3]
 SAME = (
@@ -78,7 +78,7 @@ def test_two_ranks_equal_one(world, tmp_path, method, sharded):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     overrides = [*SAME, f"method={method}", "training.learning_rate=1e-3", "downstream={}"]
     launch(world, *overrides, *sharded, f"output={tmp_path / 'two'}")
-    Run(load_recipe(world, [*overrides, f"output={tmp_path / 'one'}"]))()
+    TrainingRun(load_recipe(world, [*overrides, f"output={tmp_path / 'one'}"]))()
     (two, losses, adapters), (one, expected, wanted) = run_of(tmp_path / "two"), run_of(tmp_path / "one")
     assert len(losses) == len(expected) == 6
     assert losses == pytest.approx(expected, rel=1e-5)

@@ -11,7 +11,7 @@ from peft import AutoPeftModel
 from small_llava import small_llava
 from smolora.train.methods import METHODS, Method
 from smolora.train.methods.lora import SeqLoRA
-from smolora.train.run import Run
+from smolora.train.run import TrainingRun
 
 EXPERTS = ("smolora", "smolora-vu", "smolora-if", "smolora-mean")
 
@@ -60,7 +60,7 @@ def test_all_methods_adapt_the_same_layers(short):
 
 @pytest.mark.parametrize("method", ["seqlora", "dirlora", "moelora", "multitask", "zeroshot", "smolora-if"])
 def test_runs(short, method, tmp_path):
-    results = Run(short(f"method={method}"))()
+    results = TrainingRun(short(f"method={method}"))()
     folders = {"multitask": ["stage-1-multitask"], "zeroshot": ["stage-0-zeroshot"]}
     assert results["stages"] == folders.get(method, ["stage-1-ImageNet", "stage-2-Flickr30k"])
     assert [len(row) for row in results["matrix"]] == ([2] if method in folders else [1, 2])
@@ -82,11 +82,13 @@ def test_room_for_other_methods(short, tmp_path, monkeypatch):
         name = "both"
         seen: list = []  # noqa: RUF012
 
-        def extra_samples(self, stage, kept):
-            self.seen.append((stage.name, [folder.parent.name for folder in kept]))
-            return [(self.recipe.tasks[0], index) for index in json.loads((kept[0] / "x").read_text())] if kept else []
+        def extra_samples(self, stage, states):
+            self.seen.append((stage.name, [folder.parent.name for folder in states]))
+            return (
+                [(self.recipe.tasks[0], index) for index in json.loads((states[0] / "x").read_text())] if states else []
+            )
 
-        def prepare(self, model, stage, kept):
+        def prepare(self, model, stage, states):
             self.start_values = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
         def extra_loss(self, model, inputs, outputs):
@@ -94,12 +96,12 @@ def test_room_for_other_methods(short, tmp_path, monkeypatch):
                 (p - self.start_values[n]).square().sum() for n, p in model.named_parameters() if p.requires_grad
             )
 
-        def keep(self, model, stage, folder):
+        def save_state(self, model, stage, folder):
             (folder / "x").write_text("[3, 5]")
 
     monkeypatch.setitem(METHODS, "both", Both)
     assert issubclass(Both, Method)
-    results = Run(
+    results = TrainingRun(
         short("method=both", "training.batch_size=4", "training.per_device_batch_size=4", "training.logging_steps=1")
     )()
     first, second = results["training"].values()

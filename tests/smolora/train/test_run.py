@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import smolora.train.run
 from smolora import cli
 from smolora.recipe import load_recipe
 from smolora.report import write_report
-from smolora.train.run import Run
+from smolora.train.run import TrainingRun
 from support.train_world import make_world
 
 ROOT = Path(__file__).parents[3]
@@ -130,7 +131,7 @@ def test_a_finished_run_is_not_redone(killed, capsys):
     left.mkdir(parents=True)
     before = {path: path.stat().st_mtime_ns for path in (killed / "run-whole").rglob("adapter*")}
     answers = (killed / "run-whole/stage-1-ImageNet/answers/ImageNet.jsonl").stat().st_mtime_ns
-    Run(recipe)()
+    TrainingRun(recipe)()
     assert not left.parent.exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (killed / "run-whole/stage-1-ImageNet/answers/ImageNet.jsonl").stat().st_mtime_ns == answers
@@ -139,7 +140,7 @@ def test_a_finished_run_is_not_redone(killed, capsys):
 def test_another_recipe_is_refused(killed):
     overrides = [f"output={killed / 'run-whole'}", "training.learning_rate=0.5", "training.workers=1"]
     with pytest.raises(ValueError, match=r"another recipe \(training.learning_rate was 0.03, is 0.5\)"):
-        Run(load_recipe(killed / "recipe.yaml", overrides))
+        TrainingRun(load_recipe(killed / "recipe.yaml", overrides))
 
 
 def test_each_stage_starts_from_the_last_adapter_and_moves_it(killed):
@@ -158,16 +159,16 @@ def test_each_stage_starts_from_the_last_adapter_and_moves_it(killed):
 def test_a_second_start_is_refused(short, tmp_path, monkeypatch):
     """A job that is queued again, or another terminal: the run that is going on is left alone, and ends well."""
     recipe = short(one_task=True)
-    ask, refused = Run.ask, []
+    evaluate, refused = TrainingRun.evaluate_stage, []
 
-    def asked(self, stage):
+    def evaluated(self, stage):
         with pytest.raises(BlockingIOError, match=rf"{recipe.folder} is in use by process {os.getpid()} on .*: wait"):
-            Run(recipe)()
+            TrainingRun(recipe)()
         refused.append(stage.name)
-        ask(self, stage)
+        evaluate(self, stage)
 
-    monkeypatch.setattr(Run, "ask", asked)
-    results = Run(recipe)()
+    monkeypatch.setattr(TrainingRun, "evaluate_stage", evaluated)
+    results = TrainingRun(recipe)()
     assert refused == ["stage-1-ImageNet"] and results["stages"] == refused
     assert not list(recipe.folder.rglob("*.lock"))
 
@@ -175,16 +176,16 @@ def test_a_second_start_is_refused(short, tmp_path, monkeypatch):
 def test_the_whole_run_is_checked_before_its_first_stage(short, tmp_path):
     """The last task's samples are too long; nothing is trained before that is said."""
     with pytest.raises(ValueError, match=r"Flickr30k/train.json: record 0: training.max_length 95 cuts off"):
-        Run(short("training.max_length=95"))()
+        TrainingRun(short("training.max_length=95"))()
     assert not list((tmp_path / "run").glob("stage-*"))
 
 
 def test_several_devices_in_one_process_are_told(short, monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
-    monkeypatch.setattr(Run, "ask", lambda self, stage: (self.table(stage)).mkdir(exist_ok=True))
-    monkeypatch.setattr(Run, "train", lambda self, stage, earlier: None)
-    monkeypatch.setattr(Run, "results", lambda self: {})
-    Run(short(one_task=True))()
+    monkeypatch.setattr(TrainingRun, "evaluate_stage", lambda self, stage: None)
+    monkeypatch.setattr(TrainingRun, "train_stage", lambda self, stage, earlier: None)
+    monkeypatch.setattr(smolora.train.run, "collect_results", lambda *parts: {})
+    TrainingRun(short(one_task=True))()
     assert (
         "4 devices are there and one is used: start it by torchrun --nproc-per-node 4 for all"
         in capsys.readouterr().out

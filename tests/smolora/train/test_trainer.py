@@ -13,19 +13,19 @@ from transformers import TrainingArguments
 
 from smolora.train.methods import METHODS
 from smolora.train.methods.smolora import SMoLoRA
-from smolora.train.run import Run
+from smolora.train.run import TrainingRun
 from smolora.train.trainer import ContinualTrainer, TrainingStoppedError, training_arguments, whole_checkpoints
 
 
 @pytest.fixture
 def trainer(short):
     def make(*overrides: str) -> ContinualTrainer:
-        run = Run(short(*overrides))
-        run.load_parts()
+        run = TrainingRun(short(*overrides))
+        run.load_processors()
         stage = run.method.stages()[0]
-        model = run.method.start(run.base(), None)
-        arguments = training_arguments(run.recipe, run.folder / "checkpoints", 1, 100, 0, False)
-        return ContinualTrainer(run.recipe, run.method, run.samples(stage, []), None, model=model, args=arguments)
+        model = run.method.start(run.base_model(), None)
+        arguments = training_arguments(run.recipe, run.paths.root / "checkpoints", 1, 100, 0, False)
+        return ContinualTrainer(run.recipe, run.method, run.stage_samples(stage, []), None, model=model, args=arguments)
 
     return make
 
@@ -64,8 +64,8 @@ def test_a_run_goes_on_with_another_batch_of_a_device(short, tmp_path, monkeypat
     for name, sizes in (("whole", (2,)), ("changed", (2, batch))):
         for place, size in enumerate(sizes):
             overrides = [f"output={tmp_path / name}", *common, f"training.per_device_batch_size={size}"]
-            run = Run(short(*overrides, one_task=True))
-            run.load_parts()
+            run = TrainingRun(short(*overrides, one_task=True))
+            run.load_processors()
             with pytest.MonkeyPatch.context() as patch:
                 if place < len(sizes) - 1:
                     save = ContinualTrainer._save_checkpoint
@@ -76,9 +76,9 @@ def test_a_run_goes_on_with_another_batch_of_a_device(short, tmp_path, monkeypat
 
                     patch.setattr(ContinualTrainer, "_save_checkpoint", stopped)
                     with pytest.raises(KeyboardInterrupt):
-                        run.train(run.method.stages()[0], [])
+                        run.train_stage(run.method.stages()[0], [])
                 else:
-                    run.train(run.method.stages()[0], [])
+                    run.train_stage(run.method.stages()[0], [])
         adapters.append(load_file(tmp_path / name / "stage-1-ImageNet/adapter/adapter_model.safetensors"))
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=0, atol=1e-5)
@@ -94,14 +94,14 @@ def test_a_run_goes_on_with_another_batch_of_a_device(short, tmp_path, monkeypat
 def test_what_changes_nothing(short, tmp_path, change, dropout):
     losses = []
     for name, changes in (("as it is", ()), ("changed", (change,))):
-        run = Run(
+        run = TrainingRun(
             short(
                 f"output={tmp_path / name}", f"adapter.lora_dropout={dropout}", "training.epochs=2",
                 "training.logging_steps=1", "training.warmup_ratio=0", *changes,
             )
         )  # fmt: skip
-        run.load_parts()
-        run.train(run.method.stages()[0], [])
+        run.load_processors()
+        run.train_stage(run.method.stages()[0], [])
         log = json.loads((tmp_path / name / "stage-1-ImageNet/log.json").read_text())
         losses.append([line["loss"] for line in log if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][0] > losses[0][1] + 0.05
@@ -137,11 +137,11 @@ def test_a_loss_that_is_no_number_stops(short, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "smolora", Bad)
     good = tmp_path / "run/stage-1-ImageNet/checkpoints/checkpoint-2"
     with pytest.raises(TrainingStoppedError, match=rf"not a finite number.*the last good checkpoint is {good}"):
-        Run(recipe)()
+        TrainingRun(recipe)()
     assert whole_checkpoints(good.parent) == [good]
     assert not (tmp_path / "run/stage-1-ImageNet/adapter").exists()
     monkeypatch.undo()
-    assert Run(recipe)()["training"]["stage-1-ImageNet"]["steps"] == 6
+    assert TrainingRun(recipe)()["training"]["stage-1-ImageNet"]["steps"] == 6
 
 
 def test_a_full_disk_stops(short, tmp_path):
@@ -162,11 +162,11 @@ def test_a_full_disk_stops(short, tmp_path):
             patch.setattr(ContinualTrainer, "_save_checkpoint", save)
             message = rf"cannot write .*checkpoint-4: .*; the last good checkpoint is {good}"
             with pytest.raises(TrainingStoppedError, match=message):
-                Run(recipe)()
+                TrainingRun(recipe)()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert whole_checkpoints(good.parent) == [good]
-    assert Run(recipe)()["training"]["stage-1-ImageNet"]["steps"] == 6
+    assert TrainingRun(recipe)()["training"]["stage-1-ImageNet"]["steps"] == 6
 
 
 def test_torn_checkpoints_do_not_count(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from smolora import cli
 from smolora.evaluate import paper
-from smolora.evaluate.matrix import continual_metrics
+from smolora.evaluate.metrics import continual_metrics
 
 TASKS = ["one", "two", "three"]
 MATRIX = [[80.0], [70.0, 60.0], [50.0, 40.0, 90.0]]

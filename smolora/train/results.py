@@ -1,0 +1,86 @@
+"""The results of a run, gathered from its finished stages into one object."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from ..evaluate.metrics import continual_metrics
+from ..recipe import Recipe
+from .methods import Method
+from .paths import RunPaths, read, read_if_exists
+
+
+def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str, Any]:
+    """The content of results.json, as `smolora.report.layout` describes it.
+
+    "training" is added: samples, steps and trained parameters of each trained stage. Everything that differs between a
+    run and the same run killed and continued is under "timing".
+    """
+    stages, downstream = method.stages(), method.downstream()
+    done = [stage for stage in stages if paths.scores(stage).keys() >= {task.name for task in stage.test}]
+    matrix, mif = (
+        method.matrix([{name: row[figure] for name, row in paths.scores(stage).items()} for stage in done])
+        for figure in ("score", "mif")
+    )
+    tasks = [task.name for task in recipe.tasks]
+    metrics = continual_metrics(tasks, matrix, mif, method=method.metrics_method, allow_missing=True)
+    trained = [stage for stage in (*stages, *downstream) if paths.adapter(stage).is_dir()]
+    training = {stage.name: read(paths.stage(stage) / "training.json") for stage in trained}
+    timing = {name: {"training": content.pop("timing")} for name, content in training.items()}
+    for stage in (*done, *downstream):
+        seconds = read_if_exists(paths.evaluation(stage) / "evaluation.json")
+        if seconds:
+            timing.setdefault(stage.table or stage.name, {})["evaluation"] = seconds
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "benchmark": recipe.benchmark or recipe.name,
+        "setting": recipe.setting,
+        "protocol": recipe.evaluation.protocol,
+        "tasks": tasks,
+        "stages": [stage.name for stage in done],
+        "matrix": matrix,
+        "mif": mif,
+        **{name: values[: len(done)] for name, values in metrics.items()},
+        "downstream": _downstream_results(recipe, paths),
+        "training": training,
+        "tests": {
+            task.name: {
+                "questions": os.path.relpath(recipe.test_file(task), paths.root),
+                "images": os.path.relpath(recipe.images(task), paths.root),
+            }
+            for task in recipe.all_tasks
+        },
+        "config": {**recipe.as_dict(), **method.settings()},
+        "versions": _versions(),
+        "timing": timing,
+    }
+
+
+def _downstream_results(recipe: Recipe, paths: RunPaths) -> dict[str, Any]:
+    """The finished downstream tables, including those that an earlier recipe of this run asked for."""
+    tables = read_if_exists(paths.results).get("downstream", {})
+    for name, tasks in recipe.downstream.items():
+        scores = read_if_exists(paths.root / f"downstream-{name}" / "scores.json")
+        if tasks and all(task.name in scores for task in tasks):
+            accuracy, mif = ([scores[task.name][figure] for task in tasks] for figure in ("score", "mif"))
+            tables[name] = {
+                "folder": f"downstream-{name}",
+                "tasks": [task.name for task in tasks],
+                "accuracy": accuracy,
+                "mif": mif,
+                "AP": sum(accuracy) / len(tasks),
+                "MIF": sum(mif) / len(tasks),
+            }
+    return tables
+
+
+def _versions() -> dict[str, str]:
+    packages = ("smolora", "torch", "transformers", "peft", "accelerate")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "device": device}
