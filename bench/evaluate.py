@@ -24,7 +24,7 @@ from report import environment, results_folder, write_json
 from small_llava import embed_questions, small_adapter, small_llava, small_tokenizer, write_questions
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import PromptEncoder
-from smolora.evaluate.generate import GenerationSettings, Job, generate_answers
+from smolora.evaluate.generate import AnswerJob, GenerationSettings, generate_answers
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def measure(preset: Preset, folder: Path, rounds: int, new_tokens: int) -> dict[
         for way, settings in ways.items():
             output = folder / f"{way.replace(' ', '-')}-{number}.jsonl"
             start = time.perf_counter()
-            job = Job("VQAv2", questions, folder, output, "random")
+            job = AnswerJob("VQAv2", questions, folder, output, "random")
             generate_answers(model, encoder, transform, job, embed=embed_questions, settings=settings)
             if number:
                 seconds[way].append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""CIDEr and CIDEr-D: agreement of a caption with references in n-grams weighted by tf-idf (Vedantam et al., 2015)."""
+"""CIDEr and CIDEr-D: tf-idf weighted n-gram similarity of a caption and its references (Vedantam et al., 2015)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 N = 4  # n-grams of 1 to 4 tokens
-SIGMA = 6.0  # width of CIDEr-D's penalty on a difference in length, in bigrams
+SIGMA = 6.0  # width of CIDEr-D's Gaussian length penalty, in bigrams
 
 Tokens = Sequence[str]
 NGrams = Counter[tuple[str, ...]]
@@ -16,20 +16,20 @@ DocumentFrequencies = Mapping[tuple[str, ...], int]
 
 
 class Agreement(NamedTuple):
-    """Of a caption with references, 0 to 10."""
+    """CIDEr of a caption with its references, 0 to 10."""
 
-    cider_d: float  # a repeated n-gram counts no more often than a reference has it; another length is penalised
-    cider: float  # the plain cosine
+    cider_d: float  # n-gram counts clipped to the reference's, with a length penalty
+    cider: float  # plain cosine similarity
 
 
 class _Vector(NamedTuple):
     weights: dict[tuple[str, ...], float]
-    norms: list[float]  # of the n-grams of each length
+    norms: list[float]  # one for each n
     bigrams: int
 
 
 def ngrams(tokens: Tokens) -> NGrams:
-    """How often each n-gram of 1 to 4 tokens occurs."""
+    """Count the n-grams of 1 to 4 tokens."""
     counts: NGrams = Counter()
     for n in range(1, N + 1):
         counts.update(zip(*(tokens[i:] for i in range(n)), strict=False))
@@ -37,7 +37,7 @@ def ngrams(tokens: Tokens) -> NGrams:
 
 
 def document_frequencies(references: Iterable[Iterable[NGrams]]) -> DocumentFrequencies:
-    """In how many images' references each n-gram occurs."""
+    """Count the images whose references contain each n-gram."""
     frequencies: Counter[tuple[str, ...]] = Counter()
     for of_image in references:
         frequencies.update({gram for counts in of_image for gram in counts})
@@ -50,15 +50,15 @@ def agreement(
     frequencies: DocumentFrequencies,
     documents: int,
 ) -> list[Agreement]:
-    """The consensus of each caption with its image's references.
+    """Score each caption against the references of its image.
 
     Args:
-        captions: n-grams of one caption an image.
-        references: n-grams of the references of each image, at least one.
+        captions: n-grams of one caption per image.
+        references: n-grams of each image's references, at least one.
         frequencies: document frequencies of the corpus.
-        documents: its number of documents.
+        documents: number of documents of the corpus.
     """
-    # the inverse document frequency by how many documents have an n-gram; one that none has counts as if one had it
+    # inverse document frequency, indexed by document frequency; 0 documents count as 1
     idf = [math.log(documents / max(1, frequency)) for frequency in range(documents + 1)]
     scores = []
     for caption, of_image in zip(captions, references, strict=True):
@@ -69,9 +69,9 @@ def agreement(
 
 
 def consensus(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[Agreement]:
-    """The consensus of tokenised captions with their images' references, which are the corpus too.
+    """Score tokenised captions against their images' references, which are the corpus as well.
 
-    The mean of `cider_d` is what the COCO caption evaluation prints as CIDEr; `cider` is without stemming.
+    The mean of `cider_d` is the CIDEr of the COCO caption evaluation. `cider` does no stemming.
     """
     counted = [[ngrams(reference) for reference in of_image] for of_image in references]
     return agreement([ngrams(caption) for caption in captions], counted, document_frequencies(counted), len(counted))
@@ -89,7 +89,7 @@ def _vector(counts: NGrams, frequencies: DocumentFrequencies, idf: Sequence[floa
 
 
 def _similarity(hypothesis: _Vector, reference: _Vector) -> Agreement:
-    """The cosine of two captions, averaged over the lengths of n-grams, clipped with a penalty and plain; 0 to 1."""
+    """Cosine similarity of two captions averaged over n, clipped with length penalty and plain; 0 to 1."""
     clipped, plain = [0.0] * N, [0.0] * N
     for gram, weight in hypothesis.weights.items():
         other = reference.weights.get(gram)

@@ -1,4 +1,4 @@
-"""The benchmark's ten test sets: for each its files, its metric and the format that its instruction asks for.
+"""The benchmark's ten test sets: files, metric and the answer format that the instruction asks for.
 
 A new dataset is one entry of `DATASETS`.
 """
@@ -19,12 +19,12 @@ PROTOCOLS = ("smolora", "standard")
 
 
 class Files:
-    """The annotation files of one dataset, looked for in folders and in their subfolders of the dataset's name.
+    """Finds the annotation files of one dataset, in folders and in their subfolders named after it.
 
     Args:
-        folders: where to look.
-        dataset: its name.
-        skip: indices of records of the question file to pass over.
+        folders: folders to search.
+        dataset: name of the dataset.
+        skip: indices of the question file's records to leave out.
 
     Raises:
         ValueError: a folder does not exist.
@@ -39,7 +39,7 @@ class Files:
         self.folders = [place for folder in folders for place in (folder, folder / dataset)]
 
     def find(self, name: str) -> Path:
-        """The file of that name.
+        """Find a file by name.
 
         Raises:
             ValueError: it is in none of the folders, or in several.
@@ -51,7 +51,7 @@ class Files:
         return path
 
     def find_optional(self, name: str) -> Path | None:
-        """The file of that name, None if there is none; several are refused."""
+        """Find a file by name, or return None. Several files of that name are an error."""
         found = {path.resolve(): path for path in (folder / name for folder in self.folders) if path.is_file()}
         if len(found) > 1:
             raise ValueError(f"{self.dataset}: {name} is found more than once: {', '.join(map(str, found.values()))}")
@@ -60,14 +60,14 @@ class Files:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a dataset is scored under one protocol."""
+    """The scoring of a dataset under one protocol."""
 
-    metric: str  # its name in what is printed
+    metric: str  # printed name
     score: Metric
-    follows: Rule
-    groups: tuple[str, ...] = ()  # of items, each scored by itself too
-    further: Mapping[str, Metric] = field(default_factory=dict)  # other metrics of the same answers, printed beside it
-    metric_of_one: str | None = None  # its name where every item has a single reference
+    follows_format: Rule
+    groups: tuple[str, ...] = ()  # groups of items that get a score of their own as well
+    extra_metrics: Mapping[str, Metric] = field(default_factory=dict)  # printed beside the score
+    single_reference_metric: str | None = None  # printed name if every item has a single reference
 
 
 @dataclass(frozen=True)
@@ -75,21 +75,21 @@ class Dataset:
     """One test set.
 
     Args:
-        questions: file name of its questions, as the benchmark has it.
-        load: its items, from its files.
-        smolora: scoring that can be compared with the paper's tables.
-        standard: scoring as the field means the metric.
-        missing_is_wrong: a question without an answer counts as wrong; else it is an error.
-        max_new_tokens: of an answer, as released.
-        released_square: whether the released evaluation pads images to a square, as training does for all.
-        instruction_row: its row among the embeddings saved with a released adapter; None if it has none.
+        questions: file name of its questions in the benchmark.
+        load: reads its items from its files.
+        smolora: scoring that is comparable with the paper's tables.
+        standard: scoring with the metric as the field defines it.
+        missing_scores_zero: a question without an answer counts as wrong; otherwise it is an error.
+        max_new_tokens: maximum length of an answer, as released.
+        released_square: whether the released evaluation pads images to a square, as training does for all datasets.
+        instruction_row: row of its embedding among those saved with a released adapter; None if it has none.
     """
 
     questions: str
     load: Callable[[Files, str], list[Item]]
     smolora: Scoring
     standard: Scoring
-    missing_is_wrong: bool = False
+    missing_scores_zero: bool = False
     max_new_tokens: int = 128
     released_square: bool = True
     instruction_row: int | None = None
@@ -105,13 +105,13 @@ class Dataset:
 
 
 def one_answer(files: Files, questions: str) -> list[Item]:
-    """Questions with one answer each."""
+    """Load questions with one answer each."""
     path = files.find(questions)
     return [Item(str(q.question_id), a, (a,)) for q in read_questions(path, skip=files.skip) for a in [_one(q, path)]]
 
 
 def several_answers(files: Files, questions: str) -> list[Item]:
-    """Questions with a list of references each, or one."""
+    """Load questions with one reference or a list of them."""
     path = files.find(questions)
     items = []
     for question in read_questions(path, skip=files.skip):
@@ -123,12 +123,12 @@ def several_answers(files: Files, questions: str) -> list[Item]:
 def ten_answers(
     annotations: str, key: str | None, *, by: str = "question_id", required: bool = False
 ) -> Callable[[Files, str], list[Item]]:
-    """Questions with one answer each and, in a file of the original dataset, those of ten annotators.
+    """A loader of questions with one answer each, and ten annotators' answers in a file of the original dataset.
 
     Args:
         annotations: that file, a list of records with `answers`, under `key` if one is given.
-        by: what says which record is a question's, "question_id" or "image" (its file name).
-        required: without the file the dataset cannot be scored; else the one answer is the only reference then.
+        by: key that matches records to questions, "question_id" or "image" (its file name).
+        required: refuse to score without the file. Otherwise the one answer is the only reference then.
     """
 
     def load(files: Files, questions: str) -> list[Item]:
@@ -152,7 +152,7 @@ def ten_answers(
 
 
 def gqa(files: Files, questions: str) -> list[Item]:
-    """Questions with one answer each, and from GQA's own file whether they are balanced, binary or open."""
+    """Load GQA: questions with one answer each, and from its own file whether they are balanced, binary or open."""
     path = files.find("testdev_balanced_questions.json")
     content = read_json(path)
     if not isinstance(content, dict):
@@ -169,7 +169,7 @@ def gqa(files: Files, questions: str) -> list[Item]:
 
 
 def multiple_choice(files: Files, questions: str) -> list[Item]:
-    """ScienceQA's test split, from its own two files."""
+    """Load ScienceQA's test split from its own two files."""
     splits, problems = files.find("pid_splits.json"), files.find("problems.json")
     ids, content = read_json(splits), read_json(problems)
     if not isinstance(ids, dict) or not isinstance(ids.get("test"), list):
@@ -222,8 +222,8 @@ def _annotators(path: Path, key: str | None, by: str) -> dict[str, tuple[str, ..
 # ---- the table
 
 RELEASED_CAPTION = Scoring("cider", rules.released_cider, rules.released_follows_sentence)
-CAPTION = Scoring("cider_d", rules.cider_d, rules.follows_sentence, further={"cider": rules.plain_cider})
-VQA = Scoring("vqa_accuracy", each(rules.soft_vqa), rules.follows_word, metric_of_one="accuracy")
+CAPTION = Scoring("cider_d", rules.cider_d, rules.follows_sentence, extra_metrics={"cider": rules.plain_cider})
+VQA = Scoring("vqa_accuracy", each(rules.soft_vqa), rules.follows_word, single_reference_metric="accuracy")
 ACCURACY = Scoring("accuracy", each(rules.exact), rules.follows_word)
 
 
@@ -231,7 +231,10 @@ def _released(right: Callable[[Item, str], float]) -> Scoring:
     return Scoring("accuracy", each(right), rules.released_follows_word)
 
 
-CENTRE_CROP: dict[str, Any] = {"max_new_tokens": 1024, "released_square": False}  # one of the released two scripts
+CENTRE_CROP: dict[str, Any] = {
+    "max_new_tokens": 1024,
+    "released_square": False,
+}  # settings of one of the two released scripts
 
 DATASETS: dict[str, Dataset] = {
     "ScienceQA": Dataset(
@@ -239,7 +242,7 @@ DATASETS: dict[str, Dataset] = {
         multiple_choice,
         Scoring("accuracy", each(rules.released_letter), rules.follows_letter),
         Scoring("accuracy", each(rules.letter), rules.follows_letter),
-        missing_is_wrong=True,
+        missing_scores_zero=True,
         **CENTRE_CROP,
         instruction_row=0,
     ),
@@ -291,10 +294,10 @@ DATASETS: dict[str, Dataset] = {
 
 
 def find_dataset(name: str) -> Dataset:
-    """The benchmark's dataset of that name.
+    """Find a dataset of the benchmark by name.
 
     Raises:
-        ValueError: there is none; the message has the nearest name and all of them.
+        ValueError: there is none. The message has the nearest name and all of them.
     """
     if name not in DATASETS:
         near = difflib.get_close_matches(name.lower(), {known.lower(): known for known in DATASETS}, n=1, cutoff=0.5)

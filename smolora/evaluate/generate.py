@@ -1,16 +1,15 @@
-"""Answers to a test file's questions: batched, sharded over processes, and resumable at any moment.
+"""Answer the questions of a test file: batched, sharded over processes, and resumable at any moment.
 
-Batches are planned from the whole file, so they do not depend on what was answered before or on how many processes
-there are. Each process appends a line a batch to a file of its own under `<output>.parts/`; a torn last line counts as
-not written. A lock, `<output>.lock`, keeps a second start away. When all batches are there, the main process writes the
-answers file in the question file's order,
+Batches are planned from the whole file, so they depend neither on earlier answers nor on the number of processes. Each
+process appends one line per batch to its own file under `<output>.parts/`; a torn last line counts as not written. The
+lock `<output>.lock` keeps out a second start. When all batches are finished, the main process writes
 
     answers.jsonl           {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}, as released
-    answers.info.json       {"run": what it was made with, "count", "skipped", "routing": [a layer each]}
+    answers.info.json       {"run": its settings, "count", "skipped", "routing": one entry per layer}
     answers.skipped.jsonl   {"index", "question_id", "reason"}, if questions were skipped
-    answers.routes.jsonl    {"question_id", "layers"}, if routes of each sample were asked for
+    answers.routes.jsonl    {"question_id", "layers"}, if the routes of each sample were asked for
 
-the answers last, so that they are there only when all is done.
+in the question file's order. The answers come last, so they exist only once everything is done.
 """
 
 from __future__ import annotations
@@ -38,23 +37,23 @@ from ..data.images import BrokenImageError, ImageTransform
 from ..data.prompts import PromptEncoder, pad
 from ..instructions.texts import IMAGE_TOKEN
 from ..io.files import atomic_write_text, has_file, locked, write_json
-from .parts import Parts, same_run
 from .routing import RoutingRecorder, summary, tally
 from .score import skipped_path
+from .shards import AnswerShards, check_same_run
 
 Embed = Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How questions are answered: greedily, always, whatever the model's own `generation_config` asks for.
+    """Settings of the generation, which is always greedy, whatever the model's own `generation_config` asks for.
 
     Args:
-        max_new_tokens: an answer's length at most.
-        token_budget: tokens of a batch's prompts at most, padding included; a longer prompt is a batch by itself.
-        image_workers: processes that decode images; 0 for none but this one.
-        skip_broken: leave out what cannot be asked, and list it; else it is an error.
-        routes_per_sample: save every sample's routes, not only their summary.
+        max_new_tokens: maximum length of an answer.
+        token_budget: maximum number of prompt tokens in a batch, padding included. A longer prompt gets its own batch.
+        image_workers: processes that decode images; 0 to decode in this process.
+        skip_broken: leave out and list questions that cannot be answered; otherwise they are an error.
+        routes_per_sample: save the routes of every sample in addition to their summary.
     """
 
     max_new_tokens: int = 128
@@ -70,32 +69,32 @@ class GenerationSettings:
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
-class Job(NamedTuple):
-    """A test file and what belongs to it."""
+class AnswerJob(NamedTuple):
+    """A test file to answer."""
 
     dataset: str
     questions: Path
-    images: Path  # the folder that the records' image paths start in
+    images: Path  # folder that the records' image paths are relative to
     output: Path  # the answers file
     model_id: str
-    instructions: str | None = None  # what instruction embeddings are made of, where there is a choice
+    instructions: str | None = None  # source of the instruction embeddings, where there is a choice
 
 
-def read_whole_questions(
+def read_answerable_questions(
     file: Path, images: Path, *, skip_broken: bool = False
 ) -> tuple[list[Question], list[Skipped]]:
-    """The questions of a test file whose images, if they have one, are there.
+    """Read the questions of a test file, and check that their images exist.
 
     Args:
         file: the test file.
-        images: the folder that its records' image paths start in.
-        skip_broken: pass over what is malformed or lacks its image.
+        images: folder that its records' image paths are relative to.
+        skip_broken: leave out records that are malformed or lack their image.
 
     Returns:
-        The questions, and what was passed over.
+        The questions, and the records that were left out.
 
     Raises:
-        ValueError: something is malformed or lacks its image; file and index are named.
+        ValueError: a record is malformed or lacks its image. The message names file and index.
     """
     skipped: list[Skipped] = []
     questions = []
@@ -104,20 +103,20 @@ def read_whole_questions(
         if path is None or has_file(path):
             questions.append(question)
             continue
-        reason = f"{file}: record {question.index}: there is no image {_cut(str(path))}"
+        reason = f"{file}: record {question.index}: there is no image {_shortened(str(path))}"
         if not skip_broken:
             raise ValueError(reason)
         skipped.append(Skipped(question.index, question.question_id, reason))
     return questions, skipped
 
 
-def _cut(text: str) -> str:
-    """A long name, such as an image that is written out in place of its path, short enough to be read."""
+def _shortened(text: str) -> str:
+    """Shorten a long name, such as image data written in place of a path."""
     return text if len(text) <= 400 else f"{text[:200]}...{text[-100:]}"
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Batches of positions in `lengths`, longest first, so that what does not fit into memory fails at once.
+    """Plan batches of positions in `lengths`, longest first, so that running out of memory shows at once.
 
     A batch of n sequences, the longest of L tokens, has n L <= token_budget, or n = 1.
     """
@@ -132,12 +131,12 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 
 def answer_id(question_id: int | str, model_id: str) -> str:
-    """An id that every run gives the same answer."""
+    """An id that is the same in every run."""
     return hashlib.sha256(json.dumps([question_id, model_id]).encode()).hexdigest()[:22]
 
 
 def process_state(*, on_cpu: bool) -> PartialState:
-    """Which process this is of how many, as the launcher says (torchrun, accelerate); made once, before the model."""
+    """The process state by the launcher's variables (torchrun, accelerate). Call it before loading a model."""
     # processes wait for each other at the end of a task, and one may have hours more to do
     return PartialState(cpu=on_cpu, timeout=timedelta(days=7))
 
@@ -146,38 +145,38 @@ def generate_answers(
     model: nn.Module,
     encoder: PromptEncoder,
     transform: ImageTransform,
-    job: Job,
+    job: AnswerJob,
     *,
     embed: Embed | None = None,
     settings: GenerationSettings | None = None,
 ) -> dict[str, Any]:
-    """Answer all questions of a test file; started again, go on where the last run was stopped.
+    """Answer all questions of a test file. A second call continues where the first one was stopped.
 
     Args:
-        model: a LLaVA, with adapters or without, in eval mode and on its device.
+        model: a LLaVA, with or without adapters, in eval mode and on its device.
         encoder: makes its prompts.
         transform: makes its images.
-        job: what to answer.
-        embed: from questions to instruction embeddings (n, e), for a model that takes `instruction_embeds`.
-        settings: of the generation.
+        job: the test file and the answers file.
+        embed: makes instruction embeddings (n, e) of n questions, for a model that takes `instruction_embeds`.
+        settings: settings of the generation.
 
     Returns:
-        The content of the info file (see the module); the same on every process.
+        The content of the info file (see the module), the same on every process.
 
     Raises:
-        ValueError: a record is malformed, an image is missing or broken (file and index are named), or the output
-            belongs to a run with another model, file or settings.
+        ValueError: a record is malformed, an image is missing or broken (the message names file and index), or the
+            output belongs to a run with another model, file or settings.
         BlockingIOError: another run is writing the output.
     """
     settings = settings or GenerationSettings()
     state = process_state(on_cpu=all(parameter.device.type == "cpu" for parameter in model.parameters()))
-    with _only_run(job.output, state):
+    with _exclusive(job.output, state):
         return _answer_all(model, encoder, transform, job, embed, settings, state)
 
 
-def _only_run(output: Path, state: PartialState) -> AbstractContextManager[None]:
-    """The lock of an answers file that is to be written, which the main process has for all of them."""
-    finished = output.exists() and not Parts(output, {}).folder.exists()
+def _exclusive(output: Path, state: PartialState) -> AbstractContextManager[None]:
+    """The lock of an answers file that is still to be written. The main process holds it for all processes."""
+    finished = output.exists() and not AnswerShards(output, {}).folder.exists()
     if finished or not state.is_main_process:
         return nullcontext()
     return locked(output.with_name(output.name + ".lock"), str(output))
@@ -187,37 +186,40 @@ def _answer_all(
     model: nn.Module,
     encoder: PromptEncoder,
     transform: ImageTransform,
-    job: Job,
+    job: AnswerJob,
     embed: Embed | None,
     settings: GenerationSettings,
     state: PartialState,
 ) -> dict[str, Any]:
     state.wait_for_everyone()  # the main process has the lock
-    run = _identity(job, settings, transform, model, embed is not None)
+    run = _run_settings(job, settings, transform, model, embed is not None)
     if job.output.exists():
         info = read_json(_info_path(job.output))
-        same_run(info["run"], run, job.output)
+        check_same_run(info["run"], run, job.output)
         if state.is_main_process:
-            Parts(job.output, run).remove()  # a run that was killed between its last two steps left them
+            AnswerShards(job.output, run).remove()  # left by a run that was killed between its last two steps
         return info
-    questions, skipped = read_whole_questions(job.questions, job.images, skip_broken=settings.skip_broken)
+    questions, skipped = read_answerable_questions(job.questions, job.images, skip_broken=settings.skip_broken)
     questions, prompts = _tokenised(job, questions, skipped, encoder, settings)
     plan = plan_batches([encoder.length(prompt) for prompt in prompts], settings.token_budget)
-    # batches of another plan would not be these; an image that is there now was missing then, or another tokenizer
-    parts = Parts(job.output, {**run, "plan": hashlib.sha256(json.dumps([prompts, plan]).encode()).hexdigest()})
+    # a plan can differ with equal settings: by another tokenizer, or an image that was missing before
+    parts = AnswerShards(job.output, {**run, "plan": hashlib.sha256(json.dumps([prompts, plan]).encode()).hexdigest()})
     done = parts.read()
-    state.wait_for_everyone()  # all have read what there is before anyone adds to it
+    state.wait_for_everyone()  # all have read the shards before anyone appends
     mine = [batch for batch in range(len(plan)) if batch not in done][state.process_index :: state.num_processes]
     share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
     with (
         RoutingRecorder(model) as recorder,
         parts.writer(state.process_index) as write,
         tqdm(
-            total=sum(len(plan[batch]) for batch in mine), unit="sample", desc=job.dataset + share, smoothing=0.05,
+            total=sum(len(plan[batch]) for batch in mine),
+            unit="sample",
+            desc=job.dataset + share,
+            smoothing=0.05,
             disable=not state.is_main_process,
         ) as progress,
-    ):  # fmt: skip
-        answerer = _Answerer(model, encoder, embed, settings, recorder)
+    ):
+        answerer = _BatchGenerator(model, encoder, embed, settings, recorder)
         for batch, pixels in _load_images(mine, plan, questions, job.images, transform, settings):
             chosen, broken = [], []
             for position, image in zip(plan[batch], pixels, strict=True):
@@ -258,13 +260,13 @@ def _answer_all(
 
 
 def _tokenised(
-    job: Job,
+    job: AnswerJob,
     questions: Sequence[Question],
     skipped: list[Skipped],
     encoder: PromptEncoder,
     settings: GenerationSettings,
 ) -> tuple[list[Question], list[list[int]]]:
-    """The questions that can be asked, with their prompts' ids; the others are an error, or added to `skipped`."""
+    """Tokenise the questions. Those that cannot be tokenised raise an error, or are added to `skipped`."""
     asked, prompts = [], []
     for question in questions:
         try:
@@ -279,8 +281,8 @@ def _tokenised(
     return asked, prompts
 
 
-class _Answerer:
-    """Greedy answers to one batch."""
+class _BatchGenerator:
+    """Generates the answers to a batch greedily."""
 
     def __init__(
         self,
@@ -292,19 +294,23 @@ class _Answerer:
     ) -> None:
         self.model, self.encoder, self.embed, self.recorder = model, encoder, embed, recorder
         self.config = GenerationConfig(
-            max_new_tokens=settings.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
-            bos_token_id=encoder.tokenizer.bos_token_id, eos_token_id=encoder.tokenizer.eos_token_id,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            bos_token_id=encoder.tokenizer.bos_token_id,
+            eos_token_id=encoder.tokenizer.eos_token_id,
             pad_token_id=encoder.pad_token_id,
-        )  # fmt: skip
+        )
 
     @torch.inference_mode()
     def __call__(
         self, questions: Sequence[Question], prompts: Sequence[list[int]], images: Sequence[Tensor | None]
     ) -> tuple[list[str], list[list[dict[str, Any]]]]:
-        """The answers, and what was decided for each sample."""
+        """The answers to a batch, and the routing of each sample."""
         if not questions:
             return [], []
-        # an offloaded base's parameters are on no device: accelerate moves what comes to where they run
+        # parameters of an offloaded base are on the meta device; accelerate moves the inputs itself
         there = (p.device for p in self.model.parameters() if p.is_floating_point() and not p.is_meta)
         device = next(there, torch.device("cpu"))
         ids, mask = pad([self.encoder.expand(p) for p in prompts], self.encoder.pad_token_id, left=True)
@@ -328,9 +334,9 @@ class _Answerer:
 
 @contextmanager
 def _greedy(model: nn.Module) -> Iterator[None]:
-    """Without the `generation_config` of a model, of which `generate` takes all that it is not told.
+    """Hide a model's own `generation_config`, from which `generate` takes every option that it is not given.
 
-    A repetition penalty, tokens that are suppressed, or a time limit would change the answers.
+    A repetition penalty, suppressed tokens or a time limit would change the answers.
     """
     before = {module: vars(module).get("generation_config") for module in model.modules()}
     before = {module: config for module, config in before.items() if config is not None}
@@ -347,7 +353,7 @@ def _greedy(model: nn.Module) -> Iterator[None]:
 
 
 class _BatchImages(Dataset):
-    """The images of each batch, decoded."""
+    """The decoded images of each batch."""
 
     def __init__(self, batches: list[list[Path | None]], transform: ImageTransform) -> None:
         self.batches, self.transform = batches, transform
@@ -356,11 +362,10 @@ class _BatchImages(Dataset):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, list[BrokenImageError | bool]]:
-        """The batch's images as one tensor, since each costs a file descriptor on its way between processes.
+        """The images of a batch as one tensor, because each tensor sent between processes costs a file descriptor.
 
         Returns:
-            (n, 3, height, width), or None for no image; and for each place of the batch whether it has one of them, or
-            why it has none.
+            (n, 3, height, width), or None without images; and for each sample whether it has an image, or the error.
         """
         pixels, found = [], []
         for path in self.batches[index]:
@@ -381,7 +386,7 @@ def _load_images(
     transform: ImageTransform,
     settings: GenerationSettings,
 ) -> Iterator[tuple[int, list[Tensor | BrokenImageError | None]]]:
-    """Each batch with its images, decoded ahead in other processes."""
+    """Iterate over the batches with their images, which other processes decode ahead."""
     paths = [[_image_path(questions[p], folder) for p in plan[batch]] for batch in batches]
     workers = min(settings.image_workers, len(batches)) if any(map(any, paths)) else 0
     loader = DataLoader(_BatchImages(paths, transform), batch_size=None, num_workers=workers)
@@ -398,9 +403,13 @@ def _image_path(question: Question, folder: Path) -> Path | None:
 
 
 def _merge(
-    job: Job, run: dict[str, Any], questions: Sequence[Question], skipped: list[Skipped], lines: list[dict[str, Any]]
+    job: AnswerJob,
+    run: dict[str, Any],
+    questions: Sequence[Question],
+    skipped: list[Skipped],
+    lines: list[dict[str, Any]],
 ) -> None:
-    """Write what the run leaves; see the module."""
+    """Merge the finished batches into the output files; see the module."""
     skipped = sorted([*skipped, *(Skipped(*record) for line in lines for record in line["skipped"])])
     texts = {position: text for line in lines for position, text in line["answers"]}
     routes = {
@@ -416,7 +425,7 @@ def _merge(
         if records:
             _write_lines(path, records)
         else:
-            path.unlink(missing_ok=True)  # of a run whose answers were removed: they are not of these
+            path.unlink(missing_ok=True)  # left by a run whose answers were removed
     info = {
         "run": run,
         "count": len(texts),
@@ -427,8 +436,8 @@ def _merge(
     _write_lines(job.output, (_answer(questions[p], texts[p], job) for p in sorted(texts)))
 
 
-def _answer(question: Question, text: str, job: Job) -> dict[str, Any]:
-    """A line of the answers file. ScienceQA's released prompts show the image's place, the others' do not."""
+def _answer(question: Question, text: str, job: AnswerJob) -> dict[str, Any]:
+    """A line of the answers file. As released, only ScienceQA's prompts show the place of the image."""
     place = f"{IMAGE_TOKEN}\n" if job.dataset == "ScienceQA" and question.image is not None else ""
     return {
         "question_id": question.question_id,
@@ -448,15 +457,15 @@ def _info_path(output: Path) -> Path:
     return output.with_suffix(".info.json")
 
 
-def _identity(
-    job: Job, settings: GenerationSettings, transform: ImageTransform, model: nn.Module, embedded: bool
+def _run_settings(
+    job: AnswerJob, settings: GenerationSettings, transform: ImageTransform, model: nn.Module, embedded: bool
 ) -> dict[str, Any]:
-    """What the answers depend on."""
+    """The settings that the answers depend on."""
     return {
         "dataset": job.dataset,
         "questions": hashlib.sha256(job.questions.read_bytes()).hexdigest(),
         "model_id": job.model_id,
-        "weights": _digest(model),
+        "weights": _weights_digest(model),
         "square_images": transform.square,
         "instruction_embeds": embedded,
         "instructions": job.instructions,
@@ -464,11 +473,8 @@ def _identity(
     }
 
 
-def _digest(model: nn.Module) -> str:
-    """A hash of up to 256 numbers of every parameter: another training's weights have another.
-
-    So has the same model with other adapters in use, or with none.
-    """
+def _weights_digest(model: nn.Module) -> str:
+    """Hash up to 256 numbers of every parameter, and which adapters are active."""
     digest = hashlib.sha256()
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     in_use = {(tuple(layer.active_adapters), layer.disable_adapters) for layer in layers}
@@ -476,7 +482,7 @@ def _digest(model: nn.Module) -> str:
         digest.update(repr(sorted(in_use)).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:  # of an offloaded base: not in memory
+        if not parameter.is_meta:  # an offloaded base is not in memory
             values = parameter.detach().flatten()
             values = values[:: max(1, len(values) // 256)][:256]
             digest.update(values.double().cpu().numpy().tobytes())

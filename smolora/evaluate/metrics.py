@@ -1,4 +1,4 @@
-"""From the accuracy matrix of a run to AP, MAP, BWT and MIF, stage by stage (Eq. 10 to 12)."""
+"""AP, MAP, BWT and MIF of a run after each stage, from its accuracy matrix (Eq. 10 to 12)."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def continual_metrics(
 
     Args:
         tasks: names of the n tasks, in the order of training.
-        matrix: a row a stage: row k has a_k1 to a_kk, the accuracies of the tasks seen so far. Or a single row of all
-            n: one evaluation (zero-shot, multitask, the datasets or shots of a downstream table).
-        mif: instruction following, of the matrix's form; without it every MIF is None.
-        method: "dirlora" for an adapter a task: a_kj is a_jj (only the last cell of each row is read, or the single
-            row), there is no MAP, and BWT is 0.
-        allow_missing: cells may be None, rows may end early and stages may be missing; every figure that needs one of
-            the cells is None.
+        matrix: one row per stage. Row k holds a_k1 to a_kk, the accuracies of the tasks seen so far. A single row of
+            all n is one evaluation: zero-shot, multitask, or a downstream table.
+        mif: instruction following, with the matrix's shape; without it every MIF is None.
+        method: "dirlora" for one adapter per task. Then a_kj is a_jj, so only the last cell of each row is read (or the
+            single row), there is no MAP, and BWT is 0.
+        allow_missing: cells may be None, rows may end early and stages may be missing. Every figure that needs such a
+            cell is None.
 
     Returns:
-        One entry a stage under "AP", "MAP", "BWT" and "MIF". BWT is None after the first stage; a single row has
+        One entry per stage under "AP", "MAP", "BWT" and "MIF". BWT is None after the first stage. A single row has
         neither MAP nor BWT.
 
     Raises:
-        ValueError: the input has another form, or cells are missing; row and column are named.
+        ValueError: the input has another shape, or cells are missing. The message names row and column.
     """
     if not isinstance(tasks, (list, tuple)) or not tasks or not all(isinstance(task, str) for task in tasks):
         raise ValueError(f"tasks must be a list of names, got {tasks!r}")
@@ -67,7 +67,7 @@ def continual_metrics(
 def _rows(
     name: str, rows: Any, tasks: Sequence[str], method: str | None, allow_missing: bool
 ) -> list[list[float | None]]:
-    """The rows as floats, checked; those of an adapter a task filled up from the diagonal."""
+    """Check the rows and convert them to floats. With one adapter per task, fill them from the diagonal."""
     if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) for row in rows):
         raise ValueError(f"{name} must be a list of rows, got {rows!r}")
     if method not in (None, "dirlora"):
@@ -86,7 +86,7 @@ def _rows(
     if method == "dirlora":
         diagonal = rows[0] if single else [row[k] if k < len(row) else None for k, row in enumerate(rows)]
         rows, lengths = [diagonal[:k] for k in range(1, len(diagonal) + 1)], list(range(1, n + 1))
-    # a stage that is missing, or a row's end, are cells of None
+    # missing stages and the missing ends of rows become cells of None
     filled = [[*row, *[None] * (length - len(row))] for row, length in zip_longest(rows, lengths, fillvalue=())]
     missing = [
         f"row {k}, column {j} ({tasks[j - 1]})"

@@ -1,7 +1,7 @@
-"""The figures that the SMoLoRA paper prints (ICCV 2025, Tables 1 to 7), and where its tables disagree.
+"""The figures of the SMoLoRA paper (ICCV 2025, Tables 1 to 7), and a check of where its tables disagree.
 
-Everything is in percent as printed. Accuracies of captions are CIDEr. `disagreements()` recomputes every figure that
-follows from others; `python -m smolora.evaluate.paper` prints them:
+All figures are in percent as printed. Accuracies of captions are CIDEr. `disagreements()` recomputes every figure that
+follows from others, and `python -m smolora.evaluate.paper` prints the result:
 
 - Table 1, single-type, SeqLoRA, VQAv2: 64.61, but 64.37 in Table 5; so its AP is 46.21, but 46.17 by Table 5.
 - Table 1, multi-type, EWC: AP 43.10, but 43.04 by its own accuracies.
@@ -20,7 +20,7 @@ FEW_SHOT = ("Places365, 5-shot", "Places365, 10-shot")
 
 
 class Row(NamedTuple):
-    """A method's row: its accuracies, and what the table prints beside them; None for a figure that it leaves out."""
+    """A method's row of a table: accuracies and the figures beside them; None for a figure that is not printed."""
 
     accuracy: tuple[float, ...]
     AP: float
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 def _rows(table: str) -> dict[str, Row]:
-    """A table's rows by method: accuracies, AP, MAP, BWT, MIF."""
+    """Parse a table: a method and its accuracies, AP, MAP, BWT and MIF in each line."""
     rows = {}
     for line in table.strip().splitlines():
         method, *cells = line.split()
@@ -113,7 +113,7 @@ TABLE_3 = {  # few-shot on Places365
         """
     ),
 }
-TABLE_4 = _rows(  # single-type, modules left out: visual understanding, instruction following, adaptive fusion
+TABLE_4 = _rows(  # single-type ablation of visual understanding, instruction following and adaptive fusion
     """
     none      46.21  57.41  -48.10  78.35
     VU        53.49  67.84  -33.06  80.12
@@ -122,7 +122,7 @@ TABLE_4 = _rows(  # single-type, modules left out: visual understanding, instruc
     VU+IF+AF  83.44  84.85   -3.23  97.79
     """
 )
-TABLE_5 = {  # SeqLoRA, the accuracy matrix: a row a stage
+TABLE_5 = {  # accuracy matrix of SeqLoRA, one row per stage
     "single": [
         [83.75],
         [66.21, 49.95],
@@ -140,7 +140,7 @@ TABLE_5 = {  # SeqLoRA, the accuracy matrix: a row a stage
         [59.21, 50.8, 20.99, 20.3, 49.98, 64.41],
     ],
 }
-TABLE_6 = {  # SMoLoRA, the accuracy matrix: a row a stage
+TABLE_6 = {  # accuracy matrix of SMoLoRA, one row per stage
     "single": [
         [83.85],
         [80.71, 61.05],
@@ -177,24 +177,24 @@ TABLE_7 = {  # MiniGPT-4, upstream tasks after the last stage
 
 MATRICES = {"Table 5": ("SeqLoRA", TABLE_5), "Table 6": ("SMoLoRA", TABLE_6)}
 
-ROUNDING = 0.01  # two decimals on both sides: half a hundredth each
+ROUNDING = 0.01  # both figures are rounded to two decimals
 
 
 class Disagreement(NamedTuple):
-    """Two figures of the paper that should be one."""
+    """A printed figure that differs from the same figure elsewhere in the paper."""
 
     where: str
     figure: str
     printed: float
-    expected: float  # what follows from other figures of the paper
-    source: str  # which those are
+    expected: float  # computed from other figures of the paper
+    source: str  # those figures
 
     def __str__(self) -> str:
         return f"{self.where}, {self.figure}: {self.printed:.2f}, but {self.expected:.2f} by {self.source}"
 
 
 def disagreements() -> list[Disagreement]:
-    """Every printed figure that is off by more than rounding from what other figures of the paper give."""
+    """Find every printed figure that other figures of the paper contradict by more than rounding."""
     found = []
 
     def compare(where: str, figure: str, printed: float | None, expected: float | None, source: str) -> None:
@@ -227,7 +227,7 @@ def disagreements() -> list[Disagreement]:
 
 
 def disagreements_with(tasks: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> list[Disagreement]:
-    """Where Table 1 disagrees with this matrix, if it is one of the paper's (Tables 5 and 6)."""
+    """Find the figures of Table 1 that disagree with a matrix of the paper (Tables 5 and 6)."""
     for method, table in MATRICES.values():
         for setting, printed in table.items():
             if tuple(tasks) == UPSTREAM and [list(row) for row in matrix] == printed:

@@ -1,20 +1,30 @@
-"""Captions as lower-case Penn Treebank tokens without punctuation: what the COCO caption evaluation compares.
+"""Tokenise captions as the COCO caption evaluation does: lower-case Penn Treebank tokens without punctuation.
 
-That evaluation runs Stanford's PTBTokenizer, a Java program. This is its behaviour on captions, in one regular
-expression; on the captions of `tests/golden/ptb.json` the two give the same tokens. A known difference: after a single
-letter with a full stop at the end of a caption ("plan B.") the Java program lets the next caption's first word decide.
+That evaluation runs Stanford's PTBTokenizer, a Java program. One regular expression reproduces it on captions: the two
+give the same tokens on those of `tests/golden/ptb.json`. A known difference is a caption that ends with a single letter
+and a full stop ("plan B."), for which the Java program looks at the first word of the next caption.
 """
 
 from __future__ import annotations
 
 import re
 
-# What the COCO evaluation drops after tokenising. Brackets have names by then, in lower case, and so stay.
+# Dropped after tokenising. Brackets stay, because they have lower-case names by then.
 DROPPED = {"''", "'", "``", "`", '"', "‘", "“", "”", ".", "?", "!", ",", ":", "-", "--", "–", "—", "...", "…", ";"}
 NAMES = {
-    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "£": "#", "€": "$",
-    "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4",
-}  # fmt: skip
+    "(": "-lrb-",
+    ")": "-rrb-",
+    "[": "-lsb-",
+    "]": "-rsb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
+    "£": "#",
+    "€": "$",
+    "¢": "cents",
+    "½": "1/2",
+    "¼": "1/4",
+    "¾": "3/4",
+}
 
 _KEEP_FULL_STOP = """
     jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri calif tex ariz pa md
@@ -22,7 +32,9 @@ _KEEP_FULL_STOP = """
     st ave blvd rd mt ft rt ct sq bldg co corp inc ltd bros dept univ assn assoc est tel ext vs etc al cf seq ph[.]d ste
 """
 _KEEP_BEFORE_NUMBER = "no|nos|fig|pp|art|ca"
-_SPLIT = "can(?=not)|gon(?=na)|got(?=ta)|wan(?=na)|lem(?=me)|gim(?=me)|'t(?=is|was)|y'(?=all)"  # and the rest follows
+_SPLIT = (
+    "can(?=not)|gon(?=na)|got(?=ta)|wan(?=na)|lem(?=me)|gim(?=me)|'t(?=is|was)|y'(?=all)"  # split before the lookahead
+)
 _ENDING = r"(?:n't|'(?:s|m|d|ll|re|ve))\b"
 
 TOKEN = re.compile(

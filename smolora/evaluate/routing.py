@@ -1,4 +1,4 @@
-"""What the adapters of a model decided while it answered: experts, and the branches' shares alpha and beta."""
+"""Record which experts the adapters chose while a model answered, and the fusion weights alpha and beta."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ Layers = list[dict[str, Any]]
 
 
 class RoutingRecorder:
-    """Records, at each adapter layer, the forward that a `generate()` call starts with.
+    """Records the first forward of a `generate()` call at each adapter layer, inside a `with` block.
 
-    Only that forward counts: its routes are kept while decoding (`decode_routing="prompt"`), and neither the batch nor
-    the other answers' lengths change what it decides.
-
-    It records inside a `with` block.
+    Its routes hold for the whole call (`decode_routing="prompt"`), and do not depend on the batch or on the lengths of
+    other answers.
 
     Args:
-        model: with SMoLoRA adapters or without; without, nothing is recorded.
+        model: a model. Nothing is recorded unless it has SMoLoRA adapters.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,7 +33,7 @@ class RoutingRecorder:
             handle.remove()
 
     def start(self) -> None:
-        """Forget what was recorded: a `generate()` call follows."""
+        """Clear the records before a `generate()` call."""
         self._found = {}
 
     def _hook(self, name: str) -> Any:
@@ -47,7 +45,7 @@ class RoutingRecorder:
         return record
 
     def _active(self) -> Iterator[tuple[str, Any, str, str]]:
-        """For each active adapter of each layer: its name, the layer, the adapter, and what the two are called."""
+        """Each active adapter of each layer: layer name, layer, adapter name, and a label for both."""
         for name, layer in self.layers.items():
             adapters = layer.active_in_layer()
             for adapter in adapters:
@@ -56,21 +54,21 @@ class RoutingRecorder:
 
     @property
     def experts(self) -> dict[str, tuple[int, int]]:
-        """How many VU and IF experts each layer's active adapter has, by the layer."""
+        """Numbers of VU and IF experts of each layer's active adapter, by label."""
         configs = {label: layer.smolora_experts[adapter].config for _, layer, adapter, label in self._active()}
         return {label: (config.num_vu_experts, config.num_if_experts) for label, config in configs.items()}
 
     def samples(self, valid: Tensor, image_rows: list[int]) -> list[Layers]:
-        """What was decided for each sample of the batch.
+        """The routing of each sample of the batch.
 
         Args:
-            valid: (B, S), nonzero where a token is no padding.
-            image_rows: for each image of the batch, its sample.
+            valid: (B, S), nonzero except at padding.
+            image_rows: the sample of each image.
 
         Returns:
             For each sample its layers in the model's order: "layer" (with the adapter's name where several are active),
-            "vu" and "if" (chosen experts; None for a branch that is not in use), "alpha" and "beta" (mean over its
-            tokens, or over its image's patches in the projector, which a sample without an image does not pass).
+            "vu" and "if" (chosen experts; None for an unused branch), "alpha" and "beta" (means over its tokens, or in
+            the projector over its image's patches). A sample without an image has no entry for the projector.
         """
         rows: list[Layers] = [[] for _ in range(valid.shape[0])]
         for name, layer, adapter, label in self._active():
@@ -98,15 +96,15 @@ class RoutingRecorder:
 
 
 def tally(samples: Iterable[Layers], experts: Mapping[str, tuple[int, int]]) -> Layers:
-    """Sums over samples, layer by layer.
+    """Sum the routing of samples for each layer.
 
     Args:
-        samples: as `RoutingRecorder.samples` gives them.
-        experts: how many VU and IF experts each layer has.
+        samples: the output of `RoutingRecorder.samples`.
+        experts: numbers of VU and IF experts of each layer.
 
     Returns:
-        In the model's order: "layer", "samples" (that passed it), "vu" and "if" (times each expert was chosen, a list
-        each, None for a branch that is not in use), "alpha" and "beta" (sums).
+        Layers in the model's order: "layer", "samples" (number of samples), "vu" and "if" (how often each expert was
+        chosen; None for an unused branch), "alpha" and "beta" (sums).
     """
     layers: dict[str, dict[str, Any]] = {}
     for entry in (entry for sample in samples for entry in sample):
@@ -126,7 +124,7 @@ def tally(samples: Iterable[Layers], experts: Mapping[str, tuple[int, int]]) -> 
 
 
 def summary(tallies: Iterable[Layers]) -> Layers:
-    """Several tallies as one, with alpha and beta the means over all samples."""
+    """Merge tallies, with alpha and beta averaged over all samples."""
     layers: dict[str, dict[str, Any]] = {}
     for entry in (entry for layers_ in tallies for entry in layers_):
         total = layers.setdefault(entry["layer"], {"layer": entry["layer"]})

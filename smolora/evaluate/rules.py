@@ -1,8 +1,8 @@
-"""The benchmark's rules: what makes an answer right, and what makes it follow its instruction (MIF, Eq. 12).
+"""The benchmark's rules: when an answer is right, and when it follows its instruction (MIF, Eq. 12).
 
-A metric takes all items and all answers of a dataset and gives a number for each, `None` where an item does not count;
-its score is 100 times their mean. The `released_...` rules are those of the released code, to the letter; the others
-are what the field means by the metric's name.
+A metric takes all items and all answers of a dataset and gives a number for each, `None` for an item that does not
+count. The score is 100 times their mean. The `released_...` rules reproduce the released code exactly. The others are
+the metrics as the field defines them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ LETTERS = "ABCDE"
 
 
 class Item(NamedTuple):
-    """A question of a test set, as the rules see it."""
+    """A question of a test set with its references."""
 
     question_id: str
-    answer: str | tuple[str, ...]  # of the question file: the instruction's format is judged by it
-    references: tuple[str, ...]  # what the metric compares with
-    choices: int = 0  # multiple choice: how many there are
-    group: str = ""  # a part of the test set that is scored by itself; "-" for an item that does not count
+    answer: str | tuple[str, ...]  # from the question file; decides on the format
+    references: tuple[str, ...]  # the metric compares with these
+    choices: int = 0  # number of choices, for multiple choice
+    group: str = ""  # group with a score of its own; "-" for an item that does not count
 
 
 Metric = Callable[[Sequence[Item], Sequence[str]], list[float | None]]
@@ -32,7 +32,7 @@ Rule = Callable[[Item, str], bool]
 
 
 def each(right: Callable[[Item, str], float]) -> Metric:
-    """The metric that scores every answer by itself."""
+    """Make a metric of a rule that scores each answer by itself."""
 
     def metric(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
         return [
@@ -46,28 +46,28 @@ def each(right: Callable[[Item, str], float]) -> Metric:
 
 
 def released_exact(item: Item, text: str) -> bool:
-    """VQAv2 and VizWiz: equal but for case; nothing is stripped."""
+    """VQAv2 and VizWiz: case-insensitive equality, without stripping."""
     return text.lower() == item.answer.lower()
 
 
 def released_exact_answerable(item: Item, text: str) -> bool:
-    """OCRVQA: equal but for case, and no "Unanswerable" in it."""
+    """OCRVQA: case-insensitive equality, and no "Unanswerable" in the answer."""
     return "Unanswerable" not in text and released_exact(item, text)
 
 
 def released_either_contains(item: Item, text: str) -> bool:
-    """ImageNet and Places365: one contains the other, so an empty answer is right."""
+    """ImageNet and Places365: either contains the other, so an empty answer is right."""
     text, answer = text.lower(), item.answer.lower()
     return text in answer or answer in text
 
 
 def released_full_stop(item: Item, text: str) -> bool:
-    """GQA: equal but for case and full stops at the end."""
+    """GQA: case-insensitive equality without full stops at the end."""
     return text.rstrip(".").lower() == item.references[0].lower()
 
 
 def exact(item: Item, text: str) -> bool:
-    """Equal but for case, space around, and full stops at the end."""
+    """Case-insensitive equality without surrounding space and full stops at the end."""
     return bool(_plain(text)) and _plain(text) == _plain(item.references[0])
 
 
@@ -79,7 +79,7 @@ def _plain(text: str) -> str:
 
 
 def released_letter(item: Item, text: str) -> bool:
-    """ScienceQA: a letter alone, or "X. ...", or the first word of one character ("(b)" has one)."""
+    """ScienceQA: a single letter, "X. ...", or the first one-character word, such as the b of "(b)"."""
     if text in tuple(LETTERS):
         letter = text
     elif text[:1] in tuple(LETTERS) and text[1:3] == ". ":
@@ -91,7 +91,7 @@ def released_letter(item: Item, text: str) -> bool:
 
 
 def letter(item: Item, text: str) -> bool:
-    """ScienceQA as LLaVA's evaluation reads it: "X", "X. ..." or "The answer is X."."""
+    """ScienceQA as LLaVA's evaluation parses it: "X", "X. ..." or "The answer is X."."""
     text = text.strip()
     found = re.findall(r"The answer is ([A-Z])\.", text)
     if text in tuple(LETTERS) or (text[:1] in tuple(LETTERS) and text[1:3] == ". "):
@@ -107,7 +107,7 @@ def _names_choice(item: Item, letter: str) -> bool:
 
 
 def released_soft(item: Item, text: str) -> float:
-    """TextVQA: agreement with ten answers, normalised as its evaluation does, full stops by the released count."""
+    """TextVQA: agreement with ten answers after TextVQA's normalisation, with the released limit on full stops."""
     return _soft(item, text, commas_first=True, full_stops=vqa.RELEASED_FULL_STOPS)
 
 
@@ -117,7 +117,7 @@ def soft_textvqa(item: Item, text: str) -> float:
 
 
 def soft_vqa(item: Item, text: str) -> float:
-    """VQA accuracy; with a single reference, equality after the same normalisation."""
+    """VQA accuracy. With a single reference, equality after the same normalisation."""
     return _soft(item, text) if text.strip() else 0.0
 
 
@@ -130,16 +130,15 @@ def _soft(item: Item, text: str, **options: int) -> float:
 
 
 def released_cider(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
-    """TextCaps: CIDEr-D over tokens that whitespace separates, case and punctuation kept."""
+    """TextCaps: CIDEr-D over whitespace-separated tokens, with case and punctuation."""
     references = [[reference.split() for reference in item.references] for item in items]
     return [score.cider_d for score in cider.consensus([text.split() for text in texts], references)]
 
 
 def released_cider_swapped(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
-    """Flickr30k: CIDEr-D of each image's best reference against the answer, so with their roles swapped.
+    """Flickr30k: CIDEr-D of each image's best reference against the answer, with the two roles swapped.
 
-    The best reference is the one that agrees most with the answer, by document frequencies over that image's
-    references.
+    The best reference has the highest CIDEr-D with the answer, by document frequencies over that image's references.
     """
     answers = [cider.ngrams(text.split()) for text in texts]
     best = []
@@ -155,31 +154,31 @@ def released_cider_swapped(items: Sequence[Item], texts: Sequence[str]) -> list[
 
 
 def cider_d(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
-    """CIDEr-D over Penn Treebank tokens: what the COCO caption evaluation calls CIDEr."""
+    """CIDEr-D over Penn Treebank tokens, the CIDEr of the COCO caption evaluation."""
     return [score.cider_d for score in _of_ptb_tokens(tuple(items), tuple(texts))]
 
 
 def plain_cider(items: Sequence[Item], texts: Sequence[str]) -> list[float | None]:
-    """CIDEr over Penn Treebank tokens, neither clipped nor penalised."""
+    """CIDEr over Penn Treebank tokens, without clipping and length penalty."""
     return [score.cider for score in _of_ptb_tokens(tuple(items), tuple(texts))]
 
 
-@lru_cache(maxsize=1)  # the two are asked for one after the other
+@lru_cache(maxsize=1)  # both metrics of a dataset are computed one after the other
 def _of_ptb_tokens(items: tuple[Item, ...], texts: tuple[str, ...]) -> list[cider.Agreement]:
     references = [[ptb.tokenize(reference) for reference in item.references] for item in items]
     return cider.consensus([ptb.tokenize(text) for text in texts], references)
 
 
-# ---- does it follow the instruction?
+# ---- format of the answer
 
 
 def follows_letter(item: Item, text: str) -> bool:
-    """One letter, in either case, with nothing but space around it."""
+    """One letter in either case, surrounded by space at most."""
     return re.fullmatch("[A-Z]", text.strip().upper()) is not None
 
 
 def released_follows_word(item: Item, text: str) -> bool:
-    """At most two words (none will do), or the answer itself."""
+    """At most two words, possibly none, or the answer itself."""
     return len(text.split()) <= 2 or text.lower() == item.answer.lower()
 
 
@@ -190,7 +189,10 @@ def follows_word(item: Item, text: str) -> bool:
 
 
 def released_follows_sentence(item: Item, text: str) -> bool:
-    """Ends with a full stop, and has more than four words or lies within a reference (of one string: a letter)."""
+    """Ends with a full stop, and has more than four words or is contained in a reference.
+
+    As released, a single reference is walked letter by letter.
+    """
     return text.endswith(".") and (
         len(text.split()) > 4 or any(text.lower() in reference.lower() for reference in item.answer)
     )

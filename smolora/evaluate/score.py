@@ -1,4 +1,4 @@
-"""From a file of answers to the dataset's metric and to MIF."""
+"""Score a file of answers with the dataset's metric and MIF."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from .datasets import Files, find_dataset
 
 @dataclass(frozen=True)
 class Score:
-    """What one answers file is worth; figures in percent, unrounded (CIDEr: 100 times its 0 to 10)."""
+    """The score of an answers file. Figures are in percent and unrounded; CIDEr is 100 times its 0 to 10."""
 
     dataset: str
     protocol: str
     metric: str
     score: float
     mif: float
-    count: int  # questions that the score is the mean of
-    groups: dict[str, float | None] = field(default_factory=dict)  # the score of each; None: no question is in it
-    further: dict[str, float] = field(default_factory=dict)  # other metrics
-    skipped: int = 0  # left out since they could not be asked
-    missing: int = 0  # without an answer, which is wrong
+    count: int  # number of questions that the score averages
+    groups: dict[str, float | None] = field(default_factory=dict)  # score of each group; None for an empty one
+    extra_metrics: dict[str, float] = field(default_factory=dict)  # by name
+    skipped: int = 0  # questions left out because they could not be answered
+    missing: int = 0  # questions without an answer, counted as wrong
 
     def as_dict(self) -> dict[str, str | float | int | None]:
-        """What `smolora score --json` prints."""
+        """The score as `smolora score --json` prints it."""
         content = {name: getattr(self, name) for name in ("dataset", "protocol", "metric", "score", "mif", "count")}
         return content | self.groups | ({"skipped": self.skipped} if self.skipped else {})
 
     def __str__(self) -> str:
         figures = [
             f"{self.metric} {self.score:.2f}",
-            *(f"{n} {_two(v)}" for n, v in (self.groups | self.further).items()),
+            *(f"{n} {_two(v)}" for n, v in (self.groups | self.extra_metrics).items()),
         ]
         figures += [f"MIF {self.mif:.2f}", f"{self.count} answers"]
         figures += [f"{self.missing} of them missing, counted as wrong"] * bool(self.missing)
@@ -43,7 +43,7 @@ class Score:
 
     @property
     def remark(self) -> str | None:
-        """What a reader of the figures should know, if anything."""
+        """A caveat on the figures, if there is one."""
         if self.count == 1 and self.metric.startswith("cider"):
             return (
                 f"{self.dataset}: CIDEr weighs an n-gram by how few of the pictures have it, so that of a single "
@@ -52,12 +52,12 @@ class Score:
         return None
 
     def show(self) -> None:
-        """Print the figures, and to stderr what a reader of them should know."""
+        """Print the figures, and a caveat on stderr if there is one."""
         print(self, flush=True)
         self.show_remark()
 
     def show_remark(self) -> None:
-        """Print to stderr what a reader of the figures should know, if anything."""
+        """Print the caveat on stderr if there is one."""
         if self.remark is not None:
             print(self.remark, file=sys.stderr, flush=True)
 
@@ -67,14 +67,14 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
 
     Args:
         dataset: a name of `DATASETS`.
-        annotations: folders with the dataset's files; each is searched, and its subfolder of the dataset's name.
-        answers: JSON lines with `question_id` and `text`, in any order. Questions listed in a file `skipped_path` are
-            left out.
-        protocol: "smolora" (comparable with the paper's tables) or "standard" (what the field calls the metric).
+        annotations: folders with the dataset's files, searched with their subfolders named after the dataset.
+        answers: JSON lines with `question_id` and `text`, in any order. The questions listed in the file
+            `skipped_path` are left out.
+        protocol: "smolora" (comparable with the paper's tables) or "standard" (the metric as the field defines it).
 
     Raises:
-        ValueError: a file is missing or malformed, or the answers are not those to the questions; the message names
-            file and line or record.
+        ValueError: a file is missing or malformed, or answers and questions do not match. The message names file and
+            line or record.
     """
     spec = find_dataset(dataset)
     scoring = spec.scoring(protocol)
@@ -87,11 +87,11 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
     for question_id, answer in texts.items():
         if question_id not in known:
             raise ValueError(f"{answers}: line {answer.line}: {dataset} has no question {question_id}")
-    # ScienceQA's questions come from another file, where they are known by their ids alone
+    # ScienceQA's items come from another file than its questions, so they are left out by id
     ids = {str(record.question_id) for record in left_out if record.question_id is not None} - texts.keys()
     items = [item for item in items if item.question_id not in ids]
     missing = [item.question_id for item in items if item.question_id not in texts]
-    if missing and not spec.missing_is_wrong:
+    if missing and not spec.missing_scores_zero:
         raise ValueError(
             f"{answers}: no answer to {len(missing)} of {len(items)} questions of {dataset}, the first is {missing[0]}"
         )
@@ -106,27 +106,27 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
     return Score(
         dataset=dataset,
         protocol=protocol,
-        metric=scoring.metric_of_one if scoring.metric_of_one and one_reference else scoring.metric,
+        metric=scoring.single_reference_metric if scoring.single_reference_metric and one_reference else scoring.metric,
         score=_percent(counted),
-        mif=_percent([scoring.follows(item, text) for item, text in zip(items, given, strict=True)]),
+        mif=_percent([scoring.follows_format(item, text) for item, text in zip(items, given, strict=True)]),
         count=len(counted),
         groups={
             group: _percent([value for item, value in zip(items, scores, strict=True) if item.group == group])
             for group in scoring.groups
         },
-        further={name: _percent(metric(items, given)) for name, metric in scoring.further.items()},
+        extra_metrics={name: _percent(metric(items, given)) for name, metric in scoring.extra_metrics.items()},
         skipped=len(left_out),
         missing=len(missing),
     )
 
 
 def skipped_path(answers: Path) -> Path:
-    """Where the evaluator lists the questions that it could not ask (`--skip-broken`), beside the answers."""
+    """Path of the list of questions that the evaluator left out (`--skip-broken`), beside the answers."""
     return answers.with_suffix(".skipped.jsonl")
 
 
 def read_skipped(answers: Path) -> list[Skipped]:
-    """The questions that were left out of an answers file; none where it has no such list."""
+    """Read the questions that were left out of an answers file."""
     path = skipped_path(answers)
     records = read_lines(path) if path.is_file() else ()
     return [Skipped(record["index"], record["question_id"], record["reason"]) for _, record in records]

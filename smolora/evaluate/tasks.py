@@ -20,7 +20,7 @@ from ..data.prompts import PromptEncoder
 from ..io.files import locked, read_text, write_json
 from ..recipe import Recipe, TaskRecipe
 from .datasets import Files, find_dataset
-from .generate import Embed, GenerationSettings, Job, generate_answers, read_whole_questions
+from .generate import AnswerJob, Embed, GenerationSettings, generate_answers, read_answerable_questions
 from .score import Score, score
 
 PADDINGS = ("all", "released")
@@ -81,7 +81,7 @@ def check_tasks(tasks: Sequence[Task], protocol: str, *, skip_broken: bool = Fal
     for task in tasks:
         spec = find_dataset(task.dataset)
         spec.scoring(protocol)
-        _, skipped = read_whole_questions(task.questions, task.images, skip_broken=skip_broken)
+        _, skipped = read_answerable_questions(task.questions, task.images, skip_broken=skip_broken)
         spec.load(Files(task.annotations, task.dataset, {record.index for record in skipped}), spec.questions)
 
 
@@ -140,7 +140,7 @@ def evaluate_tasks(
             model,
             encoder,
             ImageTransform(transform.processor, square=padding == "all" or dataset.released_square),
-            Job(task.dataset, task.questions, task.images, answers, model_id, instructions),
+            AnswerJob(task.dataset, task.questions, task.images, answers, model_id, instructions),
             embed=embed and embed[task.name],
             settings=replace(settings, max_new_tokens=max_new_tokens or dataset.max_new_tokens),
         )

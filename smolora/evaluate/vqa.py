@@ -1,4 +1,4 @@
-"""VQA accuracy: agreement with ten human answers, after the normalisation of the VQA and TextVQA evaluations."""
+"""VQA accuracy: agreement with ten human answers after the normalisation of the VQA and TextVQA evaluations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 FULL_STOP = re.compile(r"\.(?!\d)")
 COMMA_IN_NUMBER = re.compile(r"\d,+\d")
-RELEASED_FULL_STOPS = 32  # the value of re.UNICODE, which the released code passes where `re.sub` takes a count
+RELEASED_FULL_STOPS = 32  # value of re.UNICODE, which the released code passes as the count of `re.sub`
 
-# Each of these, written with one of its apostrophes missing, gets it back.
+# A missing apostrophe in one of these is restored.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
@@ -33,16 +33,16 @@ CONTRACTIONS = {
     for word in _CONTRACTIONS.split()
     for at, letter in enumerate(word)
     if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the evaluations' table has this one the other way round
+} | {"somebody'd": "somebodyd"}  # reversed in the evaluations' own table
 
 
 def normalize(text: str, *, commas_first: bool = False, full_stops: int = 0) -> str:
-    """An answer as the VQA evaluation compares it: punctuation, articles, number words and contractions made alike.
+    """Normalise punctuation, articles, number words and contractions of an answer, as the VQA evaluation does.
 
     Args:
         text: the answer.
-        commas_first: drop "," and "?" and split off "'s" before all else, as the TextVQA evaluation does.
-        full_stops: at most this many are removed; 0 for all.
+        commas_first: first drop "," and "?" and split off "'s", as the TextVQA evaluation does.
+        full_stops: maximum number of full stops to remove; 0 for all.
     """
     text = text.lower()
     if commas_first:
@@ -59,9 +59,9 @@ def normalize(text: str, *, commas_first: bool = False, full_stops: int = 0) -> 
 
 
 def agreement(answer: str, references: Sequence[str]) -> float:
-    """The mean over the annotators of `min(1, others who gave this answer / 3)`; all answers normalised before.
+    """Mean over the annotators of `min(1, number of others who gave this answer / 3)`, on normalised answers.
 
-    A single reference stands for annotators who agree: 1 if the answer equals it, else 0.
+    With a single reference, 1 if the answer equals it, else 0.
     """
     if len(references) == 1:
         return float(answer == references[0])

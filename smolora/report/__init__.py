@@ -1,4 +1,4 @@
-"""From the folders of one run or several to a report: Markdown, PNGs, and all data as CSV."""
+"""Reports on one or more runs: Markdown, PNG figures, and all data as CSV."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from ..evaluate.datasets import DATASETS
 from ..io.files import atomic_write_text
 from ..io.markdown import escape, picture
 from . import cases, figures, tables
-from .layout import Run, read_runs
+from .layout import RunFolder, read_runs
 
 CAPTIONS = [name for name, dataset in DATASETS.items() if dataset.smolora.metric == "cider"]
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_task: int = 0) -> Path:
-    """Write the report of runs (their layout is in `smolora.report.layout`).
+    """Write a report on runs, whose folders `smolora.report.layout` describes.
 
     Args:
-        runs: the folders of one run, or of several to compare.
-        output: folder for the report, by default `report/` in the first run's.
-        cases_per_task: how many questions of each task to show with all answers.
+        runs: folders of the runs, which are compared if there are several.
+        output: folder for the report; None for `report/` in the first run's folder.
+        cases_per_task: number of questions of each task to show with all answers.
 
     Returns:
-        The Markdown file, with means over runs that differ in their seed alone. Its figures, and the data of all of it
-        as CSV, lie beside it.
+        Path of the Markdown file. It includes means over runs that differ only in their seed. Figures and CSV files are
+        in the same folder.
 
     Raises:
         ValueError: a folder holds no finished run.
@@ -65,8 +65,8 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
     return path
 
 
-def _about(runs: Sequence[Run]) -> str:
-    """What each run is, in a line."""
+def _about(runs: Sequence[RunFolder]) -> str:
+    """Describe each run in a line."""
     lines = []
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
@@ -78,8 +78,8 @@ def _about(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def _slugs(runs: Sequence[Run]) -> list[str]:
-    """For each run what its files are called, each by another name."""
+def _slugs(runs: Sequence[RunFolder]) -> list[str]:
+    """A distinct file name part for each run."""
     slugs: list[str] = []
     for run in runs:
         slug = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-") or "run"
@@ -88,8 +88,8 @@ def _slugs(runs: Sequence[Run]) -> list[str]:
     return slugs
 
 
-def _routing(output: Path, run: Run, slug: str) -> list[str]:
-    """The sections on a run's routes and shares."""
+def _routing(output: Path, run: RunFolder, slug: str) -> list[str]:
+    """The sections on a run's routing and fusion weights."""
     figures.routing(output / f"routing-{slug}.png", run)
     alpha, beta = figures.shares(output / f"shares-{slug}.png", run)
     return [

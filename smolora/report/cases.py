@@ -1,4 +1,4 @@
-"""Cases: an image, its question, what each run answered after the task's own stage and at the end, and the truth."""
+"""Cases: image, question, each run's answers after the task's own stage and at the end, and the reference."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from ..data.images import BrokenImageError, read_image
 from ..io.files import atomic_file
 from ..io.markdown import picture
 from .figures import write_csv
-from .layout import Run, file_name
+from .layout import RunFolder, file_name
 from .tables import markdown
 
-SIDE = 320  # pixels of an image in the report, at most
+SIDE = 320  # maximum width and height of an image in the report, in pixels
 
 
-def case_tables(folder: Path, runs: Sequence[Run], count: int) -> dict[str, str]:
-    """For each task a table of `count` cases; first those where the runs' answers differ most.
+def case_tables(folder: Path, runs: Sequence[RunFolder], count: int) -> dict[str, str]:
+    """A table of `count` cases for each task, those first on which the runs differ most.
 
     Args:
-        folder: where images (`cases/`) and `cases.csv` go.
-        runs: at least one of them has the task's test file.
-        count: cases of a task.
+        folder: folder for the images (`cases/`) and `cases.csv`.
+        runs: the runs. Tasks whose test file none of them has are left out.
+        count: number of cases per task.
 
     Raises:
         ValueError: a run's answers or test files cannot be read.
@@ -35,7 +35,7 @@ def case_tables(folder: Path, runs: Sequence[Run], count: int) -> dict[str, str]
             continue
         test = source.tests[task]
         images = source.folder / test["images"]
-        answers = {}  # by what the column says
+        answers = {}  # by column title
         for run in having:
             own, last = run.own_stage(task), len(run.stages) - 1
             if own != last:
@@ -43,7 +43,7 @@ def case_tables(folder: Path, runs: Sequence[Run], count: int) -> dict[str, str]
             answers[f"{run.name}, at the end"] = run.answers(last, task)
         questions = [
             q
-            for q in read_questions(source.folder / test["questions"], broken=[])  # which have no answers
+            for q in read_questions(source.folder / test["questions"], broken=[])  # broken ones have no answers
             if all(str(q.question_id) in of_run for of_run in answers.values())
         ]
         chosen = sorted(questions, key=lambda q: (-_differing(q, answers.values()), q.index))[:count]
@@ -63,7 +63,7 @@ def case_tables(folder: Path, runs: Sequence[Run], count: int) -> dict[str, str]
 
 
 def _differing(question: Question, answers: Sequence[dict[str, str]]) -> int:
-    """How many different answers a question got."""
+    """The number of different answers to a question."""
     return len({of_run[str(question.question_id)].strip().lower() for of_run in answers})
 
 
@@ -72,7 +72,7 @@ def _truth(question: Question) -> str:
 
 
 def _thumbnail(question: Question, images: Path, folder: Path, task: str) -> str:
-    """The Markdown of a question's image, made small and put beside the report."""
+    """Save a thumbnail of a question's image and return its Markdown."""
     if question.image is None:
         return "no image"
     try:

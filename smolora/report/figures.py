@@ -1,4 +1,4 @@
-"""The report's figures, each with its data as CSV beside it; told apart by marker, line and grey, not by colour."""
+"""The report's figures, each with its data as CSV. Lines differ in marker, dash and grey, not in colour."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from ..evaluate.metrics import FIGURES
 from ..io.files import atomic_file, atomic_write_text
 from ..io.markdown import printable
-from .layout import Run
+from .layout import RunFolder
 
 STYLES = [
     {"color": shade, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.6}
@@ -33,7 +33,7 @@ HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table; None is an empty cell."""
+    """Write a table. None is an empty cell."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     for row in (header, *rows):
@@ -41,8 +41,8 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     atomic_write_text(path, file.getvalue())
 
 
-def accuracy_over_stages(path: Path, runs: Sequence[Run]) -> None:
-    """Each task's accuracy from its own stage to the last (the paper's Fig. 4): a panel a task, a line a run."""
+def accuracy_over_stages(path: Path, runs: Sequence[RunFolder]) -> None:
+    """Plot each task's accuracy from its own stage on (the paper's Fig. 4): one panel per task, one line per run."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     figure, panels = _panels(len(tasks), (3.1, 2.5))
     rows = []
@@ -68,14 +68,14 @@ def accuracy_over_stages(path: Path, runs: Sequence[Run]) -> None:
     write_csv(path.with_suffix(".csv"), ("run", "task", "stage", "accuracy"), rows)
 
 
-def matrices(path: Path, runs: Sequence[Run]) -> None:
-    """The accuracy matrix of each run as a heat map with its numbers: a row a stage, a column a task."""
+def matrices(path: Path, runs: Sequence[RunFolder]) -> None:
+    """Plot the accuracy matrix of each run as a heat map: one row per stage, one column per task."""
     figure, panels = _panels(len(runs), (4.8, 3.6), columns=2)
     rows = []
     for axes, run in zip(panels, runs, strict=True):
         cells = [[run.accuracy(k, task) for task in run.tasks] for k in range(len(run.stages))]
         values = [[math.nan if cell is None else cell for cell in row] for row in cells]
-        # grey by the column's best: CIDEr is of another size than accuracy
+        # shades are relative to the column's best, because CIDEr has another range than accuracy
         best = [max([row[j] for row in cells if row[j] is not None], default=1) or 1 for j in range(len(run.tasks))]
         shades = [[value / best[j] for j, value in enumerate(row)] for row in values]
         axes.imshow(shades, cmap="Greys", vmin=0, vmax=2.2, aspect="auto")
@@ -95,8 +95,8 @@ def matrices(path: Path, runs: Sequence[Run]) -> None:
     write_csv(path.with_suffix(".csv"), ("run", "stage", "task", "accuracy"), rows)
 
 
-def routing(path: Path, run: Run) -> None:
-    """How often each task chose each expert, over layers and samples, VU and IF apart (the paper's Fig. 6)."""
+def routing(path: Path, run: RunFolder) -> None:
+    """Plot how often each task chose each VU and IF expert, over layers and samples (the paper's Fig. 6)."""
     branches = [branch for branch in ("vu", "if") if any(_counts(layers, branch) for layers in run.routing.values())]
     figure, panels = _panels(len(branches), (5.2, 0.42 * len(run.routing) + 1.4), columns=2)
     rows = []
@@ -108,10 +108,16 @@ def routing(path: Path, run: Run) -> None:
             for expert, count in enumerate(counts):
                 share = count / count_all
                 axes.barh(
-                    place, share, left=left, height=0.7, edgecolor="black", linewidth=0.6,
-                    color=str(0.95 - 0.6 * expert / max(most - 1, 1)), hatch=HATCHES[expert % len(HATCHES)],
+                    place,
+                    share,
+                    left=left,
+                    height=0.7,
+                    edgecolor="black",
+                    linewidth=0.6,
+                    color=str(0.95 - 0.6 * expert / max(most - 1, 1)),
+                    hatch=HATCHES[expert % len(HATCHES)],
                     label=f"expert {expert}",
-                )  # fmt: skip
+                )
                 left += share
                 rows.append((run.name, task, branch, expert, count, share))
         axes.set_yticks(range(len(run.routing)), map(_plain, run.routing), fontsize=8)
@@ -124,11 +130,11 @@ def routing(path: Path, run: Run) -> None:
     write_csv(path.with_suffix(".csv"), ("run", "task", "branch", "expert", "chosen", "share"), rows)
 
 
-def shares(path: Path, run: Run) -> tuple[float, float]:
-    """Mean alpha and beta at each layer over the tasks (the paper's Fig. 8).
+def shares(path: Path, run: RunFolder) -> tuple[float, float]:
+    """Plot alpha and beta at each layer, averaged over the tasks (the paper's Fig. 8).
 
     Returns:
-        Their means over all layers (its supplement A).
+        Means of alpha and beta over all layers (supplement A of the paper).
     """
     layers = list(dict.fromkeys(entry["layer"] for entries in run.routing.values() for entry in entries))
     means = []
@@ -159,8 +165,8 @@ def shares(path: Path, run: Run) -> tuple[float, float]:
     return alpha, beta
 
 
-def over_experts(path: Path, runs: Sequence[Run]) -> None:
-    """AP, MAP, BWT and MIF against the number of experts (the paper's Fig. 5), a line for each method."""
+def over_experts(path: Path, runs: Sequence[RunFolder]) -> None:
+    """Plot AP, MAP, BWT and MIF against the number of experts (the paper's Fig. 5), one line per method."""
     figure, panels = _panels(len(FIGURES), (2.6, 2.4), columns=4)
     rows = []
     methods = list(dict.fromkeys((run.method, run.setting) for run in runs))
@@ -184,13 +190,13 @@ def over_experts(path: Path, runs: Sequence[Run]) -> None:
 
 
 def _counts(layers: Sequence[dict[str, Any]], branch: str) -> list[int]:
-    """How often each expert of a branch was chosen, all layers together; not every layer need have as many."""
+    """How often each expert of a branch was chosen over all layers, which may differ in their number of experts."""
     used = [layer[branch] for layer in layers if layer[branch] is not None]
     return [sum(column) for column in zip_longest(*used, fillvalue=0)]
 
 
 def _plain(text: str) -> str:
-    """A name as matplotlib shows it as it is: between two dollar signs it would read a formula."""
+    """Escape a name for matplotlib, which reads text between two dollar signs as a formula."""
     return printable(text).replace("$", r"\$")
 
 
@@ -212,7 +218,7 @@ def _panels(count: int, size: tuple[float, float], columns: int = 3) -> tuple[Fi
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend for all panels, above them."""
+    """Put one legend for all panels above them."""
     entries = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -1,33 +1,34 @@
-"""A run's folder, as the trainer writes it and the report reads it.
+"""The folder of a run, which the trainer writes and the report reads.
 
     RUN_DIR/
       results.json
-      stage-1-ScienceQA/              a folder a stage: its number, the task it trained on
-        adapter/  ...                 what training leaves
-        answers/ScienceQA.jsonl       for each task seen so far, what the evaluator writes (smolora.evaluate.generate):
-        answers/ScienceQA.info.json   answers, and with them routes, alpha and beta of the layers
-        scores.json                   {"ScienceQA": {what `smolora score --json` prints}, ...}
+      stage-1-ScienceQA/              one folder per stage, with its number and the task that it trained on
+        adapter/  ...                 the trained adapter
+        answers/ScienceQA.jsonl       answers for each task seen so far (see smolora.evaluate.generate)
+        answers/ScienceQA.info.json   routes, alpha and beta of each layer
+        scores.json                   {"ScienceQA": {the output of `smolora score --json`}, ...}
       stage-2-TextVQA/ ...
-      downstream-zero-shot/           a folder for each downstream table's evaluation, with answers/ and scores.json
-      report/                         what `smolora report` writes
+      downstream-zero-shot/           one folder per downstream table, with answers/ and scores.json
+      report/                         the output of `smolora report`
 
 One evaluation without stages (zero-shot, multitask) has one folder for its single row, `stage-0-zeroshot` or
 `stage-1-multitask`. `results.json` holds one object:
 
     name          optional, of the recipe
-    method        the row's name: "smolora", "seqlora", ...
-    benchmark     "CVIT", "MiniCVIT", ...: the paper's rows are shown beside a run on "CVIT" alone
-    setting       "single" or "multi", the instructions' type
-    protocol      of the scores, "smolora" or "standard"
+    method        "smolora", "seqlora", ...
+    benchmark     "CVIT", "MiniCVIT", ...; the paper's rows are shown beside runs on "CVIT" only
+    setting       type of the instructions, "single" or "multi"
+    protocol      protocol of the scores, "smolora" or "standard"
     tasks         names, in order
-    stages        the folders above, in order: row k of the matrix is the evaluation in folder k
-    matrix, mif   accuracy and instruction following, a row a stage (see smolora.evaluate.metrics)
-    AP, MAP, BWT, MIF      one entry a stage
+    stages        the folders above, in order; row k of the matrix is the evaluation in folder k
+    matrix, mif   accuracy and instruction following, one row per stage (see smolora.evaluate.metrics)
+    AP, MAP, BWT, MIF      one entry per stage
     downstream    optional, {"zero-shot": {"folder", "tasks", "accuracy", "mif", "AP", "MIF"}, ...}
     tests         {task: {"questions": its test file, "images": the folder of its images}}, paths from RUN_DIR
-    config        the recipe; the report reads its seed and, of its `adapter`, num_vu_experts and num_if_experts. Runs
-                  of one recipe that differ in the seed alone are averaged
-    versions, timing       of packages; in seconds, tokens/s and bytes
+    config        the recipe; the report reads `seed`, `adapter.num_vu_experts` and `adapter.num_if_experts`, and
+                  averages runs that differ only in their seed
+    versions      versions of packages
+    timing        seconds, tokens/s and bytes
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ REQUIRED = ("method", "benchmark", "setting", "protocol", "tasks", "stages", "ma
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run, read and checked; see the module."""
+class RunFolder:
+    """A run that was read and checked; see the module."""
 
     folder: Path
-    name: str  # in figures and tables: the method, and the folder where several runs have one
+    name: str  # for figures and tables: the method, with the folder's name if several runs share it
     method: str
     benchmark: str
     setting: str
@@ -58,14 +59,14 @@ class Run:
     tasks: list[str]
     stages: list[str]
     matrix: list[list[float | None]]
-    figures: dict[str, list[float | None]]  # AP, MAP, BWT, MIF: one entry a stage
+    figures: dict[str, list[float | None]]  # AP, MAP, BWT, MIF: one entry per stage
     downstream: dict[str, dict[str, Any]]
     tests: dict[str, dict[str, str]]
     versions: dict[str, str]
-    experts: int | None  # of both branches together; None for a method that has none
-    recipe: str | None  # its name
+    experts: int | None  # of both branches together; None for a method without experts
+    recipe: str | None  # name of the recipe
     seed: int | None
-    settings: str  # all else of the recipe, to compare
+    settings: str  # the rest of the recipe as text, for comparison
 
     @property
     def last(self) -> dict[str, float | None]:
@@ -73,22 +74,22 @@ class Run:
         return {figure: values[-1] for figure, values in self.figures.items()}
 
     def accuracy(self, stage: int, task: str) -> float | None:
-        """Of a task after a stage (from 0); None where it was not evaluated."""
+        """Accuracy on a task after a stage, counted from 0; None if it was not evaluated."""
         row, column = self.matrix[stage], self.tasks.index(task)
         return row[column] if column < len(row) else None
 
     def own_stage(self, task: str) -> int:
-        """The stage that trained on a task, the last one where there is no such stage."""
+        """The stage that trained on a task, or the last stage if none did."""
         return min(self.tasks.index(task), len(self.stages) - 1)
 
     def answers(self, stage: int, task: str) -> dict[str, str]:
-        """Answers by question id."""
+        """Answers to a task after a stage, by question id."""
         path = self.folder / self.stages[stage] / "answers" / f"{task}.jsonl"
         return {str(answer.question_id): answer.text for answer in read_answers(path)}
 
     @cached_property
     def routing(self) -> dict[str, list[dict[str, Any]]]:
-        """The last evaluation's routes, alpha and beta by task, downstream tasks too; empty without adapters."""
+        """Routes, alpha and beta of the last evaluation by task, downstream tasks included; empty without adapters."""
         folders = [(self.stages[-1], self.tasks)]
         folders += [(part["folder"], part["tasks"]) for part in self.downstream.values()]
         found = {}
@@ -102,20 +103,20 @@ class Run:
 
 
 def file_name(text: str) -> str:
-    """A task's or a table's name as part of a file's name: as it is, if it is one that a recipe may give."""
+    """Make a task's or a table's name part of a file name. Names that a recipe may give stay as they are."""
     return re.sub(r"[^A-Za-z0-9 ,._+-]+|^[^A-Za-z0-9]+", "-", text)
 
 
-def read_runs(folders: list[Path]) -> list[Run]:
-    """Runs, each by a name of its own.
+def read_runs(folders: list[Path]) -> list[RunFolder]:
+    """Read runs, and give each a name of its own.
 
     Raises:
-        ValueError: a folder holds no finished run; what its `results.json` lacks is named.
+        ValueError: a folder holds no finished run. The message says what its `results.json` lacks.
     """
     contents = [_read(folder) for folder in folders]
     methods = [content["method"] for content in contents]
     return [
-        Run(
+        RunFolder(
             folder,
             method if methods.count(method) == 1 else f"{method} ({folder.resolve().name})",
             **{name: content[name] for name in REQUIRED if name not in FIGURES},

@@ -11,25 +11,25 @@ from ..evaluate import paper
 from ..evaluate.metrics import FIGURES
 from ..io.markdown import table
 from .figures import write_csv
-from .layout import Run, file_name
+from .layout import RunFolder, file_name
 
 Cells = list[str | float | None]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Cells]) -> str:
-    """A Markdown table; numbers with two decimals, None as a dash."""
+    """A Markdown table with numbers to two decimals and None as a dash."""
     return table(header, [list(map(_cell, row)) for row in rows])
 
 
-def final_table(path: Path, runs: Sequence[Run]) -> str:
-    """After the last stage, in the form of the paper's Table 1, with the paper's rows where they compare."""
+def final_table(path: Path, runs: Sequence[RunFolder]) -> str:
+    """The results after the last stage, laid out as the paper's Table 1, with the paper's rows where comparable."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     rows = [(run, {task: run.accuracy(len(run.stages) - 1, task) for task in run.tasks}, run.last) for run in runs]
     return _beside_the_paper(path, tasks, FIGURES, rows, paper.TABLE_1 if tuple(tasks) == paper.UPSTREAM else None)
 
 
-def downstream_tables(folder: Path, runs: Sequence[Run]) -> dict[str, str]:
-    """For each downstream evaluation a table in the form of the paper's Tables 2 and 3."""
+def downstream_tables(folder: Path, runs: Sequence[RunFolder]) -> dict[str, str]:
+    """A table for each downstream evaluation, laid out as the paper's Tables 2 and 3."""
     printed = {"zero-shot": (paper.TABLE_2, paper.ZERO_SHOT), "few-shot": (paper.TABLE_3, paper.FEW_SHOT)}
     tables = {}
     for name in dict.fromkeys(name for run in runs for name in run.downstream):
@@ -51,16 +51,16 @@ def _beside_the_paper(
     path: Path,
     tasks: Sequence[str],
     figures: Sequence[str],
-    of_runs: Sequence[tuple[Run, Mapping[str, float | None], Mapping[str, Any]]],
+    of_runs: Sequence[tuple[RunFolder, Mapping[str, float | None], Mapping[str, Any]]],
     printed: Mapping[str, Mapping[str, paper.Row]] | None,
 ) -> str:
-    """A table of runs, by the type of their instructions, under the paper's rows if all of them compare with it.
+    """A table of runs, grouped by the type of their instructions, below the paper's rows if all runs are comparable.
 
     Args:
-        path: of the CSV file.
+        path: path of the CSV file.
         tasks, figures: its columns.
-        of_runs: of each run its accuracies by task, and its figures by name.
-        printed: the paper's table of these columns, if it has one.
+        of_runs: each run with its accuracies by task and its figures by name.
+        printed: the paper's table with these columns, if there is one.
     """
     rows: list[Cells] = []
     for setting in dict.fromkeys(run.setting for run, *_ in of_runs):
@@ -75,7 +75,7 @@ def _beside_the_paper(
     return markdown(header, rows)
 
 
-def stage_table(path: Path, runs: Sequence[Run]) -> str:
+def stage_table(path: Path, runs: Sequence[RunFolder]) -> str:
     """AP, MAP, BWT and MIF after each stage of each run."""
     rows: list[Cells] = [
         [run.name, stage.removeprefix("stage-"), *(run.figures[figure][k] for figure in FIGURES)]
@@ -87,14 +87,17 @@ def stage_table(path: Path, runs: Sequence[Run]) -> str:
     return markdown(header, rows)
 
 
-def seeds_table(path: Path, runs: Sequence[Run]) -> str | None:
-    """After the last stage, mean and standard deviation over runs that differ in their seed alone; None without such.
+def seeds_table(path: Path, runs: Sequence[RunFolder]) -> str | None:
+    """Mean and sample standard deviation after the last stage over runs that differ only in their seed.
 
     Args:
-        path: of the CSV file, which has a line for each mean and deviation (of a sample).
-        runs: all of them; a run with no other of its kind is left out.
+        path: path of the CSV file, with one line per mean and deviation.
+        runs: all runs. A run without another seed is left out.
+
+    Returns:
+        The table, or None if every run is left out.
     """
-    kinds: dict[str, list[Run]] = {}
+    kinds: dict[str, list[RunFolder]] = {}
     for run in runs:
         if run.seed is not None:
             kinds.setdefault(run.settings, []).append(run)
@@ -125,8 +128,8 @@ def seeds_table(path: Path, runs: Sequence[Run]) -> str | None:
     return markdown([*header, *tasks, *FIGURES], rows)
 
 
-def _comparable(run: Run) -> bool:
-    """Whether the paper's rows may stand beside a run's."""
+def _comparable(run: RunFolder) -> bool:
+    """Whether a run is comparable with the paper's rows."""
     return run.benchmark == "CVIT" and run.protocol == "smolora"
 
 

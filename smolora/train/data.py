@@ -1,4 +1,4 @@
-"""Training samples as batches: ids, labels of the answer alone, images, and each sample's instruction embedding."""
+"""Training batches: token ids, labels on the answer only, images, and each sample's instruction embedding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .methods import Stage
 
 
 class TrainingSample(NamedTuple):
-    """A sample, before its image is read."""
+    """A sample whose image is not read yet."""
 
     input_ids: list[int]
     labels: list[int]
@@ -32,15 +32,15 @@ class TaskSamples(Dataset):
     """The samples of a task's training file.
 
     Args:
-        recipe: the run.
+        recipe: the recipe.
         task: a task with a training file.
         encoder: makes ids and labels.
-        instructions: embeds the instructions; None for a model that takes none.
-        chosen: indices in the file, in this order; None for all.
+        instructions: embeds the task's instructions; None for a model that takes none.
+        chosen: indices of records, in this order; None for all.
 
     Raises:
-        ValueError: a record is malformed, or `training.max_length` cuts off its image or all of its answer; file and
-            index are named.
+        ValueError: a record is malformed, or `training.max_length` cuts off its image or all of its answer. The message
+            names file and index.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TaskSamples(Dataset):
         )
 
     def _encode(self, sample: Conversation) -> Sample:
-        """Ids and labels, cut at `max_length`."""
+        """Tokenise a sample, and cut it at `max_length`."""
         limit, record = self.max_length, f"{self.file}: record {sample.index}"
         try:
             ids, labels = self.encoder.expand_sample(
@@ -96,7 +96,7 @@ class TaskSamples(Dataset):
         return Sample(ids[:limit], labels[:limit])
 
     def _check(self) -> None:
-        """Whether all samples can be trained on; only those that may not are tokenised."""
+        """Check that all samples can be trained on. Only those that may be too long are tokenised."""
         faults = []
         for sample in self.samples:
             if not self.encoder.is_short(sample.text, sample.answer, sample.image is not None, self.max_length):
@@ -108,7 +108,7 @@ class TaskSamples(Dataset):
             raise ValueError(faults[0] + (f" (and {len(faults) - 1} more of that file)" if len(faults) > 1 else ""))
 
     def lengths(self) -> list[int]:
-        """About how long each sample is: what tells short from long is not worth tokenising everything for."""
+        """Estimate the length of each sample by its words: sorting by length needs no exact count."""
         features = self.encoder.image_features
         return [
             len(sample.text.split()) + len(sample.answer.split()) + features * (sample.image is not None)
@@ -117,7 +117,7 @@ class TaskSamples(Dataset):
 
 
 def check_samples(recipe: Recipe, stages: Iterable[Stage], encoder: PromptEncoder) -> None:
-    """Whether all that some stages train on can be trained on, before the first of them begins.
+    """Check the samples of all stages before the first one begins.
 
     Raises:
         ValueError: as `TaskSamples` does.
@@ -126,8 +126,8 @@ def check_samples(recipe: Recipe, stages: Iterable[Stage], encoder: PromptEncode
         TaskSamples(recipe, task, encoder, None)
 
 
-class Samples(Dataset):
-    """Several data sets as one."""
+class StageSamples(Dataset):
+    """The samples of a stage: those of several tasks, one after the other."""
 
     def __init__(self, parts: Sequence[TaskSamples]) -> None:
         self.places = [(part, index) for part in parts for index in range(len(part))]
@@ -142,22 +142,22 @@ class Samples(Dataset):
 
 
 class GlobalBatches(Sampler[int]):
-    """The order of an epoch: drawn at random, cut into the samples of a step, and sorted by length within each.
+    """The order of samples in an epoch: shuffled, cut into optimiser steps, and sorted by length within each step.
 
-    So a device's batches hold samples of similar length, and neither the grouping nor the number of devices changes
-    which samples a step has.
+    So a device's batches hold samples of similar length, and the samples of a step depend neither on the sorting nor on
+    the number of devices.
 
     Args:
-        lengths: of the samples.
-        batch_size: samples a step, over all devices.
-        seed: of the order; another one is drawn each epoch.
+        lengths: lengths of the samples.
+        batch_size: samples per optimiser step, over all devices.
+        seed: seed of the shuffling, which differs from epoch to epoch.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch comes."""
+        """Set the epoch that the next iteration shuffles for."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -172,12 +172,12 @@ class GlobalBatches(Sampler[int]):
 
 
 class Collator:
-    """Samples as a batch, padded on the right; an image that several of them have is decoded once.
+    """Collates samples into a batch, padded on the right. An image that several of them share is decoded once.
 
     Args:
-        transform: makes pixels.
-        pad_token_id: what fills up.
-        dtype: of the pixels.
+        transform: makes pixels of an image.
+        pad_token_id: token id for the padding.
+        dtype: data type of the pixels.
     """
 
     def __init__(self, transform: ImageTransform, pad_token_id: int, dtype: torch.dtype) -> None:
@@ -187,7 +187,7 @@ class Collator:
         """input_ids, attention_mask, labels (B, S), pixel_values (images, 3, height, width), instruction_embeds (B, e).
 
         Raises:
-            ValueError: an image is missing or broken; the record is named.
+            ValueError: an image is missing or broken. The message names the record.
         """
         ids, mask = pad([sample.input_ids for sample in samples], self.pad_token_id, left=False)
         labels, _ = pad([sample.labels for sample in samples], IGNORED_LABEL, left=False)

@@ -1,4 +1,4 @@
-"""What a recipe is going to do: every path checked, samples counted, steps and memory estimated."""
+"""The plan of a run: paths checked, samples counted, steps and memory estimated, before anything is trained."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ OPTIMISER_BYTES = 4 + 4 + 8  # a trained float32 weight, its gradient, Adam's tw
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
-    """Check a recipe against the disk, and lay out its run.
+    """Check the files of a recipe, and plan its run.
 
     Returns:
         "name", "method", "output"; "stages" and "downstream", each a list of "name", "train" and "test" (samples of the
         stage's own files), "asked" (questions after it), "steps"; "makes", paths that the recipe makes itself;
-        "devices", "accumulation"; "memory", an estimate (None while the base model is not there).
+        "devices", "accumulation"; "memory", an estimate (None while there is no base model).
 
     Raises:
-        ValueError: paths are missing (all are named), records are malformed or too long, the batch does not fit the
-            devices, or the backend cannot run here.
+        ValueError: paths are missing (the message names all), records are malformed or too long, the batch does not fit
+            the devices, the backend cannot run here, or there is no such method or preparation.
     """
     check_backend(recipe.backend)
     checker = _Checker(recipe)
@@ -82,7 +82,7 @@ def _stage(stage: Stage, counts: dict[str, tuple[int, int]], recipe: Recipe) -> 
 
 
 class _Checker:
-    """Looks for what a recipe names; what it makes itself need not be there."""
+    """Checks that the files of a recipe exist, except those that it makes itself."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -91,12 +91,12 @@ class _Checker:
         self.missing: list[str] = []
 
     def folder(self, path: Path, what: str, content: str) -> None:
-        """A folder with a file in it."""
+        """Check a folder by a file in it."""
         if not (path / content).is_file() and self._makes(path) is None:
             self.missing.append(f"{path / content} ({what})")
 
     def task(self, task: TaskRecipe) -> tuple[int, int]:
-        """How many training samples and questions a task has."""
+        """Check the files of a task, and count its training samples and questions."""
         recipe = self.recipe
         try:
             dataset = find_dataset(task.benchmark_name)
@@ -115,12 +115,12 @@ class _Checker:
             folders = recipe.annotations(task)
             absent = [folder for folder in folders if not folder.is_dir()]
             self.missing += [f"{folder} (data.annotations)" for folder in absent]
-            if not absent:  # what scoring needs is there, and whole
+            if not absent:  # reads all files that scoring needs
                 dataset.load(Files(folders, task.benchmark_name), dataset.questions)
         return trained, asked
 
     def _count(self, path: Path, what: str, read: Callable[[Path], list], images: Path) -> int:
-        """The records of a file."""
+        """Check a file, and count its records."""
         if path.is_file():
             records = read(path)
             self._images(records, path, images)
@@ -131,7 +131,7 @@ class _Checker:
         return made or 0
 
     def _images(self, records: Iterable[Conversation | Question], file: Path, folder: Path) -> None:
-        """Name the first image that is not there, and how many."""
+        """Check that all images exist. The first missing one is named, the others are counted."""
         there: dict[str, bool] = {}
         absent = []
         for record in records:
@@ -145,7 +145,7 @@ class _Checker:
             self.missing.append(f"{folder / absent[0].image} ({file}: record {absent[0].index}{more})")
 
     def _makes(self, path: Path) -> int | None:
-        """Whether the recipe makes a path: its number of records, or 0; None if it does not."""
+        """Number of records of a path that the recipe makes, 0 if it has none; None if it does not make it."""
         if path.resolve() not in self.planned:
             return None
         if path not in self.made:
@@ -154,7 +154,7 @@ class _Checker:
 
 
 def _memory(recipe: Recipe, method: Any, devices: int) -> dict[str, Any]:
-    """Estimates for one device that holds the whole model: parameters exactly, activations by a rule of thumb."""
+    """Estimate the memory of a device that holds the whole model. Activations follow a rule of thumb."""
     config = AutoConfig.from_pretrained(recipe.model.path, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -166,16 +166,16 @@ def _memory(recipe: Recipe, method: Any, devices: int) -> dict[str, Any]:
     text, training = config.text_config, recipe.training
     tokens = training.per_device_batch_size * min(training.max_length, _image_tokens(config) + 128)
     size = BYTES[recipe.model.dtype]
-    # what a decoder layer keeps for backward: about 8 tensors of the hidden size and 3 of the FFN's a token
+    # a decoder layer saves about 8 tensors of hidden size and 3 of FFN size per token for backward
     layer = tokens * size * (8 * text.hidden_size + 3 * text.intermediate_size)
-    kept = layer * text.num_hidden_layers
+    saved = layer * text.num_hidden_layers
     if training.activation_checkpointing:
-        kept = layer + tokens * size * text.hidden_size * text.num_hidden_layers
+        saved = layer + tokens * size * text.hidden_size * text.num_hidden_layers
     logits = tokens * text.vocab_size * (size + 4)
     parts = {
         "base_gib": base * size / GIB,
         "adapter_gib": trainable * OPTIMISER_BYTES / GIB,
-        "activations_gib": (kept + logits) / GIB if trainable else 0.0,
+        "activations_gib": (saved + logits) / GIB if trainable else 0.0,
     }
     return {
         "base_parameters": base,
@@ -191,7 +191,7 @@ def _image_tokens(config: Any) -> int:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """The plan for a reader."""
+    """Print a plan as text."""
     print(f"{plan['name']}: {plan['method']}, into {plan['output']}")
     rows = [("", "stage", "train", "steps", "test", "asked after it")]
     rows += [

@@ -1,9 +1,9 @@
-"""What a recipe can make itself, before it trains: data, a base model.
+"""Preparations: data or a base model that a recipe makes itself before training.
 
 `prepare: {NAME: OPTIONS}` of a recipe names an entry of `PREPARATIONS`, a module with two functions:
 
-    planned(options) -> dict[Path, int | None]   what it makes, each path with the number of its records if it has any
-    prepare(options) -> None                     makes what is not there yet; safe to be killed and started again
+    planned(options) -> dict[Path, int | None]   paths that it makes, each with its number of records if it has any
+    prepare(options) -> None                     makes those that do not exist yet; may be killed and called again
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PREPARATIONS: dict[str, str] = {"minicvit": "smolora.minicvit.prepare"}  # name:
 
 
 def planned(preparations: dict[str, Any]) -> dict[Path, int | None]:
-    """What a recipe's `prepare` makes: resolved paths, each with its number of records if it has any."""
+    """The resolved paths that a recipe's `prepare` section makes, each with its number of records if it has any."""
     paths: dict[Path, int | None] = {}
     for name, options in preparations.items():
         made = _module(name).planned(options or {})
@@ -28,7 +28,7 @@ def planned(preparations: dict[str, Any]) -> dict[Path, int | None]:
 
 
 def prepare(preparations: dict[str, Any]) -> None:
-    """Make it."""
+    """Make the data and models of a recipe's `prepare` section."""
     for name, options in preparations.items():
         _module(name).prepare(options or {})
 

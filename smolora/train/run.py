@@ -24,12 +24,12 @@ from ..evaluate.score import Score
 from ..evaluate.tasks import Task, evaluate_tasks
 from ..io.files import atomic_write_text, locked, read_text, write_json
 from ..recipe import Recipe, TaskRecipe
-from .data import Collator, Samples, TaskSamples, check_samples
+from .data import Collator, StageSamples, TaskSamples, check_samples
 from .methods import Stage, find_method
 from .paths import RunPaths, read, read_if_exists
 from .prepare import prepare
 from .results import collect_results
-from .trainer import ContinualTrainer, steps_of, training_arguments, whole_checkpoints
+from .trainer import ContinualTrainer, complete_checkpoints, steps_of, training_arguments
 
 # Keys of a recipe that may change when a run is continued. They decide how it is computed or what is evaluated at its
 # end, and leave everything that is already there as it is.
@@ -183,7 +183,7 @@ class TrainingRun:
 
     def _last_checkpoint(self, folder: Path) -> Path | None:
         """Find the last complete checkpoint, and remove the torn ones."""
-        whole = whole_checkpoints(folder)
+        whole = complete_checkpoints(folder)
         self.state.wait_for_everyone()  # all have looked before anything is removed or written
         if self.state.is_main_process:
             for path in folder.glob("checkpoint-*"):
@@ -225,13 +225,13 @@ class TrainingRun:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
-    def stage_samples(self, stage: Stage, states: list[Path]) -> Samples:
+    def stage_samples(self, stage: Stage, states: list[Path]) -> StageSamples:
         """The samples of a stage, with those that the method adds."""
         parts = [self._task_samples(task) for task in stage.train]
         extra: dict[str, tuple[TaskRecipe, list[int]]] = {}
         for task, index in self.method.extra_samples(stage, states):
             extra.setdefault(task.name, (task, []))[1].append(index)
-        return Samples([*parts, *(self._task_samples(task, indices) for task, indices in extra.values())])
+        return StageSamples([*parts, *(self._task_samples(task, indices) for task, indices in extra.values())])
 
     def _task_samples(self, task: TaskRecipe, indices: list[int] | None = None) -> TaskSamples:
         instructions = None if self.instructions is None else self.instructions[task.name]

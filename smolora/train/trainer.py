@@ -1,4 +1,4 @@
-"""A thin `transformers.Trainer`: order of samples, a learning rate for the projector, checkpoints that are whole."""
+"""A thin `transformers.Trainer`: reproducible order, a projector learning rate, checkpoints that are complete."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..io.files import fsync_tree, read_text, write_json
 from ..recipe import Recipe
-from .data import GlobalBatches, Samples
+from .data import GlobalBatches, StageSamples
 from .methods.base import Method
 
 PROJECTOR = "multi_modal_projector"
-MARKER = "complete.json"  # written into a checkpoint when all else of it is on the disk
+MARKER = "complete.json"  # written into a checkpoint once all its other files are on disk
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # the new name and the old one
 
 
 class TrainingStoppedError(ValueError):
-    """Training cannot go on; the message names the last good checkpoint."""
+    """Training cannot continue. The message names the last good checkpoint."""
 
 
 def training_arguments(
@@ -37,13 +37,13 @@ def training_arguments(
     """The arguments of a stage's training.
 
     Args:
-        recipe: the run.
-        folder: for checkpoints.
-        epochs, steps, seed: of the stage.
+        recipe: the recipe.
+        folder: folder for checkpoints.
+        epochs, steps, seed: epochs, optimiser steps and seed of the stage.
         on_gpu: whether there is an accelerator to train on.
 
     Raises:
-        ValueError: the global batch is no multiple of what all devices take at a time.
+        ValueError: the global batch is not a multiple of the batches of all devices.
     """
     training = recipe.training
     checkpointing = {}
@@ -83,10 +83,10 @@ def training_arguments(
 
 
 def accumulation(recipe: Recipe, devices: int) -> int:
-    """How many times each device takes a batch before a step.
+    """Number of gradient accumulation steps.
 
     Raises:
-        ValueError: the global batch is no multiple of what all devices take at a time.
+        ValueError: the global batch is not a multiple of the batches of all devices.
     """
     training = recipe.training
     at_once = training.per_device_batch_size * devices
@@ -98,8 +98,8 @@ def accumulation(recipe: Recipe, devices: int) -> int:
     return training.batch_size // at_once
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that were written to their end, oldest first."""
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Find the completely written checkpoints, oldest first."""
     whole = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
@@ -112,8 +112,8 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-class _EpochOfOrder(TrainerCallback):
-    """Tells the sampler its epoch, which does not reach it through all wrappers of a data loader that skips batches."""
+class _SetSamplerEpoch(TrainerCallback):
+    """Tells the sampler its epoch, which some wrappers of a batch-skipping data loader do not pass on."""
 
     def __init__(self, order: GlobalBatches) -> None:
         self.order = order
@@ -126,32 +126,37 @@ class ContinualTrainer(Trainer):
     """Trains one stage.
 
     Args:
-        recipe: the run.
-        method: may add to the loss.
-        samples: what it trains on.
-        resume: the checkpoint that it will go on from.
-        kwargs: as `Trainer` takes them.
+        recipe: the recipe.
+        method: the method, which may add to the loss.
+        samples: the samples of the stage.
+        resume: the checkpoint that training will continue from.
+        kwargs: arguments of `Trainer`.
     """
 
-    def __init__(self, recipe: Recipe, method: Method, samples: Samples, resume: Path | None, **kwargs: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, method: Method, samples: StageSamples, resume: Path | None, **kwargs: Any
+    ) -> None:
         super().__init__(train_dataset=samples, **kwargs)
         self.recipe, self.method = recipe, method
         self.order = GlobalBatches(samples.lengths, recipe.training.batch_size, self.args.seed)
-        self.add_callback(_EpochOfOrder(self.order))
+        self.add_callback(_SetSamplerEpoch(self.order))
         marker = json.loads(read_text(resume / MARKER)) if resume else {"seconds": 0.0, "tokens": 0}
         self._before = marker["seconds"], marker["tokens"]
         self._start = time.monotonic()
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        self._bad = torch.zeros((), dtype=torch.int64, device=self.args.device)  # losses that were no number
+        self._bad = torch.zeros((), dtype=torch.int64, device=self.args.device)  # count of losses that are not finite
 
     @property
     def last_good(self) -> str:
-        """The last whole checkpoint, in words."""
-        whole = whole_checkpoints(Path(self.args.output_dir))
+        """The last complete checkpoint, in words."""
+        whole = complete_checkpoints(Path(self.args.output_dir))
         return f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint of this stage yet"
 
     def cost(self) -> dict[str, float | int]:
-        """Seconds and (unpadded) tokens so far on all processes, killed ones before included; peak memory in bytes."""
+        """Seconds and unpadded tokens so far, with those before a restart, and peak memory in bytes.
+
+        Tokens are summed over all processes.
+        """
         on_gpu = self.args.device.type == "cuda"
         return {
             "seconds": self._before[0] + time.monotonic() - self._start,
@@ -167,7 +172,7 @@ class ContinualTrainer(Trainer):
         return self.order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer`'s, with the projector's adapters in groups of their own if they have another learning rate."""
+        """Create the optimiser, with parameter groups for the projector if it has its own learning rate."""
         if self.optimizer is not None or self.recipe.training.projector_learning_rate is None:
             return super().create_optimizer(model)
         model = self.model if model is None else model
@@ -192,7 +197,7 @@ class ContinualTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss on the answers, and what the method adds."""
+        """The loss on the answers, plus the term that the method adds."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         extra = self.method.extra_loss(self.accelerator.unwrap_model(model), inputs, outputs)
         if extra is not None:
@@ -202,10 +207,10 @@ class ContinualTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def check_finite(self) -> None:
-        """Stop if a loss was no number, or if an adapter is.
+        """Stop if a loss since the last check or an adapter is not finite.
 
         Raises:
-            TrainingStoppedError: with the last good checkpoint, which is from before.
+            TrainingStoppedError: one is. The message names the last good checkpoint.
         """
         bad = self._bad.clone()
         for parameter in self.model.parameters():
@@ -224,7 +229,7 @@ class ContinualTrainer(Trainer):
     # ---- checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint that counts when it is whole; then the older ones go.
+        """Write a checkpoint, mark it as complete, and then remove the older ones.
 
         Raises:
             TrainingStoppedError: it cannot be written.
@@ -249,7 +254,7 @@ class ContinualTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer`'s, which under DeepSpeed's ZeRO-3 leaves out what is frozen: not the routers here."""
+        """Save the model with frozen routers, which `Trainer` leaves out under DeepSpeed's ZeRO-3."""
         frozen = []
         if self.is_deepspeed_enabled:
             prefix = self.accelerator.unwrap_model(self.model).base_model.prefix
@@ -263,10 +268,10 @@ class ContinualTrainer(Trainer):
                 parameter.requires_grad_(False)
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter into a folder, whole.
+        """Write the adapter into a folder, and sync it to disk.
 
         Raises:
-            TrainingStoppedError: it cannot be written, or it is no number.
+            TrainingStoppedError: it cannot be written, or is not finite.
         """
         self.check_finite()
         try:
@@ -283,5 +288,5 @@ class ContinualTrainer(Trainer):
 
 
 def steps_of(samples: int, batch_size: int, epochs: float) -> int:
-    """Optimiser steps of a stage with this many samples."""
+    """Number of optimiser steps of a stage."""
     return math.ceil(-(-samples // batch_size) * epochs)

@@ -1,4 +1,4 @@
-"""Methods of continual tuning, a file each behind the interface of `Method`."""
+"""Methods of continual tuning, behind the interface of `Method`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["METHODS", "Method", "Stage", "find_method"]
 
 
 def find_method(name: str) -> type[Method]:
-    """The method of that name.
+    """Find a method by name.
 
     Raises:
         ValueError: there is none. The message has the nearest name and all of them.

@@ -1,4 +1,4 @@
-"""The interface of a method: what it may decide about a run of tasks."""
+"""The interface of a method of continual tuning."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ...tuner.model import DEFAULT_TARGETS
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run: training on some tasks, then questions.
+    """A part of a run: training on some tasks, then evaluation.
 
     Args:
-        name: its folder in the run's.
-        train: the tasks that it trains on; without any it trains nothing.
-        test: the tasks that are asked after it.
-        starts_from: the stage whose adapter it starts from; None to start anew.
-        table: the folder of its answers; None for its own.
+        name: its folder in the run's folder.
+        train: the tasks that it trains on, possibly none.
+        test: the tasks that are evaluated after it.
+        starts_from: the stage whose adapter it starts from; None for a new adapter.
+        table: folder for its answers; None for its own.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Stage:
 
 
 class Method:
-    """A method of continual tuning: sequential by default, with one adapter that goes from task to task.
+    """A method of continual tuning. By default it is sequential, with one adapter that is tuned on task after task.
 
-    A method is made once a run and asked in the order of its stages. A stage that was finished by a killed process is
-    not asked again, so what a later stage needs of it must be in `save_state`'s folder.
+    There is one object per run, and its hooks are called in the order of the stages. They are not called again for a
+    stage that a killed process has finished, so `save_state` must write what later stages need of it.
 
     Args:
-        recipe: the run.
+        recipe: the recipe of the run.
     """
 
     name: ClassVar[str]
@@ -52,7 +52,7 @@ class Method:
     # ---- the course of the run
 
     def stages(self) -> list[Stage]:
-        """The stages of the upstream tasks; each asks all tasks seen so far."""
+        """The stages of the upstream tasks. Each evaluates all tasks seen so far."""
         tasks = self.recipe.tasks
         stages: list[Stage] = []
         for k, task in enumerate(tasks, 1):
@@ -61,7 +61,7 @@ class Method:
         return stages
 
     def downstream(self) -> list[Stage]:
-        """The stages of the downstream tasks, each from the last upstream one; a table's answers lie together."""
+        """The stages of the downstream tasks, each from the last upstream one, with one folder of answers per table."""
         last = self.stages()[-1]
         return [
             Stage(f"downstream-{table}/{task.name}", self.few_shot(task), (task,), last, f"downstream-{table}")
@@ -70,25 +70,25 @@ class Method:
         ]
 
     def few_shot(self, task: TaskRecipe) -> tuple[TaskRecipe, ...]:
-        """What a downstream task trains on."""
+        """The tasks that a downstream stage trains on."""
         return () if task.train is None else (task,)
 
     def matrix(self, scores: list[dict[str, float]]) -> list[list[float]]:
-        """The accuracy (or MIF) matrix, from each finished stage's figures by task."""
+        """The accuracy or MIF matrix, from the figures of each finished stage by task."""
         return [[row[task.name] for task in stage.test] for stage, row in zip(self.stages(), scores, strict=False)]
 
     # ---- the model of a stage
 
     def adapter(self, base: nn.Module) -> PeftConfig | None:
-        """The configuration of a new adapter; None for a method without."""
-        raise NotImplementedError  # every method says it: there is no default
+        """The configuration of a new adapter; None for a method without adapters."""
+        raise NotImplementedError  # there is no default
 
     def start(self, base: nn.Module, previous: Path | None) -> nn.Module:
         """The model that a stage trains.
 
         Args:
             base: the base model, on its device.
-            previous: the adapter that it starts from; None for a new one.
+            previous: folder of the adapter to start from; None for a new one.
         """
         if previous is not None:
             return PeftModel.from_pretrained(base, previous, is_trainable=True)
@@ -98,11 +98,11 @@ class Method:
         return get_peft_model(base, config)
 
     def load(self, base: nn.Module, adapter: Path | None) -> nn.Module:
-        """The model that answers after a stage, from the stage's adapter."""
+        """The model that is evaluated after a stage."""
         return base if adapter is None else PeftModel.from_pretrained(base, adapter)
 
     def targets(self, base: nn.Module) -> Any:
-        """The modules that adapters are put in: the same for all methods."""
+        """The modules that get adapters, the same for all methods."""
         chosen = self.recipe.adapter.get("target_modules")
         kind = base.config.model_type
         if chosen is None and kind not in DEFAULT_TARGETS:
@@ -110,33 +110,33 @@ class Method:
         return chosen or DEFAULT_TARGETS[kind]
 
     def settings(self) -> dict[str, Any]:
-        """Sections of the recipe as this method takes them, for the results: what is not used is left out."""
-        rank, alpha = new_rank(self.recipe)
+        """Sections of the recipe as this method uses them, for the results."""
+        rank, alpha = baseline_rank(self.recipe)
         return {"adapter": {}, "baseline": {"rank": rank, "alpha": alpha}}
 
-    # ---- room for more than an adapter
+    # ---- hooks for methods that need more than an adapter
 
     def extra_samples(self, stage: Stage, states: list[Path]) -> list[tuple[TaskRecipe, int]]:
-        """Samples to train on besides the stage's own: (task, index in its training file) each, as a replay would.
+        """Samples to train on besides the stage's own, such as replayed ones: (task, index in its training file) each.
 
         Args:
-            stage: the stage that begins.
+            stage: the stage that starts.
             states: folders with the state of each earlier stage.
         """
         return []
 
     def prepare(self, model: nn.Module, stage: Stage, states: list[Path]) -> None:
-        """Called before a stage's training, with the earlier stages' folders."""
+        """Called before a stage is trained, with the folders of the earlier stages' state."""
 
     def extra_loss(self, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> Tensor | None:
-        """A term to add to the loss of a micro-batch; the mean over a step's micro-batches counts."""
+        """A term for the loss of a micro-batch. Terms are averaged over the micro-batches of a step."""
         return None
 
     def save_state(self, model: nn.Module, stage: Stage, folder: Path) -> None:
-        """Called after a stage's training: put into the folder, which exists, what later stages need."""
+        """Called after a stage is trained, to write what later stages need into an existing folder."""
 
 
-def new_rank(recipe: Recipe) -> tuple[int, float]:
+def baseline_rank(recipe: Recipe) -> tuple[int, float]:
     """Rank and alpha of a baseline's LoRA.
 
     By default the rank is r (M + N), as many trainable parameters as SMoLoRA's experts have, and alpha gives the same

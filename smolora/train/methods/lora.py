@@ -1,4 +1,4 @@
-"""LoRA by PEFT: one adapter through all tasks, one a task, or one for all tasks at once."""
+"""PEFT's LoRA: one adapter tuned on task after task, one per task, or one for all tasks at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from .base import Method, Stage, new_rank
+from .base import Method, Stage, baseline_rank
 
 
 class SeqLoRA(Method):
@@ -16,15 +16,18 @@ class SeqLoRA(Method):
     name = "seqlora"
 
     def adapter(self, base: nn.Module) -> PeftConfig:
-        rank, alpha = new_rank(self.recipe)
+        rank, alpha = baseline_rank(self.recipe)
         return LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=self.recipe.adapter_config().lora_dropout,
-            target_modules=self.targets(base), exclude_modules=self.recipe.adapter.get("exclude_modules"),
-        )  # fmt: skip
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=self.recipe.adapter_config().lora_dropout,
+            target_modules=self.targets(base),
+            exclude_modules=self.recipe.adapter.get("exclude_modules"),
+        )
 
 
 class DirLoRA(SeqLoRA):
-    """A LoRA of its own for each task, which is the one that answers the task's questions: nothing is forgotten."""
+    """One LoRA per task, which alone answers the task's questions, so nothing is forgotten."""
 
     name = "dirlora"
     metrics_method = "dirlora"
@@ -38,7 +41,7 @@ class DirLoRA(SeqLoRA):
 
 
 class Multitask(SeqLoRA):
-    """One LoRA, tuned on all tasks together."""
+    """One LoRA, tuned on all tasks at once."""
 
     name = "multitask"
 

@@ -12,7 +12,7 @@ from .base import Method
 
 
 class SMoLoRA(Method):
-    """Separable mixture of low-rank adaptation: VU and IF experts, fused by alpha and beta."""
+    """Separable mixture of low-rank adaptation: VU and IF experts, fused with weights alpha and beta."""
 
     name = "smolora"
     takes_instructions = True
@@ -30,21 +30,21 @@ class SMoLoRA(Method):
 
 
 class SMoLoRAVisual(SMoLoRA):
-    """The visual-understanding experts alone."""
+    """The visual-understanding experts only."""
 
     name = "smolora-vu"
     fusion = "vu"
 
 
 class SMoLoRAInstruction(SMoLoRA):
-    """The instruction-following experts alone."""
+    """The instruction-following experts only."""
 
     name = "smolora-if"
     fusion = "if"
 
 
 class SMoLoRAMean(SMoLoRA):
-    """Both branches, each with a share of one half."""
+    """Both branches, each with weight one half."""
 
     name = "smolora-mean"
     fusion = "mean"

@@ -1,4 +1,4 @@
-"""The base model as it is."""
+"""The base model without adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Method, Stage
 
 
 class ZeroShot(Method):
-    """No training: the base model answers."""
+    """No training: the base model is evaluated."""
 
     name = "zeroshot"
 

@@ -91,11 +91,17 @@ def make_world(root: Path, *, train: int = 12, ask: int = 4, dtype: str = "float
             ],
         },
         "training": {
-            "batch_size": 4, "per_device_batch_size": 2, "learning_rate": 0.03, "warmup_ratio": 0.1, "save_steps": 2,
-            "logging_steps": 1, "workers": 0, "epochs": 2,
+            "batch_size": 4,
+            "per_device_batch_size": 2,
+            "learning_rate": 0.03,
+            "warmup_ratio": 0.1,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "workers": 0,
+            "epochs": 2,
         },
         "evaluation": {"max_new_tokens": 6, "workers": 0, "token_budget": 300},
-    }  # fmt: skip
+    }
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path

@@ -10,7 +10,7 @@ import torch
 import small_llava
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import PromptEncoder
-from smolora.evaluate.generate import Job, generate_answers
+from smolora.evaluate.generate import AnswerJob, generate_answers
 from support.answers import BATCHED
 
 
@@ -82,7 +82,7 @@ def generate(model, encoder, transform, tmp_path):
     def run(questions, name="answers.jsonl", settings=BATCHED, embed=small_llava.embed_questions, model=model, **job):
         job = {"dataset": "VQAv2", "model_id": "small", **job}
         output = tmp_path / name
-        job = Job(questions=questions, images=questions.parent, output=output, **job)
+        job = AnswerJob(questions=questions, images=questions.parent, output=output, **job)
         generate_answers(model, encoder, transform, job, embed=embed, settings=settings)
         return output
 
@@ -93,7 +93,7 @@ def generate(model, encoder, transform, tmp_path):
 def whole(model, encoder, transform, questions, tmp_path_factory):
     """The answers of an uninterrupted run in one process."""
     output = tmp_path_factory.mktemp("whole") / "whole.jsonl"
-    job = Job("VQAv2", questions, questions.parent, output, "small")
+    job = AnswerJob("VQAv2", questions, questions.parent, output, "small")
     generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
     return output
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import small_llava
 from smolora.data.format import read_answers
 from smolora.data.prompts import PromptEncoder
-from smolora.evaluate.generate import GenerationSettings, Job, answer_id, generate_answers, plan_batches
+from smolora.evaluate.generate import AnswerJob, GenerationSettings, answer_id, generate_answers, plan_batches
 from smolora.evaluate.score import score, skipped_path
 from smolora.io.files import locked
 from support.answers import BATCHED, info, read
@@ -49,10 +49,15 @@ def test_answers_are_those_of_generate_alone(whole, questions, model, encoder, t
         pixels = {} if image is None else {"pixel_values": transform(image)[None]}
         with torch.no_grad():
             sequence = model.generate(
-                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), **pixels,
-                instruction_embeds=small_llava.embed_questions([record["text"]]), do_sample=False, max_new_tokens=5,
-                eos_token_id=2, pad_token_id=0,
-            )[0, len(ids) :].tolist()  # fmt: skip
+                input_ids=torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                **pixels,
+                instruction_embeds=small_llava.embed_questions([record["text"]]),
+                do_sample=False,
+                max_new_tokens=5,
+                eos_token_id=2,
+                pad_token_id=0,
+            )[0, len(ids) :].tolist()
         if 2 in sequence:
             sequence = sequence[: sequence.index(2)]
         assert line["text"] == " ".join(map(str, sequence))
@@ -170,21 +175,21 @@ def test_killed_again_and_again(whole, generate, questions, tmp_path):
 
 def test_a_finished_run_is_not_done_again(model, questions, whole, encoder, transform, count_batches):
     before, calls = whole.stat().st_mtime_ns, count_batches()
-    job = Job("VQAv2", questions, questions.parent, whole, "small")
+    job = AnswerJob("VQAv2", questions, questions.parent, whole, "small")
     found = generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
     assert found == info(whole) and whole.stat().st_mtime_ns == before and not calls
 
 
 def test_a_finished_run_needs_no_lock(model, questions, whole, encoder, transform):
     """It is read, also where nothing may be written."""
-    job = Job("VQAv2", questions, questions.parent, whole, "small")
+    job = AnswerJob("VQAv2", questions, questions.parent, whole, "small")
     with locked(whole.with_name(whole.name + ".lock"), "whole"):
         found = generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
     assert found == info(whole)
 
 
 def test_other_weights_under_the_same_name_are_another_run(questions, whole, encoder, transform):
-    job = Job("VQAv2", questions, questions.parent, whole, "small")
+    job = AnswerJob("VQAv2", questions, questions.parent, whole, "small")
     other = small_llava.small_adapter(small_llava.small_llava(), seed=2)
     with pytest.raises(ValueError, match=r"belongs to another run .weights"):
         generate_answers(other, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
@@ -278,7 +283,7 @@ def test_nothing_is_merged_unless_every_batch_is_in(whole, generate, questions, 
     ],
 )
 def test_another_run_is_not_continued(model, encoder, transform, questions, whole, model_id, settings, match):
-    job = Job("VQAv2", questions, questions.parent, whole, model_id)
+    job = AnswerJob("VQAv2", questions, questions.parent, whole, model_id)
     with pytest.raises(ValueError, match=rf"whole\.jsonl belongs to another run .*{match}"):
         generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=settings)
 
@@ -429,7 +434,7 @@ def test_a_text_that_cannot_be_tokenised_is_named_or_listed(model, transform, br
     records = [{**record, "image": None} for record in json.loads(broken.read_text())]
     records[3]["text"] = "Is it <picture>?"
     broken.write_text(json.dumps(records))
-    job = Job("VQAv2", broken, broken.parent, tmp_path / "a.jsonl", "m")
+    job = AnswerJob("VQAv2", broken, broken.parent, tmp_path / "a.jsonl", "m")
     with pytest.raises(ValueError, match=r"record 3: a text must not hold '<picture>'"):
         generate_answers(model, other, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
     settings = replace(BATCHED, skip_broken=True)

@@ -339,8 +339,13 @@ def test_a_new_dataset_is_one_entry(tmp_path, monkeypatch):
     monkeypatch.setitem(DATASETS, "Mine", entry)
     answers = vqa_files(tmp_path, ["dog"], ["Dog."])
     assert score("Mine", [tmp_path], answers).as_dict() == {
-        "dataset": "Mine", "protocol": "smolora", "metric": "accuracy", "score": 100, "mif": 100, "count": 1,
-    }  # fmt: skip
+        "dataset": "Mine",
+        "protocol": "smolora",
+        "metric": "accuracy",
+        "score": 100,
+        "mif": 100,
+        "count": 1,
+    }
     assert score("Mine", [tmp_path], answers, "standard").metric == "length"
 
 
@@ -377,7 +382,7 @@ def test_captions_have_both_metrics(capsys):
     assert cli.main([*command, "--protocol", "standard"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("TextCaps (protocol standard): cider_d 301.94, cider ")
-    assert f"cider {golden('TextCaps', 'standard').further['cider']:.2f}," in printed
+    assert f"cider {golden('TextCaps', 'standard').extra_metrics['cider']:.2f}," in printed
 
 
 def test_command_prints_json(capsys):

@@ -64,11 +64,19 @@ def write_run(
             layers = routing(k + len(task)) if method == "smolora" else []
             path.with_suffix(".info.json").write_text(json.dumps({"routing": layers}))
     content = {
-        "method": method, "benchmark": "CVIT", "setting": "single", "protocol": "smolora", "tasks": list(tasks),
-        "stages": stages, "matrix": matrix, "mif": [[90.0] * len(row) for row in matrix], "tests": tests,
+        "method": method,
+        "benchmark": "CVIT",
+        "setting": "single",
+        "protocol": "smolora",
+        "tasks": list(tasks),
+        "stages": stages,
+        "matrix": matrix,
+        "mif": [[90.0] * len(row) for row in matrix],
+        "tests": tests,
         "config": {"adapter": {"num_vu_experts": experts // 2, "num_if_experts": experts // 2}},
-        "versions": {"torch": "2.13.0"}, **results,
-    }  # fmt: skip
+        "versions": {"torch": "2.13.0"},
+        **results,
+    }
     if method != "smolora":
         content["config"] = {}
     content |= continual_metrics(tasks, content["matrix"], content["mif"])

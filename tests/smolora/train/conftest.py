@@ -23,9 +23,13 @@ def short(world, tmp_path):
 
     def load(*overrides: str, one_task: bool = False) -> Recipe:
         quick = [
-            f"output={tmp_path / 'run'}", "downstream={}", "training.epochs=1", "training.batch_size=12",
-            "training.per_device_batch_size=12", "evaluation.max_new_tokens=2",
-        ]  # fmt: skip
+            f"output={tmp_path / 'run'}",
+            "downstream={}",
+            "training.epochs=1",
+            "training.batch_size=12",
+            "training.per_device_batch_size=12",
+            "evaluation.max_new_tokens=2",
+        ]
         recipe = load_recipe(world, [*quick, *overrides])
         return dataclasses.replace(recipe, tasks=recipe.tasks[:1]) if one_task else recipe
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smolora.data.prompts import SYSTEM, PromptEncoder
-from smolora.train.data import Collator, GlobalBatches, Samples, TaskSamples
+from smolora.train.data import Collator, GlobalBatches, StageSamples, TaskSamples
 from smolora.train.run import TrainingRun
 from support.train_world import OBJECT, SENTENCE
 
@@ -139,6 +139,6 @@ def test_samples_of_several_tasks(loaded):
     run = loaded()
     parts = [TaskSamples(run.recipe, task, run.encoder, None) for task in run.recipe.tasks]
     parts.append(TaskSamples(run.recipe, run.recipe.tasks[0], run.encoder, None, [7]))
-    samples = Samples(parts)
+    samples = StageSamples(parts)
     assert len(samples) == len(samples.lengths) == 25
     assert samples[24] == parts[0][7] and samples[12] == parts[1][0]

@@ -17,23 +17,37 @@ from smolora.train.run import TrainingRun
 
 ROOT = Path(__file__).parents[3]
 SAME = (
-    "adapter.lora_dropout=0", "training.epochs=1", "training.batch_size=4", "training.logging_steps=1",
+    "adapter.lora_dropout=0",
+    "training.epochs=1",
+    "training.batch_size=4",
+    "training.logging_steps=1",
     "training.save_steps=2",
-)  # fmt: skip
+)
 
 
 def launch(recipe: Path, *overrides: str) -> None:
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            str(ROOT / "tests/lib/support/two_ranks.py"), str(recipe), *overrides,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(ROOT / "tests/lib/support/two_ranks.py"),
+            str(recipe),
+            *overrides,
         ],
         env={
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
             "PYTHONSAFEPATH": "1",
         },
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -147,9 +147,12 @@ def test_what_a_recipe_makes_is_listed_and_not_required(world, tmp_path, monkeyp
     monkeypatch.setattr(prepare, "PREPARATIONS", {"made": "made_module"})
     monkeypatch.setitem(__import__("sys").modules, "made_module", module)
     overrides = [
-        "prepare={made: {scale: 2}}", f"data.root={root}", f"model.path={root / 'base'}", "downstream={}",
+        "prepare={made: {scale: 2}}",
+        f"data.root={root}",
+        f"model.path={root / 'base'}",
+        "downstream={}",
         "tasks=[{name: ImageNet, train: ImageNet/train.json, test: ImageNet/test.json}]",
-    ]  # fmt: skip
+    ]
     plan = make_plan(load_recipe(world, overrides))
     assert (plan["stages"][0]["train"], plan["stages"][0]["test"], plan["stages"][0]["steps"]) == (10, 3, 6)
     assert set(plan["makes"]) == {str(path) for path in made} and plan["memory"] is None

@@ -30,8 +30,9 @@ def killed_runs(recipe: Path, seed: int, kills: int) -> list[dict]:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/lib/support/killed.py"), str(recipe), str(seed), str(kills)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"run"')]
 

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from smolora.train.methods import METHODS
 from smolora.train.methods.smolora import SMoLoRA
 from smolora.train.run import TrainingRun
-from smolora.train.trainer import ContinualTrainer, TrainingStoppedError, training_arguments, whole_checkpoints
+from smolora.train.trainer import ContinualTrainer, TrainingStoppedError, complete_checkpoints, training_arguments
 
 
 @pytest.fixture
@@ -96,10 +96,14 @@ def test_what_changes_nothing(short, tmp_path, change, dropout):
     for name, changes in (("as it is", ()), ("changed", (change,))):
         run = TrainingRun(
             short(
-                f"output={tmp_path / name}", f"adapter.lora_dropout={dropout}", "training.epochs=2",
-                "training.logging_steps=1", "training.warmup_ratio=0", *changes,
+                f"output={tmp_path / name}",
+                f"adapter.lora_dropout={dropout}",
+                "training.epochs=2",
+                "training.logging_steps=1",
+                "training.warmup_ratio=0",
+                *changes,
             )
-        )  # fmt: skip
+        )
         run.load_processors()
         run.train_stage(run.method.stages()[0], [])
         log = json.loads((tmp_path / name / "stage-1-ImageNet/log.json").read_text())
@@ -138,7 +142,7 @@ def test_a_loss_that_is_no_number_stops(short, tmp_path, monkeypatch):
     good = tmp_path / "run/stage-1-ImageNet/checkpoints/checkpoint-2"
     with pytest.raises(TrainingStoppedError, match=rf"not a finite number.*the last good checkpoint is {good}"):
         TrainingRun(recipe)()
-    assert whole_checkpoints(good.parent) == [good]
+    assert complete_checkpoints(good.parent) == [good]
     assert not (tmp_path / "run/stage-1-ImageNet/adapter").exists()
     monkeypatch.undo()
     assert TrainingRun(recipe)()["training"]["stage-1-ImageNet"]["steps"] == 6
@@ -165,7 +169,7 @@ def test_a_full_disk_stops(short, tmp_path):
                 TrainingRun(recipe)()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert whole_checkpoints(good.parent) == [good]
+    assert complete_checkpoints(good.parent) == [good]
     assert TrainingRun(recipe)()["training"]["stage-1-ImageNet"]["steps"] == 6
 
 
@@ -185,5 +189,5 @@ def test_torn_checkpoints_do_not_count(tmp_path):
     checkpoint(12, {"a": b"12"}, {"a": 2, "b": 1})
     checkpoint(13, {"a": b"12"}, None)
     (checkpoint(14, {"a": b"12"}, None) / "complete.json").write_text('{"files": {"a"')
-    assert whole_checkpoints(tmp_path) == [nine, ten]
-    assert whole_checkpoints(tmp_path / "nothing") == []
+    assert complete_checkpoints(tmp_path) == [nine, ten]
+    assert complete_checkpoints(tmp_path / "nothing") == []

@@ -1,4 +1,4 @@
-"""What the processes of an evaluation have written so far, so that it can be killed and started again."""
+"""Answer shards: one file of finished batches per process, so that a killed evaluation can be continued."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 
-class Parts:
-    """What the processes of a run have written so far: a line a batch, a file a process.
+class AnswerShards:
+    """The finished batches of an evaluation: one line per batch, one file per process.
 
     Args:
-        output: the answers file that they will become.
-        run: what the run is; parts of another are refused.
+        output: the answers file that they are merged into.
+        run: settings of the run. Shards of a run with other settings are refused.
     """
 
     def __init__(self, output: Path, run: dict[str, Any]) -> None:
@@ -23,42 +23,43 @@ class Parts:
         self.run = run
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """The batches that are there, by number.
+        """Read the finished batches, by number.
 
         Raises:
-            ValueError: they belong to a run with other settings, or a file is broken elsewhere than at its end.
+            ValueError: they belong to a run with other settings, or a file is broken before its last line.
         """
         done = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for line in _whole_lines(path):
+            for line in _complete_lines(path):
                 try:
                     content = json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"{path} is broken ({error}): remove it") from error
                 if "run" in content:
-                    same_run(content["run"], self.run, self.folder)
+                    check_same_run(content["run"], self.run, self.folder)
                 else:
                     done[content["batch"]] = content
         return done
 
-    def writer(self, process: int) -> Writer:
-        """Appends to the file of one process."""
+    def writer(self, process: int) -> ShardWriter:
+        """Open the shard of one process for appending."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return Writer(self.folder / f"process-{process}.jsonl", self.run)
+        return ShardWriter(self.folder / f"process-{process}.jsonl", self.run)
 
     def remove(self) -> None:
+        """Remove all shards."""
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
 
 
-class Writer:
-    """Appends lines, each on the disk before the next begins; what a killed process tore is cut off."""
+class ShardWriter:
+    """Appends lines to a shard, each synced to disk before the next. A torn last line is cut off first."""
 
     def __init__(self, path: Path, run: dict[str, Any]) -> None:
         self.path, self.run = path, run
 
     def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        kept = b"".join(_whole_lines(self.path)) if self.path.exists() else b""
+        kept = b"".join(_complete_lines(self.path)) if self.path.exists() else b""
         self.file = self.path.open("r+b" if self.path.exists() else "wb")
         self.file.truncate(len(kept))
         self.file.seek(len(kept))
@@ -75,15 +76,15 @@ class Writer:
         self.file.close()
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def _complete_lines(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def same_run(found: dict[str, Any], run: dict[str, Any], where: Path) -> None:
-    """Refuse to go on with what belongs to another run.
+def check_same_run(found: dict[str, Any], run: dict[str, Any], where: Path) -> None:
+    """Refuse to continue what belongs to a run with other settings.
 
     Raises:
-        ValueError: the two differ; the message says in what.
+        ValueError: the settings differ. The message says which.
     """
     different = [f"{name} {found.get(name)!r}, now {run[name]!r}" for name in run if found.get(name) != run[name]]
     if different:
