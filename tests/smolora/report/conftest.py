@@ -11,9 +11,8 @@ from PIL import Image
 
 from smolora.evaluate.metrics import continual_metrics
 from smolora.report import write_report
+from support.reports import MATRIX, TASKS
 
-MATRIX = [[80.0], [70.0, 60.0], [50.0, 40.0, 150.0]]
-TASKS = ["ScienceQA", "TextVQA", "Flickr30k"]
 LAYERS = ["projector.linear_1", "layers.0.mlp.up_proj", "layers.0.mlp.down_proj"]
 
 

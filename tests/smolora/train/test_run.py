@@ -21,7 +21,12 @@ from smolora.train.run import TrainingRun
 from support.train_world import make_world
 
 ROOT = Path(__file__).parents[3]
-STAGES = ("stage-1-ImageNet", "stage-2-Flickr30k", "downstream-few-shot/Places365, 2-shot")
+LOSSES = {  # stage: the loss of every step, recorded; test_curve.py holds such a curve to the paper's equations
+    "stage-1-ImageNet": [5.931, 5.917, 5.931, 5.459, 5.346, 4.953],
+    "stage-2-Flickr30k": [5.404, 5.474, 5.093, 4.790, 4.626, 4.583],
+    "downstream-few-shot/Places365, 2-shot": [5.111, 4.756],
+}
+STAGES = tuple(LOSSES)
 
 
 def killed_runs(recipe: Path, seed: int, kills: int) -> list[dict]:
@@ -100,7 +105,7 @@ def test_what_a_run_leaves(killed):
         assert (run / stage / "adapter/adapter_model.safetensors").is_file()
         assert not (run / stage / "checkpoints").exists() and not (run / stage / "kept").exists()
         log = [line["loss"] for line in json.loads((run / stage / "log.json").read_text()) if "loss" in line]
-        assert log[-1] < log[0] - 0.3, "it learns"
+        assert log == pytest.approx(LOSSES[stage], abs=0.05)
     assert results["training"]["stage-1-ImageNet"]["steps"] == 6
     assert len((run / "stage-2-Flickr30k/answers/ImageNet.jsonl").read_text().splitlines()) == 4
     assert json.loads((run / "stage-2-Flickr30k/answers/ImageNet.info.json").read_text())["routing"]
