@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -176,10 +176,15 @@ def generate_answers(
 
 def _exclusive(output: Path, state: PartialState) -> AbstractContextManager[None]:
     """The lock of an answers file that is still to be written. The main process holds it for all processes."""
-    finished = output.exists() and not AnswerShards(output, {}).folder.exists()
-    if finished or not state.is_main_process:
+    lock = output.with_name(output.name + ".lock")
+    if not state.is_main_process:
         return nullcontext()
-    return locked(output.with_name(output.name + ".lock"), str(output))
+    if output.exists() and not AnswerShards(output, {}).folder.exists():  # finished: it is only read
+        if lock.exists():
+            with suppress(OSError), locked(lock, str(output)):
+                pass  # a run that was killed at its very end left it, and letting go of it removes it
+        return nullcontext()
+    return locked(lock, str(output))
 
 
 def _answer_all(

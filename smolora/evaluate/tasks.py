@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -117,7 +118,8 @@ def evaluate_tasks(
         padding: "all" pads every image to a square, as in training. "released" does not for the four datasets that the
             released evaluation does not pad.
         protocol: protocol of the scores.
-        on_score: called on the main process with each task's name, score and seconds, just before the score is saved.
+        on_score: called on the main process with each task's name, score and seconds. By default, the score is added to
+            scores.json of `output`, which other processes may write at the same time.
 
     Returns:
         Scores by task, the same on every process.
@@ -131,6 +133,7 @@ def evaluate_tasks(
     if len(set(names)) < len(names):
         raise ValueError(f"tasks must have different names, got {names}")
     settings = settings or GenerationSettings()
+    save = on_score or partial(_add_score, output / "scores.json")
     scores = {}
     for task in tasks:
         start = time.monotonic()
@@ -146,14 +149,12 @@ def evaluate_tasks(
         )
         result = scores[task.name] = score(task.dataset, task.annotations, answers, protocol)
         if PartialState().is_main_process:
-            if on_score is not None:
-                on_score(task.name, result, time.monotonic() - start)
-            _save_score(output / "scores.json", task.name, result)
+            save(task.name, result, time.monotonic() - start)
     return scores
 
 
-def _save_score(path: Path, name: str, result: Score) -> None:
-    """Add a task's score to those in the file."""
-    with locked(path.with_name(f"{path.name}.lock"), str(path), wait=True):  # another process may add another task
+def _add_score(path: Path, name: str, result: Score, seconds: float) -> None:
+    """Add a task's score to those in a file."""
+    with locked(path.with_name(f"{path.name}.lock"), str(path), wait=True):
         content = json.loads(read_text(path)) if path.exists() else {}
         write_json(path, {**content, name: result.as_dict()})

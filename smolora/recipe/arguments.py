@@ -36,13 +36,13 @@ OWN_ARGUMENTS = {  # field of TrainingArguments: the key of a recipe, or the par
     "fp16": "model.dtype",
 }
 
-_UNSEEN = "the model would route by what it does not have when it is asked"
-_STOPPED = "a run that was stopped and goes on would not equal one that was not"
-_SAMPLES = "how many samples a step has is said by training.batch_size, whatever the devices are"
-_ASKED = "a stage is asked after its training, as `evaluation` says, and not in between"
+_UNSEEN = "which it does not have when it answers"
+_STOPPED = "a run that was stopped and continued would differ from one that was not"
+_SAMPLES = "training.batch_size alone decides how many samples a step has, on any number of devices"
+_EVALUATED = "a stage is evaluated after its training, by the section `evaluation`"
 REFUSED_ARGUMENTS = {  # field of TrainingArguments: why it must keep its default
-    "label_smoothing_factor": f"without labels in its forward {_UNSEEN}, the answer",
-    "neftune_noise_alpha": f"{_UNSEEN}, noise",
+    "label_smoothing_factor": f"without labels in its forward, the model would route by the answer, {_UNSEEN}",
+    "neftune_noise_alpha": f"the model would route by noise, {_UNSEEN}",
     "save_only_model": _STOPPED,
     "ignore_data_skip": _STOPPED,
     "dataloader_in_order": _STOPPED,
@@ -50,7 +50,7 @@ REFUSED_ARGUMENTS = {  # field of TrainingArguments: why it must keep its defaul
     "auto_find_batch_size": _SAMPLES,
     "accelerator_config": _SAMPLES,
     "parallelism_config": _SAMPLES,
-    "local_rank": "it is the launcher's",
+    "local_rank": "the launcher sets it",
     "average_tokens_across_devices": "the loss would depend on the number of devices",
     "dataloader_drop_last": "a stage trains on all of its samples",
     **dict.fromkeys(
@@ -76,7 +76,7 @@ REFUSED_ARGUMENTS = {  # field of TrainingArguments: why it must keep its defaul
             "per_device_eval_batch_size",
             "prediction_loss_only",
         ),
-        _ASKED,
+        _EVALUATED,
     ),
 }
 

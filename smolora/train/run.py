@@ -247,10 +247,12 @@ class TrainingRun:
             return
         timing = read_if_exists(folder / "evaluation.json")
 
-        def report(name: str, score: Score, seconds: float) -> None:
+        def save(name: str, score: Score, seconds: float) -> None:
             score.show()
+            scores[name] = score.as_dict()
             timing[name] = {"seconds": seconds, "answers_per_second": score.count / seconds}
             write_json(folder / "evaluation.json", timing)
+            write_json(folder / "scores.json", scores)
 
         evaluation = self.recipe.evaluation
         model = self.method.load(self.base_model(), self.paths.evaluated_adapter(stage)).eval()
@@ -266,7 +268,7 @@ class TrainingRun:
             max_new_tokens=evaluation.max_new_tokens,
             padding=evaluation.padding,
             protocol=evaluation.protocol,
-            on_score=report,
+            on_score=save,
         )
         self.state.wait_for_everyone()
         del model

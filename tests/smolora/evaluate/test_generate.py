@@ -188,6 +188,14 @@ def test_a_finished_run_needs_no_lock(model, questions, whole, encoder, transfor
     assert found == info(whole)
 
 
+def test_the_lock_of_a_run_that_was_killed_at_its_end_is_removed(model, questions, whole, encoder, transform):
+    lock = whole.with_name(whole.name + ".lock")
+    lock.write_text("process 1 on nowhere\n")
+    job = AnswerJob("VQAv2", questions, questions.parent, whole, "small")
+    found = generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+    assert found == info(whole) and not lock.exists()
+
+
 def test_other_weights_under_the_same_name_are_another_run(questions, whole, encoder, transform):
     job = AnswerJob("VQAv2", questions, questions.parent, whole, "small")
     other = small_llava.small_adapter(small_llava.small_llava(), seed=2)
