@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,10 +13,12 @@ from ..data.format import Question
 from ..instructions.encoder import InstructionEncoder
 from ..instructions.texts import instruction_of, known_instructions
 from ..io.embeddings import INSTRUCTION_FILE, read_instruction_embeddings
-from ..recipe import Recipe
 from .datasets import find_dataset
 from .generate import Embed
 from .tasks import Task
+
+if TYPE_CHECKING:  # needs the extra [eval]; an evaluation by options does not
+    from ..recipe import Recipe
 
 SOURCES = ("sample", "task_mean", "saved")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 from torch import nn
@@ -19,10 +20,12 @@ from torch import nn
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
 from ..io.files import locked, read_text, write_json
-from ..recipe import Recipe, TaskRecipe
 from .datasets import Files, find_dataset
 from .generate import AnswerJob, Embed, GenerationSettings, generate_answers, read_answerable_questions
 from .score import Score, score
+
+if TYPE_CHECKING:  # needs the extra [eval]; an evaluation by options does not
+    from ..recipe import Recipe, TaskRecipe
 
 PADDINGS = ("all", "released")
 
