@@ -120,16 +120,19 @@ def smolora_forward(
     else:
         bounds = cu_seqlens.tolist()
     mask = torch.ones(len(tokens), dtype=torch.bool) if route_mask is None else route_mask.reshape(-1)
-    factors = [None, None]
+    factors: list[Tensor | None] = [None, None]
     if dropout and seed is not None:
-        factors = [dropout_factor(seed, *tokens.shape, stream, dropout).to(dtype) for stream in (0, 1)]
+        rows, columns = tokens.shape
+        factors = [dropout_factor(seed, rows, columns, stream, dropout).to(dtype) for stream in (0, 1)]
     straight_through = router_grad == "straight_through"
     active = (fusion != "if", fusion != "vu")
     down, up = (vu_A.to(dtype), if_A.to(dtype)), (vu_B.to(dtype), if_B.to(dtype))
     importance = (vu_importance.to(dtype), if_importance.to(dtype))
 
-    outputs, shares, picked, scores = [], [], ([], []), ([], [])
-    gates_of = ([], [])
+    outputs, shares = [], []
+    picked: tuple[list[Tensor], list[Tensor]] = ([], [])
+    scores: tuple[list[Tensor], list[Tensor]] = ([], [])
+    gates_of: tuple[list[Tensor], list[Tensor]] = ([], [])
     for b in range(len(bounds) - 1):
         start, end = bounds[b], bounds[b + 1]
         x_b, mask_b = tokens[start:end], mask[start:end]
@@ -138,21 +141,24 @@ def smolora_forward(
             if not active[branch]:
                 branch_outputs.append(x_b.new_zeros(end - start, k))
                 continue
-            if routes is not None:
-                index = routes[branch][b].reshape(-1).long()
+            given = None if routes is None else routes[branch]
+            if given is not None:
+                index = given[b].reshape(-1).long()
                 gates = torch.full((len(index),), 1 / len(index), dtype=accurate)
             else:
                 if branch == 0:
                     average = x_b[mask_b].to(accurate).sum(0) / max(int(mask_b.sum()), 1)
                     z = vu_router.to(accurate) @ average
                 else:
+                    assert instruction is not None  # it routes this branch
                     embedding = instruction if instruction.dim() == 1 else instruction[b]
                     z = if_router.to(accurate) @ embedding.to(accurate)
                 index, gates = _choose(z, top_k, straight_through)
                 scores[branch].append(z)
             picked[branch].append(index)
             gates_of[branch].append(gates)
-            dropped = x_b if factors[branch] is None else x_b * factors[branch][start:end]
+            factor = factors[branch]
+            dropped = x_b if factor is None else x_b * factor[start:end]
             output = x_b.new_zeros(end - start, k)
             for e, gate in zip(index.tolist(), gates, strict=True):
                 output = output + gate.to(dtype) * (
@@ -174,9 +180,9 @@ def smolora_forward(
         return y
     stack = lambda rows: torch.stack(rows) if rows else None  # noqa: E731
     routing = Routing(
-        tuple(stack(p) for p in picked),
-        tuple(stack(z) for z in scores),
-        tuple(stack(q) for q in gates_of),
+        (stack(picked[0]), stack(picked[1])),
+        (stack(scores[0]), stack(scores[1])),
+        (stack(gates_of[0]), stack(gates_of[1])),
         torch.cat(shares) if shares else tokens.new_zeros(0),
     )
     return y, routing
@@ -195,7 +201,8 @@ def _dropped(tokens: Tensor, dropout: float, seed: int | None) -> Tensor:
     """Tokens after dropout, with the mask of stream 0."""
     if not dropout or seed is None:
         return tokens
-    return tokens * dropout_factor(seed, *tokens.shape, 0, dropout).to(tokens.dtype)
+    rows, columns = tokens.shape
+    return tokens * dropout_factor(seed, rows, columns, 0, dropout).to(tokens.dtype)
 
 
 def _over_base(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor) -> Tensor:

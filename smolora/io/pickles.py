@@ -195,7 +195,7 @@ def _find_tensor(path: Path, record: zipfile.ZipInfo, records: list[zipfile.ZipI
     crcs = {r.CRC for r in records}
     try:
         for name, value in torch.load(path, weights_only=True, map_location="cpu", mmap=True).items():
-            crc = zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).numpy())
+            crc = zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).numpy().data)
             if crc == record.CRC or crc not in crcs:
                 return name
     except Exception:  # a broken archive may raise anything; the caller reports the fault that it found

@@ -53,7 +53,7 @@ def save_tensors(
 def digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's dtype, shape and bytes."""
     value = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    value.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    value.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return value.hexdigest()
 
 

@@ -39,7 +39,8 @@ def _options(options: dict[str, Any]) -> Options:
     tasks = options.get("tasks", list(TASKS))
     if not isinstance(tasks, list) or not tasks or not all(task in TASKS for task in tasks):
         raise ValueError(f"prepare.minicvit.tasks must be a list of {', '.join(TASKS)}, got {tasks!r}")
-    return Options(*folders, tasks)
+    data, base = folders
+    return Options(data, base, tasks)
 
 
 def planned(options: dict[str, Any]) -> dict[Path, int | None]:

@@ -106,7 +106,8 @@ def handwritten(digit: int, rng: StableRandom, held_out: bool) -> np.ndarray:
 
 def _background(colours: Sequence[Colour], rng: StableRandom) -> Colour:
     """Choose a background colour and vary its brightness, so that no two pictures are the same."""
-    return tuple(min(255, max(0, value + rng.between(-15, 15))) for value in rng.choice(colours))
+    red, green, blue = (min(255, max(0, value + rng.between(-15, 15))) for value in rng.choice(colours))
+    return red, green, blue
 
 
 # ---- pictures of one object

@@ -186,6 +186,7 @@ def viz_wiz(rng: StableRandom, held_out: bool) -> DrawnSample:
         sample = text_vqa(rng, held_out)
     else:
         sample = image_net(rng, held_out)._replace(question="What is this?")
+    assert sample.canvas is not None  # either kind has a picture
     sample.canvas.blur(7 if unreadable else 1)
     return sample._replace(answer=UNANSWERABLE) if unreadable else sample
 
@@ -194,7 +195,7 @@ def text_caps(rng: StableRandom, held_out: bool) -> DrawnSample:
     """Ask for a caption that has the word in the picture."""
     word, colour = rng.choice(WORDS), rng.choice(list(COLOURS))
     canvas = scenes.draw_sign(word, colour, rng)
-    forms = ("A {} sign with the word {}.", "A {} sign says {}.", "There is a {} sign that reads {}.")
+    forms: tuple[str, ...] = ("A {} sign with the word {}.", "A {} sign says {}.", "There is a {} sign that reads {}.")
     forms += ("On a {} sign is the word {}.", "A {} sign stands here with the text {}.")
     references = tuple(form.format(colour, word) for form in rng.sample(forms, len(forms)))
     return DrawnSample("", references[0], canvas, references)
@@ -330,7 +331,7 @@ def _write_task(folder: Path, name: str) -> None:
 
 def _write_shots(put: Callable[[str, bytes], None], image: Callable[[DrawnSample, str, int], str | None]) -> None:
     """Write Places365's training files: the 5 pictures of each class are among the 10."""
-    drawn: list[tuple[int, str, StableRandom, DrawnSample]] = []
+    drawn: list[tuple[int, str | None, StableRandom, DrawnSample]] = []
     for index in range(max(SHOTS) * len(PLACES)):
         shot, place = divmod(index, len(PLACES))
         rng = StableRandom(f"{SEED}, Places365, train, {index}")

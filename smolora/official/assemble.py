@@ -115,7 +115,7 @@ def _expected_shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], parts: dict[str, Path]) -> None:
+def _check(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], parts: dict[str, tuple[str, Path]]) -> None:
     """Check that the parts have all tensors of the model and no others.
 
     Raises:

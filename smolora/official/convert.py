@@ -114,7 +114,8 @@ def _check_complete(
     """
     if not modules:
         raise ValueError(f"{source} has no tensors")
-    sizes = Counter()  # tensors a layer; a layer with less than half of what others have is a stray, not the last one
+    # tensors a layer; a layer with less than half of what others have is a stray, not the last one
+    sizes: Counter[int] = Counter()
     for module, tensors in modules.items():
         if module not in PROJECTOR:
             sizes[int(module.split(".")[1])] += len(tensors)
@@ -348,7 +349,7 @@ def convert_official(adapter: str | Path, output: str | Path) -> None:
     if beside.exists() and (others := read_tensors(beside)[0]):
         raise ValueError(f"{beside} must be empty, as it is for the released adapters, got {join_names(others)}")
     modules = _group_by_module(state, rf"{re.escape(PREFIX)}(?P<module>{OFFICIAL_MODULE})\.(?P<name>.+)", source)
-    targets = [released_module(target) for target in config.target_modules]
+    targets = [released_module(target) for target in config.target_modules or ()]
     experts = {name: experts_of(name, config) for name in EXPERTS}
     names = {*itertools.chain.from_iterable(experts.values()), *SMOLORA_TENSORS}
 
@@ -360,8 +361,8 @@ def convert_official(adapter: str | Path, output: str | Path) -> None:
     converted = {}
     for module, tensors in modules.items():
         place = f"{PREFIX}{our_module(module)}.{PARAMETERS}."
-        for name, released in experts.items():
-            converted[place + name] = torch.stack([tensors[expert] for expert in released])
+        for name, members in experts.items():
+            converted[place + name] = torch.stack([tensors[member] for member in members])
         for released, name in SMOLORA_TENSORS.items():
             # (1, k) there, (k,) here
             converted[place + name] = tensors[released][0] if name.endswith("importance") else tensors[released]
