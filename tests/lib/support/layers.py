@@ -167,9 +167,13 @@ def reference_layer(layer: nn.Module, batch: LayerBatch, dtype: torch.dtype, see
     forward: Callable = getattr(reference, f"{c.method}_forward")
     base = layer.base_layer
     y = forward(
-        x, base.weight.detach().cpu(), None if base.bias is None else base.bias.detach().cpu(), *named.values(), **call,
+        x,
+        base.weight.detach().cpu(),
+        None if base.bias is None else base.bias.detach().cpu(),
+        *named.values(),
+        **call,
         scaling=c.scaling,
-    )  # fmt: skip
+    )
     return collect(y, x, {**named, **extra}, batch.cotangent.cpu().to(dtype))
 
 

@@ -63,9 +63,16 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[smolora.
     random = torch.Generator().manual_seed(case.seed)
     draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
     config = smolora.SMoLoRAConfig(
-        r=case.r, lora_alpha=2 * case.r, lora_dropout=case.dropout, num_vu_experts=case.M, num_if_experts=case.N,
-        top_k=case.top_k, instruction_dim=case.e, fusion=case.fusion, router_grad=case.router_grad,
-    )  # fmt: skip
+        r=case.r,
+        lora_alpha=2 * case.r,
+        lora_dropout=case.dropout,
+        num_vu_experts=case.M,
+        num_if_experts=case.N,
+        top_k=case.top_k,
+        instruction_dim=case.e,
+        fusion=case.fusion,
+        router_grad=case.router_grad,
+    )
     linear = torch.nn.Linear(case.d, case.k, bias=case.bias, dtype=dtype)
     layer = smolora.FusedSMoLoRA(linear, config)
     with torch.no_grad():
@@ -143,10 +150,18 @@ def reference(layer: smolora.FusedSMoLoRA, batch: Batch, dtype: torch.dtype, see
     instruction = keywords.pop("instruction", None)
     dropout = {"dropout": c.lora_dropout, "seed": drawn_seed(seed, batch.x.device.type)} if layer.training else {}
     y = smolora_forward(
-        x, base.weight.detach().cpu(), None if base.bias is None else base.bias.detach().cpu(),
-        *named.values(), instruction, scaling=c.scaling, top_k=c.top_k, fusion=c.fusion, router_grad=c.router_grad,
-        **keywords, **dropout,
-    )  # fmt: skip
+        x,
+        base.weight.detach().cpu(),
+        None if base.bias is None else base.bias.detach().cpu(),
+        *named.values(),
+        instruction,
+        scaling=c.scaling,
+        top_k=c.top_k,
+        fusion=c.fusion,
+        router_grad=c.router_grad,
+        **keywords,
+        **dropout,
+    )
     return collect(y, x, named, batch.cotangent.cpu().to(dtype))
 
 

@@ -37,10 +37,23 @@ def expected(layer, x, instruction, route_mask=None, adapter="default"):
     """The layer's output by the paper's equations."""
     experts, base, c = layer.smolora_experts[adapter], layer.get_base_layer(), layer.smolora_experts[adapter].config
     return smolora_forward(
-        x, base.weight, base.bias, experts.vu_A, experts.vu_B, experts.if_A, experts.if_B, experts.vu_router,
-        experts.if_router, experts.vu_importance, experts.if_importance, instruction, scaling=c.scaling, top_k=c.top_k,
-        fusion=c.fusion, route_mask=route_mask,
-    ).detach()  # fmt: skip
+        x,
+        base.weight,
+        base.bias,
+        experts.vu_A,
+        experts.vu_B,
+        experts.if_A,
+        experts.if_B,
+        experts.vu_router,
+        experts.if_router,
+        experts.vu_importance,
+        experts.if_importance,
+        instruction,
+        scaling=c.scaling,
+        top_k=c.top_k,
+        fusion=c.fusion,
+        route_mask=route_mask,
+    ).detach()
 
 
 def check(calls, model, instruction, image_instruction, route_mask):

@@ -12,7 +12,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
-)  # fmt: skip
+)
 
 import smolora
 
@@ -29,9 +29,17 @@ ADAPTED = [f"model.language_model.layers.{i}.mlp.{name}" for i in range(2) for n
 
 def _text_config() -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=128, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
 
 
 def _filled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -55,13 +63,22 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCau
 def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
     """A Llava with 2 text layers of width 64 and 2x2 patches an image, random, in eval mode."""
     vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
         projection_dim=16,
-    )  # fmt: skip
+    )
     config = LlavaConfig(
-        vision_config=vision, text_config=_text_config(), image_token_index=IMAGE, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", image_seq_length=PATCHES,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=_text_config(),
+        image_token_index=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=PATCHES,
+    )
     torch.manual_seed(seed)
     return _filled(LlavaForConditionalGeneration(config), dtype)
 

@@ -42,8 +42,13 @@ def hooked(linear: nn.Linear, kind: str, calls: list) -> nn.Linear:
 
 
 KINDS = [
-    "forward hook", "forward hook with keywords", "pre-hook", "backward hook", "backward pre-hook", "replaced forward",
-]  # fmt: skip
+    "forward hook",
+    "forward hook with keywords",
+    "pre-hook",
+    "backward hook",
+    "backward pre-hook",
+    "replaced forward",
+]
 
 
 @pytest.mark.parametrize("case", [plain, plain.but(dropout=0.2, lengths=(4, 9)), plain.but(bias=False)], ids=str)

@@ -41,9 +41,12 @@ class Golden:
         m = self.metadata
         r = m["lora_r_total"] // m["expert_num"]
         config = SMoLoRAConfig.official(
-            r=r, lora_alpha=r * m["lora_alpha"] / m["lora_r_total"], lora_dropout=0.0,
-            num_vu_experts=m["expert_num"] // 2, num_if_experts=m["expert_num"] // 2,
-        )  # fmt: skip
+            r=r,
+            lora_alpha=r * m["lora_alpha"] / m["lora_r_total"],
+            lora_dropout=0.0,
+            num_vu_experts=m["expert_num"] // 2,
+            num_if_experts=m["expert_num"] // 2,
+        )
         dtype = self.tensors["x"].dtype
         return FusedSMoLoRA(nn.Linear(m["in_features"], m["out_features"], "bias" in self.state, dtype=dtype), config)
 
@@ -66,11 +69,15 @@ class Golden:
         )
         vu, instruction = range(half), range(half, 2 * half)
         return {
-            "y": self.tensors["y"], "dx": self.tensors["dx"],
-            "dvu_A": stack("A", vu), "dvu_B": stack("B", vu), "dif_A": stack("A", instruction),
-            "dif_B": stack("B", instruction), "dvu_importance": grads["lora_fc_A.default.weight"][0],
+            "y": self.tensors["y"],
+            "dx": self.tensors["dx"],
+            "dvu_A": stack("A", vu),
+            "dvu_B": stack("B", vu),
+            "dif_A": stack("A", instruction),
+            "dif_B": stack("B", instruction),
+            "dvu_importance": grads["lora_fc_A.default.weight"][0],
             "dif_importance": grads["lora_fc_B.default.weight"][0],
-        }  # fmt: skip
+        }
 
 
 @pytest.fixture(scope="module")
@@ -235,65 +242,82 @@ REFUSED = {
     "base alone": (lambda state: {"weight": state["weight"]}, KeyError, ["missing", "lora_A.0"]),
     # unknown: a checkpoint of something else
     "expert too many": (
-        adding(lora_A__default__loraA__8__weight=torch.ones(4, 48)), KeyError,
+        adding(lora_A__default__loraA__8__weight=torch.ones(4, 48)),
+        KeyError,
         ["unknown", "lora_A.default.loraA.8.weight"],
     ),
     "letters mixed": (
-        adding(lora_A__default__loraB__0__weight=torch.ones(4, 48)), KeyError,
+        adding(lora_A__default__loraB__0__weight=torch.ones(4, 48)),
+        KeyError,
         ["unknown", "lora_A.default.loraB.0.weight"],
     ),
     "plain LoRA's key": (
-        adding(lora_A__default__weight=torch.ones(4, 48)), KeyError, ["unknown", "lora_A.default.weight"],
+        adding(lora_A__default__weight=torch.ones(4, 48)),
+        KeyError,
+        ["unknown", "lora_A.default.weight"],
     ),
     "a router with an expert": (
-        adding(lora_vu_gate__default__loraA__0__weight=torch.ones(4, 48)), KeyError,
+        adding(lora_vu_gate__default__loraA__0__weight=torch.ones(4, 48)),
+        KeyError,
         ["unknown", "lora_vu_gate.default.loraA.0.weight"],
     ),
     "bias of a router": (
-        adding(lora_vu_gate__default__bias=torch.ones(4)), KeyError, ["unknown", "lora_vu_gate.default.bias"],
+        adding(lora_vu_gate__default__bias=torch.ones(4)),
+        KeyError,
+        ["unknown", "lora_vu_gate.default.bias"],
     ),
     "whole model's key": (
-        lambda state: {f"base_model.model.{key}": value for key, value in state.items()}, KeyError,
+        lambda state: {f"base_model.model.{key}": value for key, value in state.items()},
+        KeyError,
         ["unknown", "base_model.model.lora_fc_A.default.weight", "missing", "lora_fc_A"],
     ),
     "own names": (adding(vu_A=torch.ones(4, 4, 48)), KeyError, ["unknown", "vu_A"]),
     # shapes: another rank, a transposed matrix, another number of experts, a truncated tensor
     "rank": (
-        changing("lora_A.default.loraA.3.weight", lambda t: t[:3]), ValueError,
+        changing("lora_A.default.loraA.3.weight", lambda t: t[:3]),
+        ValueError,
         ["lora_A.default.loraA.3.weight must", "(4, 48)", "(3, 48)"],
     ),
     "transposed": (
-        changing("lora_B.default.loraB.0.weight", lambda t: t.mT), ValueError,
+        changing("lora_B.default.loraB.0.weight", lambda t: t.mT),
+        ValueError,
         ["lora_B.default.loraB.0.weight must", "(80, 4)", "(4, 80)"],
     ),
     "router of more experts": (
-        changing("lora_ins_gate.default.weight", lambda t: torch.cat([t, t])), ValueError,
+        changing("lora_ins_gate.default.weight", lambda t: torch.cat([t, t])),
+        ValueError,
         ["lora_ins_gate.default.weight must", "(4, 384)", "(8, 384)"],
     ),
     "importance without its axis": (
-        changing("lora_fc_A.default.weight", lambda t: t[0]), ValueError,
+        changing("lora_fc_A.default.weight", lambda t: t[0]),
+        ValueError,
         ["lora_fc_A.default.weight must", "(1, 80)", "(80,)"],
     ),
     "empty": (
-        changing("lora_fc_B.default.weight", lambda t: t[:, :0]), ValueError,
+        changing("lora_fc_B.default.weight", lambda t: t[:, :0]),
+        ValueError,
         ["lora_fc_B.default.weight must", "(1, 80)", "(1, 0)"],
     ),
     "base of another layer": (
-        changing("weight", lambda t: t[:, :40]), ValueError, ["weight must", "(80, 48)", "(80, 40)"],
+        changing("weight", lambda t: t[:, :40]),
+        ValueError,
+        ["weight must", "(80, 48)", "(80, 40)"],
     ),
     "base transposed": (changing("weight", lambda t: t.mT), ValueError, ["weight must", "(80, 48)", "(48, 80)"]),
     "bias's size": (changing("bias", lambda t: t[:-1]), ValueError, ["bias must", "(80,)", "(79,)"]),
     # the two names of one tensor have to agree; which one is right, nobody knows
     "names conflict": (conflicting, ValueError, ["loraB.7", "differs"]),
     "spellings conflict": (
-        lambda state: {**state, "lora_fc_A.weight": state["lora_fc_A.default.weight"] + 1}, ValueError,
+        lambda state: {**state, "lora_fc_A.weight": state["lora_fc_A.default.weight"] + 1},
+        ValueError,
         ["lora_fc_A", "differs"],
     ),
     "two adapters": (
         lambda state: {**state, **{key.replace("default", "other"): value + 1 for key, value in state.items()}},
-        ValueError, ["differs"],
+        ValueError,
+        ["differs"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -16,9 +16,15 @@ from support.oracle import PARAMETERS, Case, agree, build, collect, complaints, 
 # ----------------------------------------------------------------------------------------------------------- parameters
 
 SHAPES = {
-    "vu_A": (3, 8, 40), "vu_B": (3, 56, 8), "if_A": (5, 8, 40), "if_B": (5, 56, 8), "vu_router": (3, 40),
-    "if_router": (5, 24), "vu_importance": (56,), "if_importance": (56,),
-}  # fmt: skip
+    "vu_A": (3, 8, 40),
+    "vu_B": (3, 56, 8),
+    "if_A": (5, 8, 40),
+    "if_B": (5, 56, 8),
+    "vu_router": (3, 40),
+    "if_router": (5, 24),
+    "vu_importance": (56,),
+    "if_importance": (56,),
+}
 
 
 @pytest.mark.parametrize(

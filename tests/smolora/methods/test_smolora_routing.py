@@ -52,9 +52,15 @@ def test_alpha_is_the_papers():
     run(layer, batch, "torch")
     base = layer.base_layer
     _, truth = smolora.reference.smolora_forward(
-        batch.x, base.weight, base.bias, *(getattr(layer, name) for name in PARAMETERS),
-        batch.keywords["instruction"], scaling=layer.config.scaling, top_k=2, return_routing=True,
-    )  # fmt: skip
+        batch.x,
+        base.weight,
+        base.bias,
+        *(getattr(layer, name) for name in PARAMETERS),
+        batch.keywords["instruction"],
+        scaling=layer.config.scaling,
+        top_k=2,
+        return_routing=True,
+    )
     routing = layer.last_routing()
     assert error(routing.alpha, truth.alpha) < 1e-12
     for branch in (0, 1):

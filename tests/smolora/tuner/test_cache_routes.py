@@ -60,9 +60,12 @@ class Loop:
 
     def step(self):
         return self.model(
-            input_ids=self.ids, attention_mask=self.mask, position_ids=self.position, past_key_values=self.cache,
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
             use_cache=True,
-        ).logits[:, -1]  # fmt: skip
+        ).logits[:, -1]
 
     def logits(self, inputs, instruction, steps):
         """Of the prompt's last token and of each step, (2, 1 + steps, vocabulary)."""
@@ -179,8 +182,12 @@ def test_a_captured_step(backend):
             assert torch.equal(got.argmax(-1), want.argmax(-1))
             for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
                 tokens = model.generate(
-                    **inputs, instruction_embeds=instruction, max_new_tokens=steps + 1, do_sample=False,
-                    eos_token_id=None, **options,
-                )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
+                    **inputs,
+                    instruction_embeds=instruction,
+                    max_new_tokens=steps + 1,
+                    do_sample=False,
+                    eos_token_id=None,
+                    **options,
+                )[:, inputs["input_ids"].shape[1] :]
                 assert torch.equal(got.argmax(-1), tokens)
     assert not torch.equal(eager[0].argmax(-1), eager[1].argmax(-1))

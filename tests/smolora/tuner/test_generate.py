@@ -18,7 +18,7 @@ from support.tiny_llava import (
     fill_adapters,
     tiny_config,
     tiny_llama,
-)  # fmt: skip
+)
 
 
 def new_tokens(model, inputs, **options):
@@ -250,9 +250,13 @@ def test_hand_written_loop(cache, name):
         state["mask"] = torch.nn.functional.pad(state["mask"], (0, 1), value=1)
         position = state["mask"].sum(1, keepdim=True) - 1
         out = model(
-            input_ids=state["ids"][-1][:, None], attention_mask=state["mask"], position_ids=position,
-            use_cache=True, **{name: state["cache"]}, **extra,
-        )  # fmt: skip
+            input_ids=state["ids"][-1][:, None],
+            attention_mask=state["mask"],
+            position_ids=position,
+            use_cache=True,
+            **{name: state["cache"]},
+            **extra,
+        )
         state["ids"].append(out.logits[:, -1].argmax(-1))
 
     # position_ids of the first forward: left padding starts at 0, as generate() has it

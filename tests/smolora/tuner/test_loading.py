@@ -21,19 +21,28 @@ from support.tiny_llava import (
     tiny_llama,
     tiny_llava,
     trainable,
-)  # fmt: skip
+)
 
 
 def test_save_and_load(tmp_path):
     config = tiny_config(
-        r=3, top_k=2, lora_dropout=0.25, route_over="valid", decode_routing="token", fusion="mean",
-        router_grad="straight_through", num_vu_experts=2, num_if_experts=5,
-    )  # fmt: skip
+        r=3,
+        top_k=2,
+        lora_dropout=0.25,
+        route_over="valid",
+        decode_routing="token",
+        fusion="mean",
+        router_grad="straight_through",
+        num_vu_experts=2,
+        num_if_experts=5,
+    )
     model = adapted(config)
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert tensors.keys() == {
         f"base_model.model.{layer}.smolora_experts.{name}" for layer in ADAPTED for name in PARAMETERS
@@ -164,18 +173,17 @@ def damaged(folder, change):
 KEY = "base_model.model.model.language_model.layers.0.mlp.up_proj.smolora_experts.vu_A"
 DAMAGE = {
     "missing": (lambda t: t.pop(KEY), KeyError, r"missing .*up_proj.smolora_experts.default.vu_A"),
-    "a whole layer missing": (
-        lambda t: [t.pop(k) for k in list(t) if "linear_2" in k], KeyError, "missing .*linear_2"
-    ),
+    "a whole layer missing": (lambda t: [t.pop(k) for k in list(t) if "linear_2" in k], KeyError, "missing .*linear_2"),
     "extra": (lambda t: t.update({KEY + "x": torch.zeros(3)}), KeyError, "unknown .*vu_Ax"),
     "of another model": (lambda t: t.update({"lora_A": torch.zeros(3)}), KeyError, "unknown .*lora_A"),
     "wrong shape": (lambda t: t.update({KEY: t[KEY][:1].clone()}), RuntimeError, "up_proj.*vu_A"),
     "zero size": (lambda t: t.update({KEY: torch.zeros(0)}), RuntimeError, "up_proj.*vu_A"),
     "another adapter's": (
         lambda t: [t.update({k.replace("smolora_experts.", "lora_")[:-1]: t.pop(k)}) for k in list(t)],
-        KeyError, "missing .*unknown",
+        KeyError,
+        "missing .*unknown",
     ),
-}  # fmt: skip
+}
 
 
 WAYS = {

@@ -28,7 +28,7 @@ from support.tiny_llava import (
     tiny_config,
     tiny_llava,
     trainable,
-)  # fmt: skip
+)
 
 
 def adapted_names(model):

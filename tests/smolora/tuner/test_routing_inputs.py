@@ -16,7 +16,7 @@ from support.tiny_llava import (
     fill_adapters,
     tiny_config,
     tiny_llava,
-)  # fmt: skip
+)
 
 IMAGES = [
     ((1, 1), [0, 1]),
@@ -65,9 +65,11 @@ def test_training_and_inference_route_alike():
     model(**inputs, instruction_embeds=e)
     trained = smolora.routing_report(model)
     model(
-        input_ids=inputs["input_ids"][:, :-3], attention_mask=inputs["attention_mask"][:, :-3],
-        pixel_values=inputs["pixel_values"], instruction_embeds=e,
-    )  # fmt: skip
+        input_ids=inputs["input_ids"][:, :-3],
+        attention_mask=inputs["attention_mask"][:, :-3],
+        pixel_values=inputs["pixel_values"],
+        instruction_embeds=e,
+    )
     for name, layer in smolora.routing_report(model).items():
         torch.testing.assert_close(layer["vu_logits"], trained[name]["vu_logits"], rtol=1e-4, atol=1e-6)
 
