@@ -1,4 +1,4 @@
-"""Which code runs a layer: the choice, why, and what this machine lacks for the others."""
+"""The choice of a backend, and the reasons why others cannot run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _interpreted() -> bool:
 
 
 def _unavailable_reason(backend: str) -> str | None:
-    """Why a backend cannot run on this machine at all; None if it can."""
+    """Return why a backend cannot run on this machine; None if it can."""
     if backend == "triton":
         if not _HAS_TRITON:
             return "triton is not installed (pip install triton; it exists for Linux on x86-64)"
@@ -48,7 +48,7 @@ def _unavailable_reason(backend: str) -> str | None:
 
 
 def _unsupported_reason(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot take tensors of this device and dtype; None if it can."""
+    """Return why a backend cannot take tensors of this device and dtype; None if it can."""
     if backend == "torch":
         return None
     reason = _unavailable_reason(backend)
@@ -70,10 +70,10 @@ def _unsupported_reason(backend: str, device_type: str, dtype: torch.dtype) -> s
 
 
 def resolve_backend(device_type: str, dtype: torch.dtype) -> str:
-    """The backend for tensors of a device type and compute dtype.
+    """Return the backend for tensors of a device type and compute dtype.
 
-    "auto" takes Triton on a CUDA device and torch on a CPU; where it has to fall back on a GPU, it warns once. It never
-    takes CUDA C++, whose kernels no measurement has shown to be faster yet.
+    "auto" takes Triton on a CUDA device and torch on a CPU. If it has to fall back on a GPU, it warns once. It never
+    takes CUDA C++, whose kernels have not been measured to be faster yet.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot run these tensors; the message says why.
@@ -116,10 +116,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def check_backend(name: str) -> None:
-    """Whether a backend that a program will use later can run here.
+    """Check that a backend can run here, for programs that will use it later.
 
     Raises:
-        ValueError: it cannot, or there is no such backend.
+        ValueError: it cannot run, or no backend has that name.
     """
     reason = _unavailable_reason(_checked(name, "backend"))
     if reason is not None:
@@ -127,7 +127,7 @@ def check_backend(name: str) -> None:
 
 
 def backend_info() -> dict[str, Any]:
-    """What would run, and why the others would not.
+    """Describe every backend: whether it can run, and if not, why.
 
     Returns:
         "requested": by `use_backend` or SMOLORA_BACKEND. "active": the backend for float32 tensors of each device type

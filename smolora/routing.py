@@ -1,4 +1,4 @@
-"""What a forward decided."""
+"""Routing decisions, as callers see them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Routing(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """Experts and gates of n instances as the passes take them: b branches in use, c chosen experts."""
+    """The top-k experts of n instances and their gates, as the passes take them, in b branches."""
 
-    routes: Tensor  # int32 (n, b, c)
-    gates: Tensor  # (n, b, c), in the dtype of the reductions
+    routes: Tensor  # int32 (n, b, top_k)
+    gates: Tensor  # (n, b, top_k), in the dtype of the reductions

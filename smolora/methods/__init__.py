@@ -1,4 +1,4 @@
-"""The methods that run on the engine, one file each; a new one is a file and a line here."""
+"""The methods that run on the engine. A new one is a file in this folder, and a line here."""
 
 from .base import Mixture
 from .branchlora import BRANCHLORA, BranchLoRAConfig, FusedBranchLoRA

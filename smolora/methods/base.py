@@ -1,4 +1,4 @@
-"""What all mixtures of low-rank experts have as layers: parameters, batches, the call of the engine, the drop-in."""
+"""Base classes of every mixture of low-rank experts: its parameters, its call of the engine, its drop-in layer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def is_plain_linear(base: nn.Module | None, dtype: torch.dtype) -> TypeGuard[nn.
 
 
 class Batch(NamedTuple):
-    """The tokens of a call, checked and laid as the engine takes them."""
+    """The tokens of a call, checked and flattened for the engine."""
 
     x: Tensor  # (T, d), contiguous, in the compute dtype
     tokens: Tokens
@@ -61,18 +61,18 @@ class Batch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What a call of a layer computes, in the engine's words."""
+    """A call of a layer, as the engine takes it."""
 
     batch: Batch
     banks: list[Bank]
-    how: dict[str, Any]  # the rest of what `engine.function.mixture_linear` takes
+    how: dict[str, Any]  # the other arguments of `engine.function.mixture_linear`
 
 
 class Decision:
-    """Takes what one forward decided, for callers that may run several at a time.
+    """Receives what one forward decided, for callers that run several forwards at a time.
 
     Attributes:
-        last: what it decided, without y.
+        last: the forward's result without y.
     """
 
     last: Mixed
@@ -81,8 +81,8 @@ class Decision:
 class MixtureExperts(nn.Module):
     """The parameters of one adapter on one linear layer, and the forward that uses them.
 
-    They lie on one module whose `forward` is called, which is where FSDP and ZeRO-3 gather them. A method's file has a
-    subclass with `shapes` and `prepare`, and perhaps `reset_parameter` and `trains`.
+    One module owns all of them and its `forward` is called, because FSDP and ZeRO-3 gather parameters there. A method
+    subclasses it with `shapes` and `prepare`, and if need be with `reset_parameter` and `trains`.
 
     Args:
         in_features, out_features: d and k.
@@ -91,7 +91,7 @@ class MixtureExperts(nn.Module):
     """
 
     config_class: type[MixtureConfig]
-    sliced: tuple[str, ...] = ()  # parameters of which some slices along dimension 0 may be frozen or not in use
+    sliced: tuple[str, ...] = ()  # parameters whose slices along dimension 0 may be frozen or unused
 
     def __init__(
         self,
@@ -106,15 +106,15 @@ class MixtureExperts(nn.Module):
         self.config = config
         self.in_features, self.out_features = in_features, out_features
         self._threshold = dropout_threshold(config.lora_dropout)
-        self._last: Any = None  # what the last forward decided
+        self._last: Mixed | None = None  # the last forward's result without y
         for name, shape in self.shapes().items():
             kind = SlicedParameter if name in self.sliced else nn.Parameter
             setattr(self, name, kind(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
-        MixtureExperts.freeze(self)  # a subclass has more to freeze, which is not there yet
+        MixtureExperts.freeze(self)  # not the override: what a subclass freezes besides does not exist yet
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the parameters by name, in the order in which they are drawn."""
+        """Return the parameters' shapes by name, in the order of their initialisation."""
         raise NotImplementedError  # every mixture has its own: there is no default
 
     def reset_parameters(self) -> None:
@@ -123,7 +123,7 @@ class MixtureExperts(nn.Module):
             self.reset_parameter(name, parameter)
 
     def reset_parameter(self, name: str, parameter: Tensor) -> None:
-        """Initialise a parameter: A ~ N(0, 0.01^2), B = 0, routers and all else as `nn.Linear`."""
+        """Initialise a parameter: A ~ N(0, 0.01^2), B = 0, anything else as `nn.Linear`."""
         letter = name.rpartition("_")[2]
         if letter == "A":
             nn.init.normal_(parameter, std=0.01)
@@ -138,16 +138,16 @@ class MixtureExperts(nn.Module):
         return True
 
     def freeze(self) -> None:
-        """Freeze what the configuration gives no gradient; everything else trains."""
+        """Freeze the parameters that the configuration gives no gradient, and no others."""
         for name, parameter in self.named_parameters(recurse=False):
             parameter.requires_grad_(parameter.is_floating_point() and self.trains(name))
 
     def trained_slices(self) -> dict[str, int]:
-        """Return, of each parameter in `sliced`, how many of its slices train."""
+        """Return how many slices of each parameter in `sliced` train."""
         return {name: self.get_parameter(name).shape[0] for name in self.sliced}
 
     def num_trained(self) -> int:
-        """Count the numbers that train; of a parameter in slices those of its slices that do."""
+        """Count the trained numbers; a sliced parameter counts its trained slices alone."""
         slices = self.trained_slices()
         total = 0
         for name, parameter in self.named_parameters(recurse=False):
@@ -159,14 +159,14 @@ class MixtureExperts(nn.Module):
     # ---- a call
 
     def prepare(self, x: Tensor, *args: Any, **kwargs: Any) -> Prepared:
-        """Check a call, and say in the engine's words what it computes.
+        """Check a call and translate it for the engine.
 
-        A method's has its own arguments besides x. It calls `batch`, and routes nothing itself.
+        A method overrides it with its own arguments after x. It calls `batch`; routing is the engine's.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it, its value and what was expected.
-                What only values can tell (a NaN, an empty mask, a number out of range) is checked on CPU tensors, and
-                on a GPU when the environment variable SMOLORA_CHECK is 1, since reading them waits for the GPU.
+                Values (a NaN, an empty mask, an id out of range) are checked on CPU tensors. On a GPU reading them
+                syncs, so there they are checked only with SMOLORA_CHECK=1 in the environment.
         """
         raise NotImplementedError  # every mixture has its own: there is no default
 
@@ -211,7 +211,7 @@ class MixtureExperts(nn.Module):
         return self.finish(x, mixed, decision)
 
     def batch(self, x: Tensor, cu_seqlens: Tensor | None = None, route_mask: Tensor | None = None) -> Batch:
-        """Check a batch and lay it for the engine.
+        """Check a batch and flatten it for the engine.
 
         Raises:
             TypeError, ValueError: an argument does not fit.
@@ -228,13 +228,13 @@ class MixtureExperts(nn.Module):
         return Batch(x.reshape(-1, x.shape[-1]).to(dtype).contiguous(), tokens, resolve_backend(x.device.type, dtype))
 
     def _dropout(self, device: torch.device) -> Dropout:
-        """Draw the masks' seed, on the device: nothing waits for it, and a recomputed forward draws the same."""
+        """Draw the masks' seed, on the device: that needs no sync, and a recomputed forward draws the same seed."""
         if not self.training or not self._threshold:
             return Dropout()
         return Dropout(self._threshold, torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device))
 
     def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
-        """Keep what was decided, and give the output the shape of x."""
+        """Keep what was decided, and return the output in the shape of x."""
         decided = (None if t is None else t.detach() for t in mixed[1:])
         self._last = Mixed(None, *decided)  # type: ignore[arg-type]  # y is not kept
         if decision is not None:
@@ -266,7 +266,7 @@ class MixtureExperts(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in facts.items())
 
     def facts(self) -> dict[str, Any]:
-        """Return what a method adds to the layer's repr."""
+        """Return the method's part of the layer's repr."""
         return {}
 
 
@@ -277,17 +277,17 @@ def decode_layers(
 
     Args:
         x: (B, 1, d).
-        layers: experts, the plain base under them, and the arguments of their `prepare` besides, of which only routes
-            may differ between layers.
+        layers: experts, the plain linear layer under them, and the other arguments of their `prepare`. Only routes may
+            differ between layers.
 
     Returns:
-        what `MixtureExperts.finish` makes the output of each of; None if no launch takes these layers.
+        a result for each layer's `MixtureExperts.finish`; None if no kernel takes these layers.
     """
     first = layers[0][0]
     if any(experts.config is not first.config or (experts.training and experts._threshold) for experts, *_ in layers):
         return None
     calls = [experts.prepare(x, **arguments) for experts, _, arguments in layers]
-    batch, banks, how = calls[0]  # the others have the same, but for routes, and parameters of their own
+    batch, banks, how = calls[0]  # the others differ in parameters and routes alone
     mix, slots, routers = how.get("mix", "weighted"), how.get("slots"), how.get("routers", ())
     K = num_slots(None if slots is None else slots.ids, [bank.B for bank in banks], how.get("top_k", 0))
     n = batch.tokens.num_seqs
@@ -312,8 +312,8 @@ def decode_layers(
 class DropIn(MixtureExperts):
     """A drop-in for an `nn.Linear`: mixed into the experts of a method, it makes them wrap the layer.
 
-    The parameters are those of the experts, in float32, or in float64 over a float64 layer. What cannot get a gradient,
-    and the base, is frozen (`requires_grad` False); what a user freezes costs no work.
+    The parameters are those of the experts, in float32, or in float64 over a float64 layer. The base and the parameters
+    that cannot get a gradient are frozen (`requires_grad` is False). A parameter that the user freezes costs no work.
 
     Args:
         linear: the layer to adapt; its weight and bias are frozen.
@@ -338,12 +338,12 @@ class DropIn(MixtureExperts):
         self.freeze()
 
     def freeze(self) -> None:
-        """Freeze the base, and of the adapter what the configuration gives no gradient; everything else trains."""
+        """Freeze the base, and the adapter's parameters that the configuration gives no gradient."""
         super().freeze()
         self.base_layer.requires_grad_(False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the adapted layer's output: the experts' forward, arguments and errors, over `base_layer`."""
+        """Return base plus adapter; arguments and errors are those of the experts' `prepare`."""
         return super().forward(x, *args, base=self.base_layer, **kwargs)
 
 

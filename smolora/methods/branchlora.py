@@ -1,4 +1,4 @@
-"""BranchLoRA (Zhang et al., ACL 2025): one A, several branches B, the top k of them by a router a task."""
+"""BranchLoRA (Zhang et al., ACL 2025): one A and several branches B, chosen by a router for each task."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BranchLoRAConfig(MixtureConfig, method="branchlora"):
     Args:
         num_branches: number of branches B (the paper's N).
         top_k: branches that a sequence uses.
-        num_tasks: routers, one a task.
+        num_tasks: number of tasks, each with a router.
         router_input: what the router sees of a sequence: its "first" routed token, the "mean" of them, the "last", or,
             in a whole model, the first "image" token (the first routed one of a sample without an image). Under a
             template with a fixed opening the first token is the same for every sample, so the weights of "first" are
@@ -50,7 +50,7 @@ class BranchLoRAConfig(MixtureConfig, method="branchlora"):
 
     num_branches: int = field(default=8, metadata={"help": "number of branches"})
     top_k: int = field(default=2, metadata={"help": "branches that a sequence uses"})
-    num_tasks: int = field(default=1, metadata={"help": "routers, one a task"})
+    num_tasks: int = field(default=1, metadata={"help": "number of tasks, each with a router"})
     router_input: Literal["first", "mean", "last", "image"] = field(
         default="first", metadata={"help": "what the router sees of a sequence"}
     )
@@ -129,12 +129,12 @@ class BranchLoRAExperts(MixtureExperts):
         route_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Prepared:
-        """Check a call, and say what it computes.
+        """Check a call and translate it for the engine.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
-            task: the task of all n sequences, or int (n,), of each. Needed unless the routes are given.
-            routes: (ids (n, k) int, weights (n, k)), instead of routing: what `last_routing()` gave.
+            task: an int for all n sequences, or int (n,). Needed unless the routes are given.
+            routes: (ids (n, k) int, weights (n, k)), instead of routing, or the result of `last_routing()`.
             route_mask: bool, x's shape without d: the tokens that a router may see (default: all).
             cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
 
@@ -145,7 +145,7 @@ class BranchLoRAExperts(MixtureExperts):
         frozen = None if not self._any_frozen else ~self.frozen_branches
         banks = [Bank(self.A[None], self.B, trained=frozen)]
         if routes is not None:
-            return Prepared(batch, banks, {"slots": self._given(routes, batch)})
+            return Prepared(batch, banks, {"slots": self._as_slots(routes, batch)})
         n = batch.tokens.num_seqs
         if task is None:
             raise ValueError(f"task must be given, an int or int of shape ({n},): the router is the task's; got None")
@@ -165,8 +165,8 @@ class BranchLoRAExperts(MixtureExperts):
             self._usage += (mixed.ids.reshape(-1, 1) == number).sum(0)
         return super().finish(x, mixed, decision)
 
-    def _given(self, routes: tuple[Tensor, Tensor] | SlotRouting | TopK, batch: Any) -> Slots:
-        """Check given branches and weights.
+    def _as_slots(self, routes: tuple[Tensor, Tensor] | SlotRouting | TopK, batch: Any) -> Slots:
+        """Check given branches and weights; return them for the engine.
 
         Raises:
             TypeError, ValueError: they do not fit.
@@ -201,7 +201,7 @@ class BranchLoRAExperts(MixtureExperts):
         return SlotRouting(last.ids[:, 0], last.slot_weights[:, 0], last.logits)
 
     def freeze_branches(self, frozen: Tensor) -> None:
-        """Stop the gradients of branches for good; those that were frozen before stay so.
+        """Freeze branches for good; branches that are frozen already stay frozen.
 
         Args:
             frozen: bool (N,).
@@ -219,7 +219,7 @@ class BranchLoRAExperts(MixtureExperts):
 
     @property
     def _any_frozen(self) -> bool:
-        """Whether a branch is frozen, looked up once: on a GPU looking waits for the device."""
+        """Whether a branch is frozen. It is cached, since reading it syncs on a GPU."""
         if "_frozen_known" not in self.__dict__:
             self.__dict__["_frozen_known"] = bool(self.frozen_branches.any())
         return self.__dict__["_frozen_known"]
@@ -233,11 +233,11 @@ class BranchLoRAExperts(MixtureExperts):
         return self._usage.clone()
 
     def reset_usage(self) -> None:
-        """Count from 0."""
+        """Reset the counts of `usage()` to 0."""
         self._usage.zero_()
 
     def trained_slices(self) -> dict[str, int]:
-        """Return the branches that are not frozen, and one router: one task's is in use at a time."""
+        """Return the branches that are not frozen, and one router, since tasks train one at a time."""
         return {"B": int((~self.frozen_branches).sum()), "router": 1}
 
     def facts(self) -> dict[str, Any]:
@@ -251,10 +251,10 @@ class BranchLoRAExperts(MixtureExperts):
 
 
 def seen_tokens(tokens: Tokens, T: int, which: str, device: torch.device) -> Tokens:
-    """Mark the tokens whose mean is what a router sees: of the routed ones the first, the last, or all.
+    """Narrow the route mask to the tokens that a router sees: the first routed one, the last, or all.
 
     Args:
-        which: as `router_input`; the routed tokens of "image" are the image's.
+        which: as `router_input`; with "image", the mask selects the image's tokens already.
     """
     if which == "mean":
         return tokens

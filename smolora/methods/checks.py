@@ -1,4 +1,4 @@
-"""Checks of what a layer is called with: every error names the argument, its value and what was expected."""
+"""Checks of a layer's arguments: every error names the argument, its value and what was expected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..engine.ops import CHECK_ENVIRONMENT
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Return whether a tensor's values may be looked at: it is on the CPU, or SMOLORA_CHECK=1 allows to wait for it."""
+    """Return whether a tensor's values may be read: it is on the CPU, or SMOLORA_CHECK=1 accepts the sync."""
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or os.environ.get(CHECK_ENVIRONMENT) == "1"
@@ -85,12 +85,12 @@ def check_ids(
     least: int = 0,
     what: str = "an expert",
 ) -> Tensor:
-    """Check given numbers of experts, branches or tasks; return them such that int32 holds them.
+    """Check ids of experts, branches or tasks; return them clamped to what int32 holds.
 
     Args:
-        shapes: those that are allowed; a word in one stands for any size.
-        below, least: what a number must lie in.
-        what: what a number names.
+        shapes: the allowed ones; a string in a shape stands for any size.
+        below, least: the range [least, below) of an id.
+        what: the thing that an id names, for messages.
 
     Raises:
         TypeError, ValueError: they do not fit.
@@ -108,14 +108,14 @@ def check_ids(
         raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")
     if reads_values(ids) and ids.numel() and not bool(((ids >= least) & (ids < below)).all()):
         raise ValueError(f"{name} must name {what}, {least} to {below - 1}, got {ids.tolist()}")
-    return ids.clamp(-1, 2**31 - 1)  # so that int32 cannot wrap a wrong number into a right one
+    return ids.clamp(-1, 2**31 - 1)  # a wrong id must not wrap into a valid int32
 
 
 def check_task(task: int | Tensor, num_seqs: int, num_tasks: int, device: torch.device) -> int | Tensor:
     """Check the task of a batch or of each sequence: an int, or int (n,).
 
     Raises:
-        TypeError, ValueError: it is none, or no task that the adapter has.
+        TypeError, ValueError: it is not an int or int (n,), or the adapter has no such task.
     """
     if isinstance(task, Tensor) and task.dim() == 0 and reads_values(task):
         task = int(task)

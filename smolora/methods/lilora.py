@@ -1,4 +1,4 @@
-"""LiLoRA (2508.06202): one A and one B for all tasks, and a small pair a task within B."""
+"""LiLoRA (arXiv:2508.06202): one A and one B for all tasks, and a low-rank pair for each task within B."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LiLoRAConfig(MixtureConfig, method="lilora"):
 class LiLoRAExperts(MixtureExperts):
     """One LiLoRA adapter on one linear layer: y = W x + b + s B' A x with B' = a B + (1 - a) task_B task_A.
 
-    a = sigmoid(task_logit). B' of each task in the batch is formed once a forward, never for a token.
+    a = sigmoid(task_logit). A forward forms B' once for each task in the batch.
 
     Parameters:
         A (r, d) Kaiming, B (k, r) = 0, task_A (tasks, task_r, r) Kaiming, task_B (tasks, k, task_r) = 0,
@@ -69,7 +69,7 @@ class LiLoRAExperts(MixtureExperts):
     def reset_parameter(self, name: str, parameter: Tensor) -> None:
         if name == "task_logit":
             nn.init.normal_(parameter)
-        elif name.endswith("A"):  # Kaiming's bound for a leak of sqrt(5), as nn.Linear and LoRA have it
+        elif name.endswith("A"):  # Kaiming with a = sqrt(5), as in nn.Linear and LoRA
             bound = parameter.shape[-1] ** -0.5
             nn.init.uniform_(parameter, -bound, bound)
         else:
@@ -82,11 +82,11 @@ class LiLoRAExperts(MixtureExperts):
         *,
         cu_seqlens: Tensor | None = None,
     ) -> Prepared:
-        """Check a call, and say what it computes.
+        """Check a call and translate it for the engine.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
-            task: the task of all n sequences, or int (n,), of each.
+            task: an int for all n sequences, or int (n,).
             cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
 
         Raises:
@@ -113,7 +113,7 @@ class LiLoRAExperts(MixtureExperts):
         return share * self.B + (1 - share) * pair
 
     def trained_slices(self) -> dict[str, int]:
-        """Return one of each: one task's pair is in use at a time."""
+        """Return one slice of each, since tasks train one at a time."""
         return dict.fromkeys(self.sliced, 1)
 
     def facts(self) -> dict[str, Any]:

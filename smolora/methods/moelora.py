@@ -1,4 +1,4 @@
-"""MoELoRA as in CoIN (Chen et al., NeurIPS 2024): all experts, mixed by a softmax for each token."""
+"""MoELoRA of CoIN (Chen et al., NeurIPS 2024): every token mixes all experts by a softmax."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class MoELoRAExperts(MixtureExperts):
         *,
         cu_seqlens: Tensor | None = None,
     ) -> Prepared:
-        """Check a call, and say what it computes.
+        """Check a call and translate it for the engine.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
@@ -71,7 +71,7 @@ class MoELoRAExperts(MixtureExperts):
         return Prepared(self.batch(x, cu_seqlens), [Bank(self.A, self.B)], how)
 
     def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
-        # the scores are a number for every token and expert, which nobody asked for
+        # scores have T x E numbers, which no caller reads
         return super().finish(x, mixed._replace(scores=None), decision)
 
     def facts(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class FusedMoELoRA(DropIn, MoELoRAExperts):
     """A linear layer with a MoELoRA adapter, a drop-in for the `nn.Linear` it wraps."""
 
     def _released(self) -> dict[str, Tensor]:
-        """The parameters, expert by expert, under the released names."""
+        """Return the parameters under their released names, expert by expert."""
         names = {"lora_router": self.router}
         for letter in "AB":
             names |= {f"lora_{letter}.{i}": expert for i, expert in enumerate(self.get_parameter(letter).unbind(0))}
@@ -93,8 +93,8 @@ class FusedMoELoRA(DropIn, MoELoRAExperts):
 
         Args:
             state_dict: `lora_A.default.loraA.0.weight` and the like; the adapter's name may be missing, and the second
-                name of an expert (`...loraA.0.mlp.weight`) is the same tensor again. The keys of the linear layer
-                itself (`weight`, `bias`) are loaded into the base if they are in.
+                name of an expert (`...loraA.0.mlp.weight`) is the same tensor again. The linear layer's own
+                keys (`weight`, `bias`), if present, are loaded into the base.
 
         Raises:
             KeyError, ValueError: see `released.load_released`.

@@ -1,4 +1,4 @@
-"""State dicts of released layers, in which every expert is a tensor of its own."""
+"""State dicts of released layers, which have a tensor for each expert."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-SMOLORA_NAMES = {  # of the parameters that are no experts: ours, the released code's
+SMOLORA_NAMES = {  # our name to the released one, of all parameters but the experts'
     "vu_router": "lora_vu_gate",
     "if_router": "lora_ins_gate",
     "vu_importance": "lora_fc_A",
     "if_importance": "lora_fc_B",
 }
-# a parameter's name, the adapter's if it is there, then an expert's number; an expert's second name has `.mlp` in it
+# parameter, optional adapter name, expert number; each expert has a second key with `.mlp` in it
 KEY = re.compile(
     r"(?P<kind>lora_\w+?)(?:\.(?!lora[AB]\.)(?!weight$)[^.]+)?"
     r"(?:\.lora(?P<letter>[AB])\.(?P<expert>\d+)(?:\.mlp)?)?\.weight"

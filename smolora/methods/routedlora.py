@@ -1,6 +1,6 @@
-"""RoutedLoRA: given experts for each sequence, summed by given weights.
+"""RoutedLoRA: the caller chooses the experts of each sequence, and their weights.
 
-It is a LoRA for each task, D-MoLE's sum of several, or a batch in which every request has a LoRA of its own.
+That covers a LoRA for each task, D-MoLE's weighted sum of several, and batches whose requests each have their own LoRA.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class RoutedLoRAExperts(MixtureExperts):
         *,
         cu_seqlens: Tensor | None = None,
     ) -> Prepared:
-        """Check a call, and say what it computes.
+        """Check a call and translate it for the engine.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`.
-            experts: int (n, c), those of each of the n sequences; -1 for an empty slot.
-            weights: floating point (n, c), theirs, which may need a gradient; by default 1.
+            experts: int (n, c), the experts of each sequence; -1 for an empty slot.
+            weights: floating point (n, c), possibly with a gradient; by default 1.
             cu_seqlens: int32 (n + 1,), boundaries of packed sequences.
 
         Raises:
@@ -83,7 +83,7 @@ class RoutedLoRAExperts(MixtureExperts):
         return Prepared(batch, [Bank(self.A, self.B)], {"slots": self._slots(experts, weights, batch)})
 
     def _slots(self, experts: Tensor, weights: Tensor | None, batch: Any) -> Slots:
-        """Check the slots, and leave out those that are empty in every sequence, where looking waits for no device."""
+        """Check the slots. Those that are empty in every sequence are left out, if reading them does not sync."""
         n = batch.tokens.num_seqs
         ids = check_ids("experts", experts, ((n, "c"),), self.A.device, below=self.config.num_experts, least=-1).int()
         check_tensor("weights", weights, self.A.device)
@@ -124,7 +124,7 @@ class RoutedLoRAExperts(MixtureExperts):
 
 
 class FusedRoutedLoRA(DropIn, RoutedLoRAExperts):
-    """A linear layer with several LoRAs, of which each sequence uses given ones: a drop-in for the `nn.Linear`."""
+    """A linear layer with several LoRAs, chosen by the caller for each sequence; a drop-in for the `nn.Linear`."""
 
 
 ROUTEDLORA = Mixture(

@@ -1,7 +1,7 @@
-"""Parameters of which some slices stay as they are: a frozen branch, an old task's router, another task's pair.
+"""Parameters whose slices train one by one: branches, of which some are frozen, or routers and pairs of tasks.
 
-A gradient of zero does not keep a slice: an optimiser's weight decay and momentum still move it. Here a slice (along
-dimension 0) whose gradient is exactly zero is left bit for bit as it is by every `torch.optim.Optimizer`.
+A gradient of zero does not keep a slice, because weight decay and momentum still move it. These parameters keep every
+slice (along dimension 0) whose gradient is exactly zero, bit for bit, under any `torch.optim.Optimizer`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 
 class SlicedParameter(nn.Parameter):
-    """A parameter whose slices along dimension 0 each train by themselves, or stay."""
+    """A parameter that an optimiser changes only in the slices with a nonzero gradient."""
 
 
 _before: WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Tensor, Tensor, Tensor]]] = WeakKeyDictionary()
@@ -22,7 +22,7 @@ _before: WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Tensor, Tensor, Ten
 
 @torch.no_grad()
 def _remember(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """Keep the values of the slices that no gradient reaches."""
+    """Save the values before an optimiser's step, and which slices have a gradient."""
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -34,7 +34,7 @@ def _remember(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> No
 
 @torch.no_grad()
 def _restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """Give these slices their values back."""
+    """Restore the slices without a gradient after the step."""
     for parameter, moves, value in _before.pop(optimizer, ()):
         parameter.copy_(torch.where(moves, parameter, value))
 

@@ -17,7 +17,7 @@ from .released import SMOLORA_NAMES, load_released
 
 # The branches that a fusion uses, which are also their dropout streams: VU is 0, IF is 1.
 BRANCHES = {"adaptive": (0, 1), "mean": (0, 1), "vu": (0,), "if": (1,)}
-# What is added to a branch's logit of the two-way softmax, where the fusion is not adaptive.
+# The fusion logit (VU less IF) where the fusion is not adaptive.
 FIXED_LOGIT = {"mean": 0.0, "vu": float("inf"), "if": -float("inf")}
 
 
@@ -31,7 +31,7 @@ class SMoLoRAExperts(MixtureExperts):
         vu_importance (k,), if_importance (k,): the fusion's scores.
 
     Attributes:
-        keep_alpha: set it to True to have `last_routing()` carry alpha.
+        keep_alpha: whether `last_routing()` includes alpha and beta.
     """
 
     config: SMoLoRAConfig
@@ -81,18 +81,18 @@ class SMoLoRAExperts(MixtureExperts):
         routes: TopK | tuple[Tensor | None, Tensor | None] | None = None,
         gates: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> Prepared:
-        """Check a call, and say what it computes.
+        """Check a call and translate it for the engine.
 
         Args:
             x: (B, S, d), or packed (T, d) or (1, T, d) with `cu_seqlens`; computed in the autocast dtype, else in its
                 own.
             instruction: embeddings (n, e), or (e,) for all of the n instances. Needed unless the routes are given or
                 the fusion is "vu".
-            route_mask: bool, x's shape without d: the tokens that the VU router averages (default: all). An instance
-                whose mask is empty routes by a zero mean where the values are not checked.
+            route_mask: bool, x's shape without d: the tokens that the VU router averages (default: all). An empty mask
+                of an instance means a zero mean, where values are not checked.
             cu_seqlens: int32 (n + 1,), boundaries of the packed instances.
-            routes: chosen experts (VU, IF), (n,) or (n, top_k) each, instead of routing; None for a branch not in use.
-                Or what `last_chosen()` gave, which has the gates in it.
+            routes: chosen experts (VU, IF), (n,) or (n, top_k) each, instead of routing; None for an unused branch. Or
+                the result of `last_chosen()`, which includes the gates.
             gates: weights of the chosen experts (VU, IF), (n, top_k) each, with `routes`; by default 1 / top_k.
 
         Raises:
@@ -105,7 +105,7 @@ class SMoLoRAExperts(MixtureExperts):
             how["mix"] = "smolora"
         elif c.fusion == "mean":
             how["scaling"] = c.scaling / 2
-        chosen = self._given(routes, gates, batch.tokens.num_seqs, accurate_dtype(batch.x.dtype))
+        chosen = self._as_topk(routes, gates, batch.tokens.num_seqs, accurate_dtype(batch.x.dtype))
         if chosen is not None:
             how["slots"] = Slots(*chosen)
         else:
@@ -119,7 +119,7 @@ class SMoLoRAExperts(MixtureExperts):
         return Prepared(batch, banks, how)
 
     def _in_use(self, *pair: Any) -> list[Any]:
-        """Return of a pair (VU, IF) what the fusion uses."""
+        """Return the items of a pair (VU, IF) whose branches the fusion uses."""
         return [pair[branch] for branch in BRANCHES[self.config.fusion]]
 
     def _instruction(self, instruction: Tensor | None, num_seqs: int) -> Tensor | None:
@@ -146,14 +146,14 @@ class SMoLoRAExperts(MixtureExperts):
             )
         return (instruction if instruction.dim() == 2 else instruction.expand(num_seqs, -1)).contiguous()
 
-    def _given(
+    def _as_topk(
         self,
         routes: TopK | tuple[Tensor | None, Tensor | None] | None,
         gates: tuple[Tensor | None, Tensor | None] | None,
         num_seqs: int,
         dtype: torch.dtype,
     ) -> TopK | None:
-        """Return given routes, and gates in `dtype`, as the engine takes them.
+        """Check given routes and gates; return them for the engine, gates in `dtype`.
 
         Raises:
             TypeError, ValueError: they do not fit.
@@ -195,7 +195,7 @@ class SMoLoRAExperts(MixtureExperts):
         return TopK(chosen, torch.stack(picked["gates"], 1).to(dtype))
 
     def last_routing(self) -> Routing:
-        """Return what the last forward decided; `alpha` is in it if `keep_alpha` was set then.
+        """Return what the last forward decided, with alpha and beta if `keep_alpha` was set then.
 
         Raises:
             RuntimeError: there was no forward yet.
@@ -203,7 +203,7 @@ class SMoLoRAExperts(MixtureExperts):
         return self.routing(self._decided("last_routing()"))
 
     def routing(self, decided: Mixed) -> Routing:
-        """Return what a forward decided, branch by branch; alpha and beta are in it if it has scores."""
+        """Split a decision into branches; it has alpha and beta if it has scores."""
         pair: dict[str, list[Tensor | None]] = {"routes": [None, None], "logits": [None, None], "gates": [None, None]}
         experts = self._in_use(self.config.num_vu_experts, self.config.num_if_experts)
         ids, weights = decided.ids, decided.slot_weights
@@ -229,7 +229,7 @@ class SMoLoRAExperts(MixtureExperts):
         return super().finish(x, mixed._replace(scores=scores), decision)
 
     def last_chosen(self) -> TopK:
-        """Return the experts and gates of the last forward, as `forward` takes them for `routes`.
+        """Return the experts and gates of the last forward, for the argument `routes`.
 
         Raises:
             RuntimeError: there was no forward yet.
@@ -267,16 +267,16 @@ def _check_gates(name: str, gates: Tensor | None, shapes: tuple[tuple[int, ...],
 class FusedSMoLoRA(DropIn, SMoLoRAExperts):
     """A linear layer with a SMoLoRA adapter (Eq. 4 to 9), a drop-in for the `nn.Linear` it wraps.
 
-    Of M visual-understanding (VU) and N instruction-following (IF) experts of rank r, each instance uses one of either
-    branch (`top_k` of them in general): the VU expert its tokens' mean is routed to, and the IF expert its instruction
-    embedding is routed to. A learned share, token by token, fuses the two.
+    There are M visual-understanding (VU) and N instruction-following (IF) experts of rank r. Each instance uses `top_k`
+    of either branch, by default one. The VU router sees the mean of its tokens, the IF router its instruction
+    embedding. A softmax over two learned scores fuses the branches token by token.
     """
 
     def load_official_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a layer of the released code: its live state dict, or the keys under one layer of a saved adapter.
 
-        VU experts come first there, IF experts after them. The keys of the linear layer itself (`weight`, `bias`) are
-        loaded into the base if they are in.
+        The released code numbers VU experts first, then IF experts. The linear layer's own keys (`weight`, `bias`), if
+        present, are loaded into the base.
 
         Args:
             state_dict: `lora_A.default.loraA.0.weight` and the like; the adapter's name may be missing, and the second

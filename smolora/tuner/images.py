@@ -1,8 +1,8 @@
-"""Which sample each image of a forward belongs to, for the layers that see images.
+"""The sample that each image of a forward belongs to, for the layers that see images.
 
-Most models hand these layers a row an image (or tile, all of as many tokens). Some cut images into tiles of which their
-text has another number of tokens, and some hand over all images in one row, one after the other. What the arguments of
-a forward tell about that is read before it begins, and what they do not tell is refused.
+Most models give these layers one row for each image, or for each tile, with the same number of tokens. Some cut images
+into tiles whose text has another number of placeholders, and some concatenate all images in one row. The arguments of
+the forward are read before it begins, and what they do not tell is refused.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor, nn
 from .packing import is_capturing, sums
 
 BLANK_TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral", "internvl_vision")  # see `blank_image`
-TILED = ("llava_next", "llava_next_video", "llava_onevision")  # an image is several rows, by its size
+TILED = ("llava_next", "llava_next_video", "llava_onevision")  # the number of rows of an image depends on its size
 
 
 class Images:
     """The images of a forward with n samples.
 
     Args:
-        ids: (B, S), in which `token` stands for a part of an image; None if either is unknown.
-        token: its id.
+        ids: (B, S), the token ids; None if unknown.
+        token: the id of the token that stands for a part of an image; None if unknown.
         samples: n; None if unknown.
         cu_seqlens: of samples that are packed in rows.
-        owner: (images,), the sample of each image, where it is known.
-        images: how many there are, where a row is one; None if unknown.
-        pieces: the lengths of the images where a layer gets them in one row: what they may be, in its positions.
-        error: what the first layer that gets images raises.
+        owner: (images,), the sample of each image; None if unknown.
+        images: how many images there are, if each is a row; None if unknown.
+        pieces: the possible lengths of the images, in positions of a layer, if it gets them in one row.
+        error: raised by the first layer that gets images.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Images:
         self._fits: set[int] = set()
 
     def arrange(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x as (images, patches, d); or as (1, T, d), with the boundaries of the images in it.
+        """Lay out a layer's input as (images, patches, d), or as (1, T, d) with the boundaries of its images.
 
         Raises:
-            ValueError: its rows are no images that anything tells apart.
+            ValueError: nothing tells the images in x apart.
         """
         if self.error is not None:
             raise self.error
@@ -90,7 +90,7 @@ class Images:
         return (x if x.dim() == 3 else x.flatten(1, -2)), None
 
     def owners(self, rows: int) -> Tensor:
-        """The sample (rows,) of each image that a layer gets.
+        """Return the sample (rows,) of each image that a layer gets.
 
         Raises:
             ValueError: nothing tells it, or the placeholders in the text do not fit the images.
@@ -123,20 +123,20 @@ class Images:
 
     @property
     def counts(self) -> Tensor | None:
-        """The placeholders of images in each sample (n,); None if unknown. Counted where there are images."""
+        """The placeholders of images in each sample (n,); None if unknown. They are counted when first asked for."""
         if self._counts is None and self.ids is not None:
             self._counts = sums(self.ids == self.token, self.samples_at)
         return self._counts
 
     def found(self) -> list[int]:
-        """The values of `counts`. They are read once a forward, as transformers' models read them, too."""
+        """Return the values of `counts`. They are read once a forward; transformers' models read them too."""
         if self._found is None:
             self._found = self.counts.tolist()
         return self._found
 
 
 def untold(images: int) -> str:
-    """The message where nothing tells the samples of images."""
+    """Return the message for images whose samples nothing tells."""
     return (
         f"image_to_sample must be given, the sample of each of the {images} images: without input_ids nothing tells "
         "which instruction an image belongs to"
@@ -144,14 +144,14 @@ def untold(images: int) -> str:
 
 
 def images_of(model: nn.Module, inputs: dict[str, Any], told: bool, given: Tensor | None, **known: Any) -> Images:
-    """The images of a forward.
+    """Read the images of a forward from its arguments.
 
     Args:
-        model: with adapters.
+        model: the model with adapters.
         inputs: the forward's arguments by name.
-        told: whether the sample of each image has to be known: instructions differ.
+        told: whether the sample of each image must be known, because instructions differ.
         given: `image_to_sample`.
-        known: arguments of `Images`.
+        known: other arguments of `Images`.
 
     Raises:
         ValueError: `told`, and nothing tells it.
@@ -201,12 +201,12 @@ def images_of(model: nn.Module, inputs: dict[str, Any], told: bool, given: Tenso
 
 
 def _values(sizes: Any) -> list[list[int]]:
-    """Sizes as integers; transformers' models read them in the same forward."""
+    """Return sizes as integers; transformers' models read them in the same forward."""
     return sizes.tolist() if isinstance(sizes, Tensor) else [list(map(int, size)) for size in sizes]
 
 
 def _in_order(plain: Images, tokens: list[int]) -> list[int]:
-    """The sample of each image, of which the text has `tokens` placeholders."""
+    """Assign images to samples in order, given the number of placeholders of each image."""
     if plain.counts is None:
         raise ValueError(untold(len(tokens)))
     owner: list[int] = []
@@ -226,7 +226,7 @@ def _in_order(plain: Images, tokens: list[int]) -> list[int]:
 
 
 def _tiles(config: Any, sizes: Any, per_sample: Any) -> list[int]:
-    """How many rows each image has, as the model itself counts them."""
+    """Return how many rows each image has, as the model counts them."""
     modeling = importlib.import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
     cut = [True] * len(sizes)
     if per_sample is not None:  # LLaVA-OneVision cuts an image only if it is its sample's only one
@@ -240,7 +240,7 @@ def _tiles(config: Any, sizes: Any, per_sample: Any) -> list[int]:
 
 
 def _tokens_of_tiles(model: nn.Module, sizes: Any, tiles: list[int]) -> list[int]:
-    """How many placeholders each image has: what the model itself makes of its tiles, one channel deep."""
+    """Return how many placeholders each image has, from the model's own function on tiles of one channel."""
     vision, inner = model.config.vision_config, getattr(model, "model", model)
     patches = (vision.image_size // vision.patch_size) ** 2
     options = {

@@ -86,13 +86,13 @@ class MixtureLayer(BaseTunerLayer):
             self._refreeze(adapter_names)
 
     def _refreeze(self, adapter_names: str | list[str]) -> None:
-        """Freeze again what the configuration gives no gradient: PEFT lets all of an adapter train."""
+        """Freeze again what the configuration gives no gradient, after PEFT has unfrozen the whole adapter."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.experts:
                 self.experts[name].freeze()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the base's device. Not to its dtype, which would round float32 weights that were just loaded."""
+        """Move to the base's device, but not to its dtype: that would round float32 weights that were just loaded."""
         if device is None:
             device, _ = place_of(self)
         if adapter_name not in self.experts or device is None:
@@ -102,7 +102,7 @@ class MixtureLayer(BaseTunerLayer):
             experts.to(device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused.
+        """Refuse to merge.
 
         Raises:
             ValueError: always, with the reason.
@@ -110,7 +110,7 @@ class MixtureLayer(BaseTunerLayer):
         raise ValueError(self.mixture.no_merge)
 
     def unmerge(self) -> None:
-        """Nothing to undo: nothing is ever merged."""
+        """Do nothing: nothing is ever merged."""
 
 
 def place_of(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dtype | None]:

@@ -1,4 +1,4 @@
-"""Adapters read from the disk: whole, or refused; and transformers' own methods for adapters."""
+"""Adapter checkpoints, which are loaded completely or refused, by PEFT and by transformers' own methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PREFIX = "base_model.model."  # of names in a PEFT model and its checkpoints
 
 
 def refused_peft() -> str | None:
-    """Why a transformers model's own methods for adapters refuse the installed peft; None if they take it."""
+    """Return why transformers' own adapter methods refuse the installed peft; None if they take it."""
     wanted, installed = integration.MIN_PEFT_VERSION, metadata.version("peft")
     if Version(installed) >= Version(wanted):
         return None
@@ -33,7 +33,7 @@ def refused_peft() -> str | None:
 
 
 def explain_refused_peft() -> None:
-    """Have those methods say so, where transformers alone asks for a version that may not exist yet."""
+    """Make transformers' version error explain what to do, since the version that it asks for may not exist yet."""
     check = integration.check_peft_version
 
     def check_peft_version(min_version: str) -> None:
@@ -46,7 +46,7 @@ def explain_refused_peft() -> None:
 
 
 def check_names(model: nn.Module, adapter_name: str, found: Iterable[str], unknown: Iterable[str]) -> None:
-    """Whether a checkpoint has all tensors of an adapter, and no others.
+    """Check that a checkpoint has all tensors of an adapter, and no others.
 
     Args:
         model: has the adapter.
@@ -55,8 +55,7 @@ def check_names(model: nn.Module, adapter_name: str, found: Iterable[str], unkno
         unknown: those that the model has no place for.
 
     Raises:
-        KeyError: tensors are missing or unknown. PEFT and transformers by themselves warn of the former and ignore the
-            latter.
+        KeyError: tensors are missing or unknown. PEFT and transformers would warn of the former and ignore the latter.
     """
     within = re.compile(rf"\.(\w+_experts)\.{re.escape(adapter_name)}\.")
     found = {within.sub(r".\1.", name.removeprefix(PREFIX)) for name in found}
@@ -68,10 +67,10 @@ def check_names(model: nn.Module, adapter_name: str, found: Iterable[str], unkno
 
 
 def check_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Whether a checkpoint's tensors are of the adapter's sizes.
+    """Check the shapes of a checkpoint's tensors.
 
     Raises:
-        ValueError: one is not; transformers by itself refuses it without its name.
+        ValueError: a shape differs. Transformers would raise without the tensor's name.
     """
     shapes = {
         re.sub(rf"\.(\w+_experts)\.{re.escape(adapter_name)}\.", r".\1.", name.removeprefix(PREFIX)): value.shape
@@ -84,21 +83,21 @@ def check_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
 
 
 class LoadWrapper:
-    """What `load_adapter` of transformers reads tensors with, for a model with adapters.
+    """`_load_pretrained_model`, with which transformers' `load_adapter` reads tensors.
 
-    It refers to the model by attribute, so that a copied model gets its own.
+    It refers to the model by attribute, so a copied model gets a wrapper of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, and besides the instruction embeddings that a default needs.
+        """Load as transformers does, plus the instruction embeddings of a default instruction.
 
         Raises:
             KeyError, ValueError: a file is broken, or tensors are missing, unknown or of another shape.
         """
-        name, config = list(self.model.peft_config.items())[-1]  # the adapter that was just put in
+        name, config = list(self.model.peft_config.items())[-1]  # the adapter that was added last
         load = type(self.model)._load_pretrained_model
         if not isinstance(config, MixtureConfig):
             return load(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The tuner: every mixture of `smolora.MIXTURES` as a PEFT method."""
+"""PEFT tuners for every mixture of `smolora.MIXTURES`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ DEFAULT_TARGETS = {
 
 
 class MixtureModel(BaseTuner):
-    """A model with adapters of one method; `peft.get_peft_model` makes it.
+    """A model with adapters of one method, made by `peft.get_peft_model`.
 
-    The model's forward and `generate` take more keywords, those that its adapters need:
+    The model's forward and `generate` take the keywords that its adapters need:
         instruction_embeds: (B, e), or (e,) for all samples; where several samples are packed in a row, one for each.
         task_ids: int (B,), the task of each sample, or one for all.
         experts, expert_weights: int (B, c) and (B, c), the experts of each sample and their weights.
@@ -51,7 +51,7 @@ class MixtureModel(BaseTuner):
     target_module_mapping = DEFAULT_TARGETS
 
     def _pre_injection_hook(self, model: nn.Module, config: MixtureConfig, adapter_name: str) -> None:
-        if not config.takes:  # it treats every token alike, wherever its layers are
+        if not config.takes:  # needs no context: it treats every token alike
             return
         whole = getattr(model, "config", None)
         if any(getattr(c, "is_encoder_decoder", False) for c in (whole, getattr(whole, "text_config", None))):
@@ -88,7 +88,7 @@ class MixtureModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put the layer in. It has made its adapter where it is to run, which is not where an offloaded base lies."""
+        """Put the layer in. Its adapter is already on its device, which is not that of an offloaded base."""
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
@@ -96,10 +96,10 @@ class MixtureModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse what PEFT would take off the arguments and nobody would look at.
+        """Refuse an argument that PEFT would drop.
 
         Raises:
-            ValueError: an adapter is named for each sample.
+            ValueError: `adapter_names` names an adapter for each sample.
         """
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
@@ -109,7 +109,7 @@ class MixtureModel(BaseTuner):
         yield
 
     def new_layer(self, target: nn.Module, adapter_name: str, config: MixtureConfig, key: str) -> MixtureLinear:
-        """Make the layer that is put in the place of `target`, which is called `key`."""
+        """Make the layer that replaces `target`, whose name is `key`."""
         context: RoutingContext | None = self.model.__dict__.get(CONTEXT)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if context is not None and _takes_sound(self.model, base):
@@ -126,7 +126,7 @@ class MixtureModel(BaseTuner):
         return layer
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Adapters are float32, or of the base's dtype if `autocast_adapter_dtype` is False."""
+        """Cast an adapter to float32, or to the base's dtype if `autocast_adapter_dtype` is False."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
@@ -137,7 +137,7 @@ class MixtureModel(BaseTuner):
                     layer.experts[adapter_name].to(dtype)
 
     def unload(self) -> nn.Module:
-        """The base model, without adapters and as it was."""
+        """Return the base model, as it was before it had adapters."""
         context = self.model.__dict__.get(CONTEXT)
         if context is not None:
             remove(context)
@@ -152,12 +152,12 @@ class MixtureModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """An adapter's tensors among those of a state dict.
+        """Return an adapter's tensors from a state dict.
 
-        What `Trainer` gathers under DeepSpeed's ZeRO-3 lacks frozen parameters: the routers are added.
+        The state dict that `Trainer` gathers under DeepSpeed's ZeRO-3 lacks frozen parameters, so routers are added.
 
         Raises:
-            KeyError: a router is missing, and this process has only a part of it.
+            KeyError: a router is missing, and ZeRO-3 has left only a part of it in this process.
         """
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, parameter in model.named_parameters() if tensors else ():
@@ -177,7 +177,7 @@ class MixtureModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: MixtureConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The checkpoint's tensors under the model's names.
+        """Return a checkpoint's tensors under the model's names.
 
         Raises:
             KeyError: see `check_names`.
@@ -189,7 +189,7 @@ class MixtureModel(BaseTuner):
 
 
 def _text_decoder(model: nn.Module) -> nn.Module | None:
-    """The language model within a model that takes images; None if it takes none."""
+    """Return the language model within a model that takes images; None for a text model."""
     if getattr(getattr(model, "config", None), "vision_config", None) is None:
         return None
     decoder = model.get_decoder()
@@ -197,7 +197,7 @@ def _text_decoder(model: nn.Module) -> nn.Module | None:
 
 
 def _takes_images(model: nn.Module, base: nn.Module) -> bool:
-    """Whether a layer's rows are images: it belongs to a model that takes them, and not to its text part."""
+    """Return whether a layer's rows are images: it is in a model that takes images, outside of its text decoder."""
     decoder = _text_decoder(model)
     if decoder is None or base is model.get_output_embeddings():
         return False
@@ -205,7 +205,7 @@ def _takes_images(model: nn.Module, base: nn.Module) -> bool:
 
 
 def _takes_sound(model: nn.Module, base: nn.Module) -> bool:
-    """Whether a layer belongs to a model that takes sound and no images, and not to its text part."""
+    """Return whether a layer is in a model that takes sound and no images, outside of its text decoder."""
     config = getattr(model, "config", None)
     if getattr(config, "audio_config", None) is None or getattr(config, "vision_config", None) is not None:
         return False
@@ -213,7 +213,7 @@ def _takes_sound(model: nn.Module, base: nn.Module) -> bool:
 
 
 def register(mixture: Mixture) -> type[MixtureModel]:
-    """Make a method known to PEFT, once."""
+    """Register a method with PEFT, once."""
     peft_type = register_peft_type(mixture.name.upper())
     if peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
         attributes = {
@@ -223,7 +223,7 @@ def register(mixture: Mixture) -> type[MixtureModel]:
             "tuner_layer_cls": layer_class(mixture),
         }
         model = type(f"{mixture.title}Model", (MixtureModel,), attributes)
-        for made in (model, model.tuner_layer_cls):  # where pickle looks for the class of an object
+        for made in (model, model.tuner_layer_cls):  # pickle looks for an object's class in its module
             made.__module__ = __name__
             globals()[made.__name__] = made
         register_peft_method(name=mixture.name, config_cls=mixture.config, model_cls=model)

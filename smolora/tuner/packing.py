@@ -1,4 +1,4 @@
-"""Rows in which several samples are packed one after the other: where each of them begins and ends."""
+"""Rows of several packed samples: where each sample begins and ends."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, in which no value can be read."""
+    """Return whether a CUDA graph is being captured, in which no value can be read."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def boundaries(inputs: dict[str, Any], batch: int, count: int) -> Tensor | None:
-    """Where the samples begin that a forward has in its (batch, count) tokens; None if each row is one sample.
+    """Find the boundaries of the samples in a forward's (batch, count) tokens.
 
-    They are told as transformers' attention tells them: by `cu_seq_lens_q`, by `position_ids` that restart at 0, by
-    `seq_idx`, or by an `attention_mask` that numbers its samples. Padding begins no sample.
+    The arguments tell them as they tell transformers' attention: `cu_seq_lens_q`, `position_ids` that restart at 0,
+    `seq_idx`, or an `attention_mask` that numbers its samples. Padding begins no sample.
 
     Returns:
-        int32 (n + 1,), over the flattened tokens.
+        int32 (n + 1,), over the flattened tokens; None if each row is one sample.
 
     Raises:
         TypeError, ValueError: an argument does not fit the tokens, or does not tell where a sample begins.
@@ -46,7 +46,7 @@ def boundaries(inputs: dict[str, Any], batch: int, count: int) -> Tensor | None:
 
 
 def _checked(given: Any, batch: int, count: int) -> Tensor:
-    """`cu_seq_lens_q` as int32."""
+    """Check `cu_seq_lens_q`; return it as int32."""
     integers = (torch.int32, torch.int64)
     if not isinstance(given, Tensor) or given.dim() != 1 or given.shape[0] < 2 or given.dtype not in integers:
         got = f"{given.dtype} of {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
@@ -61,8 +61,8 @@ def _checked(given: Any, batch: int, count: int) -> Tensor:
 
 
 def _restarts(positions: Tensor, batch: int, count: int, mask: Tensor | None) -> Tensor | None:
-    """bool (batch, count - 1), whether a row's second, third, ... token is the first of another sample."""
-    several = positions.dim() == 3 and positions.shape[0] == 3  # height and width beside time, and no text positions
+    """Return whether each token of a row, from the second on, begins another sample: bool (batch, count - 1)."""
+    several = positions.dim() == 3 and positions.shape[0] == 3  # time, height and width, without text positions
     if positions.dim() == 3 and not several:
         positions = positions[0]
     if positions.shape[-1] != count:
@@ -93,7 +93,7 @@ def _restarts(positions: Tensor, batch: int, count: int, mask: Tensor | None) ->
 
 
 def sums(flags: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """How many of the flags (B, S) are set in each sample, (n,)."""
+    """Count the set flags (B, S) of each sample, (n,)."""
     if cu_seqlens is None:
         return flags.sum(1)
     total = torch.nn.functional.pad(flags.flatten().cumsum(0), (1, 0))
@@ -102,7 +102,7 @@ def sums(flags: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def spread(values: Tensor, cu_seqlens: Tensor | None, shape: torch.Size) -> Tensor:
-    """Each sample's value (n,) at each of its tokens, (B, S)."""
+    """Repeat each sample's value (n,) over its tokens, (B, S)."""
     if cu_seqlens is None:
         return values[:, None].expand(shape)
     token = torch.arange(shape.numel(), device=values.device)

@@ -1,4 +1,4 @@
-"""`task_ids` through PEFT's own models, whose forwards take that keyword for themselves and drop it."""
+"""`task_ids` through PEFT's own models, whose forwards consume that keyword and drop it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from peft import PeftModel
 
 from ..config import MixtureConfig
 
-CARRIED = "smolora_task_ids"  # under which PEFT's models hand `task_ids` on
+CARRIED = "smolora_task_ids"  # the keyword under which PEFT's models pass `task_ids` on
 
 
 def carry_task_ids(model: type[PeftModel]) -> None:
-    """Have the forward of a class of PEFT's models hand `task_ids` on, where a mixture's adapter is active."""
+    """Make the forward of a PEFT model class pass `task_ids` on if a mixture's adapter is active."""
     own = model.forward
     if hasattr(own, "carries_task_ids"):
         return

@@ -1,4 +1,4 @@
-"""What a whole model's adapters decided for the last batch."""
+"""A report of the routing in a whole model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .linear import MixtureLinear
 
 
 class LayerRouting(TypedDict):
-    """Routing of one layer over n rows of S tokens; a branch that the fusion leaves out has None."""
+    """The routing of one layer over n rows of S tokens; a branch that the fusion leaves out has None."""
 
     adapter: str
     rows: str  # "samples", or "images" in an image branch: n images of S patches
@@ -27,15 +27,16 @@ class LayerRouting(TypedDict):
 
 
 def routing_report(model: nn.Module, adapter: str | None = None) -> dict[str, LayerRouting]:
-    """Which experts each layer chose for the last batch, and how it fused the branches.
+    """Report which experts each layer chose for the last batch, and how it fused the branches.
 
     Args:
         model: with SMoLoRA adapters, from `get_peft_model` or injected.
         adapter: which one; may be left out where one is active.
 
     Returns:
-        By the layer's name in the base model, in the model's order. Layers that the last forward did not run are left
-        out, such as the projector's where a batch had no image. After `generate()`, text layers report its last step.
+        the routing of each layer by its name in the base model, in the model's order. Layers that the last forward did
+        not run are left out, such as a projector's if the batch had no image. After `generate()`, text layers report
+        its last step.
 
     Raises:
         ValueError: the model has no such adapter, or several are active and none is named.

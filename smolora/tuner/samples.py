@@ -1,4 +1,4 @@
-"""What a model's forward is given for each of its samples, beside their tokens and images."""
+"""Per-sample arguments of a model's forward, besides tokens and images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import MixtureConfig
 from ..methods.checks import reads_values
 
-KEYWORDS = {  # of a forward: the argument of a layer that it becomes
+KEYWORDS = {  # a forward's keyword to a layer's argument
     "instruction_embeds": "instruction",
     "task_ids": "task",
     "experts": "experts",
@@ -28,7 +28,7 @@ MISSING = {
 
 
 class Samples(NamedTuple):
-    """What the layers take of each of n samples; None where it is not given."""
+    """Arguments for each of n samples, under the layers' names; None where not given."""
 
     instruction: Tensor | None = None  # (n, e), or (e,) for all
     task: Tensor | None = None  # int (n,)
@@ -37,7 +37,7 @@ class Samples(NamedTuple):
 
     @property
     def differ(self) -> bool:
-        """Whether samples may have different values: there are rows for more than one."""
+        """Whether the samples may differ: an argument has rows for more than one."""
         return any(self.is_by_sample(name) and value.shape[0] > 1 for name, value in self.given())
 
     def given(self) -> list[tuple[str, Tensor]]:
@@ -55,14 +55,14 @@ class Samples(NamedTuple):
         )
 
     def fill(self, other: Samples) -> Samples:
-        """Take what is missing from another."""
+        """Fill what is missing from another one."""
         return Samples(*(mine if mine is not None else theirs for mine, theirs in zip(self, other, strict=True)))
 
     def check_complete(self, configs: Sequence[MixtureConfig]) -> None:
-        """Check that adapters find what they cannot do without.
+        """Check that all arguments are there that the adapters need.
 
         Raises:
-            ValueError: they do not.
+            ValueError: one is missing.
         """
         for name, message in MISSING.items():
             if getattr(self, name) is None and any(config.needs(name) for config in configs):
@@ -72,16 +72,16 @@ class Samples(NamedTuple):
 def read_samples(
     own: dict[str, Any], configs: Sequence[MixtureConfig], samples: int | None, packed: bool = False
 ) -> Samples:
-    """Check what a forward was given; what the adapters do not take is left out.
+    """Check the per-sample arguments of a forward; those that no adapter takes are dropped.
 
     Args:
-        own: the forward's keywords that are ours.
+        own: our keywords of the forward.
         configs: of the adapters in use.
         samples: n; None if unknown.
         packed: whether they are packed in rows, for messages.
 
     Raises:
-        TypeError, ValueError: it does not fit the adapters, or is not one for each sample.
+        TypeError, ValueError: an argument does not fit the adapters or the number of samples.
     """
     return Samples(
         _instruction(own["instruction_embeds"], configs, samples, packed),
@@ -91,7 +91,7 @@ def read_samples(
 
 
 def _instruction(given: Any, configs: Sequence[MixtureConfig], samples: int | None, packed: bool) -> Tensor | None:
-    """The instruction of a call, checked; the configured default, or None, if none is given."""
+    """Check the instruction; return it, or the configured default, or None."""
     configs = [c for c in configs if c.needs("instruction")]
     if given is None and len(configs) == 1:
         return configs[0].default_embedding()
@@ -113,7 +113,7 @@ def _instruction(given: Any, configs: Sequence[MixtureConfig], samples: int | No
 
 
 def _task(given: Any, configs: Sequence[MixtureConfig], samples: int | None) -> Tensor | None:
-    """The task of each sample, checked; one for all becomes one for each."""
+    """Check the task ids; return one for each sample."""
     configs = [c for c in configs if c.needs("task")]
     if given is None or not configs:
         return None
@@ -127,7 +127,7 @@ def _task(given: Any, configs: Sequence[MixtureConfig], samples: int | None) -> 
 def _experts(
     given: Any, weights: Any, configs: Sequence[MixtureConfig], samples: int | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The experts of each sample and their weights, checked."""
+    """Check the experts of each sample and their weights."""
     configs = [c for c in configs if c.needs("experts")]
     if not configs:
         return None, None
@@ -145,10 +145,10 @@ def _experts(
 
 
 def _check_integers(name: str, value: Any, dim: int, samples: int | None, *, below: int, least: int) -> None:
-    """Check numbers of tasks or experts.
+    """Check ids of tasks or experts.
 
     Raises:
-        ValueError: they are no integers, not one row for each sample, or name what no adapter has.
+        ValueError: they are not integers, not one row for each sample, or out of range.
     """
     rows = "B" if samples is None else samples
     shape = f"({rows},)" if dim == 1 else f"({rows}, c)"

@@ -1,17 +1,14 @@
 """The mixes' device functions, one by one, against their formulas and autograd in float64."""
 
-import os
-
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 from smolora.kernels.mixes import MIXES
+from support.marks import DEVICE, on_device
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+pytestmark = on_device
 T, BT = 13, 16  # three rows of the tile are not inside
 
 

@@ -1,7 +1,5 @@
 """The Triton passes, through the layer and the engine, against float64: on a GPU, or under the interpreter."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,11 +10,11 @@ from recorded import RecordedPasses, named_results
 from smolora.engine import torch_passes
 from support import mixtures
 from support.cases import OPTIONS, RANKS, SHAPES, plain
+from support.marks import interpreter
 from support.mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, check_call, run_call
 from support.oracle import Case, build, check, error, run
+from support.strategies import cases
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRETED, reason="the interpreter is off: kernels run on the GPU here")
 # the interpreter's products of bfloat16 are wrong, so it is for a GPU to test
 ON_CPU = [pytest.param("cpu", dtype, marks=interpreter) for dtype in (torch.float32, torch.float16)]
 ON_GPU = [
@@ -64,7 +62,9 @@ def test_mixtures_in_half_precision(case: MixCase, device: str, dtype: torch.dty
         (MIX_OPTIONS[16], ("token_router", "B0")),
         (MIX_OPTIONS[16], ("x", "A0", "B0")),  # the token router alone
         (MIX_SHAPES[8], ("A0",)),
-        (MIX_OPTIONS[21], ()),
+        (MIX_OPTIONS[2], ()),  # every gradient: token weights,
+        (MIX_OPTIONS[16], ()),  # softmax,
+        (MIX_OPTIONS[21], ()),  # and smolora
         (MIX_OPTIONS[24], ("x", "A0", "A1", "I0", "I1")),
         (MIX_SHAPES[1], ()),
     ],
@@ -86,39 +86,13 @@ def test_each_pass_is_the_torch_pass(case: MixCase, without: tuple[str, ...], de
             assert error(got[label], value) <= (2e-6 if value.is_floating_point() else 0), (name, label)
 
 
-@st.composite
-def cases(draw) -> Case:
-    """Any layer and batch; in nine of ten cases at most 65 tokens, since the interpreter takes time."""
-    experts = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
-    limit = draw(st.sampled_from([65] * 9 + [150]))
-    lengths = None
-    B, S = draw(st.integers(1, 5)), 0
-    S = draw(st.integers(0, limit // B))
-    if draw(st.booleans()):
-        lengths = tuple(draw(st.lists(st.integers(0, limit // 3), min_size=1, max_size=4)))
-        if sum(lengths) > limit:
-            lengths = lengths[:2]
-    return Case(
-        B=B,
-        S=S,
-        lengths=lengths,
-        d=draw(st.integers(1, 80)),
-        k=draw(st.integers(1, 90)),
-        r=draw(st.sampled_from([1, 2, 3, 4, 7, 8, 12, 16, 16, 24, 32, 33, 64])),
-        M=experts[0],
-        N=experts[1],
-        e=draw(st.integers(1, 40)),
-        top_k=draw(st.integers(1, min(*experts, 3))),
-        fusion=draw(st.sampled_from(["adaptive"] * 3 + ["mean", "vu", "if"])),
-        router_grad=draw(st.sampled_from(["none", "straight_through"])),
-        dropout=draw(st.sampled_from([0.0, 0.05, 0.5])),
-        bias=draw(st.booleans()),
-        mask=draw(st.booleans()),
-        shared=draw(st.booleans()),
-        given=draw(st.sampled_from([False, False, True])),
-        spread=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**16)),
-    )
+# in nine of ten cases at most 65 tokens, since the interpreter takes time
+ANY_CASE = cases(
+    limits=st.sampled_from([65] * 9 + [150]),
+    ranks=st.sampled_from([1, 2, 3, 4, 7, 8, 12, 16, 16, 24, 32, 33, 64]),
+    experts=6,
+    top_k=3,
+)
 
 
 @pytest.mark.slow  # some minutes a part under the interpreter
@@ -128,7 +102,7 @@ def test_any_case(part: int):
     """500 seeded cases in ten parts, so that workers can share them."""
 
     @settings(max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(cases(), st.sampled_from([torch.float32, torch.float16]), st.just(part))
+    @given(ANY_CASE, st.sampled_from([torch.float32, torch.float16]), st.just(part))
     def holds(case: Case, dtype: torch.dtype, part: int):
         check(case.but(seed=case.seed * 10 + part), dtype, "triton", slack=5)
 

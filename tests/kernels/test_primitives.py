@@ -1,7 +1,5 @@
 """The device functions that all passes share."""
 
-import os
-
 import pytest
 import torch
 import triton
@@ -10,10 +8,9 @@ import triton.language as tl
 from smolora.kernels.primitives import keep_mask, tile_to_seq
 from smolora.launch import chunk_tokens, next_power_of_2, tile_count
 from smolora.reference import philox_bytes
+from support.marks import DEVICE, on_device
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+pytestmark = on_device
 
 
 @triton.jit

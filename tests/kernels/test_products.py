@@ -1,16 +1,13 @@
 """The pass over x by itself, against plain sums and products."""
 
-import os
-
 import pytest
 import torch
 
 from smolora.kernels.primitives import sequences
 from smolora.kernels.products import shrink
+from support.marks import DEVICE, on_device
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+pytestmark = on_device
 LENGTHS = (5, 0, 40)
 T, d, r = sum(LENGTHS), 70, 12
 

@@ -14,11 +14,10 @@ import torch
 import smolora
 from smolora import backends
 from smolora.engine import cpu_passes
+from support.marks import INTERPRETED, interpreter
 
 # what the CUDA backend lacks without a GPU: it was not built, or it was and there is no driver or no card
 NO_CUDA = r"no CUDA C\+\+ kernels|no NVIDIA driver|NVIDIA driver is for|no CUDA device"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: kernels run on the GPU here")
 
 
 @pytest.fixture
@@ -130,14 +129,23 @@ def test_backward_runs_where_the_forward_ran(layer: smolora.FusedSMoLoRA, backen
     from smolora.kernels import passes
 
     other = {"torch": "triton", "triton": "torch"}[backend]
+    with torch.no_grad():
+        layer.vu_B.normal_()
+        layer.if_B.normal_()
+    x, instruction = torch.randn(2, 3, 6), torch.randn(2, 8)
     with smolora.use_backend(backend):
-        y = run(layer)
+        layer(x, instruction=instruction).sum().backward()
+        want = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+        layer.zero_grad()
+        y = layer(x, instruction=instruction)
     for name in ("grad_output", "grad_input"):
         foreign = {"torch": passes, "triton": cpu_passes}[backend]
         monkeypatch.setattr(foreign, name, lambda *_: pytest.fail("another backend's backward ran"))
     with smolora.use_backend(other):
         y.sum().backward()
-    assert layer.vu_B.grad is not None
+    assert all(grad.any() for grad in want.values())
+    for name, grad in want.items():
+        assert torch.equal(layer.get_parameter(name).grad, grad), name
 
 
 # what stops Triton on a GPU under "auto", and the words of the warning; none of it needs a GPU to be decided

@@ -1,7 +1,6 @@
 """The checks of mixtures can fail: wrong passes of every common kind are caught by them, in torch and in Triton."""
 
 import inspect
-import os
 from collections.abc import Callable
 from types import ModuleType
 
@@ -10,6 +9,7 @@ import torch
 
 from smolora.engine import torch_passes
 from smolora.engine.ops import BACKENDS
+from support.marks import interpreter
 from support.mixtures import MixCase, check_call, plain
 
 softmax = plain.but(mix="softmax", K=0)
@@ -85,14 +85,14 @@ def test_mutants_are_rejected(mutant: str, monkeypatch: pytest.MonkeyPatch):
     rejected(case, "torch", torch_passes, name, wrong, monkeypatch)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off: kernels run on the GPU")
+@interpreter
 @pytest.mark.parametrize("mutant", ["slots exchanged", "dh of one slot", "token router learns nothing"])
 def test_mutants_of_the_kernels_are_rejected(mutant: str, monkeypatch: pytest.MonkeyPatch):
     case, (name, wrong) = MUTANTS[mutant]
     rejected(case, "triton", BACKENDS["triton"](), name, wrong, monkeypatch)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off: kernels run on the GPU")
+@interpreter
 def test_a_wrong_mix_of_the_kernels_is_rejected(monkeypatch: pytest.MonkeyPatch):
     """The softmax's gradient without its normaliser, and its shares as they are for given scores."""
     from smolora.kernels.mixes import MIXES

@@ -1,7 +1,5 @@
 """The operators and the autograd function: opcheck, torch.compile, checkpointing, what is saved and what is not."""
 
-import os
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -9,15 +7,11 @@ from torch.utils.checkpoint import checkpoint
 import smolora
 from smolora.engine import function
 from support.cases import plain
+from support.marks import interpreter
 from support.oracle import PARAMETERS, Case, build, run
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [pytest.param("torch", "cpu")]
-BACKENDS += [
-    pytest.param(
-        "triton", "cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled for the GPU here")
-    )
-]
+BACKENDS += [pytest.param("triton", "cpu", marks=interpreter)]
 BACKENDS += [pytest.param("triton", "cuda", marks=pytest.mark.gpu)]
 CASES = [plain, plain.but(top_k=2, mask=True, dropout=0.1), plain.but(lengths=(4, 9), router_grad="straight_through")]
 

@@ -1,7 +1,5 @@
 """Bad input: one clear error that names argument, value and expectation, before anything runs."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -10,9 +8,9 @@ from torch import nn
 import smolora
 from smolora import FusedSMoLoRA, SMoLoRAConfig
 from smolora.engine import cpu_passes
+from support.marks import interpreter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter"))]
+BACKENDS = ["torch", pytest.param("triton", marks=interpreter)]
 
 NAN, INF = float("nan"), float("inf")
 

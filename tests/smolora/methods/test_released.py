@@ -1,7 +1,5 @@
 """The released layer: its checkpoints load, and its outputs and gradients come out, to rounding."""
 
-import os
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,11 +8,9 @@ from torch import Tensor, nn
 import smolora
 from smolora import FusedSMoLoRA, SMoLoRAConfig
 from smolora.reference import smolora_forward
+from support.marks import interpreter
 from support.oracle import PARAMETERS, Batch, collect, error, run
 from support.project import GOLDEN
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: kernels run on the GPU here")
 
 FILES = {
     "layer_fp64_e4": 1e-12,  # 2 + 2 experts, one token a sample, no bias

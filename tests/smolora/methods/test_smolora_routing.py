@@ -1,7 +1,5 @@
 """Routes: what they are, given back, packed, and that they depend on the sample alone."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,10 +7,8 @@ from torch import Tensor, nn
 import smolora
 from smolora import FusedSMoLoRA
 from support.cases import plain
+from support.marks import interpreter
 from support.oracle import PARAMETERS, ROUNDING, Case, agree, build, error, run
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: kernels run on the GPU here")
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
