@@ -1,4 +1,4 @@
-"""How a pass's work is cut for a device: the same for every backend that launches kernels."""
+"""Work partitioning on a device, shared by every backend that launches kernels."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class Card:
-    """What the cuts depend on."""
+    """The properties of a device that the partitioning depends on."""
 
     capability: tuple[int, int] = (9, 0)
     processors: int = 132
 
 
 def card_of(device: torch.device) -> Card:
-    """Return the device's card; one of four processors stands in for a CPU."""
+    """Return a device's card; a CPU is treated as four processors."""
     if device.type != "cuda":
         return Card(processors=4) if device.type == "cpu" else Card()
     properties = torch.cuda.get_device_properties(device)
@@ -34,16 +34,16 @@ def card_of(device: torch.device) -> Card:
 
 
 def split_k(tiles: int, length: int, block: int, processors: int) -> int:
-    """Return how many programs share one tile's long axis, so that all of them run at once, two on a processor.
+    """Return how many programs share one tile's long axis, such that all run at once, two on each processor.
 
-    A power of two, since the kernel that adds up the partial results may be compiled for each number of them.
+    It is a power of two, since the kernel that adds up the partial results may be compiled for each number.
     """
     fit = max(1, min(cdiv(length, block), 2 * processors // max(tiles, 1)))
     return 1 << (fit.bit_length() - 1)
 
 
 def chunk_tokens(tokens: int, num_seqs: int, blocks: int, block_tokens: int, processors: int) -> int:
-    """Return how many tokens of a sequence one program of a backward pass sums: four programs stay for a processor."""
+    """Return how many tokens of a sequence one program of a backward pass sums, for about four programs a processor."""
     chunks = cdiv(4 * processors, blocks)
     per_seq = cdiv(chunks, max(num_seqs, 1))
     return max(1, next_power_of_2(cdiv(tokens // max(num_seqs, 1), block_tokens * per_seq))) * block_tokens
@@ -52,8 +52,8 @@ def chunk_tokens(tokens: int, num_seqs: int, blocks: int, block_tokens: int, pro
 def tile_count(tokens: int, num_seqs: int, block: int, packed: bool, extra_tiles: int = 1) -> int:
     """Return how many tiles of `block` tokens cover all tokens, each tile of one sequence.
 
-    With `packed`, sequences have unequal lengths, which the host does not know: this is an upper bound. A sequence of L
-    tokens has (L + extra_tiles * block - 1) // block tiles.
+    With `packed`, this is an upper bound, because the host does not know the lengths. A sequence of L tokens has
+    (L + extra_tiles * block - 1) // block tiles.
     """
     if packed:
         return tokens // block + extra_tiles * num_seqs

@@ -1,10 +1,10 @@
-"""What a mixture of low-rank experts is made of, and the few conventions that all passes share.
+"""Parameter objects that describe a mixture of low-rank experts, and conventions that all passes share.
 
 For token t of sequence i, with slots j = 1..K chosen for the sequence, every mixture computes
 
     y_t = W x_t + b + sum_j B[b_ij] c_tj A[a_ij] dropout(x_t)
 
-`docs/architecture.md` has the symbols; the objects here are the words in which a method describes itself.
+`docs/architecture.md` explains the symbols. A method describes itself with the objects below.
 """
 
 from __future__ import annotations
@@ -65,24 +65,24 @@ class Dropout(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """What a forward gave and decided."""
+    """The output of a forward, and its decisions."""
 
     y: Tensor  # (T, k)
     ids: Tensor | None  # int32 (n, b, K)
     slot_weights: Tensor | None  # (n, b, K)
     logits: Tensor | None  # (n, sum of E), of the routers side by side; None where the slots were given
-    scores: Tensor | None  # what the mix made its coefficients of, a token each; see `engine.mixes`
+    scores: Tensor | None  # from which the mix computed each token's coefficients; see `engine.mixes`
 
 
 class GradNeeds(NamedTuple):
-    """What `grad_output` has to compute for the gradients that were asked for."""
+    """Intermediate results that `grad_output` must compute for the requested gradients."""
 
     p: bool  # s B^T g
     dw: bool  # the gradient of w = s B^T I, through which a score reaches B and I
 
 
 def grad_needs(mix: str, dh: bool, dB: bool, importance: bool, slot_weights: bool, scores: bool) -> GradNeeds:
-    """Decide what these gradients take."""
+    """Return what the requested gradients need."""
     dw = mix == "smolora" and (dB or importance)
     return GradNeeds(dh or dw or slot_weights or scores, dw)
 
@@ -93,7 +93,7 @@ def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_like_if(needed: bool, like: Tensor) -> Tensor:
-    """Allocate a result that looks like a tensor, or an empty one (0,) where nobody needs it."""
+    """Allocate a result like a tensor, or an empty one (0,) if it is not needed."""
     return torch.empty_like(like) if needed else like.new_empty(0)
 
 

@@ -222,20 +222,8 @@ QWEN = dict(
     fullatt_block_indexes=[1],
 )
 SIGLIP = T.SiglipVisionConfig(**TOWER, vision_use_head=False)
-OPT = T.OPTConfig(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    ffn_dim=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=256,
-    word_embed_proj_dim=64,
-    pad_token_id=PAD,
-    bos_token_id=BOS,
-    eos_token_id=EOS,
-    tie_word_embeddings=False,
-    dropout=0.0,
-)
+OPT_TEXT = {name: value for name, value in TEXT.items() if name not in ("intermediate_size", "num_key_value_heads")}
+OPT = T.OPTConfig(**OPT_TEXT, ffn_dim=64, word_embed_proj_dim=64, dropout=0.0)
 
 BACKBONES = {
     "pixtral": pixtral(
