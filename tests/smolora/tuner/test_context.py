@@ -16,6 +16,7 @@ from transformers import CompileConfig, DynamicCache, LogitsProcessor, StoppingC
 import smolora
 from smolora import MoELoRAConfig
 from smolora.tuner import MixtureLinear
+from support.gradients import assert_same_gradients, gradients
 from support.tiny_llava import EOS, PAD, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llama, tiny_llava
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -177,7 +178,7 @@ def test_two_threads_train(reentrant):
             model.enable_input_require_grads()
         return model
 
-    def gradients(model, case, wait=lambda: None):
+    def computed(model, case, wait=lambda: None):
         inputs, e = case
         loss = model(**inputs, instruction_embeds=e, use_cache=False).loss
         wait()
@@ -187,18 +188,17 @@ def test_two_threads_train(reentrant):
             return None
         return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
-    want = [gradients(model_for(), case) for case in cases]
+    want = [computed(model_for(), case) for case in cases]
     model, barrier = model_for(), threading.Barrier(2, timeout=60)
-    got = in_threads(*(lambda case=case: gradients(model, case, barrier.wait) for case in cases))
+    got = in_threads(*(lambda case=case: computed(model, case, barrier.wait) for case in cases))
     if reentrant:
         one = model_for()
         for case in cases:
-            gradients(one, case)
-        want = [{n: p.grad for n, p in one.named_parameters() if p.grad is not None}]
-        got = [{n: p.grad for n, p in model.named_parameters() if p.grad is not None}]
+            computed(one, case)
+        want = [gradients(one)]
+        got = [gradients(model)]
     for mine, theirs in zip(got, want, strict=True):
-        for name, grad in theirs.items():
-            assert (mine[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-12, name
+        assert_same_gradients(mine, theirs)
 
 
 def test_one_backward_over_the_forwards_of_two_threads():
@@ -228,10 +228,8 @@ def test_nested_recomputation():
                 )
             model.enable_input_require_grads()
         model(**batch((5, 9), answer=3), instruction_embeds=embeddings(2), use_cache=False).loss.backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, grad in found[0].items():
-        assert (found[1][name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-12, name
+        found.append(gradients(model))
+    assert_same_gradients(found[1], found[0])
 
 
 @pytest.mark.parametrize("how", ["non-reentrant", "reentrant"])
@@ -256,9 +254,8 @@ def test_recomputed_from_what_no_output_is(how, kept):
         other.loss.backward()
         model.zero_grad()
         taken[0].square().mean().backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    for name, grad in found[0].items():
-        assert (found[1][name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-12, name
+        found.append(gradients(model))
+    assert_same_gradients(found[1], found[0])
 
 
 def test_compiled_layers_in_two_threads():
@@ -326,10 +323,8 @@ def test_compiled_layers_recompute_their_own_forward(backward, reentrant):
             for x in e:
                 forward(model, x)
                 losses.pop().backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, grad in found[0].items():
-        assert (found[1][name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-12, name
+        found.append(gradients(model))
+    assert_same_gradients(found[1], found[0])
     torch._dynamo.reset()
 
 
@@ -513,7 +508,7 @@ def test_a_backward_within_a_forward():
 
     one = model_for()
     one(**inputs, instruction_embeds=e, use_cache=False).loss.backward()
-    want = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
+    want = gradients(one)
     model = model_for()
     loss = model(**inputs, instruction_embeds=e, use_cache=False).loss
     with torch.no_grad():
@@ -525,8 +520,7 @@ def test_a_backward_within_a_forward():
 
         handle = model.get_base_model().model.language_model.layers[1].register_forward_pre_hook(within)
         assert torch.equal(model(**inputs, instruction_embeds=other, use_cache=False).logits, logits)
-    for name, grad in want.items():
-        assert torch.equal(dict(model.named_parameters())[name].grad, grad), name
+    assert_same_gradients(gradients(model), want, rtol=0, atol=0)
 
 
 def test_copies_of_a_running_model():

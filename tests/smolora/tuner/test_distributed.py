@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import smolora
 from smolora.methods.smolora import SMoLoRAExperts
+from support.gradients import gradients
 from support.tiny_llava import adapted, batch, embeddings, tiny_config
 
 LENGTHS, IMAGES = (5, 9, 4, 7), (1, 2, 0, 0)  # the second rank has no image
@@ -38,10 +39,6 @@ def model_for(mode):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
         model.enable_input_require_grads()
     return model
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def zero_3(model, rank):

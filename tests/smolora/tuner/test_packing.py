@@ -6,6 +6,7 @@ from peft import get_peft_model
 from transformers import DataCollatorWithFlattening
 
 import smolora
+from support.gradients import assert_same_gradients, gradients
 from support.tiny_llava import INSTRUCTION_DIM, adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llama
 
 LENGTHS = (6, 9, 1, 4)
@@ -80,11 +81,9 @@ def test_gradients_of_a_flattening_collator(route_over):
         else:
             packed = DataCollatorWithFlattening(return_flash_attn_kwargs=name != "packed")(features)
             model(**packed, instruction_embeds=e, num_items_in_batch=9, use_cache=False).loss.backward()
-        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        found.append(gradients(model))
     for other in found[1:]:
-        assert other.keys() == found[0].keys()
-        for name, grad in found[0].items():
-            assert (other[name] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-7, name
+        assert_same_gradients(other, found[0], rtol=1e-4, atol=1e-7)
 
 
 def test_recomputed_packed_samples():
@@ -98,9 +97,8 @@ def test_recomputed_packed_samples():
         model(
             input_ids=ids, labels=labels, position_ids=positions(), instruction_embeds=embeddings(4), use_cache=False
         ).loss.backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    for name, grad in found[0].items():
-        assert (found[1][name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-12, name
+        found.append(gradients(model))
+    assert_same_gradients(found[1], found[0])
 
 
 def test_several_rows_of_several_samples():

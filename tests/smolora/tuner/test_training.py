@@ -12,21 +12,10 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import smolora
 from smolora.tuner import MixtureLinear
+from support.gradients import assert_same_gradients, gradients
 from support.tiny_llava import adapted, batch, embeddings, fill_adapters, tiny_config, tiny_llava
 
 ANSWER = {"answer": 3}
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(got, want, rtol=1e-5):
-    assert got.keys() == want.keys()
-    assert any(value.any() for value in want.values())
-    for name, value in want.items():
-        scale = value.abs().max()
-        assert (got[name] - value).abs().max() <= rtol * scale + 1e-12, name
 
 
 def layers_of(model):
@@ -89,7 +78,7 @@ def test_a_batch_without_images_gives_the_projector_zeros():
     model.zero_grad()
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
     model(inputs_embeds=embeds, **inputs, instruction_embeds=embeddings(2)).loss.backward()
-    assert_same(gradients(model), got)
+    assert_same_gradients(gradients(model), got)
 
 
 def test_accumulation_is_one_batch():
@@ -107,7 +96,7 @@ def test_accumulation_is_one_batch():
             micro["pixel_values"] = inputs["pixel_values"][start : start + images]
             start += images
         model(**micro, instruction_embeds=e[i : i + 1], num_items_in_batch=labelled).loss.backward()
-    assert_same(gradients(model), want)
+    assert_same_gradients(gradients(model), want)
 
 
 # ------------------------------------------------------------------------------------------------------- recomputation
@@ -173,7 +162,7 @@ def test_recomputation_gives_the_same_gradients(how, dropout):
         model(**inputs, instruction_embeds=e, use_cache=False).loss.backward()
         found.append({n.replace("_checkpoint_wrapped_module.", ""): g for n, g in gradients(model).items()})
     assert len(calls) == 2
-    assert_same(found[1], found[0])
+    assert_same_gradients(found[1], found[0])
 
 
 @pytest.mark.parametrize("how", ["non-reentrant", "reentrant"])
@@ -190,7 +179,7 @@ def test_recomputation_of_any_images(how, images, embedded):
                 inputs["image_to_sample"] = torch.repeat_interleave(torch.arange(2), torch.tensor(images))
         model(**inputs, instruction_embeds=embeddings(2), use_cache=False).loss.backward()
         found.append(gradients(model))
-    assert_same(found[1], found[0])
+    assert_same_gradients(found[1], found[0])
     assert any("projector" in parameter for parameter in found[0])
 
 
@@ -220,7 +209,7 @@ def test_two_forwards_before_a_backward(how, order):
         model(**batch((6,), **ANSWER), instruction_embeds=embeddings(1, 9), use_cache=False)
     ORDERS[order](first, last)
     got = {n.replace("_checkpoint_wrapped_module.", ""): g for n, g in gradients(model).items()}
-    assert_same(got, want)
+    assert_same_gradients(got, want)
 
 
 @pytest.mark.parametrize("how", ["non-reentrant", "reentrant"])
@@ -238,7 +227,7 @@ def test_a_loss_of_ones_own_on_logits_or_hidden_states(how):
                 model(**inputs, instruction_embeds=other, use_cache=False, prompt_mask=prompt)
             loss.backward()
             found.append(gradients(model))
-        assert_same(found[1], found[0])
+        assert_same_gradients(found[1], found[0])
 
 
 # --------------------------------------------------------------------------------------------------------- compilation
@@ -263,7 +252,7 @@ def test_compiled_decoder_layers(checkpointing):
         for m in (plain, model):
             m.zero_grad()
             m(**inputs, instruction_embeds=e, use_cache=False).loss.backward()
-        assert_same(gradients(model), gradients(plain))
+        assert_same_gradients(gradients(model), gradients(plain))
     assert counter.frame_count <= 2 * len(layers)
     torch._dynamo.reset()
 
@@ -323,7 +312,9 @@ def test_quantised_base(bits, tmp_path):
     fill_adapters(plain)
     plain.load_state_dict({n: p for n, p in model.state_dict().items() if "smolora" in n}, strict=False)
     plain(**inputs, instruction_embeds=e, use_cache=False).loss.backward()
-    assert_same(got, gradients(plain), rtol=1e-4 if bits == 4 else 0.1)  # 8 bits: activations are quantised too
+    assert_same_gradients(
+        got, gradients(plain), rtol=1e-4 if bits == 4 else 0.1
+    )  # 8 bits: activations are quantised too
 
 
 def smolora_dequantised(layer, bits):
