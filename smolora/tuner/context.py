@@ -153,17 +153,19 @@ class RoutingContext:
         def after(grad_inputs: tuple[Tensor, ...], grad_outputs: tuple[Tensor, ...]) -> None:
             thread.leave_node()
 
-        todo = [output.grad_fn for output in outputs]
+        todo, seen, label = [output.grad_fn for output in outputs], set(), f"smolora_hooked {id(self)}"
         while todo:
             node = todo.pop()
-            if node is None or hasattr(node, "variable"):  # the latter is a parameter's, which all forwards share
+            if node is None or node in seen or hasattr(node, "variable"):  # the last is a parameter's
                 continue
-            if "smolora_hooked" in node.metadata:  # in this walk, or after an earlier forward that this one continues
+            if node._sequence_nr() < routing.first:  # made before the forward
                 continue
-            node.metadata["smolora_hooked"] = True
-            node.register_prehook(before)
-            node.register_hook(after)
+            seen.add(node)
             todo += [child for child, _ in node.next_functions]
+            if label not in node.metadata:  # else it is of a forward within this one
+                node.metadata[label] = True
+                node.register_prehook(before)
+                node.register_hook(after)
 
 
 class _Restore:
