@@ -13,24 +13,13 @@ import transformers as T
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from support.tiny_llava import fill_adapters, tiny_config
+from support import tiny_llava
+from support.tiny_llava import BOS, IMAGE, PAD, VOCABULARY, fill_adapters, tiny_config
 
-PAD, BOS, EOS, IMAGE, VIDEO, START, END = range(7)
-WORDS, VOCABULARY = 8, 64  # the first word, and one past the last
+VIDEO, START, END = 4, 5, 6
+WORDS = 8  # the first word
 FFN = r"(gate_proj|up_proj|down_proj)"
-TEXT = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    pad_token_id=PAD,
-    bos_token_id=BOS,
-    eos_token_id=EOS,
-    tie_word_embeddings=False,
-)
+TEXT = {**tiny_llava.TEXT, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
 TOWER = dict(
     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
 )

@@ -27,19 +27,18 @@ ADAPTED = [f"model.language_model.layers.{i}.mlp.{name}" for i in range(2) for n
 ]
 
 
-def _text_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
+TEXT = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=128,
+    pad_token_id=PAD,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+)
 
 
 def _filled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -57,7 +56,7 @@ def _filled(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """The text half by itself."""
     torch.manual_seed(seed)
-    return _filled(LlamaForCausalLM(_text_config()), dtype)
+    return _filled(LlamaForCausalLM(LlamaConfig(**TEXT)), dtype)
 
 
 def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
@@ -73,7 +72,7 @@ def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForCon
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=_text_config(),
+        text_config=LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
