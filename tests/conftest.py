@@ -14,8 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would no
 
 
 def pytest_configure() -> None:
-    """Let Triton's interpreter patch its language once a launch; it does so again for every device function called,
-    which takes half of the time of these tests."""
+    """Make Triton's interpreter patch its language once a launch.
+
+    By itself it patches again in every call of a device function, which takes half of the time of these tests.
+    """
     try:
         import triton.language as tl
         from triton.runtime import interpreter
