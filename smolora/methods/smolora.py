@@ -249,7 +249,7 @@ class SMoLoRAExperts(MixtureExperts):
 
 
 def _check_gates(name: str, gates: Tensor | None, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Check given weights of a branch, and return them.
+    """Check the given gates of a branch, and return them.
 
     Raises:
         ValueError: they do not fit.
