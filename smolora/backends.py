@@ -57,7 +57,7 @@ def _unsupported_reason(backend: str, device_type: str, dtype: torch.dtype) -> s
     if dtype not in KERNEL_DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {dtype}"
     if backend == "cuda":
-        if device_type != ("cpu" if cuda.extension.emulated else "cuda"):
+        if device_type != ("cpu" if cuda.extension and cuda.extension.emulated else "cuda"):
             return f"its kernels run on CUDA devices, not on {device_type!r}"
         return None
     if device_type == "cpu" and not _interpreted():

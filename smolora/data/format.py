@@ -52,7 +52,7 @@ _RECORDS = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_mark
 class Question(NamedTuple):
     """A record of a test file: `{"question_id", "image", "text": "question\\ninstruction", "answer"}`."""
 
-    index: int  # its place in the file
+    index: int  # type: ignore[assignment]  # its place in the file
     question_id: int | str
     text: str
     image: str | None = None
@@ -62,7 +62,7 @@ class Question(NamedTuple):
 class Conversation(NamedTuple):
     """A record of a training file: one question about at most one image, and its answer."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     text: str  # without the image's place
     answer: str
     image: str | None = None
@@ -71,7 +71,7 @@ class Conversation(NamedTuple):
 class Skipped(NamedTuple):
     """A record of a test file that could not be asked."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     question_id: int | str | None  # None: it has none that could be read, or another record's
     reason: str
 
@@ -112,7 +112,8 @@ def read_questions(path: Path, *, skip: Collection[int] = (), broken: list[Skipp
     Raises:
         ValueError: a record is malformed or its question id occurred before; file and index are named.
     """
-    questions, seen = [], {}
+    questions = []
+    seen: dict[str, int] = {}  # the record of each question_id
     for index, record in _records(path):
         if index in skip:
             continue
@@ -207,7 +208,8 @@ def read_answers(path: Path) -> list[Answer]:
     Raises:
         ValueError: a line is malformed or answers a question that an earlier one answers; file and line are named.
     """
-    answers, seen = [], {}
+    answers = []
+    seen: dict[str, int] = {}  # the line of each question_id
     for line, record in read_lines(path):
         where = f"{path}: line {line}"
         question_id = _question_id(record, where)

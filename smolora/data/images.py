@@ -102,7 +102,8 @@ class ImageTransform:
     def __init__(self, processor: CLIPImageProcessorPil, *, square: bool = True) -> None:
         self.processor = processor
         self.square = square
-        self.colour = tuple(int(255 * mean) for mean in processor.image_mean)
+        red, green, blue = (int(255 * mean) for mean in processor.image_mean)
+        self.colour = red, green, blue
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, square: bool = True) -> ImageTransform:

@@ -202,5 +202,5 @@ class Collator:
         if pixels:
             batch["pixel_values"] = torch.stack([pixels[s.image] for s in samples if s.image is not None])
         if samples[0].instruction is not None:
-            batch["instruction_embeds"] = torch.stack([sample.instruction for sample in samples])
+            batch["instruction_embeds"] = torch.stack([s.instruction for s in samples if s.instruction is not None])
         return batch

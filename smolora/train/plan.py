@@ -142,7 +142,7 @@ class _Checker:
                     absent.append(record)
         if absent and self._makes(folder) is None:
             more = f", and {len(absent) - 1} more of that file" if len(absent) > 1 else ""
-            self.missing.append(f"{folder / absent[0].image} ({file}: record {absent[0].index}{more})")
+            self.missing.append(f"{folder / str(absent[0].image)} ({file}: record {absent[0].index}{more})")
 
     def _makes(self, path: Path) -> int | None:
         """Number of records of a path that the recipe makes, 0 if it has none; None if it does not make it."""
@@ -193,7 +193,7 @@ def _image_tokens(config: Any) -> int:
 def print_plan(plan: dict[str, Any]) -> None:
     """Print a plan as text."""
     print(f"{plan['name']}: {plan['method']}, into {plan['output']}")
-    rows = [("", "stage", "train", "steps", "test", "asked after it")]
+    rows: list[tuple[str, ...]] = [("", "stage", "train", "steps", "test", "asked after it")]
     rows += [
         (kind, *(str(stage[key]) for key in ("name", "train", "steps", "test", "asked")))
         for kind in ("stages", "downstream")

@@ -155,7 +155,8 @@ class TrainingRun:
         set_seed(seed)
         previous = None if stage.starts_from is None else self.paths.evaluated_adapter(stage.starts_from)
         model = self.method.start(self.base_model(), previous)
-        model.config.use_cache = False
+        config: Any = model.config
+        config.use_cache = False
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         samples = self.stage_samples(stage, states)
         self.method.prepare(model, stage, states)

@@ -133,6 +133,8 @@ class ContinualTrainer(Trainer):
         kwargs: arguments of `Trainer`.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self, recipe: Recipe, method: Method, samples: StageSamples, resume: Path | None, **kwargs: Any
     ) -> None:
@@ -189,8 +191,9 @@ class ContinualTrainer(Trainer):
                     decay = self.args.weight_decay if decays else 0.0
                     groups.append({"params": parameters, "weight_decay": decay, "lr": rate})
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = kind(groups, **options)
-        return self.optimizer
+        optimizer = kind(groups, **options)
+        self.optimizer = optimizer
+        return optimizer
 
     # ---- loss
 

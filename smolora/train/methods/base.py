@@ -104,7 +104,8 @@ class Method:
     def targets(self, base: nn.Module) -> Any:
         """The modules that get adapters, the same for all methods."""
         chosen = self.recipe.adapter.get("target_modules")
-        kind = base.config.model_type
+        config: Any = base.config
+        kind = config.model_type
         if chosen is None and kind not in DEFAULT_TARGETS:
             raise ValueError(f"adapter.target_modules must be given for a model of type {kind!r}")
         return chosen or DEFAULT_TARGETS[kind]
