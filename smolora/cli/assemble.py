@@ -1,4 +1,4 @@
-"""`smolora assemble`."""
+"""`smolora assemble`: a language model, a vision tower and a projector to a LLaVA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`smolora convert-official`."""
+"""`smolora convert-official`: an adapter of a released code to a PEFT adapter, or back."""
 
 from __future__ import annotations
 

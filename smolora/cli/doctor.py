@@ -1,4 +1,4 @@
-"""`smolora doctor`."""
+"""`smolora doctor`: a diagnosis of this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..doctor import diagnose
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None: it prints all it knows."""
+    """Add nothing: the command has no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`smolora embed`."""
+"""`smolora embed`: instructions to a file of embeddings, or the rows of such a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`smolora evaluate`: which model is asked what, said by a recipe or by options."""
+"""`smolora evaluate`: a model and questions from a recipe or from options, to answers and scores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..extras import require_extra
 from ..io.files import path_argument
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-SHORT = {  # option: what of a recipe it changes
+OPTION_TO_RECIPE_KEY = {
     "model": "model.path",
     "dtype": "model.dtype",
     "annotations": "data.annotations",
@@ -45,7 +45,7 @@ SHORT = {  # option: what of a recipe it changes
     "padding": "evaluation.padding",
     "protocol": "evaluation.protocol",
 }
-DEFAULTS = {  # of options, where no recipe says it
+DEFAULTS = {  # without a recipe
     "dtype": "auto",
     "instruction": "sample",
     "token_budget": GenerationSettings.token_budget,
@@ -56,13 +56,13 @@ DEFAULTS = {  # of options, where no recipe says it
 
 
 class Request(NamedTuple):
-    """Which model is asked what, and how."""
+    """The model, its questions, and how to ask them."""
 
     model: str
     dtype: str
     tasks: list[Task]
     embed: Callable[[SMoLoRAConfig], Mapping[str, Embed]]  # by task, for an adapter of this configuration
-    instructions: str  # what it makes embeddings of
+    instructions: str  # how they are embedded, as a part of the run's identity
     settings: GenerationSettings
     max_new_tokens: int | None
     padding: str
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--recipe",
         type=path_argument,
-        help="ask what a recipe asks (see recipes/); the options below are short for changes to it",
+        help="ask the questions of a recipe (see recipes/); the options below override parts of it",
     )
     add("overrides", nargs="*", metavar="key=value", help="further changes to the recipe: data.root=DIR, ...")
     add("--model", type=path_argument, help="the base: a LLaVA of transformers, with its tokenizer and image processor")
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
             "--adapter must be the folder of a PEFT adapter (of a run: RUN_DIR/stage-.../adapter), "
             f"got {args.adapter}, which has no adapter_config.json"
         )
-    request = by_options(args) if args.recipe is None else by_recipe(args)
+    request = request_from_options(args) if args.recipe is None else request_from_recipe(args)
     if not Path(request.model, "config.json").is_file():
         raise ValueError(f"--model must be the folder of a LLaVA, got {request.model}, which has no config.json")
     check_backend(request.backend)
@@ -179,20 +179,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def folder_name(path: str | Path) -> str:
-    """What a model's folder is called: of an adapter that the trainer saved, the stage it is in."""
+    """Return the name of a model's folder; for an adapter that the trainer saved, the name of its stage."""
     path = Path(path).resolve()
     return path.parent.name if path.name == "adapter" else path.name
 
 
-def by_options(args: argparse.Namespace) -> Request:
-    """Tasks of the benchmark by their names."""
+def request_from_options(args: argparse.Namespace) -> Request:
+    """Make the request for tasks of the benchmark."""
     if args.overrides:
         raise ValueError(f"{args.overrides[0]} changes a recipe, which must be given by --recipe")
     for name in ("model", "task", "annotations", "images"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} must be given, or a --recipe that says it")
-    said = {name: getattr(args, name) for name in SHORT if getattr(args, name) is not None}
-    options = argparse.Namespace(**{**dict.fromkeys(SHORT), **DEFAULTS, **said})
+    given = {name: getattr(args, name) for name in OPTION_TO_RECIPE_KEY if getattr(args, name) is not None}
+    options = argparse.Namespace(**{**dict.fromkeys(OPTION_TO_RECIPE_KEY), **DEFAULTS, **given})
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     folders, images = [Path(folder) for folder in options.annotations], Path(options.images)
@@ -223,16 +223,16 @@ def by_options(args: argparse.Namespace) -> Request:
     )
 
 
-def by_recipe(args: argparse.Namespace) -> Request:
-    """What a recipe's run asks: all its tasks, or those that are named."""
+def request_from_recipe(args: argparse.Namespace) -> Request:
+    """Make the request for a recipe's tasks, all of them or those of `--task`."""
     require_extra("eval", user="--recipe")
     from ..recipe import load_recipe
 
-    said = {name: getattr(args, name) for name in SHORT if getattr(args, name) is not None}
-    saved = said.get("instruction") == "saved"
+    given = {name: getattr(args, name) for name in OPTION_TO_RECIPE_KEY if getattr(args, name) is not None}
+    saved = given.get("instruction") == "saved"
     if saved:
-        del said["instruction"]
-    short = [f"{SHORT[name]}={json.dumps(value, default=str)}" for name, value in said.items()]
+        del given["instruction"]
+    short = [f"{OPTION_TO_RECIPE_KEY[name]}={json.dumps(value, default=str)}" for name, value in given.items()]
     recipe = load_recipe(args.recipe, [*args.overrides, *short])
     known = {task.name: task for task in recipe.all_tasks}
     for name in args.task or ():

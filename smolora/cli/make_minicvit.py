@@ -1,4 +1,4 @@
-"""`smolora make-minicvit`."""
+"""`smolora make-minicvit`: the data of MiniCVIT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`smolora metrics`."""
+"""`smolora metrics`: an accuracy matrix to AP, MAP, BWT and MIF."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(tasks: Sequence[str], figures: Figures) -> str:
-    """One line a stage, two decimals."""
+    """Format the figures, one line for each stage."""
     stages = len(figures["AP"])
     names = [printable(name).replace("\n", " ") for name in tasks] if stages == len(tasks) else ["all"]
     width = max(len("stage"), *map(len, names))

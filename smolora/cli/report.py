@@ -1,4 +1,4 @@
-"""`smolora report`."""
+"""`smolora report`: folders of runs to a report with tables and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`smolora score`."""
+"""`smolora score`: a file of answers to its dataset's metric and MIF."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(results: dict) -> str:
-    """The run's figures in a line each."""
+    """Format the run's figures, one line for the stream and one for each downstream list."""
     cells = {name: results[name][-1] for name in ("AP", "MAP", "BWT", "MIF")}
     lines = [
         f"{results['name']} ({results['method']}): "

@@ -1,1 +1,1 @@
-"""The benchmark's data: its files, its prompts and its images."""
+"""The benchmark's data: files, prompts and images."""

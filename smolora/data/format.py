@@ -1,9 +1,9 @@
-"""The benchmark's files as released: questions, training conversations and answers.
+"""The benchmark's released file formats: questions, training conversations and answers.
 
-Every error names the file and the record: its index in a JSON list (from 0), its line in a JSON-lines file (from 1).
+Errors name the file and the record: the index in a JSON list (from 0), or the line of a JSON-lines file (from 1).
 
-The place of a record's image is `<image>` at the head of its text, or as its last line. Anywhere else it is text, as
-are `</s>`, `<s>` and whatever else a tokenizer knows.
+`<image>` at the head of a record's text, or as its last line, is the place of its image. Anywhere else it is text, and
+so are `</s>`, `<s>` and all other special tokens.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-class _Twice(dict):
-    """An object of a record that gives a key twice, of which JSON readers take the last."""
+class _DuplicateKey(dict):
+    """A JSON object that gives a key twice; other readers silently take the last value."""
 
     key: str
 
 
-def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _mark_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        content = _Twice(content)
+        content = _DuplicateKey(content)
         names = [name for name, _ in pairs]
         content.key = next(name for name in names if names.count(name) > 1)
     return content
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = _marked(pairs)
-    if isinstance(content, _Twice):
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = _mark_duplicates(pairs)
+    if isinstance(content, _DuplicateKey):
         raise ValueError(f"an object gives {content.key!r} twice")
     return content
 
 
-# Python's own reads NaN and Infinity; of records it is said in which one a key is given twice
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_each_once)
-_RECORDS = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_marked)
+# Python's own decoder accepts NaN and Infinity. Records only get their duplicate keys marked: the error names the record.
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_refuse_duplicates)
+_RECORDS = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_mark_duplicates)
 
 
 class Question(NamedTuple):
     """A record of a test file: `{"question_id", "image", "text": "question\\ninstruction", "answer"}`."""
 
-    index: int  # type: ignore[assignment]  # its place in the file
+    index: int  # type: ignore[assignment]  # in the file
     question_id: int | str
     text: str
     image: str | None = None
@@ -60,10 +60,10 @@ class Question(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """A record of a training file: one question about at most one image, and its answer."""
+    """A record of a training file: a question, with or without an image, and its answer."""
 
     index: int  # type: ignore[assignment]
-    text: str  # without the image's place
+    text: str  # without the image token
     answer: str
     image: str | None = None
 
@@ -72,7 +72,7 @@ class Skipped(NamedTuple):
     """A record of a test file that could not be asked."""
 
     index: int  # type: ignore[assignment]
-    question_id: int | str | None  # None: it has none that could be read, or another record's
+    question_id: int | str | None  # None: it is unreadable, or another record has it
     reason: str
 
 
@@ -85,10 +85,10 @@ class Answer(NamedTuple):
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; NaN and Infinity, which are not JSON, and keys given twice are refused.
+    """Read a JSON file strictly, without NaN, Infinity and duplicate keys.
 
     Raises:
-        ValueError: the file holds no JSON; the message names file, line and column.
+        ValueError: the file is not JSON; the message names file, line and column.
         OSError: it cannot be read.
     """
     return _decoded(path.read_bytes(), _DECODER, str(path))
@@ -102,15 +102,15 @@ def _decoded(content: bytes, decoder: json.JSONDecoder, where: str) -> Any:
 
 
 def read_questions(path: Path, *, skip: Collection[int] = (), broken: list[Skipped] | None = None) -> list[Question]:
-    """The questions of a test file (`test.json` or `val.json`).
+    """Read the questions of a test file (`test.json` or `val.json`).
 
     Args:
         path: the file.
-        skip: indices of records to pass over.
-        broken: what is malformed is put here and passed over, instead of being an error.
+        skip: indices of records to skip.
+        broken: malformed records are appended here and skipped, instead of raising.
 
     Raises:
-        ValueError: a record is malformed or its question id occurred before; file and index are named.
+        ValueError: a record is malformed, or has the question id of an earlier one.
     """
     questions = []
     seen: dict[str, int] = {}  # the record of each question_id
@@ -133,7 +133,7 @@ def read_questions(path: Path, *, skip: Collection[int] = (), broken: list[Skipp
 
 
 def _own_id(record: Any, seen: Collection[str]) -> int | str | None:
-    """The question id of a malformed record, if it has one and no record before it has the same."""
+    """Return the question id of a malformed record, if it is readable and no earlier record has it."""
     try:
         question_id = _question_id(_object(record, ""), "")
     except ValueError:
@@ -144,21 +144,21 @@ def _own_id(record: Any, seen: Collection[str]) -> int | str | None:
 def _question(index: int, record: Any, where: str) -> Question:
     record = _object(record, where)
     question_id, image, text = _question_id(record, where), _image(record, where), _text(record, "text", where)
-    text, places = _without_place(text, image is not None)
+    text, places = _strip_image(text, image is not None)
     if places and image is None:
         raise ValueError(f"{where}: text has the place of an image, {IMAGE_TOKEN}, and there is no image")
-    if not _says_something(text):
-        raise ValueError(f"{where}: text must hold a question, got {_short(record['text'])}")
+    if not _has_instruction(text):
+        raise ValueError(f"{where}: text must hold a question, got {_shorten(record['text'])}")
     return Question(index, question_id, text, image, _references(record, where))
 
 
-def _says_something(text: str) -> bool:
-    """Whether a text has more than images and the marks of turns, so that there is an instruction in it."""
+def _has_instruction(text: str) -> bool:
+    """Return whether a text has more than images and turn markers, so that it has an instruction."""
     return re.sub(f"{IMAGE_TOKEN}|USER:|ASSISTANT:", "", text).strip() != ""
 
 
-def _without_place(text: str, image: bool) -> tuple[str, int]:
-    """A text without the place of its image, and how many places it had: 0 or 1."""
+def _strip_image(text: str, image: bool) -> tuple[str, int]:
+    """Remove the image token from a text; returns the text, and 1 if it had the token, else 0."""
     shown = text.strip()
     if shown.startswith(IMAGE_TOKEN if image else f"{IMAGE_TOKEN}\n") or shown == IMAGE_TOKEN:
         return shown.removeprefix(IMAGE_TOKEN).strip(), 1
@@ -168,10 +168,10 @@ def _without_place(text: str, image: bool) -> tuple[str, int]:
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """The samples of a training file (`train.json`): a human turn, then the answer.
+    """Read the samples of a training file (`train.json`): a human turn, then the answer.
 
     Raises:
-        ValueError: a record is malformed; file and index are named.
+        ValueError: a record is malformed.
     """
     samples = []
     for index, record in _records(path):
@@ -180,15 +180,15 @@ def read_conversations(path: Path) -> list[Conversation]:
         image = _image(record, where)
         turns = record.get("conversations")
         if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError(f"{where}: conversations must be a list of two turns, got {_short(turns)}")
+            raise ValueError(f"{where}: conversations must be a list of two turns, got {_shorten(turns)}")
         if [turn.get("from") for turn in turns] != ["human", "gpt"]:
             raise ValueError(
                 f"{where}: conversations must be from 'human', then 'gpt', got {[turn.get('from') for turn in turns]}"
             )
         value, answer = (_text(_object(turn, where), "value", where) for turn in turns)
-        text, places = _without_place(value, image is not None)
+        text, places = _strip_image(value, image is not None)
         tokens = value.count(IMAGE_TOKEN)
-        if not places and tokens == 1 and image is not None:  # within a line, from where the released code takes it
+        if not places and tokens == 1 and image is not None:  # within a line; the released code accepts it there
             before, _, after = value.partition(IMAGE_TOKEN)
             text, places = (before.strip() + "\n" + after.strip()).strip(), 1
         if places != (image is not None):
@@ -196,17 +196,17 @@ def read_conversations(path: Path) -> list[Conversation]:
                 f"{where}: {IMAGE_TOKEN} must occur once with an image and never without, got {tokens} with image "
                 f"{image!r} (others are text where the first line or the last is the image's)"
             )
-        if not _says_something(text):
-            raise ValueError(f"{where}: the human turn must hold a question, got {_short(value)}")
+        if not _has_instruction(text):
+            raise ValueError(f"{where}: the human turn must hold a question, got {_shorten(value)}")
         samples.append(Conversation(index, text, answer, image))
     return samples
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """The answers of a JSON-lines file as the evaluator writes it: `question_id` and `text` of each line.
+    """Read `question_id` and `text` of each line of the evaluator's JSON-lines file.
 
     Raises:
-        ValueError: a line is malformed or answers a question that an earlier one answers; file and line are named.
+        ValueError: a line is malformed, or answers a question that an earlier line answers.
     """
     answers = []
     seen: dict[str, int] = {}  # the line of each question_id
@@ -221,7 +221,7 @@ def read_answers(path: Path) -> list[Answer]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON-lines file with their line numbers; blank lines are passed over."""
+    """Yield the objects of a JSON-lines file with their line numbers; blank lines are skipped."""
     with path.open("rb") as file:
         for line, content in enumerate(file, 1):
             if content.strip():
@@ -232,14 +232,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     content = _decoded(path.read_bytes(), _RECORDS, str(path))
     if not isinstance(content, list):
-        raise ValueError(f"{path}: must hold a list of records, got {_short(content)}")
+        raise ValueError(f"{path}: must hold a list of records, got {_shorten(content)}")
     yield from enumerate(content)
 
 
 def _object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: must be an object, got {_short(record)}")
-    if isinstance(record, _Twice):
+        raise ValueError(f"{where}: must be an object, got {_shorten(record)}")
+    if isinstance(record, _DuplicateKey):
         raise ValueError(f"{where}: {record.key!r} is given twice")
     return record
 
@@ -248,14 +248,14 @@ def _question_id(record: dict[str, Any], where: str) -> int | str:
     value = record.get("question_id")
     if not isinstance(value, (int, str)) or isinstance(value, bool):
         whole = ", which is no whole number" if isinstance(value, float) else ""
-        raise ValueError(f"{where}: question_id must be a number or a string, got {_short(value)}{whole}")
+        raise ValueError(f"{where}: question_id must be a number or a string, got {_shorten(value)}{whole}")
     if isinstance(value, str):
-        _whole(value, "question_id", where)
+        _check_unicode(value, "question_id", where)
     return value
 
 
-def _whole(text: str, key: str, where: str) -> str:
-    """A text without half characters."""
+def _check_unicode(text: str, key: str, where: str) -> str:
+    """Return a text unless it has a lone surrogate."""
     fault = surrogate(text)
     if fault is not None:
         raise ValueError(f"{where}: {key} has {fault}")
@@ -265,26 +265,26 @@ def _whole(text: str, key: str, where: str) -> str:
 def _text(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} must be a string, got {_short(value)}")
-    return _whole(value, key, where)
+        raise ValueError(f"{where}: {key} must be a string, got {_shorten(value)}")
+    return _check_unicode(value, key, where)
 
 
 def _image(record: dict[str, Any], where: str) -> str | None:
     value = record.get("image")
     if value is not None and (not isinstance(value, str) or not value):
-        raise ValueError(f"{where}: image must be a path, or be left out, got {_short(value)}")
-    return value and _whole(value, "image", where)
+        raise ValueError(f"{where}: image must be a path, or be left out, got {_shorten(value)}")
+    return value and _check_unicode(value, "image", where)
 
 
 def _references(record: dict[str, Any], where: str) -> str | tuple[str, ...] | None:
     value = record.get("answer")
     if value is None or isinstance(value, str):
-        return value and _whole(value, "answer", where)
+        return value and _check_unicode(value, "answer", where)
     if not isinstance(value, list) or not value or not all(isinstance(reference, str) for reference in value):
-        raise ValueError(f"{where}: answer must be a string or a list of strings, got {_short(value)}")
-    return tuple(_whole(reference, "answer", where) for reference in value)
+        raise ValueError(f"{where}: answer must be a string or a list of strings, got {_shorten(value)}")
+    return tuple(_check_unicode(reference, "answer", where) for reference in value)
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

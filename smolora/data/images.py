@@ -1,7 +1,7 @@
-"""Images as LLaVA-1.5 takes them: RGB, padded to a square with the mean colour, then CLIP's own processing by PIL.
+"""Images as LLaVA-1.5 processes them: RGB, padded to a square with the mean colour, then CLIP's processing by Pillow.
 
-As there, what an image's alpha channel hides is shown, and the orientation that a camera noted (EXIF) is left alone.
-Pictures of 16 bits and of floats, which it reads as white, are scaled to 8 bits here.
+As there, an alpha channel is dropped and the camera's orientation (EXIF) is ignored. Unlike there, images of 16 bits or
+of floats are scaled to 8 bits; LLaVA reads them as white.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-LONGEST_SIDE = 8192  # of a square: 200 MB; a picture of a longer side is made smaller first
-LONGEST_SHAPE = 32  # times the shorter side: of what is longer a square has a quarter of that, and a crop no ends
-BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF: bits a channel, 0 if its white is 0, 2 if signed
+LONGEST_SIDE = 8192  # of a square, 200 MB; longer images are shrunk first
+LONGEST_SHAPE = 32  # times the shorter side; beyond it, a square is limited to a quarter, and a crop loses its ends
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags: bits a channel, 0 if white is 0, 2 if signed
 
 
 class BrokenImageError(ValueError):
-    """An image is missing or cannot be decoded; the message has its path."""
+    """Raised for an image that is missing or cannot be decoded; the message has its path."""
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file, decoded, in RGB.
+    """Decode an image file to RGB.
 
     Raises:
-        BrokenImageError: there is no such file, it holds no whole image, or it is not known what white is in it.
+        BrokenImageError: there is no such file, it is not a complete image, or its white level is unknown.
     """
     try:
         with Image.open(path) as image:
             if image.mode == "F" or image.mode.startswith("I"):
-                image = _of_8_bits(image)
+                image = _to_8_bits(image)
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise BrokenImageError(f"there is no image {path}") from error
     except UnidentifiedImageError as error:
         raise BrokenImageError(f"{path} is no image that Pillow knows") from error
-    except Exception as error:  # of a broken file a decoder raises anything
+    except Exception as error:  # a decoder may raise anything for a broken file
         raise BrokenImageError(f"cannot decode {path}: {str(error) or type(error).__name__}") from error
 
 
-def _of_8_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of more than 8 bits, or of floats from 0 to 1, as one of 8 bits."""
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert a grey image of more than 8 bits, or of floats from 0 to 1, to 8 bits."""
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F":
@@ -51,7 +51,7 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise ValueError(f"floats must lie in [0, 1], where 1 is white, got {values.min():g} to {values.max():g}")
     else:
-        # of 32 bits Pillow makes PNG's and PGM's 16 as well
+        # Pillow reads PNG and PGM images of 16 bits as 32
         bits = 16 if image.format in ("PNG", "PPM") else tags.get(BITS, (16 if ";16" in image.mode else 32,))[0]
         if bits > 16:
             raise ValueError(f"integers of {bits} bits do not say what is white: save it with 8 or 16 bits")
@@ -64,7 +64,7 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The image in the middle of a square as large as its longer side."""
+    """Centre an image in a square of its longer side."""
     width, height = image.size
     if width == height:
         return image
@@ -75,9 +75,9 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 
 def _bounded(image: Image.Image, square: bool) -> Image.Image:
-    """A picture of which neither its square nor its enlargement takes more than some hundred MB.
+    """Shrink or crop an image whose square or enlargement would take more than a few hundred MB.
 
-    Of a usual shape and size, it is the picture itself.
+    Images of usual shape and size are returned as they are.
     """
     short, long = sorted(image.size)
     extreme = long > LONGEST_SHAPE * short
@@ -92,11 +92,11 @@ def _bounded(image: Image.Image, square: bool) -> Image.Image:
 
 
 class ImageTransform:
-    """From an image file to the vision tower's input.
+    """The transform of an image file to the vision tower's input.
 
     Args:
         processor: sizes, mean and standard deviation.
-        square: pad to a square first; else CLIP's centre crop cuts off what is longer.
+        square: pad to a square first; otherwise CLIP's centre crop cuts off the ends of the longer side.
     """
 
     def __init__(self, processor: CLIPImageProcessorPil, *, square: bool = True) -> None:
@@ -107,14 +107,14 @@ class ImageTransform:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, square: bool = True) -> ImageTransform:
-        """The transform of a model's folder (`preprocessor_config.json` or `processor_config.json`)."""
+        """Load the transform of a model's folder (`preprocessor_config.json` or `processor_config.json`)."""
         return cls(CLIPImageProcessorPil.from_pretrained(folder), square=square)
 
     def __call__(self, path: Path) -> Tensor:
-        """The pixels (3, height, width), float32.
+        """Return the pixels (3, height, width), float32.
 
         Raises:
-            BrokenImageError: there is no such file, or it holds no whole image.
+            BrokenImageError: see `read_image`.
         """
         image = _bounded(read_image(path), self.square)
         if self.square:

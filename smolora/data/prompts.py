@@ -2,9 +2,9 @@
 
     A chat between ... questions. USER: <image>\\n{text} ASSISTANT: {answer}</s>
 
-The pieces before and after the image are tokenised by themselves, and the sequence starts with one BOS. An image is one
-placeholder id until `PromptEncoder.expand` writes it once for each of its features. What a question or an answer holds
-is text: `<image>`, `</s>` and `<s>` in it are letters and signs, neither an image nor an end nor a beginning.
+The pieces before and after the image are tokenised separately, and the sequence starts with one BOS. An image is one
+placeholder id until `PromptEncoder.expand` repeats it for each of its features. Special tokens are not recognised in
+questions and answers: `<image>`, `</s>` and `<s>` in them are tokenised as text.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ IGNORED_LABEL = -100
 
 
 class Sample(NamedTuple):
-    """A training sample: ids, and as labels those of the answer and of the end; -100 elsewhere."""
+    """A training sample: token ids, and labels, which are -100 except on the answer and EOS."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 def prompt_text(text: str, image: bool) -> str:
-    """The prompt of a question, up to where the answer starts (a space, then the answer)."""
+    """Format the prompt of a question; the answer follows it after a space."""
     return f"{SYSTEM} USER: {IMAGE_TOKEN}\n{text} ASSISTANT:" if image else f"{SYSTEM} USER: {text} ASSISTANT:"
 
 
 class PromptEncoder:
-    """Turns questions and answers into ids.
+    """Encoder of questions and answers to token ids.
 
     Args:
-        tokenizer: of the language model; must have `bos_token_id` and `eos_token_id`.
-        image_token_id: placeholder of an image, as the model's configuration has it.
-        image_features: how many features an image gives.
+        tokenizer: the language model's; needs `bos_token_id` and `eos_token_id`.
+        image_token_id: the placeholder of an image in the model's configuration.
+        image_features: number of features of an image.
 
     Raises:
         ValueError: the tokenizer has no BOS or no EOS.
@@ -74,7 +74,7 @@ class PromptEncoder:
 
     @classmethod
     def for_model(cls, tokenizer: Any, config: Any) -> PromptEncoder:
-        """The encoder for a LLaVA of this configuration."""
+        """Make the encoder for a LLaVA of this configuration."""
         vision = config.vision_config
         features = (vision.image_size // vision.patch_size) ** 2
         if config.vision_feature_select_strategy == "full":  # with the class token
@@ -82,50 +82,50 @@ class PromptEncoder:
         return cls(tokenizer, config.image_token_id, features)
 
     def prompt(self, text: str, image: bool) -> list[int]:
-        """Ids of a question; its image, if it has one, is a single placeholder.
+        """Encode a question; its image, if it has one, is a single placeholder.
 
         Raises:
-            ValueError: the tokenizer can only read a part of the text as a special token.
+            ValueError: the tokenizer cannot encode the text without a special token.
         """
         return self._encode(text, image)
 
     def sample(self, text: str, answer: str, image: bool) -> Sample:
-        """Ids and labels of a question with its answer; loss on the answer and the end alone."""
+        """Encode a question with its answer; only the answer and EOS have labels."""
         prompt = self.prompt(text, image)
-        # tokenised in one piece, as the released code does; what the prompt alone begins with too is no answer
+        # tokenised in one piece, as released; the ids that the prompt alone shares are not the answer
         ids = [*self._encode(text, image, f" {answer}"), self.tokenizer.eos_token_id]
         start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
         return Sample(ids, [IGNORED_LABEL] * start + ids[start:])
 
     def is_short(self, text: str, answer: str, image: bool, limit: int) -> bool:
-        """Whether a training sample surely takes no more than so many ids and can be tokenised: told without doing it.
+        """Return whether a sample certainly fits into `limit` ids and can be encoded, without encoding it.
 
-        A token is a byte at least (but for tokenizers that write some characters out).
+        The bound counts a token for every byte.
         """
         prompt = prompt_text(text, image) + answer
         plain = not any(token in text or token in answer for token in self._spelled)
-        return plain and len(prompt.encode()) + image * self.image_features + 8 <= limit  # 8: spaces, both ends
+        return plain and len(prompt.encode()) + image * self.image_features + 8 <= limit  # 8: spaces, BOS and EOS
 
     def expand(self, ids: Sequence[int]) -> list[int]:
-        """The ids with every placeholder written once for each feature of its image."""
+        """Repeat every placeholder for each feature of its image."""
         expanded: list[int] = []
         for token in ids:
             expanded.extend([token] * (self.image_features if token == self.image_token_id else 1))
         return expanded
 
     def expand_sample(self, sample: Sample) -> Sample:
-        """`expand` for a training sample; images carry no loss."""
+        """Expand a training sample; images have no labels."""
         labels: list[int] = []
         for token, label in zip(sample.input_ids, sample.labels, strict=True):
             labels.extend([label] * (self.image_features if token == self.image_token_id else 1))
         return Sample(self.expand(sample.input_ids), labels)
 
     def length(self, ids: Sequence[int]) -> int:
-        """How many ids `expand` gives."""
+        """Return the number of ids after `expand`."""
         return len(ids) + (self.image_features - 1) * sum(token == self.image_token_id for token in ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, without special tokens and space around."""
+        """Decode generated ids to text, stripped, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def _encode(self, text: str, image: bool, answer: str = "") -> list[int]:
@@ -140,17 +140,17 @@ class PromptEncoder:
     def _tokens(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         read = self._reserved.intersection(ids)
-        if read:  # an added token that is not marked as special, or a piece of the vocabulary itself
+        if read:  # an added token that is not marked as special, or a part of the vocabulary itself
             token = self.tokenizer.convert_ids_to_tokens(min(read))
             raise ValueError(f"a text must not hold {token!r}, which this tokenizer cannot read as text, got {text!r}")
         return ids
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Sequences as one batch.
+    """Pad sequences to a batch.
 
     Returns:
-        (B, S) int64, padded with `value` on the left or the right, and its mask (B, S) int64: 0 where padding is.
+        (B, S) int64, padded with `value` on the left or the right, and the mask (B, S) int64, 0 on padding.
     """
     width = max(map(len, sequences))
     batch = torch.full((len(sequences), width), value, dtype=torch.int64)
