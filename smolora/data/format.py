@@ -44,7 +44,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-# Python's own decoder accepts NaN and Infinity. Records only get their duplicate keys marked: the error names the record.
+# Python's own decoder accepts NaN and Infinity. In records, duplicates are only marked: the error names the record.
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_refuse_duplicates)
 _RECORDS = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_mark_duplicates)
 
