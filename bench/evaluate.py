@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from transformers import CLIPImageProcessorPil
 
-from report import environment, results_folder, write_json
+from report import environment, results_folder
 from small_llava import embed_questions, small_adapter, small_llava, small_tokenizer, write_questions
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import PromptEncoder
 from smolora.evaluate.generate import AnswerJob, GenerationSettings, generate_answers
+from smolora.io.files import write_json
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -140,13 +139,6 @@ def sum_table(title: str, rows: list[Row]) -> str:
             f"{_number(ratio, '.1f'):>20}"
         )
     return "\n".join(lines)
-
-
-def write_json(path: Path, content: Row) -> None:
-    """Write a JSON file, whole or not at all: a run that is killed leaves no half-written one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
 
 
 def plot(path: Path, rows: list[Row], title: str) -> None:

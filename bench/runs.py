@@ -23,6 +23,7 @@ from accuracy import WrongResult
 from peers import OURS
 from report import Row
 from shapes import PRESETS, SMoLoRACase
+from smolora.io.files import write_json
 from timing import Clock, Job, Timing, clock_for, interleave
 
 CPU_TOKENS = (2, 128)  # batch and sequence to which a GPU's preset is cut on a CPU
@@ -211,7 +212,7 @@ def bench_main(
         "not_measured": run.skipped,
         "rows": run.rows,
     }
-    report.write_json(folder / f"{stem}.json", content)
+    write_json(folder / f"{stem}.json", content)
     show(run, folder)
     for what, why in run.skipped.items():
         print(f"not measured: {what}: {why}")
