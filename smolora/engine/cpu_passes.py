@@ -112,9 +112,18 @@ def route_shrink(
     if routers:
         blocks = cut(tokens, num_seqs, cu_seqlens)
         ids, slot_weights, logits, mean = torch_passes.route(
-            blocks.split(x), blocks, tokens, num_seqs, route_mask, instruction, routers, router_reads_x, router_rows,
-            top_k, gate,
-        )  # fmt: skip
+            blocks.split(x),
+            blocks,
+            tokens,
+            num_seqs,
+            route_mask,
+            instruction,
+            routers,
+            router_reads_x,
+            router_rows,
+            top_k,
+            gate,
+        )
         routed_ids = ids
     layout = _layout(tokens, num_seqs, cu_seqlens, None if is_common(A, ids) else ids, A, r)
     h = x.new_empty((tokens, len(A), layout.slots, r))

@@ -65,24 +65,71 @@ class _Mixture(torch.autograd.Function):
         o = options
         A, B, importance, routers = _split(parameters, o)
         h, w, routed_ids, routed_weights, logits, mean, token_logits = route_shrink(
-            x, o.num_seqs, cu_seqlens, route_mask, instruction, ids, A, B, importance, routers, o.router_reads_x,
-            router_rows, token_router, seed, o.streams, o.threshold, o.top_k, o.gate, o.scaling, o.mix,
-            o.gate_grad is not None and any(o.router_reads_x), o.backend,
-        )  # fmt: skip
+            x=x,
+            num_seqs=o.num_seqs,
+            cu_seqlens=cu_seqlens,
+            route_mask=route_mask,
+            instruction=instruction,
+            ids=ids,
+            A=A,
+            B=B,
+            importance=importance,
+            routers=routers,
+            router_reads_x=o.router_reads_x,
+            router_rows=router_rows,
+            token_router=token_router,
+            seed=seed,
+            streams=o.streams,
+            threshold=o.threshold,
+            top_k=o.top_k,
+            gate=o.gate,
+            scaling=o.scaling,
+            mix=o.mix,
+            need_mean=o.gate_grad is not None and any(o.router_reads_x),
+            backend=o.backend,
+        )
         if routers:
             ids, slot_weights = routed_ids, routed_weights
         if token_router is not None:
             scores = token_logits
         y, fused = fuse_expand(
-            h, w, ids, slot_weights, scores, B, o.num_seqs, cu_seqlens, o.scaling, o.mix, x.dtype,
-            None if base_weight is None else x, base_weight, base_bias, o.backend,
-        )  # fmt: skip
+            h=h,
+            w=w,
+            ids=ids,
+            slot_weights=slot_weights,
+            scores=scores,
+            B=B,
+            num_seqs=o.num_seqs,
+            cu_seqlens=cu_seqlens,
+            scaling=o.scaling,
+            mix=o.mix,
+            dtype=x.dtype,
+            x=None if base_weight is None else x,
+            base_weight=base_weight,
+            base_bias=base_bias,
+            backend=o.backend,
+        )
         if o.mix == "smolora":
             scores = fused
         ctx.save_for_backward(
-            x if o.keep_x else None, h, w, ids, slot_weights, scores, logits, mean, route_mask, cu_seqlens, router_rows,
-            seed, base_weight, instruction, token_router, *trained, *parameters,
-        )  # fmt: skip
+            x if o.keep_x else None,
+            h,
+            w,
+            ids,
+            slot_weights,
+            scores,
+            logits,
+            mean,
+            route_mask,
+            cu_seqlens,
+            router_rows,
+            seed,
+            base_weight,
+            instruction,
+            token_router,
+            *trained,
+            *parameters,
+        )
         ctx.options, ctx.dtype, ctx.num_trained = o, x.dtype, len(trained)
         decided = (routed_ids, routed_weights, logits, token_logits, fused)
         ctx.mark_non_differentiable(*decided)
@@ -91,24 +138,38 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        (
-            x, h, w, ids, slot_weights, scores, logits, mean, route_mask, cu_seqlens, router_rows, seed, base_weight,
-            instruction, token_router, *rest,
-        ) = ctx.saved_tensors  # fmt: skip
+        x, h, w, ids, slot_weights, scores, logits, mean, *rest = ctx.saved_tensors
+        route_mask, cu_seqlens, router_rows, seed, base_weight, instruction, token_router, *rest = rest
         o, trained, parameters = ctx.options, rest[: ctx.num_trained], rest[ctx.num_trained :]
         A, B, importance, routers = _split(parameters, o)
-        need_x, need_weights, need_scores, need_instruction, need_token_router, *need_parameters = (
-            ctx.needs_input_grad[9:]
-        )  # fmt: skip
+        needs = ctx.needs_input_grad[9:]
+        need_x, need_weights, need_scores, need_instruction, need_token_router, *need_parameters = needs
         need_A, need_B, need_I, need_routers = _split(need_parameters, o)
         dy = dy.contiguous()
         learn = o.gate_grad is not None and (need_x or need_instruction or any(need_routers))
         through_tokens = token_router is not None and (need_x or need_token_router)
         need_dh = need_x or any(need_A) or need_token_router
         dh, dB, dI, dslot_weights, dscores = grad_output(
-            dy, h, w, ids, slot_weights, scores, B, importance, trained, o.num_seqs, cu_seqlens, o.scaling, o.mix,
-            need_dh, need_B, any(need_I), need_weights or learn, need_scores or through_tokens, o.backend,
-        )  # fmt: skip
+            g=dy,
+            h=h,
+            w=w,
+            ids=ids,
+            slot_weights=slot_weights,
+            scores=scores,
+            B=B,
+            importance=importance,
+            trained=trained,
+            num_seqs=o.num_seqs,
+            cu_seqlens=cu_seqlens,
+            scaling=o.scaling,
+            mix=o.mix,
+            need_dh=need_dh,
+            need_B=need_B,
+            need_importance=any(need_I),
+            need_slot_weights=need_weights or learn,
+            need_scores=need_scores or through_tokens,
+            backend=o.backend,
+        )
         dx = dinstruction = dtoken_router = dmean = None
         drouters: list[Tensor | None] = [None] * len(routers)
         if learn:
@@ -121,10 +182,27 @@ class _Mixture(torch.autograd.Function):
         dA: list[Tensor | None] = [None] * len(A)
         if need_dh:
             dx, dA, dtoken_router = grad_input(
-                x, dh, ids, A, token_router, dscores if through_tokens else None, o.num_seqs, cu_seqlens, route_mask,
-                dmean if need_x else None, seed, o.streams, o.threshold, ctx.dtype, need_x, need_A, need_token_router,
-                None if base_weight is None else dy, base_weight, o.backend,
-            )  # fmt: skip
+                x=x,
+                dh=dh,
+                ids=ids,
+                A=A,
+                token_router=token_router,
+                dtoken_logits=dscores if through_tokens else None,
+                num_seqs=o.num_seqs,
+                cu_seqlens=cu_seqlens,
+                route_mask=route_mask,
+                dmean=dmean if need_x else None,
+                seed=seed,
+                streams=o.streams,
+                threshold=o.threshold,
+                dtype=ctx.dtype,
+                need_dx=need_x,
+                need_A=need_A,
+                need_token_router=need_token_router,
+                g=None if base_weight is None else dy,
+                base_weight=base_weight,
+                backend=o.backend,
+            )
         gradients = (dx, dslot_weights, dscores, dinstruction, dtoken_router, *dA, *dB, *dI, *drouters)
         kept = [grad if need else None for grad, need in zip(gradients, ctx.needs_input_grad[9:], strict=True)]
         return *(None,) * 9, *kept
@@ -231,10 +309,19 @@ def mixture_linear(
         cuda_passes.refuse_unsupported(mix, len(banks), K, banks[0].B.shape[2], token_weights is not None)
         if cuda_passes.decodes(x, tokens.num_seqs, tokens.cu_seqlens, dropout.threshold, banks, K, routers, mix):
             (mixed,) = decode_linears(
-                x, [banks], [(weight, bias)], tokens=tokens, scaling=scaling, backend=backend, mix=mix,
-                slots=None if slots is None else [slots], routers=[routers], top_k=top_k, gate=gate,
+                x,
+                [banks],
+                [(weight, bias)],
+                tokens=tokens,
+                scaling=scaling,
+                backend=backend,
+                mix=mix,
+                slots=None if slots is None else [slots],
+                routers=[routers],
+                top_k=top_k,
+                gate=gate,
                 instruction=instruction,
-            )  # fmt: skip
+            )
             return mixed
     fixed = not dropout.threshold and token_weights is None and token_router is None
     if fixed and cpu_passes.decodes(backend, x, banks, tokens, slots):

@@ -7,10 +7,11 @@ that runs a backward.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,8 +47,12 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 
 def _define(signature: Callable, fake: Callable, check: Callable[..., None] | None = None) -> Any:
-    """Define the operator of a pass for CPU and CUDA tensors; its last argument names the backend."""
+    """Define the operator of a pass for CPU and CUDA tensors; its last argument names the backend.
+
+    `fake` gets one object that has the arguments by name.
+    """
     name = signature.__name__
+    names = [*inspect.signature(signature).parameters, "backend"]
     schema = torch.library.infer_schema(signature, mutates_args=(), op_name=name)
     schema = schema.replace(") -> ", ", str backend) -> ", 1)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -60,9 +65,12 @@ def _define(signature: Callable, fake: Callable, check: Callable[..., None] | No
         with without_autocast(like.device.type), torch.cuda.device_of(like):
             return getattr(BACKENDS[backend](), name)(*arguments)
 
+    def run_fake(*arguments: Any, **named: Any) -> Any:
+        return fake(SimpleNamespace(**dict(zip(names, arguments, strict=False)), **named))
+
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
-    torch.library.register_fake(f"smolora::{name}", fake, lib=_library)
+    torch.library.register_fake(f"smolora::{name}", run_fake, lib=_library)
     return getattr(torch.ops.smolora, name).default
 
 
@@ -75,39 +83,29 @@ def _check_route_shrink(x, num_seqs, cu_seqlens, route_mask, instruction, ids, A
         check_ids(ids, B)
 
 
-def _fake_route_shrink(
-    x, num_seqs, cu_seqlens, route_mask, instruction, ids, A, B, importance, routers, router_reads_x, router_rows,
-    token_router, seed, streams, threshold, top_k, gate, scaling, mix, need_mean, backend,
-):  # fmt: skip
-    h, w, token_logits = new_rank_space(x, A, B, num_slots(ids, B, top_k), mix, token_router)
-    mean = h.new_empty((num_seqs, x.shape[1]) if need_mean else (0, 0))
-    return h, w, *new_routing(x, num_seqs, B, top_k, bool(routers)), mean, token_logits
+def _fake_route_shrink(a: Any) -> Any:
+    h, w, token_logits = new_rank_space(a.x, a.A, a.B, num_slots(a.ids, a.B, a.top_k), a.mix, a.token_router)
+    mean = h.new_empty((a.num_seqs, a.x.shape[1]) if a.need_mean else (0, 0))
+    return h, w, *new_routing(a.x, a.num_seqs, a.B, a.top_k, bool(a.routers)), mean, token_logits
 
 
-def _fake_fuse_expand(
-    h, w, ids, slot_weights, scores, B, num_seqs, cu_seqlens, scaling, mix, dtype, x, base_weight, base_bias, backend
-):
-    return h.new_empty((h.shape[0], B[0].shape[1]), dtype=dtype), h.new_empty(h.shape[0] if mix == "smolora" else 0)
+def _fake_fuse_expand(a: Any) -> Any:
+    y = a.h.new_empty((a.h.shape[0], a.B[0].shape[1]), dtype=a.dtype)
+    return y, a.h.new_empty(a.h.shape[0] if a.mix == "smolora" else 0)
 
 
-def _fake_grad_output(
-    g, h, w, ids, slot_weights, scores, B, importance, trained, num_seqs, cu_seqlens, scaling, mix, need_dh, need_B,
-    need_importance, need_slot_weights, need_scores, backend,
-):  # fmt: skip
-    dB = [empty_like_if(need, b) for need, b in zip(need_B, B, strict=True)]
-    dI = [empty_like_if(need_importance, i) for i in importance]
-    dslot_weights = torch.empty_like(slot_weights) if need_slot_weights else h.new_empty(0)
-    dscores = torch.empty_like(scores) if need_scores else h.new_empty(0)
-    return empty_like_if(need_dh, h), dB, dI, dslot_weights, dscores
+def _fake_grad_output(a: Any) -> Any:
+    dB = [empty_like_if(need, b) for need, b in zip(a.need_B, a.B, strict=True)]
+    dI = [empty_like_if(a.need_importance, i) for i in a.importance]
+    dslot_weights = torch.empty_like(a.slot_weights) if a.need_slot_weights else a.h.new_empty(0)
+    dscores = torch.empty_like(a.scores) if a.need_scores else a.h.new_empty(0)
+    return empty_like_if(a.need_dh, a.h), dB, dI, dslot_weights, dscores
 
 
-def _fake_grad_input(
-    x, dh, ids, A, token_router, dtoken_logits, num_seqs, cu_seqlens, route_mask, dmean, seed, streams, threshold,
-    dtype, need_dx, need_A, need_token_router, g, base_weight, backend,
-):  # fmt: skip
-    dx = dh.new_empty((dh.shape[0], A[0].shape[2]) if need_dx else 0, dtype=dtype)
-    dA = [empty_like_if(need, a) for need, a in zip(need_A, A, strict=True)]
-    return dx, dA, empty_like_if(need_token_router, dh if token_router is None else token_router)
+def _fake_grad_input(a: Any) -> Any:
+    dx = a.dh.new_empty((a.dh.shape[0], a.A[0].shape[2]) if a.need_dx else 0, dtype=a.dtype)
+    dA = [empty_like_if(need, each) for need, each in zip(a.need_A, a.A, strict=True)]
+    return dx, dA, empty_like_if(a.need_token_router, a.dh if a.token_router is None else a.token_router)
 
 
 def _check_decode(x, num_seqs, route_mask, instruction, ids, slot_weights, A, B, *_) -> None:
@@ -117,16 +115,13 @@ def _check_decode(x, num_seqs, route_mask, instruction, ids, slot_weights, A, B,
         check_ids(chosen, B[i * banks : i * banks + banks])
 
 
-def _fake_decode(
-    x, num_seqs, route_mask, instruction, ids, slot_weights, A, B, importance, routers, router_reads_x, base_weight,
-    base_bias, top_k, gate, scaling, mix, backend,
-):  # fmt: skip
-    banks = len(A) // len(base_weight)
+def _fake_decode(a: Any) -> Any:
+    banks = len(a.A) // len(a.base_weight)
     results = []
-    for first in range(0, len(B), banks):
-        routing = new_routing(x, num_seqs, B[first : first + banks], top_k, bool(routers))
-        scores = routing[2].new_empty(num_seqs if mix == "smolora" else 0)
-        results.append((x.new_empty((num_seqs, B[first].shape[1])), *routing, scores))
+    for first in range(0, len(a.B), banks):
+        routing = new_routing(a.x, a.num_seqs, a.B[first : first + banks], a.top_k, bool(a.routers))
+        scores = routing[2].new_empty(a.num_seqs if a.mix == "smolora" else 0)
+        results.append((a.x.new_empty((a.num_seqs, a.B[first].shape[1])), *routing, scores))
     return tuple(map(list, zip(*results, strict=True)))
 
 
