@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from smolora.engine import cuda_passes, function, torch_passes
+from recorded import RecordedPasses
+from smolora.engine import cuda_passes, torch_passes
 from support.mixtures import (
     MIX_OPTIONS,
     MIX_SHAPES,
@@ -48,27 +49,17 @@ def test_only_what_is_needed(case: MixCase, device: str):
         assert torch.equal(got[f"d{name}"], full[f"d{name}"])
 
 
-def record_calls(call: Call, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
+def record_calls(call: Call) -> dict[str, tuple]:
     """The arguments of each pass in a forward and backward of the torch backend, by name."""
-    calls = {}
-    for name in PASSES:
-        operator = getattr(function, name)
-
-        def record(*arguments, name=name, operator=operator):
-            calls[name] = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments[:-1])
-            return operator(*arguments)
-
-        monkeypatch.setattr(function, name, record)
-    run_call(call, "torch")
-    monkeypatch.undo()
-    return calls
+    with RecordedPasses() as recorded:
+        run_call(call, "torch")
+    return recorded.arguments
 
 
 @pytest.mark.parametrize("case", [case for case in TAKEN if case in MIX_OPTIONS], ids=str)
 def test_each_pass_is_the_torch_pass(case: MixCase, device: str):
     """The same results from the same tensors, one by one and by name, empty ones where nothing is needed."""
-    with pytest.MonkeyPatch.context() as patch:
-        calls = record_calls(build_call(case).to(device, float32), patch)
+    calls = record_calls(build_call(case).to(device, float32))
     for name in PASSES:
         with torch.no_grad():
             got, expected = (getattr(module, name)(*calls[name]) for module in (cuda_passes, torch_passes))
@@ -80,8 +71,7 @@ def test_each_pass_is_the_torch_pass(case: MixCase, device: str):
 def test_parity_can_fail(device: str):
     """A pass that leaves a bank's dropout out, or trains a frozen expert, has other results."""
     case = plain.but(frozen=True, threshold=64)
-    with pytest.MonkeyPatch.context() as patch:
-        calls = record_calls(build_call(case).to(device, float32), patch)
+    calls = record_calls(build_call(case).to(device, float32))
     h, *_ = cuda_passes.route_shrink(*calls["route_shrink"][:15], 0, *calls["route_shrink"][16:])
     assert error(h, torch_passes.route_shrink(*calls["route_shrink"])[0]) > 0.1
     _, (dB,), *_ = cuda_passes.grad_output(*calls["grad_output"][:8], [], *calls["grad_output"][9:])

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 
 import smolora
-from smolora.engine import cuda_passes, function
+from recorded import RecordedPasses
+from smolora.engine import cuda_passes
 from smolora.engine.philox import keep_masks
 from smolora.reference import philox_bytes
 from support.cases import OPTIONS, RANKS, SHAPES, plain
@@ -242,27 +243,18 @@ def test_nothing_trains_nothing_runs(device: str):
 @pytest.mark.parametrize("case", [plain.but(top_k=2, mask=True, dropout=0.1), plain.but(S=1)], ids=str)
 def test_opcheck(case: Case, device: str, monkeypatch: pytest.MonkeyPatch):
     """Every operator with the arguments that a layer calls it with: schema, fakes, and nothing mutated or aliased."""
-    calls = {}
-    for name in ("route_shrink", "fuse_expand", "grad_output", "grad_input", "decode"):
-        operator = getattr(function, name)
-
-        def record(*arguments, name=name, operator=operator):
-            calls[name] = (operator, arguments)
-            return operator(*arguments)
-
-        monkeypatch.setattr(function, name, record)
     layer, batch = build(case, float32, device)
-    if case.S == 1:
-        with torch.no_grad(), smolora.use_backend("cuda"):
-            layer(batch.x, **batch.keywords)
-    else:
-        run(layer, batch, "cuda")
-    assert len(calls) == (1 if case.S == 1 else 4)
+    with RecordedPasses() as recorded:
+        if case.S == 1:
+            with torch.no_grad(), smolora.use_backend("cuda"):
+                layer(batch.x, **batch.keywords)
+        else:
+            run(layer, batch, "cuda")
+    assert len(recorded.arguments) == (1 if case.S == 1 else 4)
     torch.utils.deterministic.fill_uninitialized_memory = False  # empty outputs are compared too
-    for operator, arguments in calls.values():
-        detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+    for name, arguments in recorded.arguments.items():
         with torch.no_grad():
-            torch.library.opcheck(operator, tuple(detached))
+            torch.library.opcheck(getattr(torch.ops.smolora, name).default, (*arguments, "cuda"))
 
 
 # ------------------------------------------------------------------------------------------------ what a GPU must show

@@ -60,9 +60,16 @@ def wrong(name: str) -> tuple[object, str, Callable]:
 
 
 MUTANTS = (
-    "zero output", "scale off by 1%", "alpha and beta swapped", "mask ignored", "one expert dropped", "wrong expert",
-    "backward without dropout", "dx zero", "delta forgotten",
-)  # fmt: skip
+    "zero output",
+    "scale off by 1%",
+    "alpha and beta swapped",
+    "mask ignored",
+    "one expert dropped",
+    "wrong expert",
+    "backward without dropout",
+    "dx zero",
+    "delta forgotten",
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import smolora
+from recorded import RecordedPasses
 from smolora.engine import compiled, cpu_passes, torch_passes
 from smolora.engine.function import mixture_linear
 from smolora.spec import Bank, Mixed, Slots, Tokens
@@ -86,21 +87,12 @@ def test_the_layer_against_float64(case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize(
     "case", [fused, plain.but(mix="softmax", K=0, threshold=64), plain.but(shared=True, K=3)], ids=str
 )
-def test_parity_of_each_pass(case: MixCase, monkeypatch: pytest.MonkeyPatch):
+def test_parity_of_each_pass(case: MixCase):
     """The same tensors through a compiled pass and the torch pass of its name."""
-    seen = {}
-    for name in ("route_shrink", "fuse_expand", "grad_output", "grad_input"):
-        run = getattr(cpu_passes, name)
-
-        def record(*arguments, name=name, run=run):
-            seen[name] = arguments
-            return run(*arguments)
-
-        monkeypatch.setattr(cpu_passes, name, record)
-    run_call(build_call(case), "torch")
-    monkeypatch.undo()
-    assert len(seen) == 4
-    for name, arguments in seen.items():
+    with RecordedPasses() as recorded:
+        run_call(build_call(case), "torch")
+    assert len(recorded.arguments) == 4
+    for name, arguments in recorded.arguments.items():
         assert cpu_passes.takes(arguments), name
         got, wanted = getattr(cpu_passes, name)(*arguments), getattr(torch_passes, name)(*arguments)
         for i, (mine, torchs) in enumerate(zip(tree_leaves(got), tree_leaves(wanted), strict=True)):
@@ -180,9 +172,16 @@ def step(call, rows: slice = slice(None)) -> Mixed:
     slots = Slots(given["ids"][rows], None if weights is None else weights[rows])
     with torch.no_grad():
         return mixture_linear(
-            x, banks, tokens=Tokens(len(x)), scaling=1.5, backend="torch", mix=c.mix, slots=slots,
-            weight=given.get("weight"), bias=given.get("bias"),
-        )  # fmt: skip
+            x,
+            banks,
+            tokens=Tokens(len(x)),
+            scaling=1.5,
+            backend="torch",
+            mix=c.mix,
+            slots=slots,
+            weight=given.get("weight"),
+            bias=given.get("bias"),
+        )
 
 
 @pytest.mark.parametrize("case", STEPS, ids=str)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import smolora
-from smolora.engine import function
+from recorded import RecordedPasses
 from support.cases import plain
 from support.marks import interpreter
 from support.oracle import PARAMETERS, Case, build, run
@@ -20,29 +20,13 @@ CASES = [plain, plain.but(top_k=2, mask=True, dropout=0.1), plain.but(lengths=(4
 @pytest.mark.parametrize("case", [*CASES, plain.but(fusion="vu"), plain.but(given=True)], ids=str)
 def test_opcheck(case: Case, backend: str, device: str, monkeypatch: pytest.MonkeyPatch):
     """Every operator, with the arguments that a layer calls it with: schema, fakes, and nothing mutated or aliased."""
-    calls = {}
-    for name in ("route_shrink", "fuse_expand", "grad_output", "grad_input"):
-        operator = getattr(function, name)
-
-        def record(*arguments, name=name, operator=operator):
-            calls[name] = (operator, arguments)
-            return operator(*arguments)
-
-        monkeypatch.setattr(function, name, record)
     layer, batch = build(case, torch.float32, device)
-    run(layer, batch, backend)
-    assert len(calls) == 4
+    with RecordedPasses() as recorded:
+        run(layer, batch, backend)
+    assert len(recorded.arguments) == 4
     torch.utils.deterministic.fill_uninitialized_memory = False  # empty outputs are compared too
-    for operator, arguments in calls.values():
-        detached = [
-            [t.detach() if isinstance(t, torch.Tensor) else t for t in a]
-            if isinstance(a, list)
-            else a.detach()
-            if isinstance(a, torch.Tensor)
-            else a
-            for a in arguments
-        ]
-        torch.library.opcheck(operator, tuple(detached))
+    for name, arguments in recorded.arguments.items():
+        torch.library.opcheck(getattr(torch.ops.smolora, name).default, (*arguments, backend))
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

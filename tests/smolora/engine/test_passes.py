@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
 
-from smolora.engine import function
+from recorded import RecordedPasses
 from support.mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, naive_call, plain, run_call
 from support.oracle import agree
 
@@ -28,17 +27,9 @@ OPCHECKED = [
 @pytest.mark.parametrize("case", OPCHECKED, ids=str)
 def test_opcheck(case: MixCase, monkeypatch: pytest.MonkeyPatch):
     """Every operator with the arguments of a call: schema, fakes, and nothing mutated or aliased."""
-    calls = {}
-    for name in ("route_shrink", "fuse_expand", "grad_output", "grad_input"):
-        operator = getattr(function, name)
-
-        def record(*arguments, name=name, operator=operator):
-            calls[name] = (operator, arguments)
-            return operator(*arguments)
-
-        monkeypatch.setattr(function, name, record)
-    run_call(build_call(case).to("cpu", torch.float32), "torch")
-    assert len(calls) == 4
+    with RecordedPasses() as recorded:
+        run_call(build_call(case).to("cpu", torch.float32), "torch")
+    assert len(recorded.arguments) == 4
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # empty outputs are compared
-    for operator, arguments in calls.values():
-        torch.library.opcheck(operator, tree_map_only(torch.Tensor, torch.Tensor.detach, tuple(arguments)))
+    for name, arguments in recorded.arguments.items():
+        torch.library.opcheck(getattr(torch.ops.smolora, name).default, (*arguments, "torch"))

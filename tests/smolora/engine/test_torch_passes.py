@@ -46,9 +46,7 @@ def test_gradcheck_of_the_reference(case: Case):
 
     def forward(x, *parameters):
         base = layer.base_layer
-        return smolora_forward(
-            x, base.weight, base.bias, *parameters, emb, scaling=2.0, top_k=case.top_k, **keywords
-        )  # fmt: skip
+        return smolora_forward(x, base.weight, base.bias, *parameters, emb, scaling=2.0, top_k=case.top_k, **keywords)
 
     torch.autograd.gradcheck(forward, inputs, eps=1e-6, atol=1e-6)
 
