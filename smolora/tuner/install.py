@@ -26,7 +26,7 @@ def install(model: nn.Module) -> RoutingContext:
             module.register_forward_hook(after_forward, with_kwargs=True, always_call=True),
         ]
     if hasattr(model, "_load_pretrained_model"):
-        model._load_pretrained_model = LoadWrapper(model)
+        model._load_pretrained_model = LoadWrapper(model)  # type: ignore[assignment]
     return context
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import resolve_quantization_backend
@@ -32,10 +34,10 @@ class MixtureLayer(BaseTunerLayer):
         setattr(self, f"{self.mixture.name}_experts", nn.ModuleDict())
         self.smolora_key = key
         self.takes_images = takes_images
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
 
     @property
-    def experts(self) -> nn.ModuleDict:
+    def experts(self) -> Any:  # an nn.ModuleDict, whose type cannot say of what
         """The experts of each adapter by name."""
         return getattr(self, f"{self.mixture.name}_experts")
 

@@ -117,9 +117,10 @@ class MixtureModel(BaseTuner):
                 f"target_modules must not name {key}, which sees sound of any length: nothing tells which sample a "
                 "part of it belongs to, nor which parts are padding"
             )
+        decoder = _text_decoder(self.model)
         takes_images = context is not None and _takes_images(self.model, base)
-        if takes_images:
-            install_image_anchor(context, _text_decoder(self.model))
+        if takes_images and context is not None and decoder is not None:
+            install_image_anchor(context, decoder)
         layer = self.tuner_layer_cls(target, adapter_name, config, context=context, key=key, takes_images=takes_images)
         if context is not None:
             context.layers[key] = layer
@@ -188,7 +189,7 @@ class MixtureModel(BaseTuner):
         return remapped
 
 
-def _text_decoder(model: nn.Module) -> nn.Module | None:
+def _text_decoder(model: Any) -> nn.Module | None:
     """Return the language model within a model that takes images; None for a text model."""
     if getattr(getattr(model, "config", None), "vision_config", None) is None:
         return None
@@ -196,7 +197,7 @@ def _text_decoder(model: nn.Module) -> nn.Module | None:
     return None if decoder is model else decoder
 
 
-def _takes_images(model: nn.Module, base: nn.Module) -> bool:
+def _takes_images(model: Any, base: nn.Module) -> bool:
     """Return whether a layer's rows are images: it is in a model that takes images, outside of its text decoder."""
     decoder = _text_decoder(model)
     if decoder is None or base is model.get_output_embeddings():
@@ -204,7 +205,7 @@ def _takes_images(model: nn.Module, base: nn.Module) -> bool:
     return not any(module is base for module in decoder.modules())
 
 
-def _takes_sound(model: nn.Module, base: nn.Module) -> bool:
+def _takes_sound(model: Any, base: nn.Module) -> bool:
     """Return whether a layer is in a model that takes sound and no images, outside of its text decoder."""
     config = getattr(model, "config", None)
     if getattr(config, "audio_config", None) is None or getattr(config, "vision_config", None) is not None:
@@ -222,7 +223,7 @@ def register(mixture: Mixture) -> type[MixtureModel]:
             "prefix": f"{mixture.name}_",
             "tuner_layer_cls": layer_class(mixture),
         }
-        model = type(f"{mixture.title}Model", (MixtureModel,), attributes)
+        model: Any = type(f"{mixture.title}Model", (MixtureModel,), attributes)
         for made in (model, model.tuner_layer_cls):  # pickle looks for an object's class in its module
             made.__module__ = __name__
             globals()[made.__name__] = made

@@ -26,7 +26,7 @@ def carry_task_ids(model: type[PeftModel]) -> None:
             kwargs[CARRIED] = kwargs.pop("task_ids")
         return own(self, *args, **kwargs)
 
-    forward.carries_task_ids = True
+    forward.carries_task_ids = True  # type: ignore[attr-defined]
     model.forward = forward
 
 

@@ -46,7 +46,7 @@ class Samples(NamedTuple):
 
     def is_by_sample(self, name: str) -> bool:
         """Return whether an entry has a row for each sample."""
-        return name != "instruction" or self.instruction.dim() == 2
+        return name != "instruction" or (self.instruction is not None and self.instruction.dim() == 2)
 
     def repeat(self, copies: int) -> Samples:
         """Repeat each sample for its beams, as `generate()` does with its inputs."""

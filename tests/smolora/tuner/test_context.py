@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.checkpoint import checkpoint
-from transformers import CompileConfig, DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers import CompileConfig, LogitsProcessor, StoppingCriteria
 
 import smolora
 from smolora import MoELoRAConfig
@@ -571,38 +571,5 @@ def test_continuous_batching_is_refused():
     assert not [name for name in ("generate_batch", "forward", "generate") if name in base.__dict__]
 
 
-def test_return_dict_false_keeps_the_routes_of_its_cache():
-    model, e, inputs = adapted(), embeddings(2), batch((5, 9))
-    step = {"input_ids": torch.full((2, 1), 7), "use_cache": True}
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-    with torch.no_grad():
-        cache = model(**inputs, instruction_embeds=e, use_cache=True).past_key_values
-        want = model(**step, attention_mask=mask, past_key_values=cache).logits
-        found = model(**inputs, instruction_embeds=e, use_cache=True, return_dict=False)
-        cache = next(part for part in found if hasattr(part, "get_seq_length"))
-        assert torch.equal(model(**step, attention_mask=mask, past_key_values=cache, return_dict=False)[0], want)
-
-
 def test_names_are_those_of_the_tiny_llama():
     assert (PAD, EOS) == (0, 2) and any(isinstance(m, MixtureLinear) for m in adapted().modules())
-
-
-def test_a_cache_by_its_other_name():
-    """`cache` in the place of `past_key_values`: it is started, goes on, and is refused where another started it."""
-    model, e, inputs = adapted(), embeddings(2), batch((5, 9))
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-    step = {"input_ids": torch.full((2, 1), 7), "attention_mask": mask, "use_cache": True}
-    with torch.no_grad():
-        started = model(**inputs, instruction_embeds=e, use_cache=True).past_key_values
-        want = model(**step, past_key_values=started).logits
-
-        def rename(module, args, kwargs):
-            return args, {"past_key_values" if name == "cache" else name: value for name, value in kwargs.items()}
-
-        handle = model.get_base_model().register_forward_pre_hook(rename, with_kwargs=True)
-        cache = DynamicCache(config=model.config.text_config)
-        model(**inputs, instruction_embeds=e, cache=cache, use_cache=True)
-        assert torch.equal(model(**step, cache=cache).logits, want)
-        with pytest.raises(RuntimeError, match="no routes to keep"):
-            model(**step, instruction_embeds=e, cache=copy.deepcopy(cache))
-        handle.remove()
