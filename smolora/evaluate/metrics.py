@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 from ..arguments import is_number
@@ -58,9 +57,8 @@ def continual_metrics(
         figures |= {"MAP": [None] * len(ap), "BWT": [None] + [0.0] * (len(ap) - 1)}
     else:
         figures["MAP"] = [_mean(ap[: k + 1]) for k in range(len(ap))]
-        figures["BWT"] = [None] + [
-            _mean([_minus(row[j], accuracy[j][j]) for j in range(k)]) for k, row in enumerate(accuracy) if k
-        ]
+        changes = [_mean([_minus(row[j], accuracy[j][j]) for j in range(k)]) for k, row in enumerate(accuracy) if k]
+        figures["BWT"] = [None, *changes]
     return {name: figures[name] for name in FIGURES}
 
 
@@ -87,7 +85,8 @@ def _rows(
         diagonal = rows[0] if single else [row[k] if k < len(row) else None for k, row in enumerate(rows)]
         rows, lengths = [diagonal[:k] for k in range(1, len(diagonal) + 1)], list(range(1, n + 1))
     # missing stages and the missing ends of rows become cells of None
-    filled = [[*row, *[None] * (length - len(row))] for row, length in zip_longest(rows, lengths, fillvalue=())]
+    there = [*rows, *[()] * (len(lengths) - len(rows))]
+    filled = [[*row, *[None] * (length - len(row))] for row, length in zip(there, lengths, strict=True)]
     missing = [
         f"row {k}, column {j} ({tasks[j - 1]})"
         for k, row in enumerate(filled, 1)
@@ -104,7 +103,8 @@ def _is_single(rows: Sequence[Row], tasks: Sequence[str]) -> bool:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return None if any(value is None for value in values) else math.fsum(values) / len(values)
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if len(known) == len(values) else None
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

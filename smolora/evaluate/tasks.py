@@ -147,7 +147,7 @@ def evaluate_tasks(
             encoder,
             ImageTransform(transform.processor, square=padding == "all" or dataset.released_square),
             AnswerJob(task.dataset, task.questions, task.images, answers, model_id, instructions),
-            embed=embed and embed[task.name],
+            embed=None if embed is None else embed[task.name],
             settings=replace(settings, max_new_tokens=max_new_tokens or dataset.max_new_tokens),
         )
         result = scores[task.name] = score(task.dataset, task.annotations, answers, protocol)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..data.format import Question, read_questions
@@ -47,7 +47,7 @@ def case_tables(folder: Path, runs: Sequence[RunFolder], count: int) -> dict[str
             if all(str(q.question_id) in of_run for of_run in answers.values())
         ]
         chosen = sorted(questions, key=lambda q: (-_differing(q, answers.values()), q.index))[:count]
-        rows = []
+        rows: list[list[str | float | None]] = []
         for question in chosen:
             name = str(question.question_id)
             shown = _thumbnail(question, images, folder / "cases", task)
@@ -62,7 +62,7 @@ def case_tables(folder: Path, runs: Sequence[RunFolder], count: int) -> dict[str
     return tables
 
 
-def _differing(question: Question, answers: Sequence[dict[str, str]]) -> int:
+def _differing(question: Question, answers: Iterable[dict[str, str]]) -> int:
     """The number of different answers to a question."""
     return len({of_run[str(question.question_id)].strip().lower() for of_run in answers})
 

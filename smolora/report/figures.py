@@ -219,7 +219,7 @@ def _panels(count: int, size: tuple[float, float], columns: int = 3) -> tuple[Fi
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """Put one legend for all panels above them."""
-    entries = {}
+    entries: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
