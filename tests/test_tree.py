@@ -1,4 +1,4 @@
-"""The tree: imports go down in one order and never in circles, and tests mirror the package."""
+"""The tree: imports go down in one order and never in circles, files stay short, and tests mirror the package."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ LAYERS = """
 """.strip().splitlines()
 DEPTH = {name: row for row, names in enumerate(LAYERS) for name in names.split()}
 
+MAX_LINES = 600
+MAX_FORMATTER_SKIPS = 9
 SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h")
 
 
@@ -110,6 +112,19 @@ def test_imports_go_down():
 def test_reference_imports_nothing_of_ours():
     """An oracle that shared a line with the fast code would share its faults."""
     assert import_graph()["smolora.reference"] == set()
+
+
+def test_files_are_short():
+    lines = {str(path): len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in tracked()}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_the_formatter_decides():
+    """A table of data may be laid out by hand, code may not."""
+    marks = ("# fmt: " + "skip", "# fmt: " + "off")
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in tracked() if path.suffix == ".py"}
+    counts = {str(path): sum(map(text.count, marks)) for path, text in texts.items()}
+    assert sum(counts.values()) <= MAX_FORMATTER_SKIPS, {name: count for name, count in counts.items() if count}
 
 
 def test_tests_mirror_the_package():
