@@ -149,9 +149,9 @@ docs: $(DOCS)/.ready
 
 # The reference is read from the sources without importing them, so torch is not needed.
 $(DOCS)/.ready: constraints.txt
-	@echo "== $(DOCS): mkdocs-material and mkdocstrings"
+	@echo "== $(DOCS): mkdocs-material, mkdocstrings, and ruff, which formats signatures"
 	@test -x $(DOCS)/bin/pip || $(PYTHON) -m venv $(DOCS)
-	@$(DOCS)/bin/python $(PIP_INSTALL) -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	@$(DOCS)/bin/python $(PIP_INSTALL) -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@
 
 # ---- GPU, each part within ten minutes: over the packages of $(PYTHON) if its torch sees a GPU, else over .venv; neither is changed
