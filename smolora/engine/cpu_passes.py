@@ -4,6 +4,8 @@ Each pass has the name and arguments of its torch pass, which runs in its place 
 tensors: it takes float32 or float64, all of one dtype, contiguous and on the CPU, and at most two banks. Compiled
 products sum in an order that depends on shapes and on the CPU's vectors alone, so the number of threads changes no bit.
 
+csrc/cpu/products.cpp sums over tokens: dB in `grad_up`, dA in `grad_down`.
+
 In rank space these products have the columns (b, K, r) of `torch_passes`, and K is 1 where the slots share an A.
 """
 

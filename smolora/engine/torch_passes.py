@@ -1,4 +1,4 @@
-"""The four passes in plain torch: the CPU backend, and the algebra that the kernels implement.
+"""The four passes in plain torch: they run anywhere, and are the algebra that the kernels implement.
 
 One token's h = A x has r numbers, and everything between A and B happens there: no expert's k-sized output is ever
 formed. Tensors in rank space have these axes; `mixes.py` has the rest of the mixture's algebra.
@@ -10,6 +10,9 @@ formed. Tensors in rank space have these axes; `mixes.py` has the rest of the mi
     slot_weights  (n, b, K)
     logits        (n, sum of E) of the routers side by side; (n, 0) where nothing is routed
     mean          (n, d)        what a router of x saw; (0, 0) when nobody needs it
+
+Sums over tokens: dB in `grad_output`, as u^T g of each block, which `_by_expert` then adds up by expert; dA in
+`grad_input`, in the same way.
 
 Reductions, h, w, weights and scores are float32 (float64 for float64 inputs). Packed sequences are cut into blocks of
 one sequence each (`varlen.py`), so that every product is one batched matrix product over blocks.
