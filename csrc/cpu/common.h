@@ -1,4 +1,4 @@
-// What the compiled passes of a CPU share: vectors of three widths, chosen at run time, and torch's own threads.
+// What the passes of a CPU share: SIMD vectors of three widths, chosen at run time, and torch's own threads.
 #pragma once
 
 #include <algorithm>
@@ -86,7 +86,7 @@ inline Gomp gomp() {
 #endif
 }
 
-// Runs body(task) for every task, in any order; what a task writes is its own, so the number of threads changes no bit.
+// Runs body(task) for every task, in any order. No two tasks write the same element, so threads change no bit.
 template <class Body>
 void parallel(int64_t tasks, int threads, const Body& body) {
   threads = std::min<int64_t>(threads, tasks);

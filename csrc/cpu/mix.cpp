@@ -5,12 +5,12 @@
 namespace cpu {
 namespace {
 
-constexpr int64_t kBlock = 64;  // tokens that are added up before they join the rest
+constexpr int64_t kBlock = 64;  // tokens whose dw is summed before it is added to the rest: shorter chains round less
 
-// What a slot of a sequence is.
+// A slot of a sequence.
 template <class T>
 struct Slot {
-  int64_t h;  // where its h begins in a token's
+  int64_t h;  // offset of its h in a token's h
   const T* w;
   T weight;
 };
@@ -22,7 +22,7 @@ INLINE Slot<T> slot_of(const Mix<T>& job, int64_t seq, int64_t bank, int64_t slo
   return {h, job.w + expert * job.layout.rank, job.slot_weights[(seq * 2 + bank) * job.layout.slots + slot]};
 }
 
-// in double, since the scores of two banks are subtracted
+// Sums in double: the scores of two banks are subtracted.
 template <class T>
 INLINE double dot(const T* a, const T* b, int64_t size) {
   double lanes[8] = {};
@@ -77,7 +77,7 @@ void mix_backward_seq(const Mix<T>& job, int64_t seq) {
   T* dw = job.partial_dw + seq * used;
   T* dq = job.dslot_weights == nullptr ? nullptr : job.dslot_weights + seq * 2 * slots;
   std::vector<T> block(used);  // of dw
-  std::vector<double> weights(2 * slots);  // dslot_weights, whose sums cancel in the routers' gradients
+  std::vector<double> weights(2 * slots);  // dslot_weights in double: routers' gradients subtract them
   std::fill(dw, dw + used, T(0));
   const int64_t end = job.layout.end(seq);
   for (int64_t first = job.layout.begin(seq); first < end; first += kBlock) {

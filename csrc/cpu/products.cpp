@@ -8,25 +8,25 @@
 namespace cpu {
 namespace {
 
-constexpr int64_t kTokens = 64;    // tokens that are taken at a time
-constexpr int64_t kFew = 8;        // tokens whose rows lie in the nearest cache together
-constexpr int64_t kColumns = 128;  // columns of x or y that are taken at a time
-constexpr int64_t kStrip = 512;    // columns of y that are written at a time
-constexpr int64_t kGroups = 8;     // of columns, each of which sums up a p of its own
+constexpr int64_t kTokens = 64;    // a block of tokens
+constexpr int64_t kFew = 8;        // tokens whose rows of x fit into L1 together
+constexpr int64_t kColumns = 128;  // a block of columns of x or g; kTokens rows of it fit into L2
+constexpr int64_t kStrip = 512;    // columns of y that a task writes
+constexpr int64_t kGroups = 8;     // split-k of p: groups of columns of g, each with a partial p
 
 int64_t chunks(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
 
-// Room for `size` numbers on a vector's boundary, which a thread keeps.
+// A scratch buffer of `size` elements, aligned to 64 bytes, that a thread keeps between calls.
 template <class T, int Place>
-T* room(int64_t size) {
+T* scratch(int64_t size) {
   thread_local std::vector<T> kept;
   if (int64_t(kept.size()) < size + 16) kept.resize(size + 16);
   const uintptr_t address = reinterpret_cast<uintptr_t>(kept.data());
   return reinterpret_cast<T*>((address + 63) / 64 * 64);
 }
 
-// Copies a block of some tokens and columns, with zeros up to kColumns, so that it lies in the nearest cache as a
-// whole; rows of the next block, of which there are `more`, are fetched meanwhile.
+// Copies a block (rows, count) of a wide array, zero-padded to kColumns, so that its rows do not compete for the same
+// cache sets. Prefetches the next block, which has `more` rows.
 template <class T>
 INLINE void copy_block(const T* from, int64_t from_row, int64_t rows, int64_t count, int64_t more, T* to) {
   for (int64_t row = 0; row < rows; ++row, from += from_row, to += kColumns) {
@@ -54,7 +54,7 @@ INLINE void shrink_task_body(const Down<T>& job, int64_t task) {
     for (int64_t bank = 0; bank < at.banks; ++bank) {
       const T* x = job.x + token * job.d;
       if (job.threshold) {
-        T* kept = room<T, 0>(kFew * width);
+        T* kept = scratch<T, 0>(kFew * width);
         keep_mask(kept, token, rows, 0, blocks, job.streams[bank], job.seed, job.threshold);
         for (int64_t row = 0; row < rows; ++row) {
           for (int64_t i = 0; i < job.d; ++i) kept[row * width + i] *= x[row * job.d + i];
@@ -63,7 +63,7 @@ INLINE void shrink_task_body(const Down<T>& job, int64_t task) {
       }
       for (int64_t slot = 0; slot < at.slots; ++slot) {
         T* h = job.h + token * at.columns() + (bank * at.slots + slot) * at.rank;
-        // an empty slot takes an expert too, as its weight is 0
+        // an empty slot (-1) reads expert 0: its weight is 0
         const T* A = job.A[bank] + std::max<int64_t>(at.expert(seq, bank, slot), 0) * at.rank * job.d;
         dot_rows<T, Bytes, 8>(rows, at.rank, job.d, x, width, A, job.d, scale, h, at.columns());
       }
@@ -73,7 +73,7 @@ INLINE void shrink_task_body(const Down<T>& job, int64_t task) {
 }
 FOR_ALL_VECTORS(shrink_task, Down)
 
-// dx and dA of some columns, token after token
+// dx and dA of kColumns columns. dA is summed over tokens in order, sequence by sequence.
 template <class T, int Bytes>
 INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
   constexpr int64_t kTile = kWidth<T, Bytes>;
@@ -81,11 +81,11 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
   const int64_t first = task * kColumns, count = std::min(kColumns, job.d - first);
   const int64_t used = at.columns(), per_bank = at.slots * at.rank;
   const int64_t seqs = at.ids == nullptr ? 1 : at.seqs;
-  T* A = room<T, 1>(used * kColumns);        // (b K r, columns)
-  T* sums = room<T, 2>(used * kColumns);     // dA of a sequence
-  T* mask = room<T, 3>(kTokens * kColumns);  // of a bank
-  T* kept = room<T, 4>(kTokens * kColumns);  // x, dropped
-  T* part = room<T, 5>(kTokens * kColumns);  // dx of a bank
+  T* A = scratch<T, 1>(used * kColumns);        // (b K r, columns)
+  T* sums = scratch<T, 2>(used * kColumns);     // dA of a sequence
+  T* mask = scratch<T, 3>(kTokens * kColumns);  // of a bank
+  T* kept = scratch<T, 4>(kTokens * kColumns);  // x, dropped
+  T* part = scratch<T, 5>(kTokens * kColumns);  // dx of a bank
   bool need_A = false;
   for (int64_t bank = 0; bank < at.banks; ++bank) {
     need_A |= job.dA[bank] != nullptr;
@@ -156,15 +156,15 @@ FOR_ALL_VECTORS(grad_down_task, Down)
 
 // -------------------------------------------------------------------------------------------- between rank space and y
 
-// y of a strip of columns
+// y of kStrip columns
 template <class T, int Bytes>
 INLINE void expand_task_body(const Up<T>& job, int64_t task) {
   constexpr int64_t kTile = kWidth<T, Bytes>;
   const Layout& at = job.layout;
   const int64_t first = task * kStrip, count = std::min(kStrip, job.k - first);
   const int64_t used = at.columns(), seqs = at.ids == nullptr ? 1 : at.seqs;
-  T* B = room<T, 1>(used * kStrip);  // (tiles, b K r, columns of a tile)
-  T* part = room<T, 5>(kFew * kTile);
+  T* B = scratch<T, 1>(used * kStrip);  // (tiles, b K r, columns of a tile)
+  T* part = scratch<T, 5>(kFew * kTile);
   if (count < kStrip) std::fill(B, B + used * kStrip, T(0));
   for (int64_t seq = 0; seq < seqs; ++seq) {
     const int64_t begin = at.ids == nullptr ? 0 : at.begin(seq), end = at.ids == nullptr ? at.tokens : at.end(seq);
@@ -197,19 +197,19 @@ INLINE void expand_task_body(const Up<T>& job, int64_t task) {
 }
 FOR_ALL_VECTORS(expand_task, Up)
 
-// p and dB of a group of columns, token after token, from one read of g
+// Partial p and dB of a group of columns, from one read of g. dB is summed over tokens in order, sequence by sequence.
 template <class T, int Bytes>
 INLINE void grad_up_task_body(const Up<T>& job, int64_t task) {
   constexpr int64_t kTile = kWidth<T, Bytes>;
   const Layout& at = job.layout;
-  const int64_t used = at.columns(), room_used = padded(used, kTile), seqs = at.ids == nullptr ? 1 : at.seqs;
+  const int64_t used = at.columns(), stride = padded(used, kTile), seqs = at.ids == nullptr ? 1 : at.seqs;
   const int64_t pieces = chunks(job.k, kColumns);
-  T* B = room<T, 1>(kColumns * room_used);
-  T* sums = room<T, 2>(kColumns * room_used);  // dB of a sequence
-  T* u = room<T, 3>(kTokens * room_used);
-  T* p = room<T, 4>(kTokens * room_used);
-  T* g = room<T, 5>(kTokens * kColumns);
-  std::fill(u, u + kTokens * room_used, T(0));
+  T* B = scratch<T, 1>(kColumns * stride);
+  T* sums = scratch<T, 2>(kColumns * stride);  // dB of a sequence
+  T* u = scratch<T, 3>(kTokens * stride);
+  T* p = scratch<T, 4>(kTokens * stride);
+  T* g = scratch<T, 5>(kTokens * kColumns);
+  std::fill(u, u + kTokens * stride, T(0));
   bool written = false;
   for (int64_t piece = pieces * task / kGroups; piece < pieces * (task + 1) / kGroups; ++piece) {
     const int64_t first = piece * kColumns, count = std::min(kColumns, job.k - first);
@@ -224,41 +224,41 @@ INLINE void grad_up_task_body(const Up<T>& job, int64_t task) {
     for (int64_t seq = 0; seq < seqs; ++seq) {
       const int64_t begin = at.ids == nullptr ? 0 : at.begin(seq), end = at.ids == nullptr ? at.tokens : at.end(seq);
       if (begin == end) continue;
-      bool live = false;  // is there an expert that learns
+      bool live = false;  // an expert of this sequence trains
       for (int64_t slot = 0; slot < at.banks * at.slots; ++slot) {
         const int64_t bank = slot / at.slots, expert = at.expert(seq, bank, slot % at.slots);
         live |= job.dB[bank] != nullptr && expert >= 0 && (job.trained[bank] == nullptr || job.trained[bank][expert]);
         if (job.p == nullptr) continue;
         const T* from = job.B[bank] + (std::max<int64_t>(expert, 0) * job.k + first) * at.rank;
         for (int64_t c = 0; c < count; ++c) {
-          std::copy_n(from + c * at.rank, at.rank, B + c * room_used + slot * at.rank);
+          std::copy_n(from + c * at.rank, at.rank, B + c * stride + slot * at.rank);
         }
       }
       for (int64_t c = 0; c < count && job.p != nullptr; ++c) {
-        std::fill(B + c * room_used + used, B + (c + 1) * room_used, T(0));
+        std::fill(B + c * stride + used, B + (c + 1) * stride, T(0));
       }
-      if (need_B && live) std::fill(sums, sums + count * room_used, T(0));
+      if (need_B && live) std::fill(sums, sums + count * stride, T(0));
       for (int64_t token = begin; token < end; token += kTokens) {
         const int64_t rows = std::min(kTokens, end - token);
         const int64_t more = std::min(kTokens, end - token - rows);
         copy_block(job.g + token * job.k + first, job.k, rows, count, more, g);
         if (job.p != nullptr) {
           T* mine = job.partial_p + (task * at.tokens + token) * used;
-          const bool direct = used == room_used;
+          const bool direct = used == stride;
           T* out = direct ? mine : p;
-          multiply<T, Bytes>(rows, room_used, count, g, kColumns, 1, B, room_used, out, room_used, direct && written);
+          multiply<T, Bytes>(rows, stride, count, g, kColumns, 1, B, stride, out, stride, direct && written);
           for (int64_t i = 0; i < rows * used && !direct; ++i) {
-            const T value = p[i / used * room_used + i % used];
+            const T value = p[i / used * stride + i % used];
             mine[i] = written ? mine[i] + value : value;
           }
         }
         if (need_B && live) {
           const T* right = job.u + token * used;
-          if (used != room_used) {
-            for (int64_t row = 0; row < rows; ++row) std::copy_n(right + row * used, used, u + row * room_used);
+          if (used != stride) {
+            for (int64_t row = 0; row < rows; ++row) std::copy_n(right + row * used, used, u + row * stride);
             right = u;
           }
-          multiply<T, Bytes>(count, room_used, rows, g, 1, kColumns, right, room_used, sums, room_used, true);
+          multiply<T, Bytes>(count, stride, rows, g, 1, kColumns, right, stride, sums, stride, true);
         }
       }
       for (int64_t slot = 0; slot < at.banks * at.slots && need_B && live; ++slot) {
@@ -267,7 +267,7 @@ INLINE void grad_up_task_body(const Up<T>& job, int64_t task) {
         if (job.trained[bank] != nullptr && !job.trained[bank][expert]) continue;
         T* to = job.dB[bank] + (expert * job.k + first) * at.rank;
         for (int64_t c = 0; c < count; ++c) {
-          const T* from = sums + c * room_used + slot * at.rank;
+          const T* from = sums + c * stride + slot * at.rank;
           for (int64_t j = 0; j < at.rank; ++j) to[c * at.rank + j] += from[j];
         }
       }
@@ -279,12 +279,13 @@ FOR_ALL_VECTORS(grad_up_task, Up)
 
 template <class T, int Bytes>
 INLINE void add_partial_p_body(const Up<T>& job, int64_t task) {
-  const int64_t used = job.layout.columns(), first = task * kTokens, last = std::min(first + kTokens, job.layout.tokens);
+  const int64_t used = job.layout.columns();
+  const int64_t first = task * kTokens, last = std::min(first + kTokens, job.layout.tokens);
   const int64_t pieces = chunks(job.k, kColumns);
   for (int64_t i = first * used; i < last * used; ++i) {
     T total = 0;
     for (int64_t group = 0; group < kGroups; ++group) {
-      if (pieces * group / kGroups == pieces * (group + 1) / kGroups) continue;  // it had no columns
+      if (pieces * group / kGroups == pieces * (group + 1) / kGroups) continue;  // a group without columns
       total += job.partial_p[group * job.layout.tokens * used + i];
     }
     job.p[i] = job.scaling * total;
@@ -299,7 +300,7 @@ INLINE void scores_task_body(const Scores<T>& job, int64_t expert) {
   T* w = job.w + expert * job.rank;
   std::fill(w, w + job.rank, T(0));
   for (int64_t first = 0; first < job.k; first += kColumns) {
-    T* part = room<T, 6>(job.rank);
+    T* part = scratch<T, 6>(job.rank);
     std::fill(part, part + job.rank, T(0));
     for (int64_t c = first; c < std::min(first + kColumns, job.k); ++c) {
       const T* B = job.B + (expert * job.k + c) * job.rank;
@@ -317,7 +318,7 @@ INLINE void grad_scores_task_body(const Scores<T>& job, int64_t task) {
   if (job.dimportance != nullptr) std::fill(job.dimportance + first, job.dimportance + last, T(0));
   for (int64_t expert = 0; expert < job.experts; ++expert) {
     const T* dw = job.dw + expert * job.rank;
-    if (std::all_of(dw, dw + job.rank, [](T value) { return value == 0; })) continue;  // nobody chose it
+    if (std::all_of(dw, dw + job.rank, [](T value) { return value == 0; })) continue;  // no sequence chose it
     const bool learns = job.dB != nullptr && (job.trained == nullptr || job.trained[expert]);
     for (int64_t i = first; i < last; ++i) {
       const T* B = job.B + (expert * job.k + i) * job.rank;
@@ -355,7 +356,7 @@ void expand(const Up<T>& job) {
 template <class T>
 void grad_up(Up<T> job) {
   const int64_t size = kGroups * job.layout.tokens * job.layout.columns();
-  const std::unique_ptr<T[]> partial(job.p == nullptr ? nullptr : new T[size]);  // no zeros: all of it is written
+  const std::unique_ptr<T[]> partial(job.p == nullptr ? nullptr : new T[size]);  // uninitialised: all is written
   job.partial_p = partial.get();
   parallel(kGroups, job.layout.threads, [&](int64_t task) { grad_up_task(job, task); });
   if (job.p == nullptr) return;
