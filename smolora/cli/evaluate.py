@@ -18,7 +18,8 @@ from ..config import SMoLoRAConfig
 from ..data.format import Skipped, read_questions
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
-from ..evaluate.datasets import DATASETS, PROTOCOLS
+from ..evaluate.benchmarks import datasets_of
+from ..evaluate.datasets import PROTOCOLS
 from ..evaluate.generate import Embed, GenerationSettings, process_state
 from ..evaluate.instructions import (
     SOURCES,
@@ -83,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--task",
         action="append",
-        help=f"one of {', '.join(DATASETS)}, or with --recipe of its tasks (default: all); may be given several times",
+        help=f"one of {', '.join(datasets_of())}, or with --recipe of its tasks (default: all); may be given several "
+        "times",
     )
     add(
         "--annotations",
@@ -114,7 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: %(default)s",
     )
-    add("--max-new-tokens", type=int, help="of an answer (default: as released, 1024 for four tasks and 128 for six)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        help="of an answer (default: as released, 1024 for four tasks and 128 for six; 1024 with --protocol coin)",
+    )
     add(
         "--token-budget",
         type=int,
@@ -124,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--padding",
         choices=PADDINGS,
-        help="pad images to a square for all tasks, as in training, or for the released six "
+        help="pad images to a square for all tasks, as in training, or for the released six, none with --protocol coin "
         f"(default: {DEFAULTS['padding']})",
     )
     add("--protocol", choices=PROTOCOLS, help=f"of the scores (default: {DEFAULTS['protocol']})")
@@ -196,7 +202,7 @@ def request_from_options(args: argparse.Namespace) -> Request:
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     folders, images = [Path(folder) for folder in options.annotations], Path(options.images)
-    tasks = [Task.of_benchmark(name, folders, images) for name in dict.fromkeys(args.task)]
+    tasks = [Task.of_benchmark(name, folders, images, options.protocol) for name in dict.fromkeys(args.task)]
 
     def embed(config: SMoLoRAConfig) -> Mapping[str, Embed]:
         if options.instruction == "saved":

@@ -1,17 +1,18 @@
-"""`smolora score`: a file of answers to its dataset's metric and MIF."""
+"""`smolora score`: a file of answers to its dataset's metric, and MIF where it is defined."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-from ..evaluate.datasets import DATASETS, PROTOCOLS
+from ..evaluate.benchmarks import datasets_of
+from ..evaluate.datasets import PROTOCOLS
 from ..evaluate.score import score
 from ..io.files import path_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", required=True, help=f"one of {', '.join(DATASETS)}")
+    parser.add_argument("--dataset", required=True, help=f"one of {', '.join(datasets_of())}")
     parser.add_argument(
         "--annotations",
         required=True,
@@ -25,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         default="smolora",
         choices=PROTOCOLS,
-        help="smolora: as the paper's tables; standard: as the field means the metric (default: %(default)s)",
+        help="smolora: as the paper's tables; standard: as the field means the metric; coin: CoIN's scorers as "
+        f"released, of {', '.join(datasets_of('coin'))} (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, in percent, unrounded")
 

@@ -101,16 +101,19 @@ def _decoded(content: bytes, decoder: json.JSONDecoder, where: str) -> Any:
         raise ValueError(f"{where}: not JSON: {error}") from error
 
 
-def read_questions(path: Path, *, skip: Collection[int] = (), broken: list[Skipped] | None = None) -> list[Question]:
+def read_questions(
+    path: Path, *, skip: Collection[int] = (), broken: list[Skipped] | None = None, unique: bool = True
+) -> list[Question]:
     """Read the questions of a test file (`test.json` or `val.json`).
 
     Args:
         path: the file.
         skip: indices of records to skip.
         broken: malformed records are appended here and skipped, instead of raising.
+        unique: refuse a question id that occurs twice.
 
     Raises:
-        ValueError: a record is malformed, or has the question id of an earlier one.
+        ValueError: a record is malformed, or has the question id of an earlier one (with `unique`).
     """
     questions = []
     seen: dict[str, int] = {}  # the record of each question_id
@@ -120,7 +123,7 @@ def read_questions(path: Path, *, skip: Collection[int] = (), broken: list[Skipp
         try:
             question = _question(index, record, f"{path}: record {index}")
             name = str(question.question_id)
-            if name in seen:
+            if unique and name in seen:
                 raise ValueError(f"{path}: record {index}: question_id {name} is that of record {seen[name]} too")
         except ValueError as error:
             if broken is None:
@@ -202,18 +205,22 @@ def read_conversations(path: Path) -> list[Conversation]:
     return samples
 
 
-def read_answers(path: Path) -> list[Answer]:
+def read_answers(path: Path, *, unique: bool = True) -> list[Answer]:
     """Read `question_id` and `text` of each line of the evaluator's JSON-lines file.
 
+    Args:
+        path: the file.
+        unique: refuse a second answer to a question.
+
     Raises:
-        ValueError: a line is malformed, or answers a question that an earlier line answers.
+        ValueError: a line is malformed, or answers a question that an earlier line answers (with `unique`).
     """
     answers = []
     seen: dict[str, int] = {}  # the line of each question_id
     for line, record in read_lines(path):
         where = f"{path}: line {line}"
         question_id = _question_id(record, where)
-        if str(question_id) in seen:
+        if unique and str(question_id) in seen:
             raise ValueError(f"{where}: question_id {question_id!r} is answered in line {seen[str(question_id)]} too")
         seen[str(question_id)] = line
         answers.append(Answer(line, question_id, _text(record, "text", where)))

@@ -1,21 +1,22 @@
-"""The benchmark's ten test sets: files, metric and the answer format that the instruction asks for.
+"""CVIT's ten test sets: files, metric and the answer format that the instruction asks for.
 
 A new dataset is one entry of `DATASETS`.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from ..arguments import check_choice
 from ..data.format import Question, read_json, read_questions
 from . import rules
+from .pairing import Pairing
 from .rules import Item, Metric, Rule, each
 
-PROTOCOLS = ("smolora", "standard")
+PROTOCOLS = ("smolora", "standard", "coin")
 
 
 class Files:
@@ -64,10 +65,11 @@ class Scoring:
 
     metric: str  # printed name
     score: Metric
-    follows_format: Rule
+    follows_format: Rule | None  # None where nothing says what the form is; then there is no MIF
     groups: tuple[str, ...] = ()  # groups of items that get a score of their own as well
     extra_metrics: Mapping[str, Metric] = field(default_factory=dict)  # printed beside the score
     single_reference_metric: str | None = None  # printed name if every item has a single reference
+    pairing: Pairing = "once"  # which answers count; see `pair_answers`
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class Dataset:
     Args:
         questions: file name of its questions in the benchmark.
         load: reads its items from its files.
-        smolora: scoring that is comparable with the paper's tables.
+        smolora: scoring that is comparable with the paper's tables; None for a dataset that is not in them.
         standard: scoring with the metric as the field defines it.
+        coin: scoring by CoIN's released scorers.
         missing_scores_zero: a question without an answer counts as wrong; otherwise it is an error.
         max_new_tokens: maximum length of an answer, as released.
         released_square: whether the released evaluation pads images to a square, as training does for all datasets.
@@ -87,27 +90,35 @@ class Dataset:
 
     questions: str
     load: Callable[[Files, str], list[Item]]
-    smolora: Scoring
-    standard: Scoring
+    smolora: Scoring | None = None
+    standard: Scoring | None = None
+    coin: Scoring | None = None
     missing_scores_zero: bool = False
     max_new_tokens: int = 128
     released_square: bool = True
     instruction_row: int | None = None
 
     def scoring(self, protocol: str) -> Scoring:
-        """The scoring under a protocol, "smolora" or "standard"."""
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"protocol must be one of {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
-        return getattr(self, protocol)
+        """The scoring under a protocol, one of `PROTOCOLS`.
+
+        Raises:
+            ValueError: there is no such protocol, or it does not score this dataset.
+        """
+        check_choice("protocol", protocol, PROTOCOLS)
+        scoring = getattr(self, protocol)
+        if scoring is None:
+            raise ValueError(f"protocol must be one that scores this dataset, got {protocol!r}")
+        return scoring
 
 
 # ---- loaders
 
 
-def one_answer(files: Files, questions: str) -> list[Item]:
-    """Load questions with one answer each."""
+def one_answer(files: Files, questions: str, *, unique: bool = True) -> list[Item]:
+    """Load questions with one answer each. Without `unique`, ids may be repeated."""
     path = files.find(questions)
-    return [Item(str(q.question_id), a, (a,)) for q in read_questions(path, skip=files.skip) for a in [_one(q, path)]]
+    asked = read_questions(path, skip=files.skip, unique=unique)
+    return [Item(str(q.question_id), a, (a,)) for q in asked for a in [_one(q, path)]]
 
 
 def several_answers(files: Files, questions: str) -> list[Item]:
@@ -142,7 +153,7 @@ def ten_answers(
                 PurePath(question.image or "").name
                 for question in read_questions(files.find(questions), skip=files.skip)
             ]
-        references = _annotators(path, key, by)
+        references = read_annotators(path, key, by)
         unknown = [name for name in keys if name not in references]
         if unknown:
             raise ValueError(f"{path}: no answers for {len(unknown)} questions, the first has {by} {unknown[0]!r}")
@@ -201,7 +212,8 @@ def _one(question: Question, path: Path) -> str:
     return answer
 
 
-def _annotators(path: Path, key: str | None, by: str) -> dict[str, tuple[str, ...]]:
+def read_annotators(path: Path, key: str | None, by: str) -> dict[str, tuple[str, ...]]:
+    """Read the annotators' answers from a file of the original dataset; see `ten_answers`."""
     records: Any = read_json(path)
     if key is not None:
         records = records.get(key) if isinstance(records, dict) else None
@@ -291,16 +303,3 @@ DATASETS: dict[str, Dataset] = {
         "val.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP, instruction_row=6
     ),
 }
-
-
-def find_dataset(name: str) -> Dataset:
-    """Find a dataset of the benchmark by name.
-
-    Raises:
-        ValueError: there is none. The message has the nearest name and all of them.
-    """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name.lower(), {known.lower(): known for known in DATASETS}, n=1, cutoff=0.5)
-        hint = "".join(f"; did you mean {known}?" for known in DATASETS if known.lower() in near)
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
-    return DATASETS[name]

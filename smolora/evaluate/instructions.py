@@ -13,7 +13,7 @@ from ..data.format import Question
 from ..instructions.encoder import InstructionEncoder
 from ..instructions.texts import instruction_of, known_instructions
 from ..io.embeddings import INSTRUCTION_FILE, read_instruction_embeddings
-from .datasets import find_dataset
+from .benchmarks import find_dataset
 from .generate import Embed
 from .tasks import Task
 

@@ -1,4 +1,7 @@
-"""AP, MAP, BWT and MIF of a run after each stage, from its accuracy matrix (Eq. 10 to 12)."""
+"""The continual-learning figures of a run after each stage, from its accuracy matrix.
+
+AP, MAP, BWT and MIF are Eq. 10 to 12. ACC, MAA and BWT are CoIN's.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..arguments import is_number
+from ..arguments import check_choice, is_number
 
 Row = Sequence[float | None]
 Figures = dict[str, list[float | None]]
 
 FIGURES = ("AP", "MAP", "BWT", "MIF")
+COIN_FIGURES = ("ACC", "MAA", "BWT")
+CONVENTIONS = ("cvit", "coin")
 
 
 def continual_metrics(
@@ -21,8 +26,9 @@ def continual_metrics(
     *,
     method: str | None = None,
     allow_missing: bool = False,
+    convention: str = "cvit",
 ) -> Figures:
-    """AP, MAP, BWT (Eq. 10 and 11) and MIF (Eq. 12) after each stage.
+    """AP, MAP, BWT (Eq. 10 and 11) and MIF (Eq. 12) after each stage, or CoIN's ACC, MAA and BWT.
 
     Args:
         tasks: names of the n tasks, in the order of training.
@@ -33,10 +39,13 @@ def continual_metrics(
             single row), there is no MAP, and BWT is 0.
         allow_missing: cells may be None, rows may end early and stages may be missing. Every figure that needs such a
             cell is None.
+        convention: "cvit" for AP, MAP, BWT and MIF; "coin" for ACC, MAA and BWT. ACC is AP and MAA is MAP. CoIN's BWT
+            after stage k is a mean over all k tasks, the last of which cannot have changed, so it is (k - 1) / k times
+            the other. `mif` is not read then.
 
     Returns:
-        One entry per stage under "AP", "MAP", "BWT" and "MIF". BWT is None after the first stage. A single row has
-        neither MAP nor BWT.
+        One entry per stage under each name. After the first stage BWT is None, and 0 in CoIN's. A single row has
+        neither MAP (MAA) nor BWT.
 
     Raises:
         ValueError: the input has another shape, or cells are missing. The message names row and column.
@@ -45,20 +54,27 @@ def continual_metrics(
         raise ValueError(f"tasks must be a list of names, got {tasks!r}")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks must differ, got {list(tasks)}")
+    check_choice("convention", convention, CONVENTIONS)
+    coin = convention == "coin"
     accuracy = _rows("matrix", matrix, tasks, method, allow_missing)
-    following = _rows("mif", mif, tasks, method, allow_missing) if mif is not None else [[None]] * len(accuracy)
+    following = (
+        _rows("mif", mif, tasks, method, allow_missing) if mif is not None and not coin else [[None]] * len(accuracy)
+    )
     if len(following) != len(accuracy):
         raise ValueError(f"mif must have as many rows as matrix, {len(accuracy)}, got {len(following)}")
     ap = [_mean(row) for row in accuracy]
     figures: Figures = {"AP": ap, "MIF": [_mean(row) for row in following]}
+    stages = range(len(ap))
     if _is_single(accuracy, tasks):
         figures |= {"MAP": [None], "BWT": [None]}
     elif method == "dirlora":
-        figures |= {"MAP": [None] * len(ap), "BWT": [None] + [0.0] * (len(ap) - 1)}
+        figures |= {"MAP": [None for _ in stages], "BWT": [0.0 if k or coin else None for k in stages]}
     else:
-        figures["MAP"] = [_mean(ap[: k + 1]) for k in range(len(ap))]
-        changes = [_mean([_minus(row[j], accuracy[j][j]) for j in range(k)]) for k, row in enumerate(accuracy) if k]
-        figures["BWT"] = [None, *changes]
+        figures["MAP"] = [_mean(ap[: k + 1]) for k in stages]
+        changes = [[_minus(row[j], accuracy[j][j]) for j in range(k + coin)] for k, row in enumerate(accuracy)]
+        figures["BWT"] = [_mean(of_stage) if of_stage else None for of_stage in changes]
+    if coin:
+        return dict(zip(COIN_FIGURES, (figures["AP"], figures["MAP"], figures["BWT"]), strict=True))
     return {name: figures[name] for name in FIGURES}
 
 

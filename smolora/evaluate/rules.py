@@ -25,6 +25,7 @@ class Item(NamedTuple):
     references: tuple[str, ...]  # the metric compares with these
     choices: int = 0  # number of choices, for multiple choice
     group: str = ""  # group with a score of its own; "-" for an item that does not count
+    side: float = 0.0  # longer side of the image in pixels, for boxes
 
 
 Metric = Callable[[Sequence[Item], Sequence[str]], list[float | None]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import nn
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
 from ..io.files import locked, read_text, write_json
-from .datasets import Files, find_dataset
+from .benchmarks import find_dataset, question_files
+from .datasets import Files
 from .generate import AnswerJob, Embed, GenerationSettings, generate_answers, read_answerable_questions
 from .score import Score, score
 
@@ -36,7 +37,7 @@ class Task:
 
     Args:
         name: names its answers file and its score.
-        dataset: a name of `DATASETS`, which decides how it is scored.
+        dataset: a name of `datasets_of()`, which decides how it is scored.
         questions: its question file, with the file name that the dataset has.
         images: folder that the records' image paths are relative to.
         annotations: folders with the files for scoring, the question file among them.
@@ -52,14 +53,22 @@ class Task:
     annotations: Sequence[Path]
 
     def __post_init__(self) -> None:
-        expected = find_dataset(self.dataset).questions
-        if self.questions.name != expected:
-            raise ValueError(
-                f"{self.name}: the questions of {self.dataset} must be in a file named {expected}, by which they are "
-                f"scored, got {self.questions}"
-            )
+        self.check_file_name(question_files(self.dataset))
         if not self.questions.is_file():
             raise ValueError(f"{self.name}: there is no question file {self.questions}")
+
+    def check_file_name(self, expected: Collection[str]) -> None:
+        """Check the name of the question file, which scoring looks for.
+
+        Raises:
+            ValueError: it has another name.
+        """
+        if self.questions.name not in expected:
+            names = " or ".join(sorted(expected))
+            raise ValueError(
+                f"{self.name}: the questions of {self.dataset} must be in a file named {names}, by which they are "
+                f"scored, got {self.questions}"
+            )
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, task: TaskRecipe) -> Task:
@@ -69,9 +78,12 @@ class Task:
         )
 
     @classmethod
-    def of_benchmark(cls, dataset: str, annotations: Sequence[Path], images: Path) -> Task:
-        """The benchmark's own test set of a dataset, with its files looked up in folders (see `Files`)."""
-        questions = Files(annotations, dataset).find(find_dataset(dataset).questions)
+    def of_benchmark(cls, dataset: str, annotations: Sequence[Path], images: Path, protocol: str = "smolora") -> Task:
+        """A benchmark's own test set of a dataset, with its files looked up in folders (see `Files`).
+
+        CoIN's is taken for the protocol "coin".
+        """
+        questions = Files(annotations, dataset).find(find_dataset(dataset, protocol).questions)
         return cls(dataset, dataset, questions, images, annotations)
 
 
@@ -80,11 +92,11 @@ def check_tasks(tasks: Sequence[Task], protocol: str, *, skip_broken: bool = Fal
 
     Raises:
         ValueError: a file is missing, a record is malformed or lacks its image (unless `skip_broken`), or there is no
-            such protocol.
+            such protocol, or it does not score a task's dataset.
     """
     for task in tasks:
-        spec = find_dataset(task.dataset)
-        spec.scoring(protocol)
+        spec = find_dataset(task.dataset, protocol)
+        task.check_file_name({spec.questions})
         _, skipped = read_answerable_questions(task.questions, task.images, skip_broken=skip_broken)
         spec.load(Files(task.annotations, task.dataset, {record.index for record in skipped}), spec.questions)
 
@@ -118,8 +130,8 @@ def evaluate_tasks(
         instructions: where the embeddings come from. Answers made with others are not continued.
         settings: generation settings. Their `max_new_tokens` is replaced.
         max_new_tokens: maximum length of every answer; None for the released limit of each dataset.
-        padding: "all" pads every image to a square, as in training. "released" does not for the four datasets that the
-            released evaluation does not pad.
+        padding: "all" pads every image to a square, as in training. "released" does not for the datasets that the
+            released evaluation does not pad: four of CVIT's, all of CoIN's.
         protocol: protocol of the scores.
         on_score: called on the main process with each task's name, score and seconds. By default, the score is added to
             scores.json of `output`, which other processes may write at the same time.
@@ -140,7 +152,7 @@ def evaluate_tasks(
     scores = {}
     for task in tasks:
         start = time.monotonic()
-        dataset = find_dataset(task.dataset)
+        dataset = find_dataset(task.dataset, protocol)
         answers = output / "answers" / f"{task.name}.jsonl"
         generate_answers(
             model,

@@ -201,15 +201,16 @@ class EvaluationRecipe:
     """Generation and scoring of answers.
 
     Args:
-        protocol: "smolora" (comparable with the paper's tables) or "standard" (the metric as the field defines it).
+        protocol: "smolora" (comparable with the paper's tables), "standard" (the metric as the field defines it) or
+            "coin" (CoIN's eight datasets and its scorers as released).
         token_budget: maximum number of prompt tokens in a batch, padding included.
         max_new_tokens: maximum length of an answer; None for the released limit of each dataset.
-        padding: "all" pads every image to a square, as in training. "released" crops instead for the four datasets
-            that the released evaluation crops.
+        padding: "all" pads every image to a square, as in training. "released" crops instead for the datasets that
+            the released evaluation crops: four of CVIT's, all of CoIN's.
         workers: image-loading processes per device.
     """
 
-    protocol: Literal["smolora", "standard"] = "smolora"
+    protocol: Literal["smolora", "standard", "coin"] = "smolora"
     token_budget: Count = 16384
     max_new_tokens: Count | None = None
     padding: Literal["all", "released"] = "all"

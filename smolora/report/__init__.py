@@ -12,7 +12,7 @@ from ..io.markdown import escape, picture
 from . import cases, figures, tables
 from .layout import RunFolder, read_runs
 
-CAPTIONS = [name for name, dataset in DATASETS.items() if dataset.smolora.metric == "cider"]
+CAPTIONS = [name for name, dataset in DATASETS.items() if dataset.scoring("smolora").metric == "cider"]
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_task: int = 0) -> Path:

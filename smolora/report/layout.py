@@ -18,10 +18,11 @@ One evaluation without stages (zero-shot, multitask) has one folder for its sing
     method        "smolora", "seqlora", ...
     benchmark     "CVIT", "MiniCVIT", ...; the paper's rows are shown beside runs on "CVIT" only
     setting       type of the instructions, "single" or "multi"
-    protocol      protocol of the scores, "smolora" or "standard"
+    protocol      protocol of the scores, "smolora", "standard" or "coin"
     tasks         names, in order
     stages        the folders above, in order; row k of the matrix is the evaluation in folder k
-    matrix, mif   accuracy and instruction following, one row per stage (see smolora.evaluate.metrics)
+    matrix, mif   accuracy and instruction following, one row per stage (see smolora.evaluate.metrics); under the
+                  protocol "coin", mif is null
     AP, MAP, BWT, MIF      one entry per stage
     downstream    optional, {"zero-shot": {"folder", "tasks", "accuracy", "mif", "AP", "MIF"}, ...}
     tests         {task: {"questions": its test file, "images": the folder of its images}}, paths from RUN_DIR

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from ..backends import check_backend
 from ..data.format import Conversation, Question, read_conversations, read_questions
 from ..data.prompts import PromptEncoder
+from ..evaluate.benchmarks import find_dataset
 from ..evaluate.datasets import Files
-from ..evaluate.score import find_dataset
 from ..io.files import has_file
 from ..recipe import Recipe, TaskRecipe
 from .data import check_samples
@@ -99,7 +99,7 @@ class _Checker:
         """Check the files of a task, and count its training samples and questions."""
         recipe = self.recipe
         try:
-            dataset = find_dataset(task.benchmark_name)
+            dataset = find_dataset(task.benchmark_name, recipe.evaluation.protocol)
         except ValueError as error:
             raise ValueError(f"task {task.name!r}: {error} (or give the task a `dataset`)") from error
         train, test = recipe.train_file(task), recipe.test_file(task)

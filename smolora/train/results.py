@@ -27,6 +27,8 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
         method.matrix([{name: row[figure] for name, row in paths.scores(stage).items()} for stage in done])
         for figure in ("score", "mif")
     )
+    if recipe.evaluation.protocol == "coin":  # which has no MIF
+        mif = None
     tasks = [task.name for task in recipe.tasks]
     metrics = continual_metrics(tasks, matrix, mif, method=method.metrics_method, allow_missing=True)
     trained = [stage for stage in (*stages, *downstream) if paths.adapter(stage).is_dir()]
@@ -75,7 +77,7 @@ def _downstream_results(recipe: Recipe, paths: RunPaths) -> dict[str, Any]:
                 "accuracy": accuracy,
                 "mif": mif,
                 "AP": sum(accuracy) / len(tasks),
-                "MIF": sum(mif) / len(tasks),
+                "MIF": None if None in mif else sum(mif) / len(tasks),
             }
     return tables
 

@@ -32,6 +32,22 @@ def test_command(tmp_path, capsys):
     assert "must hold an object" in capsys.readouterr().err
 
 
+def test_command_by_coins_convention(tmp_path, capsys):
+    path = tmp_path / "matrix.json"
+    path.write_text(json.dumps({"tasks": TASKS, "matrix": MATRIX, "mif": None}))
+    assert cli.main(["metrics", str(path), "--convention", "coin", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["BWT"] == [0, -5, pytest.approx(-50 / 3)] and list(figures) == ["ACC", "MAA", "BWT"]
+    assert cli.main(["metrics", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["BWT"] == [None, -10, -25]
+    assert cli.main(["metrics", str(path), "--convention", "coin"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["stage", "ACC", "MAA", "BWT"] and rows[-1].split() == ["three", "60.00", "68.33", "-16.67"]
+    path.write_text(json.dumps({"tasks": list(paper.UPSTREAM), "matrix": paper.TABLE_5["single"]}))
+    assert cli.main(["metrics", str(path), "--convention", "coin"]) == 0
+    assert "disagree" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("table", "expected"), [(paper.TABLE_5, ["VQAv2: 64.61", "AP: 46.21"]), (paper.TABLE_6, [])])
 def test_command_lists_where_the_papers_tables_disagree(tmp_path, capsys, table, expected):
     path = tmp_path / "matrix.json"

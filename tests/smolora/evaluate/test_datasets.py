@@ -84,7 +84,7 @@ def test_broken_annotations_are_named(tmp_path, dataset, file, content, match):
 def test_unknown_dataset_and_protocol():
     with pytest.raises(ValueError, match="got 'textvqa'; did you mean TextVQA"):
         score("textvqa", [GOLDEN], "x")
-    with pytest.raises(ValueError, match="protocol must be one of 'smolora', 'standard', got 'official'"):
+    with pytest.raises(ValueError, match="protocol must be one of 'smolora', 'standard', 'coin', got 'official'"):
         score("TextVQA", [GOLDEN], "x", "official")
     with pytest.raises(ValueError, match=r"annotations must be existing folders, got .*nowhere"):
         score("TextVQA", [Path("nowhere")], "x")

@@ -1,4 +1,4 @@
-"""AP, MAP, BWT and MIF: by hand, and as the paper prints them."""
+"""AP, MAP, BWT and MIF by hand, and CoIN's ACC, MAA and BWT."""
 
 from __future__ import annotations
 
@@ -17,6 +17,31 @@ def test_by_hand():
     assert figures["BWT"] == [None, -10, -25]  # (70 - 80), ((50 - 80) + (40 - 60)) / 2
     assert figures["MIF"] == [100, 85, 70]
     assert list(figures) == ["AP", "MAP", "BWT", "MIF"]
+
+
+def test_coin_by_hand():
+    figures = continual_metrics(TASKS, MATRIX, convention="coin")
+    assert figures == {
+        "ACC": [80, 65, 60],
+        "MAA": [80, 72.5, pytest.approx(205 / 3)],
+        "BWT": [0, -5, pytest.approx(-50 / 3)],  # (70 - 80) / 2, ((50 - 80) + (40 - 60)) / 3
+    }
+    assert list(figures) == ["ACC", "MAA", "BWT"]
+
+
+def test_coin_of_other_shapes():
+    single = [[1.0, 2.0, 6.0]]
+    assert continual_metrics(TASKS, single, convention="coin") == {"ACC": [3], "MAA": [None], "BWT": [None]}
+    dirlora = continual_metrics(TASKS, single, method="dirlora", convention="coin")
+    assert dirlora == {"ACC": [1, 1.5, 3], "MAA": [None] * 3, "BWT": [0] * 3}
+    holes = [[80.0], [None, 60.0], [50.0, 40.0, None]]
+    figures = continual_metrics(TASKS, holes, allow_missing=True, convention="coin")
+    assert figures == {"ACC": [80, None, None], "MAA": [80, None, None], "BWT": [0, None, None]}
+
+
+def test_unknown_convention():
+    with pytest.raises(ValueError, match="convention must be one of 'cvit', 'coin', got 'CoIN'"):
+        continual_metrics(TASKS, MATRIX, convention="CoIN")
 
 
 def test_without_mif():

@@ -55,7 +55,7 @@ def test_all_is_checked_before_anything_is_asked(released, tmp_path):
     (tmp_path / "TextVQA" / "val.json").write_text('[{"question_id": 1}]')
     with pytest.raises(ValueError, match="record 0: text must be a string, got None"):
         check_tasks(benchmark, "smolora")
-    with pytest.raises(ValueError, match="protocol must be one of 'smolora', 'standard', got 'official'"):
+    with pytest.raises(ValueError, match="protocol must be one of 'smolora', 'standard', 'coin', got 'official'"):
         check_tasks(benchmark, "official")
 
 

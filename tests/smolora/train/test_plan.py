@@ -71,6 +71,23 @@ def test_stages_of_methods(world, capsys, method, stages):
     assert found == stages
 
 
+def test_tasks_of_coin(world, tmp_path, capsys):
+    """Grounding is known under the protocol "coin" alone, and Flickr30k is not."""
+    folder = tmp_path / "Grounding"
+    shutil.copytree(world.parent / "data" / "ImageNet", folder)
+    records = json.loads((folder / "test.json").read_text())
+    boxes = {"answer_bbox": "[0.10, 0.20, 0.50, 0.60]", "size": [24, 30]}
+    (folder / "test.json").write_text(json.dumps([record | boxes for record in records]))
+    task = f"{{name: Grounding, train: {folder / 'train.json'}, test: {folder / 'test.json'}}}"
+    grounding = [str(world), f"tasks=[{task}]", "downstream={}"]
+    plan = dry_run(capsys, *grounding, "evaluation.protocol=coin")
+    assert [(stage["train"], stage["asked"]) for stage in plan["stages"]] == [(12, 4)]
+    assert main(["train", *grounding, "--dry-run"]) == 1
+    assert "got 'Grounding', which protocol standard and coin can score" in capsys.readouterr().err
+    assert main(["train", str(world), "evaluation.protocol=coin", "--dry-run"]) == 1
+    assert "task 'Flickr30k': dataset must be one of ScienceQA, TextVQA, ImageNet, GQA" in capsys.readouterr().err
+
+
 def test_everything_that_is_missing_is_named(world, capsys):
     missing = ["model.path=/no/base", "tasks.0.train=ImageNet/nothing.json", "data.annotations=[/no/annotations]"]
     assert main(["train", str(world), *missing, "--dry-run"]) == 1

@@ -1,0 +1,34 @@
+"""Datasets by name and protocol."""
+
+from __future__ import annotations
+
+import pytest
+
+from smolora.evaluate.benchmarks import datasets_of, find_dataset, question_files
+from smolora.evaluate.coin import COIN_DATASETS
+from smolora.evaluate.datasets import DATASETS, PROTOCOLS
+
+
+def test_a_protocol_has_its_datasets():
+    assert datasets_of("smolora") == DATASETS
+    assert datasets_of("coin") == COIN_DATASETS
+    assert datasets_of("standard") == {**DATASETS, "Grounding": COIN_DATASETS["Grounding"]}
+    assert datasets_of() == datasets_of("standard")
+    for protocol in PROTOCOLS:
+        assert all(dataset.scoring(protocol) for dataset in datasets_of(protocol).values())
+
+
+def test_a_dataset_of_another_protocol_is_named():
+    with pytest.raises(ValueError, match="under protocol 'coin', got 'Flickr30k', which protocol smolora and standard"):
+        find_dataset("Flickr30k", "coin")
+    with pytest.raises(ValueError, match="got 'Grounding', which protocol standard and coin can score"):
+        find_dataset("Grounding", "smolora")
+    with pytest.raises(ValueError, match="got 'grounding'; did you mean Grounding"):
+        find_dataset("grounding", "coin")
+    with pytest.raises(ValueError, match="protocol must be one that scores this dataset, got 'smolora'"):
+        find_dataset("Grounding").scoring("smolora")
+
+
+def test_question_files():
+    assert question_files("OCRVQA") == {"test.json", "val.json"}
+    assert question_files("Grounding") == {"test.json"}
