@@ -39,7 +39,7 @@ def find_dataset(name: str, protocol: str | None = None) -> Dataset:
         near = difflib.get_close_matches(name.lower(), {other.lower(): other for other in known}, n=1, cutoff=0.5)
         hint = "".join(f"; did you mean {other}?" for other in known if other.lower() in near)
         under = [other for other in PROTOCOLS if protocol is not None and name in datasets_of(other)]
-        hint = f", which protocol {' and '.join(under)} can score" if under else hint
+        hint = f"; it is scored under {' and '.join(map(repr, under))}" if under else hint
         which = "" if protocol is None else f" under protocol {protocol!r}"
         raise ValueError(f"dataset must be one of {', '.join(known)}{which}, got {name!r}{hint}")
     return known[name]

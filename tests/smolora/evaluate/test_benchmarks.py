@@ -19,9 +19,9 @@ def test_a_protocol_has_its_datasets():
 
 
 def test_a_dataset_of_another_protocol_is_named():
-    with pytest.raises(ValueError, match="under protocol 'coin', got 'Flickr30k', which protocol smolora and standard"):
+    with pytest.raises(ValueError, match="under protocol 'coin', got 'Flickr30k'; it is scored under 'smolora' and"):
         find_dataset("Flickr30k", "coin")
-    with pytest.raises(ValueError, match="got 'Grounding', which protocol standard and coin can score"):
+    with pytest.raises(ValueError, match="got 'Grounding'; it is scored under 'standard' and 'coin'"):
         find_dataset("Grounding", "smolora")
     with pytest.raises(ValueError, match="got 'grounding'; did you mean Grounding"):
         find_dataset("grounding", "coin")

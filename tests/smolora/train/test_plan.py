@@ -83,7 +83,7 @@ def test_tasks_of_coin(world, tmp_path, capsys):
     plan = dry_run(capsys, *grounding, "evaluation.protocol=coin")
     assert [(stage["train"], stage["asked"]) for stage in plan["stages"]] == [(12, 4)]
     assert main(["train", *grounding, "--dry-run"]) == 1
-    assert "got 'Grounding', which protocol standard and coin can score" in capsys.readouterr().err
+    assert "got 'Grounding'; it is scored under 'standard' and 'coin'" in capsys.readouterr().err
     assert main(["train", str(world), "evaluation.protocol=coin", "--dry-run"]) == 1
     assert "task 'Flickr30k': dataset must be one of ScienceQA, TextVQA, ImageNet, GQA" in capsys.readouterr().err
 
