@@ -91,8 +91,8 @@ def check_tasks(tasks: Sequence[Task], protocol: str, *, skip_broken: bool = Fal
     """Check the files for answering and scoring before a model is loaded.
 
     Raises:
-        ValueError: a file is missing, a record is malformed or lacks its image (unless `skip_broken`), or there is no
-            such protocol, or it does not score a task's dataset.
+        ValueError: a file is missing, a record is malformed or lacks its image (unless `skip_broken`), there is no such
+            protocol, or it does not score a task's dataset.
     """
     for task in tasks:
         spec = find_dataset(task.dataset, protocol)
