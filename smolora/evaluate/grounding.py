@@ -23,11 +23,12 @@ _BARE, _BRACKETED = re.compile(_FOUR), re.compile(rf"\[{_FOUR}\]")
 
 
 def iou(a: tuple[Number, ...], b: tuple[Number, ...]) -> Number | int:
-    """Intersection over union of two boxes; 0 if neither has an area."""
+    """Intersection over union of two boxes; 0 if they share no area."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    intersection = max(0, width) * max(0, height)
-    union = _area(a) + _area(b) - intersection
-    return intersection / union if union else 0
+    if width <= 0 or height <= 0:
+        return 0
+    intersection = width * height
+    return intersection / (_area(a) + _area(b) - intersection)
 
 
 def _area(box: tuple[Number, ...]) -> Number:

@@ -23,12 +23,11 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
     """
     stages, downstream = method.stages(), method.downstream()
     done = [stage for stage in stages if paths.scores(stage).keys() >= {task.name for task in stage.test}]
-    matrix, mif = (
-        method.matrix([{name: row[figure] for name, row in paths.scores(stage).items()} for stage in done])
-        for figure in ("score", "mif")
-    )
-    if recipe.evaluation.protocol == "coin":  # which has no MIF
-        mif = None
+    scores = [paths.scores(stage) for stage in done]
+    matrix = method.matrix([{name: row["score"] for name, row in of_stage.items()} for of_stage in scores])
+    mif = None
+    if recipe.evaluation.protocol != "coin":  # which has no MIF
+        mif = method.matrix([{name: row["mif"] for name, row in of_stage.items()} for of_stage in scores])
     tasks = [task.name for task in recipe.tasks]
     metrics = continual_metrics(tasks, matrix, mif, method=method.metrics_method, allow_missing=True)
     trained = [stage for stage in (*stages, *downstream) if paths.adapter(stage).is_dir()]

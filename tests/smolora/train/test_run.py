@@ -198,6 +198,20 @@ def test_several_devices_in_one_process_are_told(short, monkeypatch, capsys):
     )
 
 
+def test_a_run_under_coins_protocol(short, capsys):
+    """It has no MIF, and its report and its figures by CoIN's convention are there all the same."""
+    zero_shot = "downstream.zero-shot=[{name: unseen, dataset: ImageNet, test: ImageNet/test.json}]"
+    recipe = short("evaluation.protocol=coin", zero_shot, one_task=True)
+    results = TrainingRun(recipe)()
+    assert (results["mif"], results["MIF"]) == (None, [None])
+    assert results["downstream"]["zero-shot"]["MIF"] is None
+    assert "MIF" in write_report([recipe.folder]).read_text()
+    assert cli.main(["metrics", str(recipe.folder / "results.json"), "--convention", "coin", "--json"]) == 0
+    accuracy = results["matrix"][0][0]
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures == {"ACC": [accuracy], "MAA": [accuracy], "BWT": [0]}
+
+
 def test_a_locale_without_unicode(tmp_path):
     """Training, asking and the report in an ASCII locale: every file is UTF-8, and no output ends the run."""
     recipe = make_world(tmp_path)
