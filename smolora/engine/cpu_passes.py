@@ -11,7 +11,8 @@ In rank space these products have the columns (b, K, r) of `torch_passes`, and K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -33,12 +34,12 @@ EMPTY, OUT_OF_RANGE = 1, 2  # what `decode` finds among given slots
 # ---------------------------------------------------------------------------------------- what compiled code can take
 
 
-def takes(arguments: Iterable[Any]) -> bool:
+def takes(arguments: Mapping[str, Any]) -> bool:
     """Whether compiled code takes a pass with these arguments."""
     if compiled.module is None:
         return False
     dtypes = set()
-    for argument in arguments:
+    for name, argument in arguments.items():
         if isinstance(argument, torch.dtype):
             dtypes.add(argument)
         tensors = argument if isinstance(argument, list) else [argument]
@@ -46,17 +47,20 @@ def takes(arguments: Iterable[Any]) -> bool:
             continue
         if len(tensors) > MAX_BANKS or not all(map(is_plain, tensors)):
             return False
+        if name in ("ids", "cu_seqlens") and argument.dtype != torch.int32:
+            return False
         dtypes.update(t.dtype for t in tensors if t.is_floating_point())
     return len(dtypes) == 1 and dtypes <= TYPES.keys()
 
 
 def _else_torch(run: Callable) -> Callable:
     """Run the torch pass of the same name where compiled code cannot take the arguments."""
-    name = run.__name__
+    name, parameters = run.__name__, list(inspect.signature(run).parameters)
 
     @wraps(getattr(torch_passes, name))
     def chosen(*arguments: Any) -> Any:
-        return (run if takes(arguments) else getattr(torch_passes, name))(*arguments)
+        taken = takes(dict(zip(parameters, arguments, strict=True)))
+        return (run if taken else getattr(torch_passes, name))(*arguments)
 
     return chosen
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
 import smolora
@@ -11,7 +15,7 @@ from recorded import RecordedPasses
 from smolora.engine import compiled, cpu_passes, torch_passes
 from smolora.engine.function import mixture_linear
 from smolora.spec import Bank, Mixed, Slots, Tokens
-from support.cases import OPTIONS, RANKS, SHAPES
+from support.cases import OPTIONS, RANKS, SHAPES, cases
 from support.mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, naive_call, plain, run_call
 from support.mixtures import smolora as fused
 from support.oracle import Case, agree, check, error
@@ -84,6 +88,14 @@ def test_the_layer_against_float64(case: Case, dtype: torch.dtype):
 
 
 @needs_compiler
+@settings(max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(cases(limits=st.just(900), ranks=st.integers(1, 128)), st.sampled_from(DTYPES))
+def test_any_case(case: Case, dtype: torch.dtype):
+    """Seeded cases over every option at once; see test_torch_passes.py for the slack."""
+    check(case, dtype, "torch", slack=5)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     "case", [fused, plain.but(mix="softmax", K=0, threshold=64), plain.but(shared=True, K=3)], ids=str
 )
@@ -93,7 +105,8 @@ def test_parity_of_each_pass(case: MixCase):
         run_call(build_call(case), "torch")
     assert len(recorded.arguments) == 4
     for name, arguments in recorded.arguments.items():
-        assert cpu_passes.takes(arguments), name
+        names = inspect.signature(getattr(torch_passes, name)).parameters
+        assert cpu_passes.takes(dict(zip(names, arguments, strict=True))), name
         got, wanted = getattr(cpu_passes, name)(*arguments), getattr(torch_passes, name)(*arguments)
         for i, (mine, torchs) in enumerate(zip(tree_leaves(got), tree_leaves(wanted), strict=True)):
             assert mine.shape == torchs.shape and mine.dtype == torchs.dtype, (name, i)
@@ -113,6 +126,16 @@ def test_what_runs_compiled(monkeypatch: pytest.MonkeyPatch):
     call.x = call.x.double()
     call.given.update(weight=call.given["weight"].double(), bias=call.given["bias"].double())
     run_call(call, "torch")
+    assert spy.called == set()
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["ids", "cu_seqlens"])
+def test_integers_of_64_bits_are_torchs(name: str, monkeypatch: pytest.MonkeyPatch):
+    spy = Spy(monkeypatch)
+    call = build_call(plain.but(lengths=(5, 0, 17)))
+    call.given[name] = call.given[name].long()
+    agree(run_call(call, "torch"), naive_call(call), BOUND[torch.float64])
     assert spy.called == set()
 
 
