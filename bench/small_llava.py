@@ -12,15 +12,13 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 
 import smolora
 from smolora.data.prompts import SYSTEM
+from smolora.official.llava import llava_config
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>"]
 WORDS = ["what", "is", "the", "colour", "of", "this", "thing", "how", "many", "dogs", "left", "or", "right", "here"]
@@ -57,34 +55,28 @@ def small_llava(
     seed: int = 0,
 ) -> LlavaForConditionalGeneration:
     """Make a random LLaVA in eval mode whose greedy tokens are clear choices; patches of 14 x 14 pixels."""
-    vision = CLIPVisionConfig(
-        hidden_size=vision_hidden,
-        intermediate_size=4 * vision_hidden,
-        num_hidden_layers=vision_layers,
-        num_attention_heads=max(1, vision_hidden // 32),
-        image_size=image_size,
-        patch_size=14,
-        projection_dim=vision_hidden,
-    )
-    text = LlamaConfig(
-        vocab_size=400,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=3,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=(image_size // 14) ** 2,
+    config = llava_config(
+        vision={
+            "hidden_size": vision_hidden,
+            "intermediate_size": 4 * vision_hidden,
+            "num_hidden_layers": vision_layers,
+            "num_attention_heads": max(1, vision_hidden // 32),
+            "image_size": image_size,
+            "patch_size": 14,
+            "projection_dim": vision_hidden,
+        },
+        text={
+            "vocab_size": 400,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "max_position_embeddings": 2048,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        image_token=3,
     )
     torch.manual_seed(seed)
     before = torch.get_default_dtype()

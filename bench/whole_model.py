@@ -15,11 +15,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 import smolora
 from peers import official
 from runs import choose_device
+from smolora.official.llava import llava_config
 from smolora.tuner.model import DEFAULT_TARGETS
 from workload import INSTRUCTION_DIM, SCALING, TRAINED
 
@@ -109,30 +110,25 @@ PRESETS = {
 
 def make_base(shape: ModelShape, device: torch.device) -> LlavaForConditionalGeneration:
     """Make the frozen model, with random weights, on the device."""
-    vision = CLIPVisionConfig(
-        hidden_size=shape.vision_hidden,
-        intermediate_size=4 * shape.vision_hidden,
-        num_hidden_layers=shape.vision_layers,
-        num_attention_heads=max(1, shape.vision_hidden // 64),
-        image_size=shape.image,
-        patch_size=shape.patch,
-    )
-    text = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=4096,
-        use_cache=False,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=shape.vocabulary - 1,
-        vision_feature_layer=-2,
-        image_seq_length=shape.image_tokens,
+    config = llava_config(
+        vision={
+            "hidden_size": shape.vision_hidden,
+            "intermediate_size": 4 * shape.vision_hidden,
+            "num_hidden_layers": shape.vision_layers,
+            "num_attention_heads": max(1, shape.vision_hidden // 64),
+            "image_size": shape.image,
+            "patch_size": shape.patch,
+        },
+        text={
+            "vocab_size": shape.vocabulary,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.ffn,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "max_position_embeddings": 4096,
+            "use_cache": False,
+        },
+        image_token=shape.vocabulary - 1,
     )
     torch.manual_seed(0)
     with torch.device(device):

@@ -39,9 +39,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 import smolora
+from smolora.official.llava import llava_config
 from smolora.reference import smolora_forward
 
 
@@ -141,27 +142,29 @@ FFN, PROJECTOR = ("gate_proj", "up_proj", "down_proj"), ("linear_1", "linear_2")
 
 def make_model(settings: Settings) -> LlavaForConditionalGeneration:
     torch.manual_seed(settings.seed)
-    vision = CLIPVisionConfig(
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+    config = llava_config(
+        vision={
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        },
+        text={
+            "vocab_size": len(VOCABULARY),
+            "hidden_size": settings.hidden,
+            "intermediate_size": round(2.7 * settings.hidden),
+            "num_hidden_layers": settings.layers,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "pad_token_id": PAD,
+            "bos_token_id": BEGIN,
+            "eos_token_id": END,
+        },
+        image_token=IMAGE,
+        feature_layer=-1,
     )
-    text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=settings.hidden,
-        intermediate_size=round(2.7 * settings.hidden),
-        num_hidden_layers=settings.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=PAD,
-        bos_token_id=BEGIN,
-        eos_token_id=END,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, vision_feature_layer=-1)
     model = LlavaForConditionalGeneration(config)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):

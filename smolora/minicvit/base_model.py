@@ -22,9 +22,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
@@ -34,6 +31,7 @@ from transformers import (
 from ..data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder, pad
 from ..instructions.texts import IMAGE_TOKEN, MULTI_TYPE, SINGLE_TYPE
 from ..io.files import atomic_folder, locked, read_json_object, write_json
+from ..official.llava import llava_config
 from . import scenes, tasks
 from .scenes import COLOURS, COMPANIONS, DIGITS, OBJECTS, PLACES, SHAPES, SIDE, WORDS, StableRandom
 from .tasks import KINDS, QUIZ, WHERE, options
@@ -292,33 +290,28 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(tokenizer: PreTrainedTokenizerFast, settings: BaseSettings) -> LlavaForConditionalGeneration:
     """Make a randomly initialised LLaVA in float32."""
-    vision = CLIPVisionConfig(
-        image_size=SIDE,
-        patch_size=PATCH,
-        hidden_size=settings.vision_hidden,
-        intermediate_size=2 * settings.vision_hidden,
-        num_hidden_layers=settings.vision_layers,
-        num_attention_heads=4,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden,
-        intermediate_size=8 * round(settings.hidden * 2.7 / 8),
-        num_hidden_layers=settings.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=(SIDE // PATCH) ** 2,
+    config = llava_config(
+        vision={
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            "hidden_size": settings.vision_hidden,
+            "intermediate_size": 2 * settings.vision_hidden,
+            "num_hidden_layers": settings.vision_layers,
+            "num_attention_heads": 4,
+        },
+        text={
+            "vocab_size": len(tokenizer),
+            "hidden_size": settings.hidden,
+            "intermediate_size": 8 * round(settings.hidden * 2.7 / 8),
+            "num_hidden_layers": settings.layers,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        image_token=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        feature_layer=-1,
         tie_word_embeddings=False,
     )
     torch.manual_seed(settings.seed)

@@ -6,15 +6,14 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 from transformers import (
-    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
 
 import smolora
+from smolora.official.llava import llava_config
 
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
 PATCHES = 4  # tokens of an image
@@ -61,7 +60,7 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCau
 
 def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
     """A Llava with 2 text layers of width 64 and 2x2 patches an image, random, in eval mode."""
-    vision = CLIPVisionConfig(
+    vision = dict(
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -70,14 +69,7 @@ def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForCon
         patch_size=14,
         projection_dim=16,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**TEXT),
-        image_token_index=IMAGE,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=PATCHES,
-    )
+    config = llava_config(vision=vision, text=TEXT, image_token=IMAGE)
     torch.manual_seed(seed)
     return _filled(LlavaForConditionalGeneration(config), dtype)
 
