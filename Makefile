@@ -49,7 +49,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 test: lint
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-kernels test-csrc test-train test-optional
+	@$(MAKE) --no-print-directory --keep-going -j2 --output-sync=target test-rest test-kernels test-csrc test-train test-optional
 
 # two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
 test-kernels:

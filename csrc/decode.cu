@@ -220,7 +220,7 @@ struct Block {
     }
   }
 
-  // u = s c h of `count` sequences from `begin` on. `writes`: their scores, too.
+  // u = c h of `count` sequences from `begin` on. `writes`: their scores, too.
   __device__ __forceinline__ void mix(int begin, int count, bool writes) const {
     for (int item = threadIdx.x; item < count * s.columns; item += kThreads) {  // h
       const int i = begin + item / s.columns, slot = item % s.columns / s.padded, rank = item % s.padded;

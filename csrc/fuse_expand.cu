@@ -1,6 +1,6 @@
 // h -> y: mix in rank space, and expand (the symbols are those of docs/architecture.md). In the order they run:
 //
-//   mix     u = s c h, and the scores
+//   mix     u = c h, and the scores
 //   pad     B as the product reads it
 //   expand  y, written once
 

@@ -1,6 +1,6 @@
 // g = dL/dy -> dh, dB and dI (the symbols are those of docs/architecture.md). In the order they run:
 //
-//   mix                        u = s c h, again
+//   mix                        u = c h, again
 //   pad                        B as the product reads it
 //   outer                      the pass over g: partial dB, g times u summed over a chunk of tokens; and partial p
 //   shrink                     partial p by another read of g, where the slots have too many columns for one read
@@ -184,7 +184,7 @@ void grad_output(const GradOutput& p) {
     o.L = p.k;
     o.chunk = p.chunk;
     o.chunks = p.chunks;
-    o.adds_up = need_B;
+    o.need_sums = need_B;
     o.part = p.B_part;
     o.chunk_to_seq = p.chunk_to_seq;
     o.weights = weights;

@@ -1,6 +1,6 @@
 // The right operand of the up-projection:
 //
-//   mix_kernel  u = s c h, and the scores that c depends on
+//   mix_kernel  u = c h, and the scores that c depends on
 
 #include "mix.cuh"
 

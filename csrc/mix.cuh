@@ -1,4 +1,4 @@
-// Between shrink and expand: u = s c h, the right operand of the up-projection. A mix gives the coefficients c; it is a
+// Between shrink and expand: u = c h, the right operand of the up-projection. A mix gives the coefficients c; it is a
 // struct of formulas in mixes/, where q is a slot's weight. A mix with `kScores` first makes a score of each token's h,
 // and c depends on it.
 #pragma once

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 1) outer_kernel(Outer p) {
     for (int i = thread; i < BT * SIDE * 8; i += kThreads) {
       const int row = i / (SIDE * 8), tile = i / 8 % SIDE, column = i % 8 * kChunk<Scalar>;
       const int c = tile * COLUMNS + column;
-      if (c >= count * 16 || !p.adds_up) continue;  // nor is it multiplied with
+      if (c >= count * 16 || !p.need_sums) continue;  // nor is it multiplied with
       load_chunk<Scalar>(u_tile + (tile * BT * COLUMNS + place<Scalar>(row, column)),
                          u + ((t + row) * width + first * 16 + c), t + row < end ? kChunk<Scalar> : 0, true);
     }
@@ -114,27 +114,27 @@ __global__ void __launch_bounds__(kThreads, 1) outer_kernel(Outer p) {
     draw(step + 1);
     const Ptr<const Scalar> s_tile = s_tiles + step % kStages * L_TILES * BT * COLUMNS;
     const Ptr<const Scalar> u_tile = u_tiles + step % kStages * SIDE * BT * COLUMNS;
-    if (p.adds_up) {
+    if (p.need_sums) {  // acc += s u^T over the BT tokens of this tile: dB and dA's sum over tokens
 #pragma unroll
       for (int mine = 0; mine < MINE; ++mine) {
         const int block = warp * MINE + mine;
         const Ptr<const Scalar> tile = s_tile + block * 16 / COLUMNS * BT * COLUMNS;
 #pragma unroll
-        for (int k = 0; k < BT; k += 16) {
+        for (int t = 0; t < BT; t += 16) {
           for (int bank = 0; bank < (drops ? 2 : 1); ++bank) {
             const int from = bank ? of_first : 0, to = drops && !bank ? of_first : count;
             if (from == to) continue;
             Left<Scalar> a;
-            load_left<true>(a, tile, block * 16 % COLUMNS, k);
+            load_left<true>(a, tile, block * 16 % COLUMNS, t);
             if (drops) {
               const auto bits = keep + (step % 2 * 2 + bank) * BT * BLOCKS;
-              drop_transposed(a, Ptr<const uint16_t>(bits), BLOCKS, k, block);
+              drop_transposed(a, Ptr<const uint16_t>(bits), BLOCKS, t, block);
             }
 #pragma unroll
             for (int r_tile = 0; r_tile < TILES; ++r_tile) {
               if (r_tile >= from && r_tile < to) {
                 const auto columns = u_tile + r_tile * 16 / COLUMNS * BT * COLUMNS;
-                multiply<true>(acc[mine][r_tile], a, columns, r_tile * 16 % COLUMNS, k);
+                multiply<true>(acc[mine][r_tile], a, columns, r_tile * 16 % COLUMNS, t);
               }
             }
           }
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1) outer_kernel(Outer p) {
     }
   }
 
-  if (!p.adds_up) return;
+  if (!p.need_sums) return;
 #pragma unroll
   for (int mine = 0; mine < MINE; ++mine) {
 #pragma unroll

@@ -10,7 +10,7 @@ struct Outer : Product {        // with p_part, `weights` (E, L, RP)
   const void* src = nullptr;    // (T, L)
   const void* u = nullptr;      // (T, 16 tiles)
   int64_t L = 0, chunk = 0, chunks = 0;
-  int64_t adds_up = 1;          // else p_part alone
+  int64_t need_sums = 1;        // else p_part alone
   int64_t by_column = 0;        // parts are (chunks, 16 tiles, L), else (chunks, tiles, L, 16)
   float* part = nullptr;        // out
   int* chunk_to_seq = nullptr;  // (chunks,) out: -1 if it has no token

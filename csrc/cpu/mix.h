@@ -15,7 +15,7 @@ struct Mix {
   const T* slot_weights;  // (n, 2, K)
   T* fusion_logits;       // (T,)
   bool make_logits;       // write them; else they are given
-  T* u;                   // (T, 2 K r), s c h
+  T* u;                   // (T, 2 K r), c h
   const T* p;             // (T, 2 K r), s B^T g
   T* dh;                  // as h
   T* dw;                  // (sum of E, r)

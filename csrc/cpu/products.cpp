@@ -16,7 +16,7 @@ constexpr int64_t kGroups = 8;     // split-k of p: groups of columns of g, each
 
 int64_t chunks(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
 
-// A scratch buffer of `size` elements, aligned to 64 bytes, that a thread keeps between calls.
+// Thread-local scratch of `size` elements, 64-byte aligned, reused between calls.
 template <class T, int Place>
 T* scratch(int64_t size) {
   thread_local std::vector<T> kept;
@@ -71,7 +71,7 @@ INLINE void shrink_task_body(const Down<T>& job, int64_t task) {
     token = end;
   }
 }
-FOR_ALL_VECTORS(shrink_task, Down)
+FOR_ALL_VECTORS(shrink_task, Down)  // defines shrink_task(job, task), which picks the vector width
 
 // dx and dA of kColumns columns. dA is summed over tokens in order, sequence by sequence.
 template <class T, int Bytes>
@@ -83,8 +83,8 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
   const int64_t seqs = at.ids == nullptr ? 1 : at.seqs;
   T* A = scratch<T, 1>(used * kColumns);        // (b K r, columns)
   T* sums = scratch<T, 2>(used * kColumns);     // dA of a sequence
-  T* mask = scratch<T, 3>(kTokens * kColumns);  // of a bank
-  T* kept = scratch<T, 4>(kTokens * kColumns);  // x, dropped
+  T* mask = scratch<T, 3>(kTokens * kColumns);  // dropout mask of a bank
+  T* kept = scratch<T, 4>(kTokens * kColumns);  // x after dropout
   T* part = scratch<T, 5>(kTokens * kColumns);  // dx of a bank
   bool need_A = false;
   for (int64_t bank = 0; bank < at.banks; ++bank) {
@@ -156,7 +156,7 @@ FOR_ALL_VECTORS(grad_down_task, Down)
 
 // -------------------------------------------------------------------------------------------- between rank space and y
 
-// y of kStrip columns
+// Writes kStrip columns of y.
 template <class T, int Bytes>
 INLINE void expand_task_body(const Up<T>& job, int64_t task) {
   constexpr int64_t kTile = kWidth<T, Bytes>;
@@ -356,7 +356,7 @@ void expand(const Up<T>& job) {
 template <class T>
 void grad_up(Up<T> job) {
   const int64_t size = kGroups * job.layout.tokens * job.layout.columns();
-  const std::unique_ptr<T[]> partial(job.p == nullptr ? nullptr : new T[size]);  // uninitialised: all is written
+  const std::unique_ptr<T[]> partial(job.p == nullptr ? nullptr : new T[size]);  // uninitialised: groups without columns are never read
   job.partial_p = partial.get();
   parallel(kGroups, job.layout.threads, [&](int64_t task) { grad_up_task(job, task); });
   if (job.p == nullptr) return;

@@ -25,7 +25,7 @@ struct Layout {
   }
 };
 
-// h = A dropout(x); in the backward dx = dropout(A^T dh) and dA = dh^T dropout(x), where dh has dropout's 1 / (1 - p)
+// Between x and rank space. Forward: h = A dropout(x). grad_down, the products of the pass grad_input: dx = dropout(A^T dh) and dA = dh^T dropout(x), where dh has dropout's 1 / (1 - p)
 template <class T>
 struct Down {
   Layout layout;
@@ -41,7 +41,8 @@ struct Down {
   T* dA[kBanks];  // as A, or null
 };
 
-// y = B u + bias; in the backward p = s B^T g and dB = g u^T
+// Between rank space and y. Forward: y = B u + bias. grad_up, the products of the pass grad_output: p = s B^T g and
+// dB = g u^T, summed over tokens
 template <class T>
 struct Up {
   Layout layout;

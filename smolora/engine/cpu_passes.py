@@ -171,7 +171,7 @@ def _mixed(
     scaling: float,
     mix: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return u = s c h (T, b K r), and the scores (T,) that mix "smolora" makes of h unless they are given."""
+    """Return u = c h (T, b K r), and the scores (T,) that mix "smolora" makes of h unless they are given."""
     (tokens, _, down_slots, r), make_logits = h.shape, scores is None
     if mix != "smolora":
         blocks = laid(tokens, num_seqs, cu_seqlens, ids is None and slot_weights is None)

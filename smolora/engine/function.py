@@ -1,8 +1,8 @@
 """A linear layer with a mixture of low-rank experts on it, under autograd.
 
 Differentiation lives in a thin `autograd.Function` around the four operators of `ops.py`, which torch.compile traces
-through. Following x: `mixture_linear` -> `_Mixture.forward` -> `ops.route_shrink` -> `torch_passes.route_shrink`, or
-the pass of that name in `kernels/` or `csrc/` (`ops.BACKENDS`).
+through. Following x: `mixture_linear` -> `_Mixture.forward` -> `ops.route_shrink` -> `cpu_passes.route_shrink`, which
+falls back to `torch_passes`, or the pass of that name in `kernels/` or `cuda_passes` (`ops.BACKENDS`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Mixture(torch.autograd.Function):
     """Forward and backward over the four passes. What it returns besides y is not differentiable.
 
     Saved for backward, besides parameters: x if an A or a token router trains (else nothing of x's size), h, the
-    scores, and what a sequence has. Nothing saved is written to.
+    scores, and per-sequence tensors. Saved tensors are never modified in place.
     """
 
     @staticmethod
@@ -209,7 +209,7 @@ class _Mixture(torch.autograd.Function):
 
 
 def _split(parameters: Sequence[Any], options: _Options) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    """Split what there is a parameter into A, B, importance vectors and routers of the banks."""
+    """Split a per-parameter list (values, flags or gradients) into those of A, B, importance vectors and routers."""
     b = options.banks
     importance = b if options.mix == "smolora" else 0
     parameters = list(parameters)
@@ -245,7 +245,7 @@ def _routers_backward(
         if rows is None:
             drouter, dseen = dz.mT @ seen, dz @ weight
         else:
-            # a product, since adding rows up by index has no fixed order
+            # one-hot matmul: index_add_ is not deterministic
             one_hot = (rows == torch.arange(router.shape[0], device=rows.device)[:, None]).to(dz.dtype)
             drouter = (one_hot @ (dz[..., None] * seen[:, None]).flatten(1)).view_as(router)
             dseen = torch.bmm(dz[:, None], weight.index_select(0, rows))[:, 0]
@@ -281,14 +281,14 @@ def mixture_linear(
     """Apply a mixture of low-rank experts to tokens, with or without the linear layer under it.
 
     Args:
-        x: (T, d), contiguous, in the compute dtype; a `weight` (k, d) and `bias` (k,) are frozen and have it too.
+        x: (T, d), contiguous, in the compute dtype; `weight` (k, d) and `bias` (k,) are frozen and have the same dtype.
         banks: experts, of any floating dtype; all banks have the same rank, k, and number of slots.
         tokens: sequences and their routed tokens, contiguous.
         scaling: s.
         backend: "torch", "triton" or "cuda".
-        mix: "weighted": c is the slot's weight, or `token_weights` (T, K), of one bank; both may need a gradient.
-            "softmax": c is softmax(R x) over all experts, R being `token_router` (E, d). "smolora": Eq. 8 and 9 of
-            SMoLoRA over two banks.
+        mix: "weighted": c is s times the slot's weight, or s times `token_weights` (T, K), of one bank; both may need
+            a gradient. "softmax": c is s softmax(R x) over all experts, R being `token_router` (E, d). "smolora": Eq. 8
+            and 9 of SMoLoRA over two banks.
         slots: given experts. Without them, and without `routers`, every expert of the bank has a slot, in order.
         routers: of each bank, which choose `top_k` experts; weights are the softmax over the chosen logits, or with
             `gate` "all" over all of them.
@@ -297,7 +297,7 @@ def mixture_linear(
         dropout: of the input of A. Routers see x without it.
 
     Returns:
-        y (T, k), the mixture's alone without `weight`, and what was decided.
+        `Mixed`: y (T, k), the mixture's output alone if `weight` is None, and the routing decisions.
 
     Raises:
         RuntimeError: the backend is "cuda", whose kernels cannot take this mixture; the message says why.
@@ -396,14 +396,15 @@ def decode_linears(
     """Apply mixtures to one token a sequence, in one launch for all projections of x; see `cuda_passes.decodes`.
 
     Args:
-        banks: of each projection; all have as many, of the same rank, with experts alike in number.
+        banks: of each projection; every projection has the same number of banks, the same rank, and the same number of
+            experts per bank.
         bases: (weight, bias) of each projection's frozen linear layer, or (None, None) for the mixture's output alone.
-        slots, routers: of each projection, either of which is given for all or for none. Which router reads x is the
+        slots, routers: per projection; give either for all projections or for none. Which router reads x is the
             same in all of them.
         tokens, scaling, backend, mix, top_k, gate, instruction: as in `mixture_linear`, the same for all projections.
 
     Returns:
-        what `mixture_linear` gives for each projection, but for the weights of empty slots, which are as given.
+        One `Mixed` per projection, as from `mixture_linear`, except that weights of empty slots are not zeroed.
     """
     ids = [] if slots is None else [each.ids for each in slots if each.ids is not None]
     slot_weights = [] if slots is None else [each.weights for each in slots if each.weights is not None]

@@ -31,7 +31,7 @@ class MixGradients(NamedTuple):
 class Mix(NamedTuple):
     """The three functions of a mix."""
 
-    coefficients: Callable[..., Tensor]  # (slot_weights, scores, scaling) -> s c, which broadcasts to (N, L, b, K)
+    coefficients: Callable[..., Tensor]  # (slot_weights, scores, scaling) -> c, which broadcasts to (N, L, b, K)
     backward: Callable[..., MixGradients]  # (p, h, w, slot_weights, scores, need_slot_weights)
     fuse: Callable[..., Tensor] | None = None  # (h, w, slot_weights) -> scores (N, L), where h makes them
 
@@ -41,7 +41,7 @@ def _to_down_slots(dh: Tensor, h: Tensor) -> Tensor:
     return dh.sum(3, keepdim=True) if h.shape[3] < dh.shape[3] else dh
 
 
-# ---- weighted: c = weight of the slot, or a given number a token
+# ---- weighted: c = s times the slot's weight, or s times a given number a token
 
 
 def weighted_coefficients(slot_weights: Tensor | None, scores: Tensor | None, scaling: float) -> Tensor | float:
@@ -60,7 +60,7 @@ def weighted_backward(
     return MixGradients(_to_down_slots(gated, h), slot_weights=(p * h).sum((1, 4)) if need_slot_weights else None)
 
 
-# ---- softmax: c = softmax(R x) over all experts, a token each; R x are the scores
+# ---- softmax: c = s softmax(R x) over all experts, for each token; R x are the scores
 
 
 def softmax_coefficients(slot_weights: None, scores: Tensor, scaling: float) -> Tensor:
@@ -76,7 +76,7 @@ def softmax_backward(
     return MixGradients(_to_down_slots(pi[:, :, None, :, None] * p, h), scores=dscores)
 
 
-# ---- smolora: c = q alpha in the first bank, q beta in the second; sigmoid(score) is alpha (Eq. 8 and 9)
+# ---- smolora: c = s q alpha in the first bank, s q beta in the second; sigmoid(score) is alpha (Eq. 8 and 9)
 
 
 def shares(fusion_logit: Tensor) -> Tensor:

@@ -25,13 +25,12 @@ CHECK_ENVIRONMENT = "SMOLORA_CHECK"
 
 
 def _triton() -> ModuleType:
-    from ..kernels import passes  # not at the top: importing Triton takes time, and it may be missing
+    from ..kernels import passes  # the top-level folder kernels/; not at the top: importing Triton takes time
 
     return passes
 
 
-# Where each backend's route_shrink, fuse_expand, grad_output and grad_input are. Torch's own run where those compiled
-# for a CPU cannot.
+# The module with each backend's four passes. "torch" means cpu_passes, which falls back to torch_passes.
 BACKENDS: dict[str, Callable[[], ModuleType]] = {
     "torch": lambda: cpu_passes,
     "triton": _triton,
@@ -125,6 +124,7 @@ def _fake_decode(a: Any) -> Any:
     return tuple(map(list, zip(*results, strict=True)))
 
 
+# An operator calls BACKENDS[backend]().<its name>; the torch pass here gives the schema.
 route_shrink = _define(torch_passes.route_shrink, _fake_route_shrink, _check_route_shrink)
 fuse_expand = _define(torch_passes.fuse_expand, _fake_fuse_expand)
 grad_output = _define(torch_passes.grad_output, _fake_grad_output)

@@ -192,7 +192,7 @@ def _keep(seed: Tensor, tokens: int, d: int, threshold: int, streams: list[int],
 
 
 def _scaled(h: Tensor, c: Tensor | float, slots: int) -> Tensor:
-    """The right operand of the up-projection, s c h: (N, L, b K r)."""
+    """The right operand of the up-projection, c h: (N, L, b K r)."""
     if isinstance(c, Tensor):
         return (h * c[..., None]).flatten(2)
     return (h * c).expand(-1, -1, -1, slots, -1).flatten(2)
@@ -212,7 +212,7 @@ def mixed(
     """Mix h (T, b, K, r), whose ids and slot weights are those of blocks.
 
     Returns:
-        u = s c h (N, L, b K r), and the scores (T,) that the mix made of h, or (0,).
+        u = c h (N, L, b K r), and the scores (T,) that the mix made of h, or (0,).
     """
     h = blocks.split(h)
     fused = h.new_empty(0)
@@ -428,7 +428,7 @@ def grad_output(
         scaled = _scaled(h[:, :, used], c[:, :, used] if isinstance(c, Tensor) and c.shape[2] > 1 else c, slots)
         scaled = scaled.view(*h.shape[:2], len(banks), slots, h.shape[4])
         scaled = scaled if live is None else scaled.index_select(3, live)
-        # u^T g: g^T u would take half as long again
+        # sums over the tokens of each block; u^T g, since g^T u takes 1.5 times as long
         partial = torch.bmm(scaled.flatten(2).mT, g_blocks)
         partial = partial.view(blocks.number, *scaled.shape[2:], g.shape[1])  # (N, b, K, r, k)
     for bank in banks:

@@ -100,12 +100,12 @@ class TrainingRun:
 
     def _continue(self, main: bool) -> dict[str, Any]:
         if main:
-            self.check_folder()  # again: only now does nobody else write to it
+            self.check_folder()  # check again, now that we hold the lock
             devices = torch.accelerator.device_count()
             if self.state.num_processes == 1 and devices > 1:
                 print(
-                    f"{devices} devices are there and one is used: start it by torchrun --nproc-per-node {devices} for "
-                    "all",
+                    f"found {devices} devices, using one; to use all of them: torchrun --nproc-per-node {devices} "
+                    "-m smolora.cli train RECIPE",
                     flush=True,
                 )
             prepare(self.recipe.prepare)

@@ -2,14 +2,14 @@
 
 A model's forward takes `instruction_embeds`, which no module between it and the adapted layers knows. A hook before the
 forward makes `RoutingInputs` of it (see `forward`), and the layers read those from the `RoutingContext` that a model
-and its layers share. Each thread has a stack of the forwards that it runs, so neither other threads nor a forward
-within another one see them. `generate()` claims the forwards that it prepares (see `generate`), and no others.
+and its layers share. Each thread has a stack of the forwards that it runs, so other threads and nested forwards
+do not see each other's inputs. `generate()` claims the forwards that it prepares (see `generate`), and no others.
 
 Checkpointed layers are recomputed in a backward, on another thread than their forward. A hook on the forward's outputs
 marks the backward passes that reach them. Where a pass reaches several forwards, the sequence numbers of the autograd
-nodes tell which one a layer belongs to. If nothing tells, the layer raises.
+nodes tell which one a layer belongs to. If the forward cannot be determined, the layer raises.
 
-Compiled layers can ask for none of that: they read `ThreadState.routing`, which each autograd node of a forward with
+Compiled layers cannot query any of this: they read `ThreadState.routing`, which each autograd node of a forward with
 compiled layers sets while it runs.
 """
 
@@ -43,8 +43,8 @@ class RoutingContext:
         forward_names: the parameters of the model's own forward.
         image_token: the id of the token that stands for a part of an image; None if the model has none.
         thread: what the calling thread runs.
-        last: of the forward that ended last, on any thread; None if it used no adapter.
-        caches: what caches were started with.
+        last: routing inputs of the most recently finished forward, on any thread; None if it used no adapter.
+        caches: the routes that each KV cache was started with.
         wrappers, handles: what `install` put into the model.
     """
 
@@ -58,7 +58,7 @@ class RoutingContext:
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what runs: a copied or pickled model starts without it."""
+        """Drop run-time state: a copied or pickled model starts without it."""
         running = ("last", "thread", "caches", "_lock", "_alive")
         return {name: value for name, value in self.__dict__.items() if name not in running}
 
@@ -106,9 +106,9 @@ class RoutingContext:
     def _recomputed(self, backward_pass: int) -> RoutingInputs | None:
         """Return what a backward pass recomputes with.
 
-        If the pass reached the outputs of one forward, it is that one's. If it reached several, or none because it
-        began within a model, it is the one's whose node is evaluated now. A recomputed part may itself recompute in a
-        nested pass, whose nodes are newer than those of the outer pass: then it is what was restored last.
+        If the pass reached the outputs of exactly one forward, that forward is meant. If it reached several, or none
+        since it started inside the model, the forward that owns the autograd node being evaluated is meant. In a nested
+        recomputation, whose nodes are newer than the outer pass's, the forward restored last is meant.
         """
         thread, number = self.thread, torch._C._current_autograd_node()._sequence_nr()
         with self._lock:
@@ -156,20 +156,20 @@ class RoutingContext:
         todo, seen, label = [output.grad_fn for output in outputs], set(), f"smolora_hooked {id(self)}"
         while todo:
             node = todo.pop()
-            if node is None or node in seen or hasattr(node, "variable"):  # the last is a parameter's
+            if node is None or node in seen or hasattr(node, "variable"):  # AccumulateGrad nodes have `variable`
                 continue
             if node._sequence_nr() < routing.first:  # made before the forward
                 continue
             seen.add(node)
             todo += [child for child, _ in node.next_functions]
-            if label not in node.metadata:  # else it is of a forward within this one
+            if label not in node.metadata:  # otherwise it belongs to a nested forward
                 node.metadata[label] = True
                 node.register_prehook(before)
                 node.register_hook(after)
 
 
 class _Restore:
-    """Hook on an output of a forward: what its backward recomputes routes by that forward's inputs."""
+    """Hook on a forward's output: recomputation in its backward routes by that forward's inputs."""
 
     def __init__(self, thread: ThreadState, routing: RoutingInputs) -> None:
         self.thread, self.routing = thread, routing

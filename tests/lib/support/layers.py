@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,13 +159,13 @@ def reference_layer(layer: nn.Module, batch: LayerBatch, dtype: torch.dtype, see
         extra["weights"] = call["weights"] = (
             call["weights"].detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
         )
-    if c.method == "moelora":
-        call.pop("cu_seqlens", None)
     if c.method == "branchlora":
         call |= {"top_k": c.top_k, "router_input": c.router_input, "renormalize": c.renormalize}
     if layer.training:
         call |= {"dropout": c.lora_dropout, "seed": drawn_seed(seed, batch.x.device.type)}
     forward: Callable = getattr(reference, f"{c.method}_forward")
+    if "cu_seqlens" not in inspect.signature(forward).parameters:
+        call.pop("cu_seqlens", None)
     base = layer.base_layer
     y = forward(
         x,
