@@ -193,7 +193,7 @@ def test_several_devices_in_one_process_are_told(short, monkeypatch, capsys):
     monkeypatch.setattr(smolora.train.run, "collect_results", lambda *parts: {})
     TrainingRun(short(one_task=True))()
     assert (
-        "4 devices are there and one is used: start it by torchrun --nproc-per-node 4 for all"
+        "found 4 devices, using one; to use all of them: torchrun --nproc-per-node 4 -m smolora.cli train RECIPE"
         in capsys.readouterr().out
     )
 
