@@ -41,7 +41,8 @@ run: $(VENV)/.run
 	@echo && echo "Written by this run:" && \
 		find bench/results data/minicvit/contact_sheets runs \
 			\( -path '*/stage-*' -o -path '*/cases' \) -prune -o \
-			-newer $(VENV)/.started \( -name '*.md' -o -name '*.json' -o -name '*.png' \) -print | sort
+			-newer $(VENV)/.started \( -name '*.md' -o -name '*.html' -o -name '*.json' -o -name '*.png' \) -print | sort
+	@echo && echo "Open runs/minicvit-report/report.html in a browser."
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

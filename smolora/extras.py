@@ -7,7 +7,7 @@ import importlib.util
 MODULES = {  # by extra: the modules of its own packages, each with its package's name
     "llava": {"PIL": "pillow", "sentence_transformers": "sentence-transformers"},
     "eval": {"pydantic": "pydantic", "yaml": "pyyaml"},
-    "report": {"matplotlib": "matplotlib"},
+    "report": {"jinja2": "jinja2", "matplotlib": "matplotlib"},
     "minicvit": {"sklearn": "scikit-learn"},
 }
 INCLUDES = {"eval": "llava", "minicvit": "eval"}  # an extra that comes with another

@@ -1,4 +1,4 @@
-"""`smolora report`: folders of runs to a report with tables and figures."""
+"""`smolora report`: folders of runs to a report with tables and figures, as a page and as Markdown."""
 
 from __future__ import annotations
 
@@ -23,5 +23,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--cases must be 0 or more, got {args.cases}")
     path = write_report(args.runs, args.output, cases_per_task=args.cases)
     print(read_text(path).split("\n## ")[1])  # what it comes to, after the last stage
+    print(path.with_suffix(".html"))
     print(path)
     return 0

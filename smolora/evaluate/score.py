@@ -6,11 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..data.format import Skipped, read_lines
 from .benchmarks import find_dataset
 from .datasets import Files
 from .pairing import pair_answers
+from .rules import Item
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,8 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
         ValueError: a file is missing or malformed, or answers and questions do not match. The message names file and
             line or record.
     """
-    spec = find_dataset(dataset, protocol)
-    scoring = spec.scoring(protocol)
-    answers = Path(answers)
-    left_out = read_skipped(answers)
-    files = Files([Path(folder) for folder in annotations], dataset, {record.index for record in left_out})
-    items = spec.load(files, spec.questions)
-    skipped = {str(record.question_id) for record in left_out if record.question_id is not None}
-    items, given, missing, uncounted = pair_answers(
-        dataset, items, answers, scoring.pairing, skipped=skipped, missing_scores_zero=spec.missing_scores_zero
-    )
-    if not items:
-        raise ValueError(f"{answers}: {dataset} has no question to score")
+    scoring = find_dataset(dataset, protocol).scoring(protocol)
+    items, given, skipped, missing, uncounted = _read(dataset, annotations, Path(answers), protocol)
     scores = scoring.score(items, given)
     counted = [value for value in scores if value is not None]
     if not counted:
@@ -115,10 +107,50 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
             for group in scoring.groups
         },
         extra_metrics={name: _percent(metric(items, given)) for name, metric in scoring.extra_metrics.items()},
-        skipped=len(left_out),
+        skipped=skipped,
         missing=missing,
         uncounted=uncounted,
     )
+
+
+class Judged(NamedTuple):
+    """A question of a test set with the answer it got."""
+
+    item: Item
+    text: str
+    score: float | None  # by the dataset's metric; None if the question does not count
+    follows_format: bool | None  # whether the answer has the form that was asked for; None where nothing says so
+
+
+def judge(
+    dataset: str, annotations: Sequence[str | Path], answers: str | Path, protocol: str = "smolora"
+) -> dict[str, Judged]:
+    """Judge every answer of a file as `score` does, with the same arguments and errors. Returns them by question id."""
+    scoring = find_dataset(dataset, protocol).scoring(protocol)
+    items, given, *_ = _read(dataset, annotations, Path(answers), protocol)
+    follows = scoring.follows_format
+    return {
+        item.question_id: Judged(item, text, value, None if follows is None else follows(item, text))
+        for item, text, value in zip(items, given, scoring.score(items, given), strict=True)
+    }
+
+
+def _read(
+    dataset: str, annotations: Sequence[str | Path], answers: Path, protocol: str
+) -> tuple[list[Item], list[str], int, int, int]:
+    """Read the questions to score and their answers, and the numbers of skipped, missing and uncounted ones."""
+    spec = find_dataset(dataset, protocol)
+    scoring = spec.scoring(protocol)
+    left_out = read_skipped(answers)
+    files = Files([Path(folder) for folder in annotations], dataset, {record.index for record in left_out})
+    items = spec.load(files, spec.questions)
+    skipped = {str(record.question_id) for record in left_out if record.question_id is not None}
+    items, given, missing, uncounted = pair_answers(
+        dataset, items, answers, scoring.pairing, skipped=skipped, missing_scores_zero=spec.missing_scores_zero
+    )
+    if not items:
+        raise ValueError(f"{answers}: {dataset} has no question to score")
+    return items, given, len(left_out), missing, uncounted
 
 
 def skipped_path(answers: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Reports on one or more runs: Markdown, PNG figures, and all data as CSV."""
+"""Reports on one or more runs: one HTML page, Markdown with PNG figures, and all data as CSV."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from ..evaluate.datasets import DATASETS
 from ..io.files import atomic_write_text
 from ..io.markdown import escape, picture
 from . import cases, figures, tables
-from .layout import RunFolder, read_runs
+from .forgetting import Judge, forgetting_table
+from .layout import RunFolder, file_name, read_runs
+from .page import write_page
+from .routing import write_layers
 
+FATES = (
+    "Questions that were answered after the task's own stage, by their answers at the end: kept; still understood, but "
+    "in the wrong form; in the right form, but wrong; wrong in both."
+)
 CAPTIONS = [name for name, dataset in DATASETS.items() if dataset.scoring("smolora").metric == "cider"]
 
 
@@ -24,8 +31,8 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
         cases_per_task: number of questions of each task to show with all answers.
 
     Returns:
-        Path of the Markdown file. It includes means over runs that differ only in their seed. Figures and CSV files are
-        in the same folder.
+        Path of the Markdown file. It includes means over runs that differ only in their seed. Figures, CSV files and
+        `report.html`, which has everything inside, are in the same folder.
 
     Raises:
         ValueError: a folder holds no finished run.
@@ -33,36 +40,65 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
     found = read_runs(list(runs))
     output = output or found[0].folder / "report"
     output.mkdir(parents=True, exist_ok=True)
+    final, stages = tables.final_table(output / "final.csv", found), tables.stage_table(output / "stages.csv", found)
+    seeds, downstream = tables.seeds_table(output / "seeds.csv", found), tables.downstream_tables(output, found)
+    remarks = _remarks(found[0])
     parts = [f"# {' and '.join(escape(run.name) for run in found)}", _about(found)]
-    parts += ["## After the last stage", tables.final_table(output / "final.csv", found)]
-    captions = [task for task in found[0].tasks if task in CAPTIONS]
-    if captions and len(captions) < len(found[0].tasks):
-        parts.append(
-            f"Accuracies in percent, {' and '.join(captions)} in CIDEr as released, where a reference itself gives "
-            "1000. AP, MAP and BWT average both, as the paper's do: captions weigh most."
-        )
-    over_seeds = tables.seeds_table(output / "seeds.csv", found)
-    if over_seeds:
-        parts += ["## Over seeds", "After the last stage, mean ± standard deviation of a sample.", over_seeds]
-    for name, table in tables.downstream_tables(output, found).items():
-        parts += [f"## Downstream, {escape(name)}", table]
-    parts += ["## Stage by stage", tables.stage_table(output / "stages.csv", found)]
+    parts += ["## After the last stage", str(final), *remarks]
+    data = ["final"]
+    if seeds is not None:
+        parts += ["## Over seeds", "After the last stage, mean ± standard deviation of a sample.", str(seeds)]
+        data.append("seeds")
+    for name, table in downstream.items():
+        parts += [f"## Downstream, {escape(name)}", str(table)]
+        data.append(f"downstream-{file_name(name)}")
+    parts += ["## Stage by stage", str(stages)]
     figures.accuracy_over_stages(output / "accuracy.png", found)
     figures.matrices(output / "matrices.png", found)
     parts += [_picture("Accuracy over the stages", "accuracy.png"), _picture("Accuracy matrices", "matrices.png")]
+    data += ["stages", "accuracy", "matrices"]
     if len({run.experts for run in found} - {None}) > 1:
         figures.over_experts(output / "experts.png", [run for run in found if run.experts is not None])
         parts += [_picture("Figures against the number of experts", "experts.png")]
+        data.append("experts")
+    judges = [Judge(run) for run in found]
+    forgetting = forgetting_table(output / "forgetting.csv", judges)
+    if forgetting is not None:
+        parts += ["## What was forgotten", FATES, str(forgetting)]
+        data.append("forgetting")
     for run, slug in zip(found, _slugs(found), strict=True):
         if run.routing:
             parts += _routing(output, run, slug)
-    if cases_per_task:
+            data += [f"{kind}-{slug}" for kind in ("routing", "layers", "shares")]
+    of_tasks = cases.find_cases(output, found, cases_per_task) if cases_per_task else {}
+    if of_tasks:
         parts.append("## Cases")
-        for task, table in cases.case_tables(output, found, cases_per_task).items():
-            parts += [f"### {escape(task)}", table]
+        data.append("cases")
+    for task, table in cases.case_tables(of_tasks).items():
+        parts += [f"### {escape(task)}", str(table)]
     path = output / "report.md"
     atomic_write_text(path, "\n\n".join(parts) + "\n")
+    write_page(
+        output / "report.html",
+        found,
+        {"final": final, "stages": stages, "seeds": seeds, "downstream": downstream, "forgetting": forgetting},
+        of_tasks,
+        judges,
+        remarks=remarks,
+        data=[output / f"{name}.csv" for name in data],
+    )
     return path
+
+
+def _remarks(run: RunFolder) -> list[str]:
+    """Remarks on the final table."""
+    captions = [task for task in run.tasks if task in CAPTIONS]
+    if not captions or len(captions) == len(run.tasks):
+        return []
+    return [
+        f"Accuracies in percent, {' and '.join(captions)} in CIDEr as released, where a reference itself gives "
+        "1000. AP, MAP and BWT average both, as the paper's do: captions weigh most."
+    ]
 
 
 def _about(runs: Sequence[RunFolder]) -> str:
@@ -91,6 +127,7 @@ def _slugs(runs: Sequence[RunFolder]) -> list[str]:
 def _routing(output: Path, run: RunFolder, slug: str) -> list[str]:
     """The sections on a run's routing and fusion weights."""
     figures.routing(output / f"routing-{slug}.png", run)
+    write_layers(output / f"layers-{slug}.csv", run)
     alpha, beta = figures.shares(output / f"shares-{slug}.png", run)
     return [
         _picture(f"Routing of {run.name}", f"routing-{slug}.png"),

@@ -1,23 +1,39 @@
-"""Cases: image, question, each run's answers after the task's own stage and at the end, and the reference."""
+"""Cases: image, question, each run's answers, and the reference. Markdown has a task's own stage and the end alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.format import Question, read_questions
 from ..data.images import BrokenImageError, read_image
 from ..io.files import atomic_file
 from ..io.markdown import picture
-from .figures import write_csv
+from .csv_files import write_csv
 from .layout import RunFolder, file_name
-from .tables import markdown
+from .tables import Cells, Table
 
 SIDE = 320  # maximum width and height of an image in the report, in pixels
 
 
-def case_tables(folder: Path, runs: Sequence[RunFolder], count: int) -> dict[str, str]:
-    """A table of `count` cases for each task, those first on which the runs differ most.
+@dataclass(frozen=True)
+class Case:
+    """A question with its answers."""
+
+    question: Question
+    picture: Path | str  # the thumbnail, or the reason why there is none
+    answers: dict[str, str]  # by the run and when it answered, as the tables name it
+
+    @property
+    def truth(self) -> str:
+        """The reference, or all of them."""
+        answer = self.question.answer
+        return answer if isinstance(answer, str) else "; ".join(answer or ())
+
+
+def find_cases(folder: Path, runs: Sequence[RunFolder], count: int) -> dict[str, list[Case]]:
+    """Choose `count` cases for each task, those first on which the runs differ most.
 
     Args:
         folder: folder for the images (`cases/`) and `cases.csv`.
@@ -27,7 +43,7 @@ def case_tables(folder: Path, runs: Sequence[RunFolder], count: int) -> dict[str
     Raises:
         ValueError: a run's answers or test files cannot be read.
     """
-    tables, data = {}, []
+    cases: dict[str, list[Case]] = {}
     for task in dict.fromkeys(task for run in runs for task in run.tasks):
         having = [run for run in runs if task in run.tasks]
         source = next((run for run in having if task in run.tests), None)
@@ -47,18 +63,33 @@ def case_tables(folder: Path, runs: Sequence[RunFolder], count: int) -> dict[str
             if all(str(q.question_id) in of_run for of_run in answers.values())
         ]
         chosen = sorted(questions, key=lambda q: (-_differing(q, answers.values()), q.index))[:count]
-        rows: list[list[str | float | None]] = []
-        for question in chosen:
-            name = str(question.question_id)
-            shown = _thumbnail(question, images, folder / "cases", task)
-            texts = [of_run[name] for of_run in answers.values()]
-            rows.append([shown, question.text, *texts, _truth(question)])
-            data += [
-                (task, name, question.text, column, text, _truth(question))
-                for column, text in zip(answers, texts, strict=True)
-            ]
-        tables[task] = markdown(["image", "question", *answers, "truth"], rows)
-    write_csv(folder / "cases.csv", ("task", "question_id", "question", "run", "answer", "truth"), data)
+        cases[task] = [
+            Case(
+                question,
+                _thumbnail(question, images, folder / "cases", task),
+                {column: of_run[str(question.question_id)] for column, of_run in answers.items()},
+            )
+            for question in chosen
+        ]
+    rows = [
+        (task, str(case.question.question_id), case.question.text, column, text, case.truth)
+        for task, of_task in cases.items()
+        for case in of_task
+        for column, text in case.answers.items()
+    ]
+    write_csv(folder / "cases.csv", ("task", "question_id", "question", "run", "answer", "truth"), rows)
+    return cases
+
+
+def case_tables(cases: dict[str, list[Case]]) -> dict[str, Table]:
+    """A table of each task's cases."""
+    tables = {}
+    for task, of_task in cases.items():
+        columns = list(of_task[0].answers) if of_task else []
+        rows: list[Cells] = [
+            [_shown(case, task), case.question.text, *case.answers.values(), case.truth] for case in of_task
+        ]
+        tables[task] = Table(["image", "question", *columns, "truth"], rows)
     return tables
 
 
@@ -67,12 +98,15 @@ def _differing(question: Question, answers: Iterable[dict[str, str]]) -> int:
     return len({of_run[str(question.question_id)].strip().lower() for of_run in answers})
 
 
-def _truth(question: Question) -> str:
-    return question.answer if isinstance(question.answer, str) else "; ".join(question.answer or ())
+def _shown(case: Case, task: str) -> str:
+    """A case's thumbnail in Markdown, or the reason why there is none."""
+    if isinstance(case.picture, str):
+        return case.picture
+    return picture(f"{task} {case.question.index}", f"{case.picture.parent.name}/{case.picture.name}")
 
 
-def _thumbnail(question: Question, images: Path, folder: Path, task: str) -> str:
-    """Save a thumbnail of a question's image and return its Markdown."""
+def _thumbnail(question: Question, images: Path, folder: Path, task: str) -> Path | str:
+    """Save a thumbnail of a question's image and return its path, or the reason why there is none."""
     if question.image is None:
         return "no image"
     try:
@@ -83,4 +117,4 @@ def _thumbnail(question: Question, images: Path, folder: Path, task: str) -> str
     path = folder / f"{file_name(task)}-{question.index}.png"
     with atomic_file(path) as temporary:
         image.save(temporary)
-    return picture(f"{task} {question.index}", f"{folder.name}/{path.name}")
+    return path

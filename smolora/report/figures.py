@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluate.metrics import FIGURES
-from ..io.files import atomic_file, atomic_write_text
+from ..io.files import atomic_file
 from ..io.markdown import printable
+from .csv_files import write_csv
 from .layout import RunFolder
+from .routing import BRANCHES, expert_counts, layer_shares
 
 STYLES = [
     {"color": shade, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.6}
@@ -30,15 +29,6 @@ STYLES = [
     )
 ]
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table. None is an empty cell."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    for row in (header, *rows):
-        writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in row])
-    atomic_write_text(path, file.getvalue())
 
 
 def accuracy_over_stages(path: Path, runs: Sequence[RunFolder]) -> None:
@@ -97,13 +87,15 @@ def matrices(path: Path, runs: Sequence[RunFolder]) -> None:
 
 def routing(path: Path, run: RunFolder) -> None:
     """Plot how often each task chose each VU and IF expert, over layers and samples (the paper's Fig. 6)."""
-    branches = [branch for branch in ("vu", "if") if any(_counts(layers, branch) for layers in run.routing.values())]
+    branches = [
+        branch for branch in ("vu", "if") if any(expert_counts(layers, branch) for layers in run.routing.values())
+    ]
     figure, panels = _panels(len(branches), (5.2, 0.42 * len(run.routing) + 1.4), columns=2)
     rows = []
     for axes, branch in zip(panels, branches, strict=True):
-        most = max(len(_counts(layers, branch)) for layers in run.routing.values())
+        most = max(len(expert_counts(layers, branch)) for layers in run.routing.values())
         for place, (task, layers) in enumerate(run.routing.items()):
-            counts = _counts(layers, branch)
+            counts = expert_counts(layers, branch)
             left, count_all = 0.0, max(sum(counts), 1)
             for expert, count in enumerate(counts):
                 share = count / count_all
@@ -123,7 +115,7 @@ def routing(path: Path, run: RunFolder) -> None:
         axes.set_yticks(range(len(run.routing)), map(_plain, run.routing), fontsize=8)
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
-        axes.set_title({"vu": "visual understanding", "if": "instruction following"}[branch], fontsize=9)
+        axes.set_title(BRANCHES[branch], fontsize=9)
     figure.supxlabel("share of the choices", fontsize=9)
     _legend(figure, panels)
     _save(figure, path)
@@ -136,11 +128,7 @@ def shares(path: Path, run: RunFolder) -> tuple[float, float]:
     Returns:
         Means of alpha and beta over all layers (supplement A of the paper).
     """
-    layers = list(dict.fromkeys(entry["layer"] for entries in run.routing.values() for entry in entries))
-    means = []
-    for layer in layers:
-        of_tasks = [e for entries in run.routing.values() for e in entries if e["layer"] == layer]
-        means.append([sum(e[share] for e in of_tasks) / len(of_tasks) for share in ("alpha", "beta")])
+    layers, means = layer_shares(run)
     alpha, beta = (sum(pair[i] for pair in means) / len(means) for i in (0, 1))
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
     for column, (label, mean, style) in enumerate(
@@ -187,12 +175,6 @@ def over_experts(path: Path, runs: Sequence[RunFolder]) -> None:
     _legend(figure, panels)
     _save(figure, path)
     write_csv(path.with_suffix(".csv"), ("method", "setting", "experts", "figure", "value"), rows)
-
-
-def _counts(layers: Sequence[dict[str, Any]], branch: str) -> list[int]:
-    """How often each expert of a branch was chosen over all layers, which may differ in their number of experts."""
-    used = [layer[branch] for layer in layers if layer[branch] is not None]
-    return [sum(column) for column in zip_longest(*used, fillvalue=0)]
 
 
 def _plain(text: str) -> str:

@@ -6,6 +6,7 @@
         adapter/  ...                 the trained adapter
         answers/ScienceQA.jsonl       answers for each task seen so far (see smolora.evaluate.generate)
         answers/ScienceQA.info.json   routes, alpha and beta of each layer
+        log.json                      optional, the trainer's log
         scores.json                   {"ScienceQA": {the output of `smolora score --json`}, ...}
       stage-2-TextVQA/ ...
       downstream-zero-shot/           one folder per downstream table, with answers/ and scores.json
@@ -25,11 +26,14 @@ One evaluation without stages (zero-shot, multitask) has one folder for its sing
                   protocol "coin", mif is null
     AP, MAP, BWT, MIF      one entry per stage
     downstream    optional, {"zero-shot": {"folder", "tasks", "accuracy", "mif", "AP", "MIF"}, ...}
-    tests         {task: {"questions": its test file, "images": the folder of its images}}, paths from RUN_DIR
+    tests         {task: {"questions": its test file, "images": the folder of its images, "dataset": the dataset that
+                  scores it, "annotations": folders with the files for scoring}}, paths from RUN_DIR
     config        the recipe; the report reads `seed`, `adapter.num_vu_experts` and `adapter.num_if_experts`, and
                   averages runs that differ only in their seed
     versions      versions of packages
-    timing        seconds, tokens/s and bytes
+    training      optional, {stage: {"samples", "steps", "trainable"}}
+    timing        seconds, tokens/s and bytes: {stage: {"training": {"seconds", "tokens", "tokens_per_second",
+                  "peak_memory"}, "evaluation": {task: {"seconds", "answers_per_second"}}}}
 """
 
 from __future__ import annotations
@@ -62,7 +66,9 @@ class RunFolder:
     matrix: list[list[float | None]]
     figures: dict[str, list[float | None]]  # AP, MAP, BWT, MIF: one entry per stage
     downstream: dict[str, dict[str, Any]]
-    tests: dict[str, dict[str, str]]
+    tests: dict[str, dict[str, Any]]
+    training: dict[str, dict[str, Any]]
+    timing: dict[str, dict[str, Any]]
     versions: dict[str, str]
     experts: int | None  # of both branches together; None for a method without experts
     recipe: str | None  # name of the recipe
@@ -83,10 +89,19 @@ class RunFolder:
         """The stage that trained on a task, or the last stage if none did."""
         return min(self.tasks.index(task), len(self.stages) - 1)
 
+    def answers_file(self, stage: int, task: str) -> Path:
+        """The file of answers to a task after a stage."""
+        return self.folder / self.stages[stage] / "answers" / f"{task}.jsonl"
+
     def answers(self, stage: int, task: str) -> dict[str, str]:
         """Answers to a task after a stage, by question id."""
-        path = self.folder / self.stages[stage] / "answers" / f"{task}.jsonl"
-        return {str(answer.question_id): answer.text for answer in read_answers(path)}
+        return {str(answer.question_id): answer.text for answer in read_answers(self.answers_file(stage, task))}
+
+    def losses(self, stage: int) -> list[tuple[int, float]]:
+        """The training loss by optimiser step, as the trainer logged it; empty for a stage without training."""
+        path = self.folder / self.stages[stage] / "log.json"
+        log = read_json(path) if path.is_file() else []
+        return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
 
     @cached_property
     def routing(self) -> dict[str, list[dict[str, Any]]]:
@@ -122,7 +137,7 @@ def read_runs(folders: list[Path]) -> list[RunFolder]:
             method if methods.count(method) == 1 else f"{method} ({folder.resolve().name})",
             **{name: content[name] for name in REQUIRED if name not in FIGURES},
             figures={name: content[name] for name in FIGURES},
-            **{name: content.get(name) or {} for name in ("downstream", "tests", "versions")},
+            **{name: content.get(name) or {} for name in ("downstream", "tests", "training", "timing", "versions")},
             experts=_experts((content.get("config") or {}).get("adapter") or {}),
             recipe=content.get("name"),
             seed=(content.get("config") or {}).get("seed"),

@@ -4,31 +4,56 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..evaluate import paper
 from ..evaluate.metrics import FIGURES
-from ..io.markdown import table
-from .figures import write_csv
+from ..io import markdown
+from .csv_files import write_csv
 from .layout import RunFolder, file_name
 
-Cells = list[str | float | None]
+
+class Spread(NamedTuple):
+    """A mean over runs and the standard deviation of the sample."""
+
+    mean: float
+    deviation: float
 
 
-def markdown(header: Sequence[str], rows: Sequence[Cells]) -> str:
-    """A Markdown table with numbers to two decimals and None as a dash."""
-    return table(header, [list(map(_cell, row)) for row in rows])
+Cell = str | float | Spread | None
+Cells = list[Cell]
 
 
-def final_table(path: Path, runs: Sequence[RunFolder]) -> str:
+@dataclass(frozen=True)
+class Table:
+    """A table of the report. Its text is Markdown."""
+
+    header: list[str]
+    rows: list[Cells]
+
+    def __str__(self) -> str:
+        return markdown.table(self.header, [list(map(cell_text, row)) for row in self.rows])
+
+
+def cell_text(value: Cell) -> str:
+    """The text of a cell: numbers to two decimals, and None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, Spread):
+        return f"{value.mean:.2f} ± {value.deviation:.2f}"
+    return value if isinstance(value, str) else f"{value:.2f}"
+
+
+def final_table(path: Path, runs: Sequence[RunFolder]) -> Table:
     """The results after the last stage, laid out as the paper's Table 1, with the paper's rows where comparable."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     rows = [(run, {task: run.accuracy(len(run.stages) - 1, task) for task in run.tasks}, run.last) for run in runs]
     return _beside_the_paper(path, tasks, FIGURES, rows, paper.TABLE_1 if tuple(tasks) == paper.UPSTREAM else None)
 
 
-def downstream_tables(folder: Path, runs: Sequence[RunFolder]) -> dict[str, str]:
+def downstream_tables(folder: Path, runs: Sequence[RunFolder]) -> dict[str, Table]:
     """A table for each downstream evaluation, laid out as the paper's Tables 2 and 3."""
     printed = {"zero-shot": (paper.TABLE_2, paper.ZERO_SHOT), "few-shot": (paper.TABLE_3, paper.FEW_SHOT)}
     tables = {}
@@ -53,7 +78,7 @@ def _beside_the_paper(
     figures: Sequence[str],
     of_runs: Sequence[tuple[RunFolder, Mapping[str, float | None], Mapping[str, Any]]],
     printed: Mapping[str, Mapping[str, paper.Row]] | None,
-) -> str:
+) -> Table:
     """A table of runs, grouped by the type of their instructions, below the paper's rows if all runs are comparable.
 
     Args:
@@ -64,7 +89,7 @@ def _beside_the_paper(
     """
     rows: list[Cells] = []
     for setting in dict.fromkeys(run.setting for run, *_ in of_runs):
-        if printed is not None and all(_comparable(run) for run, *_ in of_runs):
+        if printed is not None and all(is_comparable(run) for run, *_ in of_runs):
             for method, row in printed[setting].items():
                 rows.append([f"{method}, paper", setting, *row.accuracy, *(getattr(row, name) for name in figures)])
         for run, accuracy, values in of_runs:
@@ -72,10 +97,10 @@ def _beside_the_paper(
                 rows.append([run.name, setting, *map(accuracy.get, tasks), *(values[name] for name in figures)])
     header = ["run", "instructions", *tasks, *figures]
     write_csv(path, header, rows)
-    return markdown(header, rows)
+    return Table(header, rows)
 
 
-def stage_table(path: Path, runs: Sequence[RunFolder]) -> str:
+def stage_table(path: Path, runs: Sequence[RunFolder]) -> Table:
     """AP, MAP, BWT and MIF after each stage of each run."""
     rows: list[Cells] = [
         [run.name, stage.removeprefix("stage-"), *(run.figures[figure][k] for figure in FIGURES)]
@@ -84,10 +109,10 @@ def stage_table(path: Path, runs: Sequence[RunFolder]) -> str:
     ]
     header = ["run", "after stage", *FIGURES]
     write_csv(path, header, rows)
-    return markdown(header, rows)
+    return Table(header, rows)
 
 
-def seeds_table(path: Path, runs: Sequence[RunFolder]) -> str | None:
+def seeds_table(path: Path, runs: Sequence[RunFolder]) -> Table | None:
     """Mean and sample standard deviation after the last stage over runs that differ only in their seed.
 
     Args:
@@ -97,17 +122,13 @@ def seeds_table(path: Path, runs: Sequence[RunFolder]) -> str | None:
     Returns:
         The table, or None if every run is left out.
     """
-    kinds: dict[str, list[RunFolder]] = {}
-    for run in runs:
-        if run.seed is not None:
-            kinds.setdefault(run.settings, []).append(run)
-    kinds = {kind: alike for kind, alike in kinds.items() if len({run.seed for run in alike}) > 1}
+    kinds = [alike for alike in over_seeds(runs) if len(alike) > 1]
     if not kinds:
         return None
-    tasks = list(dict.fromkeys(task for alike in kinds.values() for run in alike for task in run.tasks))
+    tasks = list(dict.fromkeys(task for alike in kinds for run in alike for task in run.tasks))
     rows: list[Cells] = []
     data: list[Cells] = []
-    for alike in kinds.values():
+    for alike in kinds:
         title: Cells = [alike[0].recipe, alike[0].method, alike[0].setting, ", ".join(str(run.seed) for run in alike)]
         cells: Cells = []
         for name in [*tasks, *FIGURES]:
@@ -119,21 +140,27 @@ def seeds_table(path: Path, runs: Sequence[RunFolder]) -> str | None:
             if not found or None in found:
                 cells.append(None)
                 continue
-            mean, deviation = statistics.mean(found), statistics.stdev(found)
-            cells.append(f"{mean:.2f} ± {deviation:.2f}")
-            data.append([*title, name, mean, deviation])
+            spread = Spread(statistics.mean(found), statistics.stdev(found))
+            cells.append(spread)
+            data.append([*title, name, *spread])
         rows.append([*title, *cells])
     header = ["recipe", "method", "instructions", "seeds"]
     write_csv(path, [*header, "figure", "mean", "standard deviation"], data)
-    return markdown([*header, *tasks, *FIGURES], rows)
+    return Table([*header, *tasks, *FIGURES], rows)
 
 
-def _comparable(run: RunFolder) -> bool:
+def over_seeds(runs: Sequence[RunFolder]) -> list[list[RunFolder]]:
+    """Group runs that differ only in their seed. Every other run is a group of its own."""
+    kinds: dict[Any, list[RunFolder]] = {}
+    for run in runs:
+        kinds.setdefault(run.folder if run.seed is None else run.settings, []).append(run)
+    groups = []
+    for alike in kinds.values():
+        differ = len({run.seed for run in alike}) > 1
+        groups += [alike] if differ else [[run] for run in alike]
+    return groups
+
+
+def is_comparable(run: RunFolder) -> bool:
     """Whether a run is comparable with the paper's rows."""
     return run.benchmark == "CVIT" and run.protocol == "smolora"
-
-
-def _cell(value: str | float | None) -> str:
-    if value is None:
-        return "-"
-    return value if isinstance(value, str) else f"{value:.2f}"

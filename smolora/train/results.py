@@ -54,6 +54,8 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
             task.name: {
                 "questions": os.path.relpath(recipe.test_file(task), paths.root),
                 "images": os.path.relpath(recipe.images(task), paths.root),
+                "dataset": task.benchmark_name,
+                "annotations": [os.path.relpath(folder, paths.root) for folder in recipe.annotations(task)],
             }
             for task in recipe.all_tasks
         },

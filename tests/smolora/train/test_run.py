@@ -17,6 +17,8 @@ import smolora.train.run
 from smolora import cli
 from smolora.recipe import load_recipe
 from smolora.report import write_report
+from smolora.report.forgetting import Judge
+from smolora.report.layout import read_runs
 from smolora.train.run import TrainingRun
 from support.train_world import make_world
 
@@ -114,6 +116,16 @@ def test_what_a_run_leaves(killed):
 def test_report_reads_a_run(killed, tmp_path):
     text = write_report([killed / "run-whole"], tmp_path).read_text()
     assert "ImageNet" in text and "few-shot" in text
+
+
+def test_a_runs_answers_can_be_judged_one_by_one(killed):
+    """By the files for scoring that results.json names; they average to its matrix."""
+    (run,) = read_runs([killed / "run-whole"])
+    judge = Judge(run)
+    for stage, row in enumerate(run.matrix):
+        for task, score in zip(run.tasks, row, strict=False):
+            scores = [judged.score for judged in judge.answers(stage, task).values() if judged.score is not None]
+            assert 100 * sum(scores) / len(scores) == pytest.approx(score)
 
 
 def test_the_evaluator_gives_a_runs_answers_by_its_recipe(killed, tmp_path):
