@@ -3,11 +3,11 @@
 Kernels, in the order they run:
 
     grad_output_kernel          the pass over g: partial p, and partial dB, summed over a chunk of tokens
-    mix_backward_kernel         dh and dscores from p; a tile's parts of dw and of the slot weights' gradient
+    mix_backward_kernel         dh and dscores from p; per-tile partial sums of dw and of dslot_weights
     reduce_dw_dweights_kernel   dw of every expert, and the slot weights' gradient of every sequence
     reduce_dB_kernel            dB of every expert: the sum over tokens, from the chunks' parts; and dI
 
-p is a sum over k, and dB one over tokens. A program has a block of k and a chunk of one sequence's tokens: it keeps its
+p is a sum over k, and dB one over tokens. Each program owns a block of k and a chunk of one sequence's tokens. It keeps its
 part of dB in registers and writes its part of p. When the slots have too many columns for that, p comes from
 `shrink_kernel` (g for x, B for A), and dB from this kernel with a program for each block of columns.
 """
@@ -79,7 +79,10 @@ def grad_output_kernel(
     BC: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Grid (blocks of k, chunks, column blocks): CHUNK tokens of one sequence by BK outputs; p has one column block."""
+    """Grid (blocks of k, chunks, column blocks): CHUNK tokens of one sequence by BK outputs.
+
+    p is computed only with a single column block.
+    """
     dtype: tl.constexpr = g_ptr.dtype.element_ty
     i_k = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -96,7 +99,7 @@ def grad_output_kernel(
 
     b_up = ()  # [BK, BC] each
     b_q = ()  # [BC]
-    trains = ()  # whether a bank has anything to sum here
+    trains = ()  # whether any expert of the bank in this column block trains
     b_dB = ()  # [BK, BC]
     any_trains = p_part_ptrs is not None
     for bank in tl.static_range(BANKS):
@@ -193,7 +196,7 @@ def mix_backward_kernel(
     SCORES_BACKWARD: tl.constexpr,
     FUSE_BACKWARD: tl.constexpr,
     BANKS: tl.constexpr,
-    FIRST: tl.constexpr,  # of each bank, where its experts begin when they are counted through
+    FIRST: tl.constexpr,  # for each bank, the index of its first expert in the concatenated list
     K: tl.constexpr,
     KP: tl.constexpr,
     DOWN: tl.constexpr,
@@ -280,7 +283,7 @@ def reduce_dw_dweights_kernel(
     dweights_ptr,  # (n, b, K) out
     num_tiles,
     EXPERTS: tl.constexpr,  # of all banks; 0 where there is no dw
-    FIRST: tl.constexpr,  # of each bank, where its experts begin when they are counted through
+    FIRST: tl.constexpr,  # for each bank, the index of its first expert in the concatenated list
     BANKS: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
@@ -426,7 +429,7 @@ def grad_output(
     need_slot_weights: bool,
     need_scores: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Differentiate by y; arguments and results as in `smolora.engine.torch_passes.grad_output`."""
+    """Backward from g = dL/dy; arguments and results as in `smolora.engine.torch_passes.grad_output`."""
     (T, k), (_, banks, down, r) = g.shape, h.shape
     K = num_slots(ids, B, 0)
     need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)

@@ -1,4 +1,4 @@
-"""Eq. 5 to 9 of the paper as written: the oracle that every backend is tested against.
+"""The equations of each mixture as its paper writes them: the oracle that every backend is tested against.
 
 Every expert's output is a k-sized vector, every instance is a turn of a Python loop, and torch differentiates it all.
 Slow on purpose: nothing here shares a line, or an idea, with the fast code. Imports nothing of the package.

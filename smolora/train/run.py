@@ -1,4 +1,7 @@
-"""A training run: stage after stage is trained and evaluated. Killed at any moment, the same call continues it."""
+"""A training run: stage after stage is trained and evaluated.
+
+If the process is killed, repeating the call resumes the run.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class TrainingRun:
         recipe: the recipe.
 
     Raises:
-        ValueError: there is no such method, or the folder belongs to a run of another recipe.
+        ValueError: the method is unknown, or the folder belongs to a run of another recipe.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -148,7 +151,7 @@ class TrainingRun:
     # ---- training
 
     def train_stage(self, stage: Stage, earlier: list[Stage]) -> None:
-        """Train a stage up to its adapter, from its last checkpoint if there is one."""
+        """Train a stage and save its adapter, from its last checkpoint if there is one."""
         states = [self.paths.method_state(other) for other in earlier if other.train]
         # drawn from the stage's name, so that leaving out another stage does not change this one
         seed = (self.recipe.seed + zlib.crc32(stage.name.encode())) % 2**32
