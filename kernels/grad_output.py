@@ -7,9 +7,9 @@ Kernels, in the order they run:
     reduce_dw_dweights_kernel   dw of every expert, and the slot weights' gradient of every sequence
     reduce_dB_kernel            dB of every expert: the sum over tokens, from the chunks' parts; and dI
 
-p is a sum over k, and dB one over tokens. Each program owns a block of k and a chunk of one sequence's tokens. It keeps its
-part of dB in registers and writes its part of p. When the slots have too many columns for that, p comes from
-`shrink_kernel` (g for x, B for A), and dB from this kernel with a program for each block of columns.
+p is a sum over k, and dB one over tokens. Each program owns a block of k and a chunk of one sequence's tokens. It keeps
+its part of dB in registers and writes its part of p. If the slots have too many columns for that, `shrink_kernel`
+computes p (g in place of x, B in place of A), and this kernel only dB, with one program for each column block.
 """
 
 from __future__ import annotations
