@@ -29,8 +29,11 @@ def touch_image_adapters(
         return None
     image = blank_image(context.model, embeds)
     routing.images = images_of(context.model, image, told=False, given=None, samples=1)
-    features = tree_leaves(context.model.get_image_features(**image))
-    nothing = sum(t[:0].sum() for t in features if isinstance(t, Tensor) and t.requires_grad)
+    features = context.model.get_image_features(**image)
+    # what the text decoder reads, and no hidden states of the tower: under ZeRO-3 another rank's backward would not
+    # gather its modules in the same order
+    read = [getattr(features, "pooler_output", features), getattr(features, "deepstack_features", None)]
+    nothing = sum(t[:0].sum() for t in tree_leaves(read) if isinstance(t, Tensor) and t.requires_grad)
     for layer in context.layers.values():
         if layer.takes_images:
             layer.forget_decisions(routing)
