@@ -368,6 +368,7 @@ def run_layer(s: Setting) -> None:
                 dh=dh,
                 ids=ids,
                 A=A,
+                trained=[] if s.shared else trained,
                 token_router=token_router,
                 dtoken_logits=None if token_router is None else dscores,
                 num_seqs=n,

@@ -55,6 +55,7 @@ void grad_input(const GradInput& p) {
   c.scale = 256.0 / static_cast<double>(256 - p.threshold);
   for (int bank = 0; bank < p.b; ++bank) {
     c.experts[bank] = p.shared ? 1 : p.banks[bank].E;
+    c.trained[bank] = p.banks[bank].trained;
     c.out[bank] = p.banks[bank].dA;
   }
   reduce_chunks(c);

@@ -57,7 +57,7 @@ struct Weight {
   FIELD(Weight, router, {})                    /* (E, d) or (E, e); or one a task, (tasks, E, ...) */                 \
   FIELD(int64_t, router_reads_x, 0)            /* the mean of the routed tokens; else the instruction */              \
   FIELD(void*, padded, nullptr)                /* buffer for A or B as the products read it; null: as it is */        \
-  FIELD(const uint8_t*, trained, nullptr)      /* (E,) or null: experts whose B gets a gradient */                    \
+  FIELD(const uint8_t*, trained, nullptr)      /* (E,), or null for all: experts whose A (in grad_input) or B learns */ \
   FIELD(Weight, dA, {})                        /* like A, out; null: not needed */                                    \
   FIELD(Weight, dB, {})                        /* like B, out; null: not needed */                                    \
   FIELD(Weight, dimportance, {})               /* (k,) out */

@@ -20,7 +20,16 @@ from torch import Tensor
 from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
 from ..spec import empty_like_if
 from . import tiles
-from .primitives import keep_mask, sequences, slot_experts, slots_and_ranks, tile_span, to_int64, zero_tile
+from .primitives import (
+    keep_mask,
+    sequences,
+    slot_experts,
+    slots_and_ranks,
+    tile_span,
+    to_int64,
+    trained_columns,
+    zero_tile,
+)
 
 
 @triton.jit
@@ -65,6 +74,7 @@ def grad_input_kernel(
     x_ptr,  # (T, d), or None for dx alone
     dh_ptr,  # (T, b, K, R); K = 1 where the slots share an A
     A_ptrs,  # (E, R, d)
+    trained_ptrs,  # bool (E,) or (1,), or None: all
     ids_ptr,  # (n, b, K) or None
     token_router_ptr,  # (Z, d) or None
     dlogits_ptr,  # (T, Z)
@@ -125,8 +135,19 @@ def grad_input_kernel(
         b_r = tl.load(p_r, mask=m_z[:, None] & m_d[None, :], other=0).to(dtype)  # [ZP, BD]
         b_dr = tl.zeros([ZP, BD], tl.float32)
     b_dA = ()  # [BC, BD] each
-    for _ in tl.static_range(BANKS):
+    trains = ()  # whether any A of the bank in this column block learns
+    any_trains = (dx_ptr is not None) | (router_part_ptr is not None)
+    for bank in tl.static_range(BANKS):
+        bank_trains = NEED_A[bank]
+        if trained_ptrs is not None:
+            m_t = trained_columns(trained_ptrs, ids_ptr, i_n, bank, slot, BANKS, K)
+            bank_trains = bank_trains & (tl.max(m_t.to(tl.int32), 0) > 0)
+        any_trains = any_trains | bank_trains
+        trains = trains + (bank_trains,)
         b_dA = b_dA + (zero_tile(BC, BD),)
+    if trained_ptrs is not None:
+        if not any_trains:
+            return
 
     for t in range(start, end, BT):
         rows = t + tl.arange(0, BT)
@@ -173,7 +194,7 @@ def grad_input_kernel(
             b_summed = ()
             for bank in tl.static_range(BANKS):
                 b_sum = b_dA[bank]
-                if NEED_A[bank]:
+                if trains[bank]:
                     b_dh = load_dh(dh_ptr, rows, inside, slot, rank, bank, BANKS, K, R).to(dtype)
                     b_kept = b_x
                     if THRESHOLD > 0:
@@ -200,6 +221,7 @@ def reduce_dA_kernel(
     part_ptr,  # (chunks, b, K, size)
     chunk_to_seq_ptr,  # (chunks,)
     ids_ptr,  # (n, b, K) or None
+    trained_ptr,  # bool (E,) of the bank, or None
     dA_ptr,  # (E, size) out, of the bank
     chunks,
     size,
@@ -212,6 +234,8 @@ def reduce_dA_kernel(
     expert = tl.program_id(0)
     o = to_int64(tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
     b_dA = tl.zeros([BLOCK], tl.float32)
+    if trained_ptr is not None:
+        chunks = tl.where(tl.load(trained_ptr + expert) != 0, chunks, 0)
     for chunk in range(0, chunks):
         i_n = tl.load(chunk_to_seq_ptr + chunk)
         p_part = part_ptr + (to_int64(chunk) * BANKS + bank) * K * size + o
@@ -229,6 +253,7 @@ def grad_input(
     dh: Tensor,
     ids: Tensor | None,
     A: list[Tensor],
+    trained: list[Tensor],
     token_router: Tensor | None,
     dtoken_logits: Tensor | None,
     num_seqs: int,
@@ -273,6 +298,7 @@ def grad_input(
             x_ptr=x if with_parts else None,
             dh_ptr=dh,
             A_ptrs=tuple(A),
+            trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None if with_parts else None,
             ids_ptr=ids,
             token_router_ptr=token_router if with_router else None,
             dlogits_ptr=dtoken_logits if with_router else None,
@@ -313,12 +339,15 @@ def grad_input(
         if need_parts:
             launch(blocks if any(need_A) else 1, 1, False, True)
 
-    def reduce(part: Tensor, ids: Tensor | None, bank: int, banks: int, slots: int, out: Tensor) -> None:
+    def reduce(
+        part: Tensor, ids: Tensor | None, bank: int, banks: int, slots: int, out: Tensor, trained: Tensor | None = None
+    ) -> None:
         experts, size = out.shape[0], out[0].numel()
         reduce_dA_kernel[(experts, cdiv(size, 1024))](
             part_ptr=part,
             chunk_to_seq_ptr=chunk_to_seq,
             ids_ptr=ids,
+            trained_ptr=None if trained is None else trained.view(torch.uint8),
             dA_ptr=out,
             chunks=chunks,
             size=size,
@@ -331,7 +360,7 @@ def grad_input(
 
     for bank, need in enumerate(need_A):
         if need:
-            reduce(A_part, ids, bank, banks, K, dA[bank])
+            reduce(A_part, ids, bank, banks, K, dA[bank], trained[bank] if trained else None)
     if need_token_router:
         reduce(router_part, None, 0, 1, Z, drouter)
     if need_dx and base_weight is not None:

@@ -25,26 +25,17 @@ from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
 from ..spec import empty_like_if, grad_needs, num_slots
 from . import tiles
 from .mixes import MIXES
-from .primitives import load_slot_weights, sequences, slot_experts, slots_and_ranks, tile_span, to_int64, zero_tile
+from .primitives import (
+    load_slot_weights,
+    sequences,
+    slot_experts,
+    slots_and_ranks,
+    tile_span,
+    to_int64,
+    trained_columns,
+    zero_tile,
+)
 from .products import load_h, scaled_h, shrink
-
-
-@triton.jit
-def trained_columns(
-    trained_ptrs,  # bool (E,), or None: all
-    ids_ptr,
-    i_n,
-    bank: tl.constexpr,
-    slot,
-    BANKS: tl.constexpr,
-    K: tl.constexpr,
-):
-    """Return a mask of the columns [BC] whose expert's B gets a gradient."""
-    m_c = slot < K
-    if trained_ptrs is not None:
-        expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
-        m_c = m_c & (tl.load(trained_ptrs[bank] + expert, mask=m_c, other=0) != 0)
-    return m_c
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "seq_len"])

@@ -119,6 +119,24 @@ def slot_experts(
 
 
 @triton.jit
+def trained_columns(
+    trained_ptrs,  # bool (E,), or None: all
+    ids_ptr,
+    i_n,
+    bank: tl.constexpr,
+    slot,
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Return a mask of the columns [BC] whose expert gets a gradient."""
+    m_c = slot < K
+    if trained_ptrs is not None:
+        expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
+        m_c = m_c & (tl.load(trained_ptrs[bank] + expert, mask=m_c, other=0) != 0)
+    return m_c
+
+
+@triton.jit
 def load_slot_weights(
     slot_weights_ptr,  # (n, b, K), or None: 1
     i_n,

@@ -29,6 +29,7 @@ class Bank(NamedTuple):
     stream: int = 0  # of the dropout mask
     importance: Tensor | None = None  # (k,), the scores' vector I of Eq. 8; mix "smolora" needs it
     trained: Tensor | None = None  # bool (E,): experts whose B gets a gradient; None: all
+    trained_A: Tensor | None = None  # as A has rows, bool (E,) or (1,): those that get a gradient; None: all
 
 
 class Router(NamedTuple):
@@ -42,7 +43,7 @@ class Router(NamedTuple):
 class Slots(NamedTuple):
     """Given experts of each sequence, in each of b banks.
 
-    An id of -1 leaves a slot empty.
+    An id of -1 leaves a slot empty, where the slots have weights.
     """
 
     ids: Tensor | None  # int32 (n, b, K); None: every expert of the bank, in order

@@ -110,11 +110,13 @@ void shrink(const cpu::Layout& layout, const Addresses& A, int64_t d, int thresh
 
 template <class T>
 void grad_down(const cpu::Layout& layout, const Addresses& A, int64_t d, int threshold, uint64_t seed,
-               const std::vector<uint32_t>& streams, Address x, Address dh, Address dx, const Addresses& dA) {
+               const std::vector<uint32_t>& streams, Address x, Address dh, Address dx, const Addresses& trained,
+               const Addresses& dA) {
   cpu::Down<T> job = down<T>(layout, A, d, threshold, seed, streams);
   job.x = at<T>(x);
   job.dh = at<T>(dh);
   job.dx = at<T>(dx);
+  set<bool>(job.trained, trained);
   set<T>(job.dA, dA);
   cpu::grad_down(job);
 }
@@ -230,7 +232,7 @@ void define(py::module_& m, const std::string& type) {
   add("keep_mask", &keep_mask<T>);
   add("shrink", &shrink<T>, "layout"_a, named, "A"_a, "d"_a, "threshold"_a, "seed"_a, "streams"_a, "x"_a, "h"_a);
   add("grad_down", &grad_down<T>, "layout"_a, named, "A"_a, "d"_a, "threshold"_a, "seed"_a, "streams"_a, "x"_a, "dh"_a,
-      "dx"_a, "dA"_a);
+      "dx"_a, "trained"_a, "dA"_a);
   add("expand", &expand<T>, "layout"_a, named, "B"_a, "k"_a, "u"_a, "bias"_a, "y"_a);
   add("grad_up", &grad_up<T>, "layout"_a, named, "B"_a, "trained"_a, "k"_a, "scaling"_a, "g"_a, "u"_a, "p"_a, "dB"_a);
   add("mix", &mix<T>, "layout"_a, named, "shared"_a, "h"_a, "w"_a, "slot_weights"_a, "fusion_logits"_a,

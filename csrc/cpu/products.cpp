@@ -97,6 +97,11 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
   for (int64_t seq = 0; seq < seqs; ++seq) {
     const int64_t begin = at.ids == nullptr ? 0 : at.begin(seq), end = at.ids == nullptr ? at.tokens : at.end(seq);
     if (begin == end) continue;
+    bool live = false;  // an A of this sequence learns
+    for (int64_t slot = 0; slot < at.banks * at.slots && need_A; ++slot) {
+      const int64_t bank = slot / at.slots, expert = at.expert(seq, bank, slot % at.slots);
+      live |= job.dA[bank] != nullptr && expert >= 0 && (job.trained[bank] == nullptr || job.trained[bank][expert]);
+    }
     for (int64_t row = 0; row < used && job.dx != nullptr; ++row) {
       const int64_t slot = row / at.rank, bank = slot / at.slots;
       const int64_t expert = std::max<int64_t>(at.expert(seq, bank, slot % at.slots), 0);
@@ -104,7 +109,7 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
       std::copy(from, from + count, A + row * kColumns);
       std::fill(A + row * kColumns + count, A + (row + 1) * kColumns, T(0));
     }
-    if (need_A) std::fill(sums, sums + used * kColumns, T(0));
+    if (live) std::fill(sums, sums + used * kColumns, T(0));
     for (int64_t token = begin; token < end; token += kTokens) {
       const int64_t rows = std::min(kTokens, end - token);
       const T* dh = job.dh + token * used;
@@ -132,7 +137,7 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
             }
           }
         }
-        if (job.dA[bank] == nullptr) continue;
+        if (job.dA[bank] == nullptr || !live) continue;
         const T* x = job.x + token * job.d + first;
         if (job.threshold || bank == 0 || job.dA[0] == nullptr) {
           copy_block(x, job.d, rows, count, bank == 0 ? std::min(kTokens, end - token - rows) : 0, kept);
@@ -144,9 +149,10 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
                            sums + bank * per_bank * kColumns, kColumns, true);
       }
     }
-    for (int64_t row = 0; row < used && need_A; ++row) {
+    for (int64_t row = 0; row < used && live; ++row) {
       const int64_t slot = row / at.rank, bank = slot / at.slots, expert = at.expert(seq, bank, slot % at.slots);
       if (expert < 0 || job.dA[bank] == nullptr) continue;
+      if (job.trained[bank] != nullptr && !job.trained[bank][expert]) continue;
       T* to = job.dA[bank] + (expert * at.rank + row % at.rank) * job.d + first;
       for (int64_t i = 0; i < count; ++i) to[i] += sums[row * kColumns + i];
     }

@@ -39,6 +39,7 @@ struct Down {
   const T* dh;    // (T, b K r)
   T* dx;          // (T, d), or null
   T* dA[kBanks];  // as A, or null
+  const bool* trained[kBanks];  // (E,) or (1,), as A, of those that get a gradient; or null: all
 };
 
 // Between rank space and y. Forward: y = B u + bias. grad_up, the products of the pass grad_output: p = s B^T g and

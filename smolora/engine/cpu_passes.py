@@ -313,6 +313,7 @@ def grad_input(
     dh: Tensor,
     ids: Tensor | None,
     A: list[Tensor],
+    trained: list[Tensor],
     token_router: Tensor | None,
     dtoken_logits: Tensor | None,
     num_seqs: int,
@@ -344,6 +345,7 @@ def grad_input(
             x=address(x),
             dh=address(dh),
             dx=address(dx),
+            trained=[address(t) for t in trained],
             dA=[address(grad) for grad in dA],
         )
     if need_dx and dtoken_logits is not None:
@@ -419,7 +421,7 @@ def decode(
         y.data_ptr(),
         ids.data_ptr(),
         address(slot_weights),
-        [(a.data_ptr(), b.data_ptr(), address(i), b.shape[0]) for a, b, _, i, _ in banks],
+        [(bank.A.data_ptr(), bank.B.data_ptr(), address(bank.importance), bank.B.shape[0]) for bank in banks],
         address(scores),
         (n, d, k, r, ids.shape[2]),
         banks[0].A.shape[0] == 1,

@@ -366,6 +366,7 @@ def grad_input(
     dh: Tensor,
     ids: Tensor | None,
     A: list[Tensor],
+    trained: list[Tensor],
     token_router: Tensor | None,
     dtoken_logits: Tensor | None,
     num_seqs: int,
@@ -398,6 +399,7 @@ def grad_input(
             dropout_stream=streams[i],
             A=a,
             padded=dh.new_empty((a.shape[0], d, RP), dtype=dtype) if need_dx else None,
+            trained=trained[i] if trained else None,
             dA=dA[i] if need_A[i] else None,
         )
         for i, a in enumerate(A)

@@ -55,6 +55,7 @@ class _Mixture(torch.autograd.Function):
         base_weight: Tensor | None,
         base_bias: Tensor | None,
         trained: tuple[Tensor, ...],
+        trained_A: tuple[Tensor, ...],
         x: Tensor,
         slot_weights: Tensor | None,
         scores: Tensor | None,
@@ -128,9 +129,10 @@ class _Mixture(torch.autograd.Function):
             instruction,
             token_router,
             *trained,
+            *trained_A,
             *parameters,
         )
-        ctx.options, ctx.dtype, ctx.num_trained = o, x.dtype, len(trained)
+        ctx.options, ctx.dtype, ctx.num_trained = o, x.dtype, (len(trained), len(trained_A))
         decided = (routed_ids, routed_weights, logits, token_logits, fused)
         ctx.mark_non_differentiable(*decided)
         return y, *decided
@@ -140,9 +142,10 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, h, w, ids, slot_weights, scores, logits, mean, *rest = ctx.saved_tensors
         route_mask, cu_seqlens, router_rows, seed, base_weight, instruction, token_router, *rest = rest
-        o, trained, parameters = ctx.options, rest[: ctx.num_trained], rest[ctx.num_trained :]
+        o, (of_B, of_A) = ctx.options, ctx.num_trained
+        trained, trained_A, parameters = rest[:of_B], rest[of_B : of_B + of_A], rest[of_B + of_A :]
         A, B, importance, routers = _split(parameters, o)
-        needs = ctx.needs_input_grad[9:]
+        needs = ctx.needs_input_grad[10:]
         need_x, need_weights, need_scores, need_instruction, need_token_router, *need_parameters = needs
         need_A, need_B, need_I, need_routers = _split(need_parameters, o)
         dy = dy.contiguous()
@@ -186,6 +189,7 @@ class _Mixture(torch.autograd.Function):
                 dh=dh,
                 ids=ids,
                 A=A,
+                trained=trained_A,
                 token_router=token_router,
                 dtoken_logits=dscores if through_tokens else None,
                 num_seqs=o.num_seqs,
@@ -204,8 +208,8 @@ class _Mixture(torch.autograd.Function):
                 backend=o.backend,
             )
         gradients = (dx, dslot_weights, dscores, dinstruction, dtoken_router, *dA, *dB, *dI, *drouters)
-        kept = [grad if need else None for grad, need in zip(gradients, ctx.needs_input_grad[9:], strict=True)]
-        return *(None,) * 9, *kept
+        kept = [grad if need else None for grad, need in zip(gradients, ctx.needs_input_grad[10:], strict=True)]
+        return *(None,) * 10, *kept
 
 
 def _split(parameters: Sequence[Any], options: _Options) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
@@ -336,6 +340,7 @@ def mixture_linear(
     A, B = [bank.A for bank in banks], [bank.B for bank in banks]
     importance = [bank.importance for bank in banks] if mix == "smolora" else []
     trained = tuple(bank.trained for bank in banks if bank.trained is not None)
+    trained_A = tuple(bank.trained_A for bank in banks if bank.trained_A is not None)
     trains = [*A, *(() if token_router is None else (token_router,))]
     rows = [router.rows for router in routers if router.rows is not None]
     options = _Options(
@@ -362,6 +367,7 @@ def mixture_linear(
         weight,
         bias,
         trained,
+        trained_A,
         x,
         slot_weights,
         token_weights,

@@ -449,7 +449,7 @@ def grad_output(
 
 
 def _live_slots(ids: Tensor | None, trained: list[Tensor]) -> Tensor | None:
-    """The slots that reach an expert whose B trains, where looking waits for no device; None for all."""
+    """The slots that reach an expert that trains, where looking waits for no device; None for all."""
     if ids is None or len(trained) != 1 or trained[0].device.type != "cpu":
         return None
     alive = trained[0][ids[:, 0].long().clamp(min=0)].any(0)
@@ -461,6 +461,7 @@ def grad_input(
     dh: Tensor,
     ids: Tensor | None,
     A: list[Tensor],
+    trained: list[Tensor],
     token_router: Tensor | None,
     dtoken_logits: Tensor | None,
     num_seqs: int,
@@ -481,6 +482,8 @@ def grad_input(
 
     Args:
         x: tokens (T, d); None when neither A nor a token router needs a gradient.
+        trained: bool (E,), or (1,) of a shared A, of each bank: rows of A that get a gradient (the others' is zero);
+            none for all.
         dtoken_logits: (T, E), gradient of the token router's logits.
         dmean: (n, d), gradient of the mean that the routers saw, over the number of routed tokens; or None.
         g, base_weight: with both, dx has the base's g W in it.
@@ -523,6 +526,15 @@ def grad_input(
     if used is None:
         return dx, dA, drouter
     banks = range(len(A))[used]
+    live = _live_slots(ids, trained)
+    if live is not None:
+        if not len(live):
+            return (
+                dx,
+                [a.new_zeros(a.shape) if need else a.new_empty(0) for a, need in zip(A, need_A, strict=True)],
+                drouter,
+            )
+        dh, slots = dh.unflatten(3, (slots, -1)).index_select(3, live).flatten(3), len(live)
     x_blocks = blocks.split(x).to(accurate)
     if keep is None:
         partial = torch.bmm(dh[:, :, used].flatten(2).mT, x_blocks)
@@ -533,6 +545,12 @@ def grad_input(
     if not common:
         member = _membership(ids, [a.shape[0] for a in A], accurate)
     for bank in banks:
-        grad = partial[0, bank - used.start] if common else _by_expert(member[bank][:, :, used], partial)
+        if common:
+            grad = partial[0, bank - used.start]
+        else:
+            own = member[bank][:, :, used]
+            grad = _by_expert(own if live is None else own.index_select(3, live), partial)
+        if trained:
+            grad = grad.masked_fill(~trained[bank][:, None, None], 0)
         dA[bank] = grad.to(A[bank].dtype)
     return dx, dA, drouter

@@ -92,6 +92,7 @@ class MixtureExperts(nn.Module):
 
     config_class: type[MixtureConfig]
     sliced: tuple[str, ...] = ()  # parameters whose slices along dimension 0 may be frozen or unused
+    optional_state: tuple[str, ...] = ()  # entries that adapters saved by an older version lack: they start at 0
 
     def __init__(
         self,
@@ -155,6 +156,14 @@ class MixtureExperts(nn.Module):
                 share = slices[name] if name in slices else parameter.shape[0]
                 total += share * parameter[0].numel()
         return total
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: Any, *lists: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        missing = lists[0]
+        for name in self.optional_state:
+            if prefix + name in missing:
+                missing.remove(prefix + name)
+                self.get_buffer(name).zero_()
 
     # ---- a call
 

@@ -15,6 +15,7 @@ from ..spec import Bank, Mixed, Router, Slots, Tokens, accurate_dtype
 from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_task, check_tensor
 from .routedlora import SlotRouting
+from .slices import FreezesExperts
 
 CHOICES = {
     "router_input": ("first", "mean", "last", "image"),
@@ -84,7 +85,7 @@ class BranchLoRAConfig(MixtureConfig, method="branchlora"):
         return self.router_input == "image"
 
 
-class BranchLoRAExperts(MixtureExperts):
+class BranchLoRAExperts(FreezesExperts, MixtureExperts):
     """One BranchLoRA adapter on one linear layer: y = W x + b + s sum_b pi_b B_b A x over the k largest pi.
 
     pi = softmax(router[task] x_r) of the sequence, x_r being what `router_input` names.
@@ -105,11 +106,12 @@ class BranchLoRAExperts(MixtureExperts):
     frozen_branches: Tensor
     _usage: Tensor
     sliced = ("B", "router")
+    mask_name = "frozen_branches"
 
     def __init__(self, *args: Any, device: torch.device | None = None, **kwargs: Any) -> None:
         super().__init__(*args, device=device, **kwargs)
         N = self.config.num_branches
-        self.register_buffer("frozen_branches", torch.zeros(N, dtype=torch.bool, device=device))
+        self._add_mask(N, device)
         self.register_buffer("_usage", torch.zeros(N, dtype=torch.int64, device=device), persistent=False)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -142,8 +144,7 @@ class BranchLoRAExperts(MixtureExperts):
             TypeError, ValueError: see `MixtureExperts.prepare`.
         """
         batch = self.batch(x, cu_seqlens, route_mask)
-        frozen = None if not self._any_frozen else ~self.frozen_branches
-        banks = [Bank(self.A[None], self.B, trained=frozen)]
+        banks = [Bank(self.A[None], self.B, trained=self._trained())]
         if routes is not None:
             return Prepared(batch, banks, {"slots": self._as_slots(routes, batch)})
         n = batch.tokens.num_seqs
@@ -209,24 +210,7 @@ class BranchLoRAExperts(MixtureExperts):
         Raises:
             TypeError, ValueError: it is not.
         """
-        check_tensor("frozen", frozen, self.frozen_branches.device)
-        N = self.config.num_branches
-        if frozen is None or frozen.dtype != torch.bool or tuple(frozen.shape) != (N,):
-            got = None if frozen is None else f"{frozen.dtype} of {tuple(frozen.shape)}"
-            raise ValueError(f"frozen must be bool of shape ({N},), got {got}")
-        self.frozen_branches |= frozen
-        self.__dict__.pop("_frozen_known", None)
-
-    @property
-    def _any_frozen(self) -> bool:
-        """Whether a branch is frozen. It is cached, since reading it syncs on a GPU."""
-        if "_frozen_known" not in self.__dict__:
-            self.__dict__["_frozen_known"] = bool(self.frozen_branches.any())
-        return self.__dict__["_frozen_known"]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.__dict__.pop("_frozen_known", None)
+        self._freeze(frozen)
 
     def usage(self) -> Tensor:
         """Return how often each branch was chosen since `reset_usage()`, int64 (N,); given routes do not count."""
@@ -238,7 +222,7 @@ class BranchLoRAExperts(MixtureExperts):
 
     def trained_slices(self) -> dict[str, int]:
         """Return the branches that are not frozen, and one router, since tasks train one at a time."""
-        return {"B": int((~self.frozen_branches).sum()), "router": 1}
+        return {"B": self._num_trained_experts(), "router": 1}
 
     def facts(self) -> dict[str, Any]:
         c = self.config

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..arguments import check_int
@@ -15,6 +16,7 @@ from ..config import MixtureConfig
 from ..spec import Bank, Slots, accurate_dtype
 from .base import DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_tensor, reads_values
+from .slices import FreezesExperts
 
 
 @dataclass
@@ -43,18 +45,29 @@ class SlotRouting(NamedTuple):
     logits: Tensor | None = None  # (n, E), of the router; None where the experts were given
 
 
-class RoutedLoRAExperts(MixtureExperts):
+class RoutedLoRAExperts(FreezesExperts, MixtureExperts):
     """Several LoRAs on one linear layer: y = W x + b + s sum_j w_j B_e A_e x with e = experts[j] of the sequence.
 
     Parameters (E experts):
-        A (E, r, d) ~ N(0, 0.01^2), B (E, k, r) = 0.
+        A (E, r, d) ~ N(0, 0.01^2), B (E, k, r) = 0. Frozen experts, and those that are not in the batch, keep their
+        values under any optimiser.
+
+    Buffers:
+        frozen_experts: bool (E,), saved with the state.
     """
 
     config: RoutedLoRAConfig
     config_class = RoutedLoRAConfig
     A: Tensor
     B: Tensor
+    frozen_experts: Tensor
     sliced = ("A", "B")
+    mask_name = "frozen_experts"
+    optional_state = ("frozen_experts",)
+
+    def __init__(self, *args: Any, device: torch.device | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, device=device, **kwargs)
+        self._add_mask(self.config.num_experts, device)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         E, r, d, k = self.config.num_experts, self.config.r, self.in_features, self.out_features
@@ -80,7 +93,9 @@ class RoutedLoRAExperts(MixtureExperts):
             TypeError, ValueError: see `MixtureExperts.prepare`.
         """
         batch = self.batch(x, cu_seqlens)
-        return Prepared(batch, [Bank(self.A, self.B)], {"slots": self._slots(experts, weights, batch)})
+        trained = self._trained()
+        banks = [Bank(self.A, self.B, trained=trained, trained_A=trained)]
+        return Prepared(batch, banks, {"slots": self._slots(experts, weights, batch)})
 
     def _slots(self, experts: Tensor, weights: Tensor | None, batch: Any) -> Slots:
         """Check the slots. Those that are empty in every sequence are left out, if reading them does not sync."""
@@ -118,6 +133,23 @@ class RoutedLoRAExperts(MixtureExperts):
         last = self._decided("last_routing()")
         assert last.ids is not None and last.slot_weights is not None  # slots were given
         return SlotRouting(last.ids[:, 0], last.slot_weights[:, 0])
+
+    def freeze_experts(self, frozen: Tensor) -> None:
+        """Freeze experts for good; experts that are frozen already stay frozen.
+
+        They go on working where they are chosen: x and the weights get their gradients through them.
+
+        Args:
+            frozen: bool (E,).
+
+        Raises:
+            TypeError, ValueError: it is not.
+        """
+        self._freeze(frozen)
+
+    def trained_slices(self) -> dict[str, int]:
+        """Return the experts that are not frozen."""
+        return dict.fromkeys(self.sliced, self._num_trained_experts())
 
     def facts(self) -> dict[str, Any]:
         return {"experts": self.config.num_experts}

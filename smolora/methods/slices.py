@@ -1,4 +1,4 @@
-"""Parameters whose slices train one by one: branches, of which some are frozen, or routers and pairs of tasks.
+"""Parameters whose slices train one by one: experts, of which some are frozen, or routers and pairs of tasks.
 
 A gradient of zero does not keep a slice, because weight decay and momentum still move it. These parameters keep every
 slice (along dimension 0) whose gradient is exactly zero, bit for bit, under any `torch.optim.Optimizer`.
@@ -6,11 +6,14 @@ slice (along dimension 0) whose gradient is exactly zero, bit for bit, under any
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .checks import check_tensor
 
 
 class SlicedParameter(nn.Parameter):
@@ -41,3 +44,46 @@ def _restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Non
 
 register_optimizer_step_pre_hook(_remember)
 register_optimizer_step_post_hook(_restore)
+
+
+class FreezesExperts(nn.Module):
+    """Mixin of mixtures whose experts can be frozen one by one, for good.
+
+    Which ones are is a buffer, bool (E,), saved with the state.
+    """
+
+    mask_name: ClassVar[str]  # of the buffer
+
+    def _add_mask(self, num_experts: int, device: torch.device | None) -> None:
+        self.register_buffer(self.mask_name, torch.zeros(num_experts, dtype=torch.bool, device=device))
+
+    def _freeze(self, frozen: Tensor) -> None:
+        """Freeze experts; those that are frozen already stay frozen.
+
+        Raises:
+            TypeError, ValueError: `frozen` is no mask of the experts.
+        """
+        mask: Tensor = getattr(self, self.mask_name)
+        check_tensor("frozen", frozen, mask.device)
+        if frozen is None or frozen.dtype != torch.bool or frozen.shape != mask.shape:
+            got = None if frozen is None else f"{frozen.dtype} of {tuple(frozen.shape)}"
+            raise ValueError(f"frozen must be bool of shape {tuple(mask.shape)}, got {got}")
+        mask |= frozen
+        self.__dict__.pop("_frozen_known", None)
+
+    def _trained(self) -> Tensor | None:
+        """Return the experts that are not frozen, bool (E,); None if none is.
+
+        Whether any is frozen is cached, since reading it syncs on a GPU.
+        """
+        mask: Tensor = getattr(self, self.mask_name)
+        if "_frozen_known" not in self.__dict__:
+            self.__dict__["_frozen_known"] = bool(mask.any())
+        return ~mask if self.__dict__["_frozen_known"] else None
+
+    def _num_trained_experts(self) -> int:
+        return int((~getattr(self, self.mask_name)).sum())
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.__dict__.pop("_frozen_known", None)

@@ -59,7 +59,11 @@ def check_names(model: nn.Module, adapter_name: str, found: Iterable[str], unkno
     """
     within = re.compile(rf"\.(\w+_experts)\.{re.escape(adapter_name)}\.")
     found = {within.sub(r".\1.", name.removeprefix(PREFIX)) for name in found}
-    wanted = (name.removeprefix(PREFIX) for name in model.state_dict() if within.search(name))
+    optional = {
+        f"{name}.{entry}" for name, module in model.named_modules() for entry in getattr(module, "optional_state", ())
+    }
+    wanted = {name for name in model.state_dict() if within.search(name)} - optional
+    wanted = {name.removeprefix(PREFIX) for name in wanted}
     missing = sorted(name for name in wanted if within.sub(r".\1.", name) not in found)
     unknown = sorted(name.removeprefix(PREFIX) for name in unknown)
     if missing or unknown:

@@ -75,6 +75,7 @@ def test_masks_are_those_of_every_backend(seed: int, device: str):
             dh=dh,
             ids=ids,
             A=[ones],
+            trained=[],
             token_router=None,
             dtoken_logits=None,
             num_seqs=1,

@@ -57,6 +57,7 @@ def test_mixtures_in_half_precision(case: MixCase, device: str, dtype: torch.dty
         (MIX_OPTIONS[0], ("A0", "slot_weights")),
         (MIX_OPTIONS[2], ("x", "A0")),  # scores alone, and B
         (mixtures.plain.but(frozen=True), ("x", "A0", "slot_weights")),  # programs with nothing to sum
+        (mixtures.plain.but(frozen=True, threshold=64), ("x", "B0", "slot_weights")),  # the same of dA alone
         (mixtures.plain.but(E=(4, 3), K=2, threshold=26), ("A1", "B0")),  # a bank of which A trains, one with B
         (mixtures.plain.but(E=(4, 4), reads_x=False, routed=True, K=2, r=32), ("A0", "A1")),
         (MIX_OPTIONS[16], ("token_router", "B0")),

@@ -36,7 +36,7 @@ class MixCase:
     gate: str = "chosen"
     gate_grad: str | None = "chosen"
     empty: bool = False  # some slots are empty
-    frozen: bool = False  # some experts' B get no gradient
+    frozen: bool = False  # some experts get no gradient: neither their B nor, unless it is shared, their A
     threshold: int = 0
     mask: bool = False
     bias: bool = True
@@ -167,7 +167,14 @@ def forward_call(call: Call, backend: str, x: Tensor, named: dict[str, Tensor]) 
 def banks_of(call: Call, named: dict[str, Tensor]) -> list[Bank]:
     given = call.given
     return [
-        Bank(named[f"A{i}"], named[f"B{i}"], i, named.get(f"I{i}"), given.get(f"trained{i}"))
+        Bank(
+            named[f"A{i}"],
+            named[f"B{i}"],
+            i,
+            named.get(f"I{i}"),
+            given.get(f"trained{i}"),
+            None if call.case.shared else given.get(f"trained{i}"),
+        )
         for i in range(len(call.case.E))
     ]
 
@@ -206,7 +213,9 @@ def naive_call(call: Call) -> dict[str, Tensor]:
         for bank, E in enumerate(c.E):
             A, B = named[f"A{bank}"], named[f"B{bank}"]
             if "trained0" in given:
-                B = torch.where(given[f"trained{bank}"][:, None, None], B, B.detach())
+                learns = given[f"trained{bank}"][:, None, None]
+                B = torch.where(learns, B, B.detach())
+                A = A if c.shared else torch.where(learns, A, A.detach())
             if c.routed:
                 router = named[f"router{bank}"]
                 router = router[given["rows"][i]] if c.tasks else router
@@ -268,7 +277,7 @@ MIX_OPTIONS = [
     plain.but(weights="one", K=0),  # every expert, unweighted
     plain.but(empty=True),  # empty slots, the number of experts of a sequence differs
     plain.but(empty=True, shared=True, threshold=26, frozen=True),
-    plain.but(frozen=True, K=3),  # experts whose B stays
+    plain.but(frozen=True, K=3),  # experts that stay
     plain.but(shared=True, K=3, threshold=64),  # one h for three B
     plain.but(shared=True, weights="token", K=0),
     plain.but(shared=True, routed=True, tasks=3, gate="all", gate_grad="all", mask=True),  # a router a task
@@ -286,6 +295,7 @@ MIX_OPTIONS = [
     smolora.but(gate_grad="all"),
     smolora.but(routed=False, K=2, E=(4, 4)),
     smolora.but(shared=True, K=2, gate_grad="chosen", threshold=26),  # shared A under the fusion too
+    plain.but(frozen=True, empty=True, threshold=64),  # frozen, empty and training slots, with dropout
 ]
 
 MIX_SHAPES = [

@@ -52,7 +52,8 @@ MUTANTS = {
     "scale off by 1%": (plain, given("fuse_expand", scaling=lambda s: s * 1.01)),
     "slot weights ignored": (plain, given("fuse_expand", slot_weights=lambda q: q * 0 + 0.5)),
     "slots exchanged": (plain, given("fuse_expand", ids=lambda ids: ids.flip(2).contiguous())),
-    "frozen experts train": (plain.but(frozen=True), given("grad_output", trained=lambda trained: [])),
+    "frozen experts' B train": (plain.but(frozen=True), given("grad_output", trained=lambda trained: [])),
+    "frozen experts' A train": (plain.but(frozen=True), given("grad_input", trained=lambda trained: [])),
     "dslot_weights zero": (plain, returning("grad_output", 3, lambda q: q * 0)),
     "dh of one slot": (shared, returning("grad_output", 0, lambda dh: dh / 3)),
     "given scores shifted": (

@@ -23,7 +23,12 @@ from support.layers import (
 )
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FREEZE = {"branchlora": "freeze_branches", "routedlora": "freeze_experts"}
 METHODS = [MOELORA, ROUTED.but(call="weights"), BRANCH, LILORA]
+
+
+def freeze(layer: nn.Module, frozen: list[bool]) -> None:
+    getattr(layer, FREEZE[layer.config.method])(torch.tensor(frozen))
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
@@ -54,8 +59,8 @@ def test_starts_as_the_base(case: LayerCase):
 @pytest.mark.parametrize("case", METHODS, ids=str)
 def test_state_dict_round_trip(case: LayerCase):
     layer, batch = build_layer(case, torch.float32)
-    if case.method == "branchlora":
-        layer.freeze_branches(torch.tensor([True, False, True, False, False]))
+    if case.method in FREEZE:
+        freeze(layer, [True, False, True, False, False])
     other, _ = build_layer(case.but(seed=5), torch.float32)
     other.load_state_dict(layer.state_dict())
     expected, got = run_layer(layer, batch, "torch"), run_layer(other, batch, "torch")
@@ -188,34 +193,93 @@ def test_frozen_branches_stay_through_saving(tmp_path):
     assert other.frozen_branches.tolist() == [True, True, False, False, True]
 
 
+def test_frozen_experts_stay_through_saving(tmp_path):
+    """Under AdamW with momentum and weight decay, while x and the weights get the gradients that they had."""
+    case = ROUTED.but(B=5, call="weights", dropout=0.1)
+    layer, batch = build_layer(case, torch.float32)
+    batch.call["experts"] = (torch.arange(5)[:, None] + torch.arange(3)) % 5
+    free = run_layer(layer, batch, "torch")
+    freeze(layer, [False, True, False, False, True])
+    torch.save(layer.state_dict(), tmp_path / "state.pt")
+    other, _ = build_layer(case.but(seed=9), torch.float32)
+    opt = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+
+    def step() -> dict[str, torch.Tensor]:
+        got = run_layer(other, batch, "torch")
+        for name, parameter in own_parameters(other).items():
+            parameter.grad = got[f"d{name}"]
+        opt.step()
+        return got
+
+    step()  # momentum for every expert
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    before = {name: p.detach().clone() for name, p in own_parameters(other).items()}
+    got = step()
+    assert all(torch.equal(got[name], free[name]) for name in ("y", "dx", "dweights"))
+    trains = [True, False, True, True, False]
+    for name in ("dA", "dB"):
+        assert torch.equal(got[name][trains], free[name][trains])
+        assert free[name][1].any() and not got[name][other.frozen_experts].any()
+    step()
+    for name, parameter in own_parameters(other).items():
+        assert (before[name] != parameter).flatten(1).any(1).tolist() == [True, False, True, True, False]
+    other.freeze_experts(torch.tensor([True, False, False, False, False]))  # the others stay frozen
+    assert other.frozen_experts.tolist() == [True, True, False, False, True]
+
+
+def test_state_without_a_mask_of_frozen_experts():
+    """Adapters saved before experts could be frozen load: none is frozen."""
+    layer, _ = build_layer(ROUTED, torch.float32)
+    freeze(layer, [True, False, False, False, False])
+    state = layer.state_dict()
+    del state["frozen_experts"]
+    layer.load_state_dict(state)
+    assert not layer.frozen_experts.any()
+    del state["A"]
+    with pytest.raises(RuntimeError, match='Missing key\\(s\\) in state_dict: "A"'):
+        layer.load_state_dict(state)
+
+
 def test_counts_are_by_slice():
     layer, _ = build_layer(BRANCH, torch.float32)
     d, k, r = BRANCH.d, BRANCH.k, BRANCH.r
     assert layer.num_trained() == r * d + 5 * k * r + 5 * d
     layer.freeze_branches(torch.tensor([True, False, True, False, False]))
     assert layer.num_trained() == r * d + 3 * k * r + 5 * d
+    routed, _ = build_layer(ROUTED, torch.float32)
+    assert routed.num_trained() == 5 * (r * d + k * r)
+    routed.freeze_experts(torch.tensor([True, False, True, False, False]))
+    assert routed.num_trained() == 3 * (r * d + k * r)
     lilora, _ = build_layer(LILORA, torch.float32)
     assert lilora.num_trained() == r * d + k * r + 4 * r + k * 4 + 1
     moelora, _ = build_layer(MOELORA, torch.float32)
     assert moelora.num_trained() == 5 * (r * d + k * r + d)
 
 
-def test_frozen_branches_cost_no_product(monkeypatch: pytest.MonkeyPatch):
-    """Where every chosen branch is frozen, dB's product u^T g is not computed at all."""
+@pytest.mark.parametrize("case", [BRANCH, ROUTED], ids=str)
+def test_frozen_experts_cost_no_product(case: LayerCase, monkeypatch: pytest.MonkeyPatch):
+    """dB's u^T g and dA's dh^T x have the columns of the slots that train, and are left out where there are none."""
     monkeypatch.setattr(compiled, "module", None)  # whose products nobody sees
-    layer, batch = build_layer(BRANCH, torch.float32)
-    bmm, rows = torch.bmm, BRANCH.r * layer.config.top_k
+    layer, batch = build_layer(case, torch.float32)
+    if case is ROUTED:
+        batch.call = {"experts": torch.tensor([[0, 1, 2]] * 3)}
+    bmm, K = torch.bmm, 3 if case is ROUTED else 2
 
-    def products_of_dB() -> int:
+    def products(slots: int) -> tuple[int, int]:
         shapes = []
         with monkeypatch.context() as patch:
             patch.setattr(torch, "bmm", lambda a, b, **k: shapes.append((a.shape[1], b.shape[2])) or bmm(a, b, **k))
             run_layer(layer, batch, "torch")
-        return shapes.count((rows, BRANCH.k))
+        return shapes.count((slots * case.r, case.k)), shapes.count((slots * case.r, case.d))
 
-    assert products_of_dB() == 1
-    layer.freeze_branches(torch.ones(5, dtype=torch.bool))
-    assert products_of_dB() == 0
+    dA = int(case is ROUTED)  # BranchLoRA's A is one for all branches
+    assert products(K) == (1, dA)
+    if case is ROUTED:
+        freeze(layer, [True, False, True, False, True])
+        assert products(K) == (0, 0) and products(1) == (1, 1)
+    freeze(layer, [True] * 5)
+    assert products(K) == (0, 0)
+    assert products(1)[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ routing

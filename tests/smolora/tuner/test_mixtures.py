@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import smolora
@@ -246,18 +247,43 @@ def test_bad_input(method: str, given: dict, message: str):
         forward(model, batch((5, 9)), given)
 
 
-def test_frozen_branches_are_saved(tmp_path):
-    model = adapted("branchlora")
+def masks_of_frozen(model: nn.Module, name: str) -> list[list[bool]]:
     layers = [m for m in model.modules() if isinstance(m, smolora.tuner.MixtureLinear)]
-    layers[0].experts["default"].freeze_branches(torch.tensor([True, False, False, True]))
+    return [layer.experts["default"].get_buffer(name).tolist() for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("method", "freeze", "name", "frozen"),
+    [
+        ("branchlora", "freeze_branches", "frozen_branches", [True, False, False, True]),
+        ("routedlora", "freeze_experts", "frozen_experts", [True, False, True]),
+    ],
+)
+def test_frozen_experts_are_saved(method: str, freeze: str, name: str, frozen: list[bool], tmp_path):
+    model = adapted(method)
+    layers = [m for m in model.modules() if isinstance(m, smolora.tuner.MixtureLinear)]
+    getattr(layers[0].experts["default"], freeze)(torch.tensor(frozen))
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path)
-    frozen = [
-        m.experts["default"].frozen_branches.tolist()
-        for m in loaded.modules()
-        if isinstance(m, smolora.tuner.MixtureLinear)
-    ]
-    assert frozen[0] == [True, False, False, True] and not any(map(any, frozen[1:]))
+    masks = masks_of_frozen(PeftModel.from_pretrained(tiny_llava(), tmp_path), name)
+    assert masks[0] == frozen and len(masks) > 1 and not any(map(any, masks[1:]))
+
+
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_an_adapter_without_a_mask_of_frozen_experts_loads(by_transformers: bool, tmp_path):
+    """As adapters were saved before experts could be frozen."""
+    adapted("routedlora").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    older = {name: t for name, t in tensors.items() if not name.endswith("frozen_experts")}
+    assert len(older) == len(tensors) * 2 // 3
+    save_file(older, file, metadata={"format": "pt"})
+    model = tiny_llava()
+    if by_transformers:
+        model.load_adapter(str(tmp_path))
+    else:
+        model = PeftModel.from_pretrained(model, tmp_path)
+    masks = masks_of_frozen(model, "frozen_experts")
+    assert masks and not any(map(any, masks))
 
 
 @pytest.mark.parametrize("method", METHODS)
