@@ -23,6 +23,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
+def is_recomputed() -> bool:
+    """Return whether this forward repeats one within a backward, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Return whether calling a module does more than its class's forward: hooks, or a replaced forward (offloading)."""
     hooks = (

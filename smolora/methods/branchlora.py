@@ -12,7 +12,7 @@ from ..arguments import check_choice, check_int
 from ..config import MixtureConfig
 from ..routing import TopK
 from ..spec import Bank, Mixed, Router, Slots, Tokens, accurate_dtype
-from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
+from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared, is_recomputed
 from .checks import check_ids, check_task, check_tensor
 from .routedlora import SlotRouting
 from .slices import FreezesExperts
@@ -161,7 +161,7 @@ class BranchLoRAExperts(FreezesExperts, MixtureExperts):
         return Prepared(seen, banks, how)
 
     def finish(self, x: Tensor, mixed: Mixed, decision: Decision | None = None) -> Tensor:
-        if mixed.logits is not None and mixed.ids is not None:  # routed, not given
+        if mixed.logits is not None and mixed.ids is not None and not is_recomputed():  # routed, not given
             number = torch.arange(self.config.num_branches, device=x.device)
             self._usage += (mixed.ids.reshape(-1, 1) == number).sum(0)
         return super().finish(x, mixed, decision)
@@ -213,7 +213,10 @@ class BranchLoRAExperts(FreezesExperts, MixtureExperts):
         self._freeze(frozen)
 
     def usage(self) -> Tensor:
-        """Return how often each branch was chosen since `reset_usage()`, int64 (N,); given routes do not count."""
+        """Return how often each branch was chosen since `reset_usage()`, int64 (N,).
+
+        Given routes do not count, nor does a forward that activation checkpointing repeats in the backward.
+        """
         return self._usage.clone()
 
     def reset_usage(self) -> None:

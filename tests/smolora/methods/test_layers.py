@@ -304,6 +304,18 @@ def test_usage_counts_what_was_chosen():
     assert not layer.usage().any()
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_usage_counts_a_recomputed_forward_once(use_reentrant: bool):
+    layer, batch = build_layer(BRANCH, torch.float32)
+    layer(batch.x, **batch.call)
+    counted = layer.usage()
+    layer.reset_usage()
+    x = batch.x.detach().requires_grad_()
+    y = checkpoint(lambda x: layer(x, **batch.call), x, use_reentrant=use_reentrant)
+    y.backward(batch.cotangent)
+    assert counted.any() and torch.equal(layer.usage(), counted)
+
+
 def test_slots_that_nobody_uses_are_left_out():
     """Known on the CPU: an empty slot of all sequences, and a weight of 0, cost no product and change nothing."""
     layer, batch = build_layer(ROUTED, torch.float64)
