@@ -9,15 +9,17 @@ from .methods import (
     BranchLoRAConfig,
     FusedBranchLoRA,
     FusedLiLoRA,
+    FusedMoECL,
     FusedMoELoRA,
     FusedRoutedLoRA,
     FusedSMoLoRA,
     LiLoRAConfig,
+    MoECLConfig,
     MoELoRAConfig,
     RoutedLoRAConfig,
 )
 from .routing import Routing
-from .tuner import SMoLoRAModel, routing_report
+from .tuner import SMoLoRAModel, discriminator_loss, routing_report
 
 __version__ = "0.1.0"
 
@@ -26,17 +28,20 @@ __all__ = [
     "BranchLoRAConfig",
     "FusedBranchLoRA",
     "FusedLiLoRA",
+    "FusedMoECL",
     "FusedMoELoRA",
     "FusedRoutedLoRA",
     "FusedSMoLoRA",
     "InstructionEncoder",
     "LiLoRAConfig",
+    "MoECLConfig",
     "MoELoRAConfig",
     "RoutedLoRAConfig",
     "Routing",
     "SMoLoRAConfig",
     "SMoLoRAModel",
     "backend_info",
+    "discriminator_loss",
     "reference",
     "routing_report",
     "use_backend",

@@ -6,6 +6,7 @@ Slow on purpose: nothing here shares a line, or an idea, with the fast code. Imp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -355,3 +356,87 @@ def lilora_forward(
         pair = F.linear(F.linear(z, task_A[t].to(x.dtype)), task_B[t].to(x.dtype))
         outputs.append(scaling * (a * F.linear(z, B.to(x.dtype)) + (1 - a) * pair))
     return _over_base(x, weight, bias, torch.cat(outputs))
+
+
+def moecl_expert(
+    x: Tensor,
+    block: tuple[Tensor, Tensor, Tensor],
+    loras: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    *,
+    scaling: float,
+    dropped: Sequence[Tensor | float] = (1.0, 1.0, 1.0),
+) -> Tensor:
+    """One expert of MoE-CL, a feed-forward block with LoRAs: F(x) = W_d u + s B_d A_d u, u = silu(gate) * up.
+
+    Args:
+        x: (..., d). block: W_g, W_u (m, d) and W_d (d, m), without biases.
+        loras: (A, B) on each: (r, d), (m, r) on gate and up; (r, m), (d, r) on down.
+        scaling: s. dropped: what multiplies the inputs of the three A.
+    """
+    (W_g, W_u, W_d), (gate, up, down) = block, loras
+
+    def layer(inputs: Tensor, W: Tensor, lora: tuple[Tensor, Tensor], factor: Tensor | float) -> Tensor:
+        A, B = lora[0].to(x.dtype), lora[1].to(x.dtype)
+        return F.linear(inputs, W.to(x.dtype)) + scaling * F.linear(F.linear(inputs * factor, A), B)
+
+    u = F.silu(layer(x, W_g, gate, dropped[0])) * layer(x, W_u, up, dropped[1])
+    return layer(u, W_d, down, dropped[2])
+
+
+def moecl_forward(
+    x: Tensor,
+    block: tuple[Tensor, Tensor, Tensor],
+    gate_A: Tensor,
+    gate_B: Tensor,
+    up_A: Tensor,
+    up_B: Tensor,
+    down_A: Tensor,
+    down_B: Tensor,
+    router: Tensor,
+    discriminator: Tensor,
+    task: Tensor,
+    *,
+    scaling: float,
+    cu_seqlens: Tensor | None = None,
+    route_mask: Tensor | None = None,
+    double_softmax: bool = True,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One MoE-CL block: h = g_0 F_0(x) + g_1 F_t(x), g = softmax(G x), and the loss of its discriminator C.
+
+    The loss is the mean over sequences of the cross-entropy of C on the mean of F_0(x) over the sequence's tokens, F_0
+    being without dropout on the input of its down_A. It is differentiated as it stands: no gradient is reversed.
+
+    Args:
+        x: (B, S, d), or packed. block: see `moecl_expert`.
+        gate_A, ..., down_B: of T + 1 experts, see `moecl_expert`. router, discriminator: G (2, d), C (T, d).
+        task: int (n,). route_mask: bool, of x's shape without d: the tokens that C sees.
+        double_softmax: whether the cross-entropy is of probabilities, as if these were logits.
+        scaling: s. dropout, seed: as in `smolora_forward`; the task's expert has the mask's second half of rows.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    T, (m, d) = len(tokens), block[0].shape
+    seen = torch.ones(T, dtype=torch.bool) if route_mask is None else route_mask.reshape(-1)
+    g = torch.softmax(F.linear(tokens, router.to(x.dtype)), -1)
+    masks: list[Tensor] = []
+    if dropout and seed is not None:
+        masks = [dropout_factor(seed, 2 * T, width, i, dropout).to(x.dtype) for i, width in enumerate((d, d, m))]
+    outputs, losses = [tokens.new_zeros(0, d)], [tokens.new_zeros(0)]
+    for i, (start, end) in enumerate(_bounds(x, cu_seqlens)):
+        here, t = tokens[start:end], int(task[i])
+
+        def expert(e: int, masks: list[Tensor], here: Tensor = here) -> Tensor:
+            loras = ((gate_A[e], gate_B[e]), (up_A[e], up_B[e]), (down_A[e], down_B[e]))
+            dropped: list[Tensor | float] = [*masks, 1.0, 1.0, 1.0]
+            return moecl_expert(here, block, loras, scaling=scaling, dropped=dropped[:3])
+
+        shared, own = ([mask[half * T + start : half * T + end] for mask in masks] for half in range(2))
+        outputs.append(g[start:end, :1] * expert(0, shared) + g[start:end, 1:] * expert(t + 1, own))
+        counted = seen[start:end]
+        feature = (expert(0, shared[:2]) * counted[:, None]).sum(0) / max(int(counted.sum()), 1)
+        logits = F.linear(feature, discriminator.to(x.dtype))
+        if double_softmax:
+            logits = torch.softmax(logits, -1)
+        losses.append(-torch.log_softmax(logits, -1)[t : t + 1])
+    return torch.cat(outputs).reshape(x.shape), torch.cat(losses).mean()

@@ -3,6 +3,7 @@
 from .base import Mixture
 from .branchlora import BRANCHLORA, BranchLoRAConfig, FusedBranchLoRA
 from .lilora import LILORA, FusedLiLoRA, LiLoRAConfig
+from .moecl import MOECL, FusedMoECL, MoECLConfig
 from .moelora import MOELORA, FusedMoELoRA, MoELoRAConfig
 from .routedlora import ROUTEDLORA, FusedRoutedLoRA, RoutedLoRAConfig
 from .smolora import SMOLORA, FusedSMoLoRA, SMoLoRAConfig
@@ -15,6 +16,7 @@ MIXTURES: dict[str, Mixture] = {
         ROUTEDLORA,
         BRANCHLORA,
         LILORA,
+        MOECL,
     )
 }
 
@@ -23,10 +25,12 @@ __all__ = [
     "BranchLoRAConfig",
     "FusedBranchLoRA",
     "FusedLiLoRA",
+    "FusedMoECL",
     "FusedMoELoRA",
     "FusedRoutedLoRA",
     "FusedSMoLoRA",
     "LiLoRAConfig",
+    "MoECLConfig",
     "MoELoRAConfig",
     "RoutedLoRAConfig",
     "SMoLoRAConfig",

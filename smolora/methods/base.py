@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -369,6 +369,7 @@ class Mixture(NamedTuple):
     experts: type[MixtureExperts]
     layer: type[nn.Module]  # `Fused<Name>`
     no_merge: str  # why it cannot be merged into the base
+    target: Literal["linear", "block"] = "linear"  # what it adapts: a linear layer, or a feed-forward block of three
 
     @property
     def title(self) -> str:

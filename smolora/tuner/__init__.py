@@ -1,5 +1,6 @@
 """PEFT methods: `peft.get_peft_model(model, config)` with the configuration of any mixture."""
 
+from .block import MixtureBlock, discriminator_loss
 from .layer import MixtureLayer
 from .linear import MixtureLinear
 from .model import MODELS, MixtureModel, SMoLoRAModel
@@ -8,9 +9,11 @@ from .report import LayerRouting, routing_report
 __all__ = [
     "MODELS",
     "LayerRouting",
+    "MixtureBlock",
     "MixtureLayer",
     "MixtureLinear",
     "MixtureModel",
     "SMoLoRAModel",
+    "discriminator_loss",
     "routing_report",
 ]

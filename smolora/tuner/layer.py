@@ -30,11 +30,19 @@ class MixtureLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, key: str, takes_images: bool) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self.sizes()
         setattr(self, f"{self.mixture.name}_experts", nn.ModuleDict())
         self.smolora_key = key
         self.takes_images = takes_images
         self.merged_adapters: list[str] = []
+
+    def sizes(self) -> tuple[int, int]:
+        """Return the sizes that the experts are made for: inputs and outputs."""
+        return _get_in_out_features(self.get_base_layer())
+
+    def placed(self) -> nn.Module:
+        """Return the module whose device and dtype are the base's."""
+        return self.get_base_layer()
 
     @property
     def experts(self) -> Any:  # an nn.ModuleDict, whose type cannot say of what
@@ -45,8 +53,7 @@ class MixtureLayer(BaseTunerLayer):
         """Add an adapter."""
         device, dtype = place_of(self)
         experts = self.mixture.experts(
-            self.in_features,
-            self.out_features,
+            *self.sizes(),
             config,
             device=device,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
@@ -115,9 +122,9 @@ class MixtureLayer(BaseTunerLayer):
         """Do nothing: nothing is ever merged."""
 
 
-def place_of(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dtype | None]:
+def place_of(layer: MixtureLayer) -> tuple[torch.device | None, torch.dtype | None]:
     """Return device and dtype for a layer's adapter: the base's, or the device that an offloaded base runs on."""
-    base = layer.get_base_layer()
+    base = layer.placed()
     device, dtype = layer._get_base_layer_device_and_dtype(base)
     hook = getattr(base, "_hf_hook", None)
     if device is not None and device.type == "meta" and hook is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..config import MixtureConfig
-from ..methods.base import Decision, Mixture
+from ..methods.base import Decision
 from .context import RoutingContext
 from .decode_fusion import try_fused_decode
 from .layer import MixtureLayer
@@ -37,6 +38,20 @@ class MixtureLinear(nn.Module, MixtureLayer):
         self.smolora_context = context
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
+
+    @classmethod
+    def check_target(cls, base: nn.Module, key: str) -> None:
+        """Check that a module can get adapters.
+
+        Raises:
+            TypeError: it cannot; the message has its name `key`.
+        """
+        backend = resolve_quantization_backend(base)
+        if not isinstance(base, nn.Linear) and (backend is None or backend.layer_type != "linear"):
+            raise TypeError(
+                f"target_modules must name linear layers (torch.nn.Linear, possibly quantised), but {key} is "
+                f"{type(base).__name__}"
+            )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output plus that of each active adapter.
@@ -85,16 +100,6 @@ class MixtureLinear(nn.Module, MixtureLayer):
 
     def __repr__(self) -> str:
         return f"{self.mixture.name}.{super().__repr__()}"
-
-
-def layer_class(mixture: Mixture) -> type[MixtureLinear]:
-    """Make the adapter layer of a method, such as `SMoLoRALinear`."""
-    attributes = {
-        "__doc__": f"A linear layer of a model, possibly quantised, with {mixture.title} adapters.",
-        "mixture": mixture,
-        "adapter_layer_names": (f"{mixture.name}_experts",),
-    }
-    return type(f"{mixture.title}Linear", (MixtureLinear,), attributes)
 
 
 def name_layer(error: Exception, key: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import register_peft_method, resolve_quantization_backend
+from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
@@ -16,10 +16,11 @@ from ..config import MixtureConfig
 from ..methods import MIXTURES
 from ..methods.base import Mixture
 from ..peft_compat import register_peft_type
+from .block import layer_class
 from .context import CONTEXT, RoutingContext
 from .install import install, install_image_anchor, remove
 from .layer import MixtureLayer, place_of
-from .linear import MixtureLinear, layer_class
+from .linear import MixtureLinear
 from .loading import PREFIX, check_names, explain_refused_peft
 
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -28,6 +29,11 @@ DEFAULT_TARGETS = {
     # not the vision tower
     "llava": rf"(.*\.)?language_model\..*\.({'|'.join(FFN)})|(.*\.)?multi_modal_projector\.linear_[12]",
 }
+BLOCK_TARGETS = {  # of methods on whole feed-forward blocks
+    **{name: ["mlp"] for name in ("llama", "mistral", "qwen2", "qwen3")},
+    "llava": r"(.*\.)?language_model\..*\.mlp",
+}
+TARGETS = {"linear": DEFAULT_TARGETS, "block": BLOCK_TARGETS}  # by what a mixture adapts
 
 
 class MixtureModel(BaseTuner):
@@ -48,7 +54,7 @@ class MixtureModel(BaseTuner):
     """
 
     mixture: Mixture
-    target_module_mapping = DEFAULT_TARGETS
+    tuner_layer_cls: type[MixtureLinear]
 
     def _pre_injection_hook(self, model: nn.Module, config: MixtureConfig, adapter_name: str) -> None:
         if not config.takes:  # needs no context: it treats every token alike
@@ -76,12 +82,7 @@ class MixtureModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        backend = resolve_quantization_backend(base)
-        if not isinstance(base, nn.Linear) and (backend is None or backend.layer_type != "linear"):
-            raise TypeError(
-                f"target_modules must name linear layers (torch.nn.Linear, possibly quantised), but {current_key} is "
-                f"{type(base).__name__}"
-            )
+        self.tuner_layer_cls.check_target(base, current_key)
         layer = self.new_layer(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -221,6 +222,7 @@ def register(mixture: Mixture) -> type[MixtureModel]:
             "__doc__": f"A model with {mixture.title} adapters; see `MixtureModel`.",
             "mixture": mixture,
             "prefix": f"{mixture.name}_",
+            "target_module_mapping": TARGETS[mixture.target],
             "tuner_layer_cls": layer_class(mixture),
         }
         model: Any = type(f"{mixture.title}Model", (MixtureModel,), attributes)

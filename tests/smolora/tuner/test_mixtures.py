@@ -19,6 +19,7 @@ OPTIONS = {
     "routedlora": {"num_experts": 3},
     "branchlora": {"num_branches": 4, "num_tasks": 3},
     "lilora": {"task_r": 2, "num_tasks": 3},
+    "moecl": {"num_tasks": 3},
 }
 GIVEN = {  # of two samples
     "moelora": {},
@@ -28,7 +29,9 @@ GIVEN = {  # of two samples
     },
     "branchlora": {"task_ids": torch.tensor([2, 0])},
     "lilora": {"task_ids": torch.tensor([1, 2])},
+    "moecl": {"task_ids": torch.tensor([1, 2])},
 }
+BLOCKS = [f"model.language_model.layers.{i}.mlp" for i in range(2)]
 METHODS = list(OPTIONS)
 BY_SAMPLE = [name for name in METHODS if GIVEN[name]]
 
@@ -63,11 +66,13 @@ def forward(model: nn.Module, inputs: dict, given: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_targets_and_parameters(method: str):
-    model = get_peft_model(tiny_llava(), config(method))
-    assert sorted(model.targeted_module_names) == sorted(ADAPTED)
+    base, mixture = tiny_llava(), smolora.MIXTURES[method]
+    model = get_peft_model(base, config(method))
+    assert sorted(model.targeted_module_names) == sorted(BLOCKS if mixture.target == "block" else ADAPTED)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(f".{method}_experts.default." in name for name in trained)
-    layer = smolora.MIXTURES[method].layer(nn.Linear(4, 6), config(method))
+    adapted = nn.Linear(4, 6) if mixture.target == "linear" else tiny_llava().get_submodule(BLOCKS[0])
+    layer = mixture.layer(adapted, config(method))
     assert {name.rpartition(".")[2] for name in trained} == set(dict(layer.named_parameters(recurse=False)))
 
 
@@ -92,7 +97,10 @@ def test_every_parameter_gets_a_gradient(method: str):
     if "task_ids" in GIVEN[method]:
         calls = [{"task_ids": torch.tensor(pair)} for pair in ([0, 1], [2, 2])]
     for given in calls:
-        model(**batch((5, 9), answer=2), **given).loss.backward()
+        loss = model(**batch((5, 9), answer=2), **given).loss
+        if method == "moecl":
+            loss = loss + smolora.discriminator_loss(model)
+        loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.isfinite().all(), name
