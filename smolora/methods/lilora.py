@@ -112,12 +112,35 @@ class LiLoRAExperts(MixtureExperts):
         pair = torch.bmm(self.task_B.index_select(0, task), self.task_A.index_select(0, task))
         return share * self.B + (1 - share) * pair
 
+    def regulariser(self, task: int, previous: int, previous_B: Tensor) -> Tensor:
+        """Return the paper's L_reg = (1 - cos(P_t, P_t-1)) |B_t - B_t-1|_F^2 with P = task_B task_A, of two tasks.
+
+        A task whose pair is unlike that of the task before is to leave B where it was. Where P_t is zero, as it starts,
+        the cosine counts as 0. P_t-1 and B_t-1 get no gradient.
+
+        Args:
+            task, previous: t and t - 1.
+            previous_B: (k, r), B as the task before left it.
+        """
+        A, B = self.task_A[task], self.task_B[task]
+        before_A, before_B = self.task_A[previous].detach(), self.task_B[previous].detach()
+        inner = _inner(A, B, before_A, before_B)
+        for norm in (_inner(A, B, A, B), _inner(before_A, before_B, before_A, before_B)):  # squared
+            is_zero = norm <= 0
+            inner = torch.where(is_zero, 0, inner * torch.rsqrt(torch.where(is_zero, 1, norm)))
+        return (1 - inner) * (self.B - previous_B).square().sum()
+
     def trained_slices(self) -> dict[str, int]:
         """Return one slice of each, since tasks train one at a time."""
         return dict.fromkeys(self.sliced, 1)
 
     def facts(self) -> dict[str, Any]:
         return {"task_r": self.config.task_r, "tasks": self.config.num_tasks}
+
+
+def _inner(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> Tensor:
+    """Return the inner product of B A and other_B other_A (k, r), without forming these."""
+    return ((B.mT @ other_B) * (A @ other_A.mT)).sum()
 
 
 class FusedLiLoRA(DropIn, LiLoRAExperts):
