@@ -276,7 +276,7 @@ def grad_input(
     if all(a.shape[0] == 1 for a in A):
         ids = None  # all slots have the one A
     card, RP = card_of(dh.device), tiles.padded_rank(r)
-    variant = "" if dtoken_logits is None else "token_router"
+    variant = "routers" if dmean is not None and banks > 1 else "" if dtoken_logits is None else "token_router"
     tile = tiles.choose_tile("grad_input", r, K, dtype, card.capability, variant)
     seqs = sequences(T, num_seqs, cu_seqlens, alike=ids is None and dmean is None)
     blocks = cdiv(next_power_of_2(K) * RP, tile.BC)

@@ -99,7 +99,11 @@ TENSOR_MEMORY = {
 }
 # mma.sync, on every other card: within the 99 KB of the smaller ones
 WARP = {
-    "shrink": (Tile(None, BT=64, BD=16, BC=64, warps=4, stages=4),),
+    "shrink": (
+        Tile(16, BT=64, BD=16, BC=16, warps=4, stages=4, registers=128),
+        Tile(None, BT=64, BD=16, BC=64, warps=4, stages=4),
+    ),
+    "shrink/one_bank": (Tile(None, BT=64, BD=16, BC=64, warps=4, stages=4),),
     "expand": (
         Tile(64, BT=128, BD=64, BC=64, warps=8, stages=2, registers=128),
         Tile(128, BT=32, BD=64, BC=64, warps=8, stages=1, registers=255),
@@ -118,6 +122,8 @@ WARP = {
         Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1),
     ),
 }
+# two banks with masks of their own, and the gradient of the mean
+WARPGROUP["grad_input/routers"] = (replace(WARPGROUP["grad_input"][0], registers=168), *WARPGROUP["grad_input"][1:])
 for table in (FLOAT32, WARPGROUP, TENSOR_MEMORY, WARP):
     # a token router takes registers, and the tile of 16 columns leaves none
     table["grad_input/token_router"] = table["grad_input"][1:]
@@ -141,7 +147,7 @@ def choose_tile(
         slots: experts whose columns a bank has in the kernel, the most of any bank.
         dtype: compute dtype.
         capability: compute capability; any that is not named above gets the tiles that fit the smallest card.
-        variant: of a launch that may have tiles of its own, "one_bank" or "token_router".
+        variant: of a launch that may have tiles of its own, "one_bank", "token_router" or "routers".
     """
     columns = next_power_of_2(slots) * padded_rank(r)
     if kernel in ("reduce_split_k", "mix_backward"):

@@ -54,6 +54,25 @@ def test_no_faults(architectures: list[str], groups: list[str], at_least: int, t
     assert all(row["wide_loads"] > 0 for row in products if row["kernel"] == "grad_output_kernel")
 
 
+def test_tiles_that_have_spilled():
+    """Routers that learn beside two masks on sm_90; and two banks of 16 columns on sm_120, where ptxas chose a tighter
+    limit of registers than it needed."""
+    done = python(
+        "-c",
+        """
+import kernel_report as report
+for arch, kernel, setting in (
+    (90, "grad_input_kernel", report.PLAIN.but(masked=True, learns=True)),
+    (120, "shrink_kernel", report.PLAIN.but(shared=True, top_k=2, learns=True)),
+):
+    batch = [pair for pair in report.launches_for(arch, [setting]).items() if pair[0].kernel.name == kernel]
+    rows = report.compile_batch(arch, batch)
+    assert rows and not any(row.faults() for row in rows), [row.faults() for row in rows]
+""",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_report_finds_faults():
     """A tile that is too large spills, and each kind of fault is named."""
     done = python(
