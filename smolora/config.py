@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -103,6 +104,17 @@ class MixtureConfig(PeftConfig):
     def needs(self, argument: str) -> bool:
         """Return whether a layer's call requires an argument of `takes`."""
         return argument in self.takes and argument in ("instruction", "task", "experts")
+
+    def for_layer(self, key: str) -> MixtureConfig | None:
+        """Return the configuration of the layer named `key` in a model; None if the layer gets no adapter."""
+        return self
+
+    def check_layers(self, adapted: Iterable[str]) -> None:
+        """Check the configuration against the names of the layers that a model adapts.
+
+        Raises:
+            ValueError: it names a layer that is not there.
+        """
 
     @property
     def sees_image_tokens(self) -> bool:

@@ -5,13 +5,16 @@ That covers a LoRA for each task, D-MoLE's weighted sum of several, and batches 
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..arguments import check_int
+from ..arguments import check_int, is_int
 from ..config import MixtureConfig
 from ..spec import Bank, Slots, accurate_dtype
 from .base import DropIn, Mixture, MixtureExperts, Prepared
@@ -25,16 +28,62 @@ class RoutedLoRAConfig(MixtureConfig, method="routedlora"):
 
     Args:
         num_experts: number of LoRAs.
+        placement: the experts that a layer has, by their numbers; None for all. For a whole model, those of each layer
+            by its name, as D-MoLE's allocator gives them; a layer that is not named has no expert.
         r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("experts", "weights")
 
     num_experts: int = field(default=8, metadata={"help": "number of experts"})
+    placement: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "the experts that a layer has, or those of each layer by its name"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("num_experts", self.num_experts)
+        by_layer = self.placement if isinstance(self.placement, dict) else {"": self.placement}
+        for layer, experts in by_layer.items():
+            if experts is not None:
+                _check_placement(f"placement[{layer!r}]" if layer else "placement", experts, self.num_experts)
+
+    def for_layer(self, key: str) -> RoutedLoRAConfig | None:
+        """Return the configuration of the layer named `key` in the model; None if no expert is placed there."""
+        if not isinstance(self.placement, dict):
+            return self
+        if not self.placement.get(key):
+            return None
+        config = copy.copy(self)
+        config.placement = self.placement[key]
+        return config
+
+    def check_layers(self, adapted: Iterable[str]) -> None:
+        """Check that all layers with experts are there.
+
+        Args:
+            adapted: names of the layers that the model adapts.
+
+        Raises:
+            ValueError: `placement` names another one.
+        """
+        unknown = sorted(set(self.placement) - set(adapted)) if isinstance(self.placement, dict) else []
+        if unknown:
+            raise ValueError(f"placement must name layers that target_modules select, got {unknown[0]!r}")
+
+
+def _check_placement(name: str, experts: Sequence[int], below: int) -> None:
+    """Check the experts of a layer.
+
+    Raises:
+        ValueError: they are not different numbers of experts in ascending order.
+    """
+    numbers = isinstance(experts, list) and all(is_int(e, 0) and e < below for e in experts)
+    if not numbers or any(a >= b for a, b in itertools.pairwise(experts)):
+        raise ValueError(
+            f"{name} must be a list of different numbers of experts, 0 to {below - 1}, in ascending order, "
+            f"got {experts!r}"
+        )
 
 
 class SlotRouting(NamedTuple):
@@ -48,12 +97,19 @@ class SlotRouting(NamedTuple):
 class RoutedLoRAExperts(FreezesExperts, MixtureExperts):
     """Several LoRAs on one linear layer: y = W x + b + s sum_j w_j B_e A_e x with e = experts[j] of the sequence.
 
-    Parameters (E experts):
+    An expert that the layer does not have (see `placement`) adds nothing.
+
+    Parameters (E experts in the layer):
         A (E, r, d) ~ N(0, 0.01^2), B (E, k, r) = 0. Frozen experts, and those that are not in the batch, keep their
         values under any optimiser.
 
-    Buffers:
-        frozen_experts: bool (E,), saved with the state.
+    Buffers, saved with the state:
+        frozen_experts: bool (E,).
+        slot_of: int32 (num_experts,), the place in A and B of each expert, -1 for one that the layer does not have;
+            None without a `placement`.
+
+    Attributes:
+        expert_ids: numbers of the layer's experts, in the order of A and B.
     """
 
     config: RoutedLoRAConfig
@@ -61,16 +117,32 @@ class RoutedLoRAExperts(FreezesExperts, MixtureExperts):
     A: Tensor
     B: Tensor
     frozen_experts: Tensor
+    slot_of: Tensor | None
     sliced = ("A", "B")
     mask_name = "frozen_experts"
     optional_state = ("frozen_experts",)
 
-    def __init__(self, *args: Any, device: torch.device | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, device=device, **kwargs)
-        self._add_mask(self.config.num_experts, device)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: RoutedLoRAConfig,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if isinstance(config.placement, dict) or config.placement == []:
+            raise ValueError(f"placement must be the experts of this layer, at least one, got {config.placement!r}")
+        self.expert_ids = list(range(config.num_experts)) if config.placement is None else list(config.placement)
+        super().__init__(in_features, out_features, config, device=device, dtype=dtype)
+        self._add_mask(len(self.expert_ids), device)
+        self.register_buffer("slot_of", None)
+        if config.placement is not None:
+            slots = [self.expert_ids.index(e) if e in self.expert_ids else -1 for e in range(config.num_experts)]
+            self.slot_of = torch.tensor(slots, dtype=torch.int32, device=device)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        E, r, d, k = self.config.num_experts, self.config.r, self.in_features, self.out_features
+        E, r, d, k = len(self.expert_ids), self.config.r, self.in_features, self.out_features
         return {"A": (E, r, d), "B": (E, k, r)}
 
     def prepare(
@@ -109,6 +181,9 @@ class RoutedLoRAExperts(FreezesExperts, MixtureExperts):
                     f"{tuple(weights.shape)}"
                 )
             weights = weights.to(accurate_dtype(batch.x.dtype))
+        if self.slot_of is not None:
+            here = (ids >= 0) & (ids < self.config.num_experts)
+            ids = torch.where(here, self.slot_of[torch.where(here, ids, 0).long()], -1)
         if ids.shape[1] == 0:  # no expert at all is a slot that is empty
             ids = ids.new_full((n, 1), -1)
             weights = None if weights is None else weights.new_zeros((n, 1))
@@ -132,7 +207,11 @@ class RoutedLoRAExperts(FreezesExperts, MixtureExperts):
         """
         last = self._decided("last_routing()")
         assert last.ids is not None and last.slot_weights is not None  # slots were given
-        return SlotRouting(last.ids[:, 0], last.slot_weights[:, 0])
+        ids = last.ids[:, 0]
+        if self.slot_of is not None:
+            placed = ids.new_tensor(self.expert_ids)
+            ids = torch.where(ids >= 0, placed[ids.clamp(min=0).long()], -1)
+        return SlotRouting(ids, last.slot_weights[:, 0])
 
     def freeze_experts(self, frozen: Tensor) -> None:
         """Freeze experts for good; experts that are frozen already stay frozen.
@@ -140,7 +219,7 @@ class RoutedLoRAExperts(FreezesExperts, MixtureExperts):
         They go on working where they are chosen: x and the weights get their gradients through them.
 
         Args:
-            frozen: bool (E,).
+            frozen: bool (E,), the experts in the layer, as `expert_ids` has them.
 
         Raises:
             TypeError, ValueError: it is not.
@@ -152,7 +231,8 @@ class RoutedLoRAExperts(FreezesExperts, MixtureExperts):
         return dict.fromkeys(self.sliced, self._num_trained_experts())
 
     def facts(self) -> dict[str, Any]:
-        return {"experts": self.config.num_experts}
+        experts = self.config.num_experts
+        return {"experts": experts if len(self.expert_ids) == experts else f"{len(self.expert_ids)} of {experts}"}
 
 
 class FusedRoutedLoRA(DropIn, RoutedLoRAExperts):

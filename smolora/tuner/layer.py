@@ -50,11 +50,14 @@ class MixtureLayer(BaseTunerLayer):
         return getattr(self, f"{self.mixture.name}_experts")
 
     def update_layer(self, adapter_name: str, config: MixtureConfig) -> None:
-        """Add an adapter."""
+        """Add an adapter, unless the configuration has none for this layer."""
         device, dtype = place_of(self)
+        own = config.for_layer(self.smolora_key)
+        if own is None:
+            return
         experts = self.mixture.experts(
             *self.sizes(),
-            config,
+            own,
             device=device,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         )

@@ -68,6 +68,15 @@ class MixtureModel(BaseTuner):
         if CONTEXT not in model.__dict__:
             install(model)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter's layers into place.
+
+        Raises:
+            ValueError: the configuration names a layer that is not adapted.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.peft_config[adapter_name].check_layers(self.targeted_module_names)
+
     def _create_and_replace(
         self,
         peft_config: MixtureConfig,

@@ -109,21 +109,25 @@ def test_lilora(name: str, each: bool):
 
 @pytest.mark.parametrize("name", ["dmole_fp64_all", "dmole_fp64_frozen", "dmole_fp64_absent"])
 def test_routed_lora_is_the_sum_of_d_mole(name: str):
+    """The layer has experts of some tasks only; that of a task without one adds nothing ("absent")."""
     golden = Golden(name)
-    E, r, active = len(golden.facts["expert_ids"]), golden.facts["r"], golden.facts["active_indices"]
-    config = smolora.RoutedLoRAConfig(r=r, lora_alpha=golden.facts["scaling"] * r, lora_dropout=0.0, num_experts=E)
+    placed, asked, r = (golden.facts[key] for key in ("expert_ids", "active_task_ids", "r"))
+    config = smolora.RoutedLoRAConfig(
+        r=r, lora_alpha=golden.facts["scaling"] * r, lora_dropout=0.0, num_experts=6, placement=placed
+    )
     layer = smolora.FusedRoutedLoRA(golden.linear(), config)
+    slots = range(len(placed))
     with torch.no_grad():
-        for letter in "AB":
-            for e in range(E):
-                layer.get_parameter(letter)[e].copy_(golden.parameter(f"lora_{letter}.default.{e}.weight"))
+        for letter, slot in product("AB", slots):
+            layer.get_parameter(letter)[slot].copy_(golden.parameter(f"lora_{letter}.default.{slot}.weight"))
     places = {
-        f"lora_{letter}.default.{e}.weight": partial(gradient_of, layer, letter, e)
-        for letter, e in product("AB", active)
-        if f"grad.lora_{letter}.default.{e}.weight" in golden.tensors
+        f"lora_{letter}.default.{slot}.weight": partial(gradient_of, layer, letter, slot)
+        for letter, slot in product("AB", slots)
+        if f"grad.lora_{letter}.default.{slot}.weight" in golden.tensors
     }
     assert places
     n = golden.facts["B"]
-    golden.check(layer, places, experts=torch.tensor([[*active, -1]]).expand(n, -1))
-    others = [e for e in range(E) if e not in active]
-    assert not layer.A.grad[others].any() and not layer.B.grad[others].any()
+    golden.check(layer, places, experts=torch.tensor([[*asked, -1]]).expand(n, -1))
+    idle = [slot for slot in slots if placed[slot] not in asked]
+    assert not layer.A.grad[idle].any() and not layer.B.grad[idle].any()
+    assert set(layer.last_routing().ids.flatten().tolist()) == set(asked) & set(placed)
