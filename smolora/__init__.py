@@ -18,6 +18,7 @@ from .methods import (
     MoELoRAConfig,
     RoutedLoRAConfig,
 )
+from .methods.selector import TaskSelector
 from .routing import Routing
 from .tuner import SMoLoRAModel, discriminator_loss, routing_report
 
@@ -40,6 +41,7 @@ __all__ = [
     "Routing",
     "SMoLoRAConfig",
     "SMoLoRAModel",
+    "TaskSelector",
     "backend_info",
     "discriminator_loss",
     "reference",

@@ -23,6 +23,7 @@ CHOICES = {
     "decode_routing": ("prompt", "token"),
     "fusion": ("adaptive", "mean", "vu", "if"),
     "router_grad": ("none", "straight_through"),
+    "keys": ("closed", "trained"),
 }
 
 
@@ -99,7 +100,7 @@ class MixtureConfig(PeftConfig):
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any) -> None:
         """Set the name of the method in `smolora.MIXTURES`, by default the parent's."""
         super().__init_subclass__(**kwargs)
-        cls.method = method or cls.method
+        cls.method = method or getattr(cls, "method", "")
 
     def needs(self, argument: str) -> bool:
         """Return whether a layer's call requires an argument of `takes`."""
@@ -149,6 +150,34 @@ class MixtureConfig(PeftConfig):
             if os.path.isfile(os.path.join(folder, name)):
                 read_tensors(os.path.join(folder, name))
         return config
+
+
+@dataclass
+class TaskConfig(MixtureConfig):
+    """Base of the configurations of mixtures with parts for each task.
+
+    A whole model has a `TaskSelector` for each adapter, so that it can answer without `task_ids`.
+
+    Args:
+        num_tasks: number of tasks.
+        instruction_dim: size of the selector's text features, the embeddings of whole questions.
+        image_dim: size of its image features, of the model's vision tower; None: as the model says.
+        keys: its keys, "closed" (the normalised mean of a task's features) or "trained" (by the alignment loss).
+        r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`.
+    """
+
+    num_tasks: int = field(default=1, metadata={"help": "number of tasks"})
+    instruction_dim: int = field(default=384, metadata={"help": "size of the selector's text features"})
+    image_dim: int | None = field(default=None, metadata={"help": "size of the selector's image features"})
+    keys: Literal["closed", "trained"] = field(default="closed", metadata={"help": "how the selector's keys are found"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("num_tasks", self.num_tasks)
+        check_int("instruction_dim", self.instruction_dim)
+        if self.image_dim is not None:
+            check_int("image_dim", self.image_dim, least=0)
+        check_choice("keys", self.keys, CHOICES["keys"])
 
 
 @dataclass
@@ -225,8 +254,8 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
             raise ValueError(f"default_instruction must be a row number or None, got {row!r}")
         self.instruction_embeddings: Tensor | None = None
         self.instruction_texts: list[str | list[str] | None] | None = None
-        for name, allowed in CHOICES.items():
-            check_choice(name, getattr(self, name), allowed)
+        for name in ("route_over", "decode_routing", "fusion", "router_grad"):
+            check_choice(name, getattr(self, name), CHOICES[name])
 
     @classmethod
     def official(cls, **overrides: Any) -> SMoLoRAConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
@@ -14,6 +14,7 @@ from ..engine import cuda_passes
 from ..engine.function import decode_linears, mixture_linear
 from ..spec import Bank, Dropout, Mixed, Tokens, num_slots
 from .checks import check_route_mask, check_x
+from .selector import Selector
 from .slices import SlicedParameter
 
 
@@ -370,6 +371,7 @@ class Mixture(NamedTuple):
     layer: type[nn.Module]  # `Fused<Name>`
     no_merge: str  # why it cannot be merged into the base
     target: Literal["linear", "block"] = "linear"  # what it adapts: a linear layer, or a feed-forward block of three
+    selector: Callable[[Any, torch.device], Selector | None] | None = None  # for a configuration, in a whole model
 
     @property
     def title(self) -> str:

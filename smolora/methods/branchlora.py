@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_choice, check_int
-from ..config import MixtureConfig
+from ..config import TaskConfig
 from ..routing import TopK
 from ..spec import Bank, Mixed, Router, Slots, Tokens, accurate_dtype
 from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared, is_recomputed
 from .checks import check_ids, check_task, check_tensor
 from .routedlora import SlotRouting
+from .selector import TaskSelector
 from .slices import FreezesExperts
 
 CHOICES = {
@@ -26,13 +27,12 @@ CHOICES = {
 
 
 @dataclass
-class BranchLoRAConfig(MixtureConfig, method="branchlora"):
+class BranchLoRAConfig(TaskConfig, method="branchlora"):
     """Configuration of BranchLoRA. Where the paper leaves a point open, the first choice listed is the default.
 
     Args:
         num_branches: number of branches B (the paper's N).
         top_k: branches that a sequence uses.
-        num_tasks: number of tasks, each with a router.
         router_input: what the router sees of a sequence: its "first" routed token, the "mean" of them, the "last", or,
             in a whole model, the first "image" token (the first routed one of a sample without an image). Under a
             template with a fixed opening the first token is the same for every sample, so the weights of "first" are
@@ -44,6 +44,8 @@ class BranchLoRAConfig(MixtureConfig, method="branchlora"):
             but padding) or "all".
         decode_routing: "prompt" keeps the branches and weights of a `generate()` call's first forward; "token" routes
             every new token by itself.
+        num_tasks: number of tasks, each with a router.
+        instruction_dim, image_dim, keys: of the `TaskSelector`, as in `TaskConfig`.
         r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`.
     """
 
@@ -51,7 +53,6 @@ class BranchLoRAConfig(MixtureConfig, method="branchlora"):
 
     num_branches: int = field(default=8, metadata={"help": "number of branches"})
     top_k: int = field(default=2, metadata={"help": "branches that a sequence uses"})
-    num_tasks: int = field(default=1, metadata={"help": "number of tasks, each with a router"})
     router_input: Literal["first", "mean", "last", "image"] = field(
         default="first", metadata={"help": "what the router sees of a sequence"}
     )
@@ -69,7 +70,7 @@ class BranchLoRAConfig(MixtureConfig, method="branchlora"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_branches", "top_k", "num_tasks"):
+        for name in ("num_branches", "top_k"):
             check_int(name, getattr(self, name))
         if self.top_k > self.num_branches:
             raise ValueError(f"top_k must be at most num_branches = {self.num_branches}, got {self.top_k}")
@@ -271,4 +272,5 @@ BRANCHLORA = Mixture(
     BranchLoRAExperts,
     FusedBranchLoRA,
     "BranchLoRA cannot be merged into the base: which branches a sample uses depends on its task and tokens",
+    selector=TaskSelector.of_adapter,
 )

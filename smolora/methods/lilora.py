@@ -9,31 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_int
-from ..config import MixtureConfig
+from ..config import TaskConfig
 from ..spec import Bank, Slots
 from .base import DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_task, reads_values
+from .selector import TaskSelector
 
 
 @dataclass
-class LiLoRAConfig(MixtureConfig, method="lilora"):
+class LiLoRAConfig(TaskConfig, method="lilora"):
     """Configuration of LiLoRA.
 
     Args:
         task_r: rank of a task's pair.
         num_tasks: number of tasks.
+        instruction_dim, image_dim, keys: of the `TaskSelector`, as in `TaskConfig`.
         r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("task",)
 
     task_r: int = field(default=8, metadata={"help": "rank of a task's pair"})
-    num_tasks: int = field(default=1, metadata={"help": "number of tasks"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("task_r", self.task_r)
-        check_int("num_tasks", self.num_tasks)
 
 
 class LiLoRAExperts(MixtureExperts):
@@ -153,4 +153,5 @@ LILORA = Mixture(
     LiLoRAExperts,
     FusedLiLoRA,
     "LiLoRA cannot be merged into the base: its up projection depends on the task",
+    selector=TaskSelector.of_adapter,
 )

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import check_int, is_number
-from ..config import MixtureConfig
+from ..arguments import is_number
+from ..config import TaskConfig
 from ..engine.function import mixture_linear
 from ..engine.ops import without_autocast
 from ..engine.torch_passes import routed_tokens
@@ -18,18 +18,20 @@ from ..engine.varlen import cut
 from ..spec import Bank, Mixed, Slots, Tokens, accurate_dtype
 from .base import Batch, Decision, Mixture, MixtureExperts
 from .checks import check_task
+from .selector import TaskSelector
 
 PROJECTIONS = ("gate", "up", "down")  # of a block, in which they are named gate_proj and so on; the dropout streams
 
 
 @dataclass
-class MoECLConfig(MixtureConfig, method="moecl"):
+class MoECLConfig(TaskConfig, method="moecl"):
     """Configuration of MoE-CL.
 
     Args:
         num_tasks: number of tasks T; there are T + 1 experts, of which expert 0 is shared by all tasks.
         discriminator_weight: w, the weight of the discriminator's loss; 0 leaves the discriminator out.
         double_softmax: whether the discriminator's loss takes the softmax of probabilities, as released, or of logits.
+        instruction_dim, image_dim, keys: of the `TaskSelector`, as in `TaskConfig`.
         r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`, but that
             `target_modules` name feed-forward blocks, with a gate_proj, an up_proj and a down_proj.
     """
@@ -37,7 +39,6 @@ class MoECLConfig(MixtureConfig, method="moecl"):
     takes: ClassVar[tuple[str, ...]] = ("task", "route_mask")
     route_over: ClassVar[str] = "valid"  # the discriminator sees no padding
 
-    num_tasks: int = field(default=1, metadata={"help": "number of tasks"})
     discriminator_weight: float = field(default=1.0, metadata={"help": "weight of the discriminator's loss"})
     double_softmax: bool = field(
         default=True, metadata={"help": "take the softmax twice in the discriminator's loss, as released"}
@@ -45,7 +46,6 @@ class MoECLConfig(MixtureConfig, method="moecl"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("num_tasks", self.num_tasks)
         weight = self.discriminator_weight
         if not is_number(weight) or weight < 0:
             raise ValueError(f"discriminator_weight must be a number of at least 0, got {weight!r}")
@@ -296,4 +296,5 @@ MOECL = Mixture(
     FusedMoECL,
     "MoE-CL cannot be merged into the base: the experts' weights depend on the token",
     target="block",
+    selector=TaskSelector.of_adapter,
 )

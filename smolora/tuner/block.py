@@ -39,14 +39,14 @@ class MixtureBlock(MixtureLinear):
         gate: Any = super().placed().get_submodule("gate_proj")
         return gate.get_base_layer() if isinstance(gate, BaseTunerLayer) else gate
 
-    def _adapted(self, x: Tensor) -> Tensor:
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.active_in_layer()
         if len(names) > 1:
             raise ValueError(
                 f"one {self.mixture.title} adapter can be active at a time, since outputs of several do not add up, "
                 f"got {names}"
             )
-        return super()._adapted(x)
+        return super()._adapted(x, *args, **kwargs)
 
 
 def layer_class(mixture: Mixture) -> type[MixtureLinear]:

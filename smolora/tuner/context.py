@@ -70,13 +70,17 @@ class RoutingContext:
         self._lock = threading.Lock()
         self._alive: weakref.WeakSet[RoutingInputs] = weakref.WeakSet()  # which a backward may have to restore
 
-    def configs(self) -> list[MixtureConfig]:
-        """Return the configurations of the adapters in use."""
+    def active(self) -> dict[str, MixtureConfig]:
+        """Return the configurations of the adapters in use, by name."""
         found = {}
         for layer in self.layers.values():
             if not layer.disable_adapters:
                 found.update((name, layer.experts[name].config) for name in layer.active_in_layer())
-        return list(found.values())
+        return found
+
+    def configs(self) -> list[MixtureConfig]:
+        """Return the configurations of the adapters in use."""
+        return list(self.active().values())
 
     def current(self) -> RoutingInputs:
         """Return what a layer routes by.

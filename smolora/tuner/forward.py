@@ -28,6 +28,7 @@ from .packing import boundaries
 from .peft_forward import CARRIED
 from .routing_inputs import PromptRoutes, RoutingInputs
 from .samples import Samples, read_samples
+from .selection import fill_missing
 from .wrapper import Wrapper
 
 REPLICA = (
@@ -114,8 +115,11 @@ def _read_forward(
     samples = read_samples(own, configs, count, packed=bounds is not None)
     if started is not None:
         samples = samples.fill(started.samples)
-    samples.check_complete(configs)
     image_to_sample = check_image_to_sample(own["image_to_sample"], count)
+    samples = fill_missing(
+        context, samples, configs, inputs, own, count, image_to_sample=image_to_sample, bounds=bounds
+    )
+    samples.check_complete(configs)
     masks = {}
     over = {c.route_over for c in configs if started is None or c.decode_routing != "prompt"}
     if shape is not None and over - {"all"}:

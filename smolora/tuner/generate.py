@@ -18,6 +18,7 @@ from .generation_state import GenerationState
 from .packing import boundaries
 from .routing_inputs import RoutingInputs
 from .samples import read_samples
+from .selection import check_given, fill_missing
 from .wrapper import Wrapper
 
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -134,8 +135,10 @@ def generating(context: RoutingContext, inputs: dict[str, Any], own: dict[str, A
             batch = inputs["pixel_values"].shape[0]
             image_to_sample = torch.arange(batch) if image_to_sample is None else image_to_sample
         samples = read_samples(own, configs, batch)
-        samples.check_complete(configs)
+        check_given(context, samples)
         image_to_sample = check_image_to_sample(image_to_sample, batch)
+        samples = fill_missing(context, samples, configs, inputs, own, batch, image_to_sample=image_to_sample)
+        samples.check_complete(configs)
         keeps_routes = all(c.decode_routing == "prompt" for c in configs if "route_mask" in c.takes)
         generation = GenerationState(samples, image_to_sample, keeps_routes, seen_image_token(context, configs))
         # images may be encoded before the first forward, and before the samples are repeated for beams

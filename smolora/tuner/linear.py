@@ -62,12 +62,12 @@ class MixtureLinear(nn.Module, MixtureLayer):
         if self.disable_adapters or not self.active_in_layer():
             return self.base_layer(x, *args, **kwargs)
         try:
-            return self._adapted(x)
+            return self._adapted(x, *args, **kwargs)
         except (ValueError, TypeError, RuntimeError) as error:
             name_layer(error, self.smolora_key)
             raise
 
-    def _adapted(self, x: Tensor) -> Tensor:
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self.active_in_layer()
         if self.smolora_context is None:  # every token by itself
             rows = x.reshape(1, -1, x.shape[-1])
@@ -76,6 +76,8 @@ class MixtureLinear(nn.Module, MixtureLayer):
                 y = y + self.experts[name](rows)
             return y.view(*x.shape[:-1], self.out_features)
         routing = self.smolora_context.current()
+        if routing.is_off:
+            return self.base_layer(x, *args, **kwargs)
         rows, bounds = routing.arrange(x, self.takes_images)
         if len(names) == 1 and bounds is None:
             y = try_fused_decode(self.smolora_context, self, names[0], rows, routing)

@@ -57,7 +57,7 @@ def check_names(model: nn.Module, adapter_name: str, found: Iterable[str], unkno
     Raises:
         KeyError: tensors are missing or unknown. PEFT and transformers would warn of the former and ignore the latter.
     """
-    within = re.compile(rf"\.(\w+_experts)\.{re.escape(adapter_name)}\.")
+    within = _within(adapter_name)
     found = {within.sub(r".\1.", name.removeprefix(PREFIX)) for name in found}
     optional = {
         f"{name}.{entry}" for name, module in model.named_modules() for entry in getattr(module, "optional_state", ())
@@ -77,13 +77,20 @@ def check_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
         ValueError: a shape differs. Transformers would raise without the tensor's name.
     """
     shapes = {
-        re.sub(rf"\.(\w+_experts)\.{re.escape(adapter_name)}\.", r".\1.", name.removeprefix(PREFIX)): value.shape
+        re.sub(
+            rf"\.(\w+_(?:experts|selector))\.{re.escape(adapter_name)}\.", r".\1.", name.removeprefix(PREFIX)
+        ): value.shape
         for name, value in model.state_dict().items()
     }
     for name, tensor in tensors.items():
         shape = shapes.get(name.removeprefix(PREFIX))
         if shape is not None and shape.numel() and tensor.shape != shape:  # a partitioned parameter is empty
             raise ValueError(f"adapter checkpoint: {name!r} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def _within(adapter_name: str) -> re.Pattern[str]:
+    """Return the pattern of an adapter's name in those of its tensors, after the module that has all adapters."""
+    return re.compile(rf"\.(\w+_(?:experts|selector))\.{re.escape(adapter_name)}\.")
 
 
 class LoadWrapper:

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from ..config import MixtureConfig
 from ..methods import MIXTURES
 from ..methods.base import Mixture
+from ..methods.selector import Features, Selector
 from ..peft_compat import register_peft_type
+from .arguments import check_image_to_sample, token_input
 from .block import layer_class
 from .context import CONTEXT, RoutingContext
 from .install import install, install_image_anchor, remove
 from .layer import MixtureLayer, place_of
 from .linear import MixtureLinear
 from .loading import PREFIX, check_names, explain_refused_peft
+from .packing import boundaries
+from .selection import SELECTORS, SelectorLayer, add_selector, read_features
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 DEFAULT_TARGETS = {
@@ -69,13 +73,17 @@ class MixtureModel(BaseTuner):
             install(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter's layers into place.
+        """Put an adapter's layers into place, and the selector of its method.
 
         Raises:
             ValueError: the configuration names a layer that is not adapted.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self.peft_config[adapter_name].check_layers(self.targeted_module_names)
+        config: MixtureConfig = self.peft_config[adapter_name]
+        config.check_layers(self.targeted_module_names)
+        add_selector(model, self.mixture, config, adapter_name)  # not before: PEFT freezes a base without tuner layers
+        if self._selectors is not None:
+            self._selectors.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _create_and_replace(
         self,
@@ -147,12 +155,94 @@ class MixtureModel(BaseTuner):
                 if dtype is not None and dtype.is_floating_point:
                     layer.experts[adapter_name].to(dtype)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if self._selectors is not None:
+            self._selectors.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        selectors = self._selectors
+        if selectors is not None:
+            BaseTunerLayer.delete_adapter(selectors, adapter_name)
+
     def unload(self) -> nn.Module:
         """Return the base model, as it was before it had adapters."""
         context = self.model.__dict__.get(CONTEXT)
         if context is not None:
             remove(context)
+        self.model._modules.pop(SELECTORS, None)
         return super().unload()
+
+    # ---- what a forward is not given
+
+    @property
+    def _selectors(self) -> SelectorLayer | None:
+        found = self.model._modules.get(SELECTORS)
+        return found if isinstance(found, SelectorLayer) else None
+
+    def selector(self, adapter_name: str | None = None) -> Selector:
+        """Return the selector of an adapter, which finds what a forward or `generate()` is not given.
+
+        Args:
+            adapter_name: of the adapter; None: the active one.
+
+        Raises:
+            ValueError: there is no such adapter, its method has no selector, or several are active and none is named.
+        """
+        name = self._one_adapter(adapter_name)
+        selector = None if self._selectors is None else self._selectors.find(name)
+        if selector is None:
+            raise ValueError(f"adapter_name must name an adapter with a selector, got {name!r}")
+        return selector
+
+    def sample_features(self, adapter_name: str | None = None, **inputs: Any) -> Features:
+        """Return the features of a batch, by which an adapter's selector chooses.
+
+        Args:
+            adapter_name: of the adapter; None: the active one.
+            inputs: the arguments of a forward: `input_ids`, `pixel_values` and the like, `instruction_embeds` (the
+                embeddings of the whole questions), `image_to_sample`.
+
+        Returns:
+            image: the pooled output of the vision tower without adapters, normalised, or the mean of its last hidden
+                states where it has none. The features of a sample's images are added. None without images.
+            text: `instruction_embeds`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or there are neither images nor texts.
+        """
+        tokens = token_input(inputs)
+        count = None if tokens is None else tokens.shape[0]
+        bounds = None if tokens is None else boundaries(inputs, *tokens.shape[:2])
+        count = count if bounds is None else bounds.shape[0] - 1
+        owners = check_image_to_sample(inputs.get("image_to_sample"), count)
+        name, text = self._one_adapter(adapter_name), inputs.get("instruction_embeds")
+        context = self.model.__dict__[CONTEXT]
+        return read_features(context, name, inputs, text, count, image_to_sample=owners, bounds=bounds)
+
+    def last_tasks(self) -> Tensor | None:
+        """Return the task of each sample of the last forward or `generate()`, int64 (n,), given or chosen.
+
+        A sample has a row for each of its beams. None: no adapter in use needed a task.
+
+        Raises:
+            RuntimeError: there was no forward yet.
+        """
+        context = self.model.__dict__.get(CONTEXT)
+        if context is None or context.last is None:
+            raise RuntimeError("last_tasks() needs a forward of the model first")
+        return context.last.samples.task
+
+    def _one_adapter(self, name: str | None) -> str:
+        """Return the name of an adapter, by default of the active one."""
+        if name is None:
+            if len(self.active_adapters) != 1:
+                raise ValueError(f"adapter_name must be given where several are active, {self.active_adapters} are")
+            return self.active_adapters[0]
+        if name not in self.peft_config:
+            raise ValueError(f"adapter_name must be one of the model's, {list(self.peft_config)}, got {name!r}")
+        return name
 
     @classmethod
     def _get_adapter_state_dict(

@@ -38,6 +38,7 @@ class RoutingInputs:
         first, last: the range [first, last) of the sequence numbers of the forward's autograd nodes.
         backward_passes: the ids of the backward passes that reached the forward's outputs.
         compiled: whether a compiled layer ran in the forward.
+        is_off: whether its layers leave their adapters out.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class RoutingInputs:
         images: Images | None = None,
         prompt_routes: PromptRoutes | None = None,
         decisions: Decisions | None = None,
+        is_off: bool = False,
     ) -> None:
         self.samples = samples
+        self.is_off = is_off
         self.valid = valid
         if prompt is not None and valid is not None:
             prompt = prompt & valid

@@ -22,7 +22,7 @@ MISSING = {
     "instructions, one row a sample, or a vector for all; the adapters route by it, and no default_instruction is "
     "configured",
     "task": "task_ids must be given to the model's forward or generate(): the task of each sample, or one for all; the "
-    "adapters have parameters for each",
+    "adapters have parameters for each. In eval mode an adapter whose TaskSelector has keys finds them",
     "experts": "experts must be given to the model's forward or generate(): the numbers of those that each sample uses",
 }
 
@@ -97,19 +97,27 @@ def _instruction(given: Any, configs: Sequence[MixtureConfig], samples: int | No
         return configs[0].default_embedding()
     if given is None or not configs:
         return None
+    for config in configs:
+        check_text(given, config.instruction_dim, samples, packed)
+    return given
+
+
+def check_text(given: Any, e: int, samples: int | None, packed: bool = False) -> None:
+    """Check `instruction_embeds` of size e.
+
+    Raises:
+        TypeError, ValueError: they do not fit the samples.
+    """
     if not isinstance(given, Tensor) or not given.is_floating_point():
         got = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"instruction_embeds must be a floating point tensor, got {got}")
-    for config in configs:
-        e = config.instruction_dim
-        rows = "B" if samples is None else samples
-        fits = given.dim() == 1 or (given.dim() == 2 and samples in (None, given.shape[0]))
-        if not fits or given.shape[-1] != e:
-            raise ValueError(
-                f"instruction_embeds must have shape ({rows}, {e}), one row for each sample"
-                f"{' that is packed in the rows' if packed else ''}, or ({e},) for all, got {tuple(given.shape)}"
-            )
-    return given
+    rows = "B" if samples is None else samples
+    fits = given.dim() == 1 or (given.dim() == 2 and samples in (None, given.shape[0]))
+    if not fits or given.shape[-1] != e:
+        raise ValueError(
+            f"instruction_embeds must have shape ({rows}, {e}), one row for each sample"
+            f"{' that is packed in the rows' if packed else ''}, or ({e},) for all, got {tuple(given.shape)}"
+        )
 
 
 def _task(given: Any, configs: Sequence[MixtureConfig], samples: int | None) -> Tensor | None:
