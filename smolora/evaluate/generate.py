@@ -5,7 +5,8 @@ process appends one line per batch to its own file under `<output>.parts/`; a to
 lock `<output>.lock` keeps out a second start. When all batches are finished, the main process writes
 
     answers.jsonl           {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}, as released
-    answers.info.json       {"run": its settings, "count", "skipped", "routing": one entry per layer}
+    answers.info.json       {"run": its settings, "count", "skipped", "routing": one entry per layer}; of adapters with
+                            parts for each task also "tasks": that of each answer, given or found by a selector
     answers.skipped.jsonl   {"index", "question_id", "reason"}, if questions were skipped
     answers.routes.jsonl    {"question_id", "layers"}, if the routes of each sample were asked for
 
@@ -236,7 +237,7 @@ def _answer_all(
                     broken.append(Skipped(question.index, question.question_id, reason))
                 else:
                     chosen.append((position, image))
-            answers, layers = answerer(
+            answers, layers, tasks = answerer(
                 [questions[p] for p, _ in chosen], [prompts[p] for p, _ in chosen], [image for _, image in chosen]
             )
             write(
@@ -246,6 +247,7 @@ def _answer_all(
                     "skipped": broken,
                     "tally": tally(layers, recorder.experts),
                     "routes": layers if settings.routes_per_sample else [],
+                    **({} if tasks is None else {"tasks": tasks}),
                 }
             )
             progress.update(len(plan[batch]))
@@ -311,10 +313,10 @@ class _BatchGenerator:
     @torch.inference_mode()
     def __call__(
         self, questions: Sequence[Question], prompts: Sequence[list[int]], images: Sequence[Tensor | None]
-    ) -> tuple[list[str], list[list[dict[str, Any]]]]:
-        """The answers to a batch, and the routing of each sample."""
+    ) -> tuple[list[str], list[list[dict[str, Any]]], list[int] | None]:
+        """The answers to a batch, the routing of each sample, and its task where adapters need one."""
         if not questions:
-            return [], []
+            return [], [], None
         # parameters of an offloaded base are on the meta device; accelerate moves the inputs itself
         there = (p.device for p in self.model.parameters() if p.is_floating_point() and not p.is_meta)
         device = next(there, torch.device("cpu"))
@@ -334,7 +336,7 @@ class _BatchGenerator:
         answers = []
         for sequence in sequences[:, ids.shape[1] :].tolist():
             answers.append(self.encoder.decode(sequence[: sequence.index(end)] if end in sequence else sequence))
-        return answers, layers
+        return answers, layers, self.recorder.tasks()
 
 
 @contextmanager
@@ -437,6 +439,14 @@ def _merge(
         "skipped": len(skipped),
         "routing": summary(line["tally"] for line in lines),
     }
+    tasks = {
+        position: task
+        for line in lines
+        if "tasks" in line
+        for (position, _), task in zip(line["answers"], line["tasks"], strict=True)
+    }
+    if tasks:
+        info["tasks"] = [tasks[position] for position in sorted(tasks)]
     write_json(_info_path(job.output), info)
     _write_lines(job.output, (_answer(questions[p], texts[p], job) for p in sorted(texts)))
 
@@ -479,7 +489,7 @@ def _run_settings(
 
 
 def _weights_digest(model: nn.Module) -> str:
-    """Hash up to 256 numbers of every parameter, and which adapters are active."""
+    """Hash up to 256 numbers of every parameter, what selectors choose by, and which adapters are active."""
     digest = hashlib.sha256()
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     in_use = {(tuple(layer.active_adapters), layer.disable_adapters) for layer in layers}
@@ -491,4 +501,7 @@ def _weights_digest(model: nn.Module) -> str:
             values = parameter.detach().flatten()
             values = values[:: max(1, len(values) // 256)][:256]
             digest.update(values.double().cpu().numpy().tobytes())
+    for name, buffer in model.named_buffers():
+        if "_selector." in name:
+            digest.update(f"{name} {tuple(buffer.shape)}".encode() + buffer.cpu().numpy().tobytes())
     return digest.hexdigest()

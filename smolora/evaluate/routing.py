@@ -22,6 +22,8 @@ class RoutingRecorder:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = {name: module for name, module in model.named_modules() if hasattr(module, "smolora_experts")}
+        contexts = (getattr(module, "smolora_context", None) for module in model.modules())
+        self._context = next((context for context in contexts if context is not None), None)
         self._found: dict[tuple[str, str], Any] = {}
 
     def __enter__(self) -> RoutingRecorder:
@@ -57,6 +59,14 @@ class RoutingRecorder:
         """Numbers of VU and IF experts of each layer's active adapter, by label."""
         configs = {label: layer.smolora_experts[adapter].config for _, layer, adapter, label in self._active()}
         return {label: (config.num_vu_experts, config.num_if_experts) for label, config in configs.items()}
+
+    def tasks(self) -> list[int] | None:
+        """The task of each sample of the last `generate()` call, given or found by a selector.
+
+        None where the model's adapters need no task.
+        """
+        last = None if self._context is None else self._context.last
+        return None if last is None or last.samples.task is None else last.samples.task.tolist()
 
     def samples(self, valid: Tensor, image_rows: list[int]) -> list[Layers]:
         """The routing of each sample of the batch.

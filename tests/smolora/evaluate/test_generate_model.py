@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import disk_offload
+from peft import get_peft_model
 
 import small_llava
 import smolora
@@ -126,3 +128,42 @@ def test_a_base_that_is_offloaded_answers_the_same(generate, questions, tmp_path
     disk_offload(model, tmp_path / "offloaded", execution_device="cpu")
     assert all(parameter.is_meta for parameter in model.parameters())
     assert generate(questions, model=model, embed=None).read_bytes() == whole.read_bytes()
+
+
+# ---- an adapter that finds the task of a question
+
+
+@pytest.fixture
+def selecting(questions):
+    """A BranchLoRA adapter for two tasks: the odd questions are of the second one."""
+    model = get_peft_model(small_llava.small_llava(), smolora.BranchLoRAConfig(r=2, num_branches=2, num_tasks=2)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("default.B", "default.router")):
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    texts = [record["text"] for record in json.loads(questions.read_text())]
+    for task in (0, 1):
+        model.selector().add(task, None, small_llava.embed_questions(texts[task::2]))
+    return model
+
+
+def test_the_task_of_each_answer_is_kept(generate, questions, selecting):
+    whole = generate(questions, model=selecting)
+    tasks = info(whole)["tasks"]
+    texts = small_llava.embed_questions([record["text"] for record in json.loads(questions.read_text())])
+    pictures = info(whole)["count"] - 3
+    assert tasks[pictures:] == selecting.selector().select(None, texts).tolist()[pictures:] and set(tasks) == {0, 1}
+    one = replace(BATCHED, token_budget=1)
+    alone = generate(questions, "alone.jsonl", one, model=selecting)
+    assert info(alone)["tasks"] == tasks and read(alone) == read(whole)
+
+
+def test_an_adapter_without_tasks_keeps_none(whole):
+    assert "tasks" not in info(whole)
+
+
+def test_other_keys_are_another_run(generate, questions, selecting):
+    generate(questions, model=selecting)
+    selecting.selector().add(0, None, torch.randn(1, 384))
+    with pytest.raises(ValueError, match=r"belongs to another run .weights"):
+        generate(questions, model=selecting)
