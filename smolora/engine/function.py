@@ -262,6 +262,16 @@ def _routers_backward(
     return drouters, dmean, dinstruction
 
 
+def _dense(bank: Bank) -> Bank:
+    """Return a bank with contiguous parameters: kernels read them by address."""
+    importance = None if bank.importance is None else bank.importance.contiguous()
+    return bank._replace(A=bank.A.contiguous(), B=bank.B.contiguous(), importance=importance)
+
+
+def _dense_router(router: Router) -> Router:
+    return router._replace(weight=router.weight.contiguous())
+
+
 def mixture_linear(
     x: Tensor,
     banks: Sequence[Bank],
@@ -286,7 +296,7 @@ def mixture_linear(
 
     Args:
         x: (T, d), contiguous, in the compute dtype; `weight` (k, d) and `bias` (k,) are frozen and have the same dtype.
-        banks: experts, of any floating dtype; all banks have the same rank, k, and number of slots.
+        banks: experts, of any floating dtype and strides; all banks have the same rank, k, and number of slots.
         tokens: sequences and their routed tokens, contiguous.
         scaling: s.
         backend: "torch", "triton" or "cuda".
@@ -307,6 +317,11 @@ def mixture_linear(
         RuntimeError: the backend is "cuda", whose kernels cannot take this mixture; the message says why.
         ValueError: coefficients are given twice, or a slot names an expert that does not exist.
     """
+    banks, routers = [_dense(bank) for bank in banks], [_dense_router(router) for router in routers]
+    if slots is not None:
+        slots = Slots(*(None if each is None else each.contiguous() for each in slots))
+    if bias is not None:
+        bias = bias.contiguous()
     if backend == "cuda":
         given_ids = None if slots is None else slots.ids
         K = num_slots(given_ids, [bank.B for bank in banks], top_k)
@@ -370,9 +385,9 @@ def mixture_linear(
         trained_A,
         x,
         slot_weights,
-        token_weights,
+        None if token_weights is None else token_weights.contiguous(),
         instruction,
-        token_router,
+        None if token_router is None else token_router.contiguous(),
         *A,
         *B,
         *importance,
@@ -414,8 +429,8 @@ def decode_linears(
     """
     ids = [] if slots is None else [each.ids for each in slots if each.ids is not None]
     slot_weights = [] if slots is None else [each.weights for each in slots if each.weights is not None]
-    flat = [bank for each in banks for bank in each]
-    flat_routers = [router for each in routers for router in each]
+    flat = [_dense(bank) for each in banks for bank in each]
+    flat_routers = [_dense_router(router) for each in routers for router in each]
     results = decode(
         x,
         tokens.num_seqs,
@@ -429,7 +444,7 @@ def decode_linears(
         [router.weight for router in flat_routers],
         [router.reads_x for router in flat_routers[: len(banks[0])]],
         [weight for weight, _ in bases],
-        [bias for _, bias in bases],
+        [None if bias is None else bias.contiguous() for _, bias in bases],
         top_k,
         gate,
         scaling,

@@ -9,6 +9,7 @@ from smolora.engine import cuda_passes, torch_passes
 from support.mixtures import (
     MIX_OPTIONS,
     MIX_SHAPES,
+    STRIDED,
     Call,
     MixCase,
     build_call,
@@ -17,6 +18,7 @@ from support.mixtures import (
     plain,
     run_call,
     smolora,
+    strided,
 )
 from support.oracle import complaints, error
 
@@ -66,6 +68,13 @@ def test_each_pass_is_the_torch_pass(case: MixCase, device: str):
         for i, (mine, theirs) in enumerate(zip(tree_leaves(got), tree_leaves(expected), strict=True)):
             assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, (name, i)
             assert torch.equal(mine, theirs) if mine.dtype == torch.int32 else error(mine, theirs) < 1e-5, (name, i)
+
+
+@pytest.mark.parametrize("case", [case for case in STRIDED if case in TAKEN or case.routed], ids=str)
+def test_strides_of_parameters(case: MixCase, device: str):
+    call = build_call(case).to(device, float32)
+    got, expected = run_call(strided(call), "cuda"), run_call(call, "cuda")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 def test_parity_can_fail(device: str):

@@ -11,7 +11,7 @@ from smolora.engine import torch_passes
 from support import mixtures
 from support.cases import OPTIONS, RANKS, SHAPES, plain
 from support.marks import interpreter
-from support.mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, check_call, run_call
+from support.mixtures import MIX_OPTIONS, MIX_SHAPES, STRIDED, MixCase, build_call, check_call, run_call, strided
 from support.oracle import Case, build, check, error, run
 from support.strategies import cases
 
@@ -85,6 +85,15 @@ def test_each_pass_is_the_torch_pass(case: MixCase, without: tuple[str, ...], de
         for label, value in expected.items():
             assert (got[label].shape, got[label].dtype) == (value.shape, value.dtype), (name, label)
             assert error(got[label], value) <= (2e-6 if value.is_floating_point() else 0), (name, label)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", STRIDED, ids=str)
+def test_strides_of_parameters(case: MixCase, device: str):
+    """Kernels read parameters by address, so those that are not contiguous are copied first."""
+    call = build_call(case).to(device, torch.float32)
+    got, expected = run_call(strided(call), "triton"), run_call(call, "triton")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 # in nine of ten cases at most 65 tokens, since the interpreter takes time

@@ -132,6 +132,20 @@ def build_call(case: MixCase) -> Call:
     return Call(x, draw(T, c.k), named, given, case)
 
 
+def strided(call: Call) -> Call:
+    """The same call with no parameter, weight or bias contiguous."""
+
+    def spread(t: Tensor) -> Tensor:
+        moved = torch.stack([t, torch.full_like(t, 7)], -1)[..., 0]
+        assert t.numel() < 2 or not moved.is_contiguous()
+        return moved
+
+    named = {name: t if name == "instruction" else spread(t) for name, t in call.named.items()}
+    loose = ("ids", "bias")
+    given = {name: spread(t) if name in loose else t for name, t in call.given.items()}
+    return Call(call.x, call.cotangent, named, given, call.case)
+
+
 def run_call(call: Call, backend: str, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Forward and backward of the engine; `without` names what needs no gradient."""
     x = call.x.detach().requires_grad_("x" not in without)
@@ -316,4 +330,12 @@ MIX_SHAPES = [
     plain.but(r=128, mix="softmax", K=0, E=(3,), d=70, k=50, S=20),
     plain.but(d=1, k=3),
     plain.but(d=130, k=1, mix="softmax", K=0),
+]
+
+STRIDED = [  # what a kernel reads by address: each kind of parameter and of weights
+    plain,
+    plain.but(shared=True, routed=True, tasks=3, gate="all", gate_grad="all"),
+    plain.but(mix="softmax", K=0),
+    plain.but(weights="token", K=0),
+    smolora.but(K=2, gate_grad="chosen"),
 ]

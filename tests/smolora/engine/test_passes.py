@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recorded import RecordedPasses
-from support.mixtures import MIX_OPTIONS, MIX_SHAPES, MixCase, build_call, naive_call, plain, run_call
+from support.mixtures import MIX_OPTIONS, MIX_SHAPES, STRIDED, MixCase, build_call, naive_call, plain, run_call, strided
 from support.oracle import agree
 
 pytestmark = pytest.mark.usefixtures("without_compiled_code")
@@ -14,6 +14,12 @@ pytestmark = pytest.mark.usefixtures("without_compiled_code")
 def test_against_the_equation(case: MixCase):
     call = build_call(case)
     agree(run_call(call, "torch"), naive_call(call), 1e-11)
+
+
+@pytest.mark.parametrize("case", STRIDED, ids=str)
+def test_strides_of_parameters(case: MixCase):
+    call = build_call(case)
+    agree(run_call(strided(call), "torch"), run_call(call, "torch"), 1e-14)
 
 
 OPCHECKED = [
