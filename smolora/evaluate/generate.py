@@ -79,6 +79,7 @@ class AnswerJob(NamedTuple):
     output: Path  # the answers file
     model_id: str
     instructions: str | None = None  # source of the instruction embeddings, where there is a choice
+    task_id: int | None = None  # of all its questions, for a model that is told
 
 
 def read_answerable_questions(
@@ -225,7 +226,7 @@ def _answer_all(
             disable=not state.is_main_process,
         ) as progress,
     ):
-        answerer = _BatchGenerator(model, encoder, embed, settings, recorder)
+        answerer = _BatchGenerator(model, encoder, embed, job.task_id, settings, recorder)
         for batch, pixels in _load_images(mine, plan, questions, job.images, transform, settings):
             chosen, broken = [], []
             for position, image in zip(plan[batch], pixels, strict=True):
@@ -296,10 +297,12 @@ class _BatchGenerator:
         model: nn.Module,
         encoder: PromptEncoder,
         embed: Embed | None,
+        task_id: int | None,
         settings: GenerationSettings,
         recorder: RoutingRecorder,
     ) -> None:
         self.model, self.encoder, self.embed, self.recorder = model, encoder, embed, recorder
+        self.task_id = task_id
         self.config = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
@@ -327,6 +330,8 @@ class _BatchGenerator:
             inputs["pixel_values"] = torch.stack([images[row] for row in rows]).to(self.model.dtype)
         if self.embed is not None:
             inputs["instruction_embeds"] = self.embed([question.text for question in questions])
+        if self.task_id is not None:
+            inputs["task_ids"] = torch.full((len(questions),), self.task_id)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         self.recorder.start()
         with _greedy(self.model):
@@ -484,6 +489,7 @@ def _run_settings(
         "square_images": transform.square,
         "instruction_embeds": embedded,
         "instructions": job.instructions,
+        **({} if job.task_id is None else {"task_id": job.task_id}),
         **{name: value for name, value in asdict(settings).items() if name != "image_workers"},
     }
 

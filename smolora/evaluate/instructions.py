@@ -55,6 +55,38 @@ class TaskInstructions:
         return table[rows]
 
 
+class QuestionTexts:
+    """Embeds the whole question of each prompt, by which a selector finds its task.
+
+    Args:
+        encoder: the sentence encoder.
+    """
+
+    def __init__(self, encoder: InstructionEncoder) -> None:
+        self.encoder = encoder
+
+    def table(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """The distinct embeddings of prompts, (rows, e), and each prompt's row."""
+        rows = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
+        return self.encoder.encode(list(rows)), [rows[text] for text in prompts]
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """The embedding of each prompt, (n, e)."""
+        table, rows = self.table(prompts)
+        return table[rows]
+
+
+def recipe_questions(recipe: Recipe) -> dict[str, QuestionTexts]:
+    """For each task of a recipe the embeddings of its whole questions.
+
+    Raises:
+        FileNotFoundError: there is no sentence encoder.
+    """
+    settings = recipe.instructions
+    texts = QuestionTexts(InstructionEncoder(settings.encoder, normalize=settings.normalize, device="cpu"))
+    return {task.name: texts for task in recipe.all_tasks}
+
+
 def recipe_instructions(recipe: Recipe) -> dict[str, TaskInstructions]:
     """For each task of a recipe the embeddings that its `instructions` section asks for.
 

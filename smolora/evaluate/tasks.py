@@ -41,6 +41,7 @@ class Task:
         questions: its question file, with the file name that the dataset has.
         images: folder that the records' image paths are relative to.
         annotations: folders with the files for scoring, the question file among them.
+        task_id: the task that the model is told its questions are of; None for a model that is not told.
 
     Raises:
         ValueError: there is no such dataset, or the question file is missing or has another name.
@@ -51,6 +52,7 @@ class Task:
     questions: Path
     images: Path
     annotations: Sequence[Path]
+    task_id: int | None = None
 
     def __post_init__(self) -> None:
         self.check_file_name(question_files(self.dataset))
@@ -71,11 +73,10 @@ class Task:
             )
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, task: TaskRecipe) -> Task:
+    def from_recipe(cls, recipe: Recipe, task: TaskRecipe, task_id: int | None = None) -> Task:
         """The test set of a recipe's task."""
-        return cls(
-            task.name, task.benchmark_name, recipe.test_file(task), recipe.images(task), recipe.annotations(task)
-        )
+        files = recipe.test_file(task), recipe.images(task), recipe.annotations(task)
+        return cls(task.name, task.benchmark_name, *files, task_id)
 
     @classmethod
     def of_benchmark(cls, dataset: str, annotations: Sequence[Path], images: Path, protocol: str = "smolora") -> Task:
@@ -158,7 +159,7 @@ def evaluate_tasks(
             model,
             encoder,
             ImageTransform(transform.processor, square=padding == "all" or dataset.released_square),
-            AnswerJob(task.dataset, task.questions, task.images, answers, model_id, instructions),
+            AnswerJob(task.dataset, task.questions, task.images, answers, model_id, instructions, task.task_id),
             embed=None if embed is None else embed[task.name],
             settings=replace(settings, max_new_tokens=max_new_tokens or dataset.max_new_tokens),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -28,13 +29,25 @@ EXPECTATIONS = {  # pydantic's error type: what the value must be
 
 
 def invalid_recipe(error: ValidationError) -> str:
-    """Describe the first fault that pydantic found, an unknown key before others: it may explain them."""
+    """Describe the first fault that pydantic found in a recipe, an unknown key before others: it may explain them."""
+    return invalid_section(error, Recipe, "")
+
+
+def invalid_section(error: ValidationError, section: type, name: str) -> str:
+    """Describe the first fault that pydantic found in a section of a recipe.
+
+    Args:
+        error: what pydantic raised.
+        section: dataclass of the section's keys.
+        name: dotted key of the section, empty for the whole recipe.
+    """
     faults = error.errors()
     fault = next((fault for fault in faults if fault["type"] == UNKNOWN_KEY), faults[0])
-    kind, path, value, context = fault["type"], fault["loc"], fault["input"], fault.get("ctx", {})
-    key = ".".join(map(str, path))
+    kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
+    path = [part for part in fault["loc"] if not str(part).startswith("<")]  # without the tag of a choice
+    key = ".".join(map(str, [name, *path] if name else path))
     if kind == UNKNOWN_KEY:
-        return unknown_key(key, _known_keys(path[:-1]))
+        return unknown_key(key, _known_keys(section, path[:-1]))
     if kind == "missing":
         return f"{key} is missing"
     if kind == "literal_error":
@@ -84,11 +97,13 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _known_keys(path: Sequence[str | int]) -> Iterable[str]:
-    """The keys of the section at a path, which leads through lists and mappings too."""
-    kind: Any = Recipe
+def _known_keys(section: type, path: Sequence[str | int]) -> Iterable[str]:
+    """The keys of the section at a path, which leads through lists, mappings and choices too."""
+    kind: Any = section
     for part in path:
         kind = typing.get_type_hints(kind)[str(part)] if dataclasses.is_dataclass(kind) else typing.get_args(kind)[-1]
+        if isinstance(kind, types.UnionType):  # of a text and a section
+            kind = typing.get_args(kind)[-1]
     return typing.get_type_hints(kind)
 
 

@@ -12,7 +12,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Strict, Tag
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticKnownError
 
@@ -73,6 +73,25 @@ ADAPTER_KEYS = (
     "exclude_modules",
 )
 SECTION = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=SECTION)
+class MethodRecipe:
+    """A method made of its parts.
+
+    Args:
+        adapter: what is put into the model, a name of `smolora.train.methods.method.ADAPTERS`.
+        schedule: names of its `COURSES` (at most one, by default "sequential") and `ADD_ONS`.
+    """
+
+    adapter: Text
+    schedule: list[Text] = field(default_factory=list)
+
+
+MethodChoice = Annotated[
+    Annotated[Text, Tag("<name>")] | Annotated[MethodRecipe, Tag("<parts>")],
+    Discriminator(lambda value: "<parts>" if isinstance(value, (dict, MethodRecipe)) else "<name>"),
+]
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -224,7 +243,8 @@ class Recipe:
     Args:
         name: name of the run.
         output: folder of the run; None for `runs/<name>`.
-        method: a name of `smolora.train.methods.METHODS`.
+        method: a name of `smolora.train.methods.METHODS`, or an adapter and a schedule.
+        methods: options of adapters and add-ons, by name.
         model, data, instructions, baseline, training, evaluation: sections, see their classes.
         adapter: arguments of `SMoLoRAConfig`; the allowed ones are `ADAPTER_KEYS`.
         tasks: upstream tasks in the order of training.
@@ -245,7 +265,8 @@ class Recipe:
     output: PathText | None = None
     benchmark: Text | None = None
     setting: Literal["single", "multi"] = "single"
-    method: Text = "smolora"
+    method: MethodChoice = "smolora"
+    methods: Annotated[dict[str, Options], BeforeValidator(_mapping)] = field(default_factory=dict)
     seed: Natural = 0
     backend: Literal["auto", "torch", "triton", "cuda"] = "auto"
     prepare: Options = field(default_factory=dict)
@@ -265,6 +286,25 @@ class Recipe:
     def all_tasks(self) -> list[TaskRecipe]:
         """Upstream and downstream tasks."""
         return [*self.tasks, *(task for tasks in self.downstream.values() for task in tasks)]
+
+    @property
+    def method_name(self) -> str:
+        """The method's name, put together of its parts where it has none."""
+        if isinstance(self.method, str):
+            return self.method
+        return " + ".join([self.method.adapter, *self.method.schedule])
+
+    @property
+    def num_task_ids(self) -> int:
+        """Number of tasks that an adapter tells apart: the upstream ones, and one for those of few-shot stages."""
+        return len(self.tasks) + any(task.train is not None for tasks in self.downstream.values() for task in tasks)
+
+    def task_id(self, task: TaskRecipe) -> int | None:
+        """The place of an upstream task, the number of them for a few-shot one; None for one that is never trained."""
+        names = [other.name for other in self.tasks]
+        if task.name in names:
+            return names.index(task.name)
+        return None if task.train is None else len(names)
 
     def epochs(self, tasks: Sequence[TaskRecipe]) -> float:
         """Epochs of a stage that trains these tasks."""

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from ..data.format import Conversation, read_conversations
 from ..data.images import BrokenImageError, ImageTransform
 from ..data.prompts import IGNORED_LABEL, PromptEncoder, Sample, pad
-from ..evaluate.instructions import TaskInstructions
+from ..evaluate.instructions import QuestionTexts, TaskInstructions
 from ..recipe import Recipe, TaskRecipe
 from .methods import Stage
 
@@ -25,6 +25,7 @@ class TrainingSample(NamedTuple):
     labels: list[int]
     image: Path | None
     instruction: Tensor | None  # (e,)
+    task_id: int | None
     record: str  # its file and index
 
 
@@ -35,8 +36,9 @@ class TaskSamples(Dataset):
         recipe: the recipe.
         task: a task with a training file.
         encoder: makes ids and labels.
-        instructions: embeds the task's instructions; None for a model that takes none.
+        instructions: embeds the task's instructions or questions; None for a model that takes no embeddings.
         chosen: indices of records, in this order; None for all.
+        task_id: the task's id, for a model that takes `task_ids`.
 
     Raises:
         ValueError: a record is malformed, or `training.max_length` cuts off its image or all of its answer. The message
@@ -48,9 +50,11 @@ class TaskSamples(Dataset):
         recipe: Recipe,
         task: TaskRecipe,
         encoder: PromptEncoder,
-        instructions: TaskInstructions | None,
+        instructions: TaskInstructions | QuestionTexts | None,
         chosen: Sequence[int] | None = None,
+        task_id: int | None = None,
     ) -> None:
+        self.task_id = task_id
         self.file = recipe.train_file(task)
         self.images = recipe.images(task)
         self.encoder = encoder
@@ -75,6 +79,7 @@ class TaskSamples(Dataset):
             labels,
             None if sample.image is None else self.images / sample.image,
             None if self.table is None else self.table[self.rows[index]],
+            self.task_id,
             f"{self.file}: record {sample.index}",
         )
 
@@ -184,7 +189,8 @@ class Collator:
         self.transform, self.pad_token_id, self.dtype = transform, pad_token_id, dtype
 
     def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
-        """input_ids, attention_mask, labels (B, S), pixel_values (images, 3, height, width), instruction_embeds (B, e).
+        """input_ids, attention_mask, labels (B, S), pixel_values (images, 3, height, width), and for a model that takes
+        them instruction_embeds (B, e) and task_ids (B,).
 
         Raises:
             ValueError: an image is missing or broken. The message names the record.
@@ -203,4 +209,6 @@ class Collator:
             batch["pixel_values"] = torch.stack([pixels[s.image] for s in samples if s.image is not None])
         if samples[0].instruction is not None:
             batch["instruction_embeds"] = torch.stack([s.instruction for s in samples if s.instruction is not None])
+        if samples[0].task_id is not None:
+            batch["task_ids"] = torch.tensor([s.task_id for s in samples])
         return batch

@@ -6,7 +6,8 @@ RUN_DIR/stage-2-TextVQA/
   adapter/                    exists once its training is done
   log.json                    the trainer's log
   training.json               samples, steps, trained parameters, and "timing"
-  kept/                       state that the method keeps for later stages, if any
+  kept/                       what the method keeps for later stages, if anything
+  checksums.json              SHA-256 of each file of adapter/ and kept/
   evaluation.json             "timing" of the answers
 RUN_DIR/downstream-few-shot/
   Places365, 5-shot/          the adapter of a task that is trained downstream, and the files that go with it
@@ -51,9 +52,18 @@ class RunPaths:
         """Checkpoints of a stage while it trains."""
         return self.stage(stage) / "checkpoints"
 
-    def method_state(self, stage: Stage) -> Path:
-        """State that the method keeps of a stage for later ones."""
+    def kept(self, stage: Stage) -> Path:
+        """What the method keeps of a stage for later ones."""
         return self.stage(stage) / "kept"
+
+    def checksums(self, stage: Stage) -> Path:
+        """Checksums of the files of a stage that later ones read."""
+        return self.stage(stage) / "checksums.json"
+
+    def lineage(self, stage: Stage) -> list[Stage]:
+        """The trained stages that a stage's adapter goes through before it, oldest first."""
+        before = stage.starts_from
+        return [] if before is None else [*self.lineage(before), *([before] if before.train else [])]
 
     def evaluated_adapter(self, stage: Stage) -> Path | None:
         """The adapter that answers a stage's questions: its own or the one it starts from; None for the base model."""

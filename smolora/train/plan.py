@@ -17,8 +17,9 @@ from ..evaluate.benchmarks import find_dataset
 from ..evaluate.datasets import Files
 from ..io.files import has_file
 from ..recipe import Recipe, TaskRecipe
+from ..tuner.counts import num_trainable
 from .data import check_samples
-from .methods import Stage, find_method
+from .methods import Method, Stage
 from .prepare import planned
 from .trainer import accumulation, steps_of
 
@@ -41,21 +42,21 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     """
     check_backend(recipe.backend)
     checker = _Checker(recipe)
-    method = find_method(recipe.method)(recipe)
+    method = Method(recipe)
     devices = int(os.environ.get("WORLD_SIZE", 1))
-    plan: dict[str, Any] = {"name": recipe.name, "method": recipe.method, "output": str(recipe.folder)}
+    plan: dict[str, Any] = {"name": recipe.name, "method": method.name, "output": str(recipe.folder)}
     checker.folder(Path(recipe.model.path), "model.path", "config.json")
-    if recipe.instructions.encoder is not None and method.takes_instructions:
+    if recipe.instructions.encoder is not None and method.adapter.text is not None:
         checker.folder(Path(recipe.instructions.encoder), "instructions.encoder", "modules.json")
     counts = {task.name: checker.task(task) for task in recipe.all_tasks}
     if checker.missing:
         raise ValueError("\n".join(["there is no", *(f"  {line}" for line in checker.missing)]))
-    stages = [*method.stages(), *method.downstream()]
+    stages = [*method.course.stages(), *method.course.downstream()]
     if Path(recipe.model.path).is_dir():
         trained = [stage for stage in stages if all(recipe.train_file(task).is_file() for task in stage.train)]
         check_samples(recipe, trained, _encoder(recipe))
-    plan["stages"] = [_stage(stage, counts, recipe) for stage in method.stages()]
-    plan["downstream"] = [_stage(stage, counts, recipe) for stage in method.downstream()]
+    plan["stages"] = [_stage(stage, counts, recipe) for stage in method.course.stages()]
+    plan["downstream"] = [_stage(stage, counts, recipe) for stage in method.course.downstream()]
     plan["makes"] = [str(path) for path in checker.made]
     plan["devices"], plan["accumulation"] = devices, accumulation(recipe, devices)
     plan["memory"] = _memory(recipe, method, devices) if Path(recipe.model.path).is_dir() else None
@@ -153,16 +154,17 @@ class _Checker:
         return self.planned[path.resolve()] or 0
 
 
-def _memory(recipe: Recipe, method: Any, devices: int) -> dict[str, Any]:
+def _memory(recipe: Recipe, method: Method, devices: int) -> dict[str, Any]:
     """Estimate the memory of a device that holds the whole model. Activations follow a rule of thumb."""
     config = AutoConfig.from_pretrained(recipe.model.path, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
         base = sum(p.numel() for p in model.parameters())
         model.requires_grad_(False)
-        if find_method(recipe.method)(recipe).adapter(model) is not None:
-            model = method.start(model, None)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if method.adapter.config(model) is not None:
+            model = method.adapter.start(model, None)
+            method.freeze(model, method.course.stages()[0])
+        trainable = num_trainable(model)
     text, training = config.text_config, recipe.training
     tokens = training.per_device_batch_size * min(training.max_length, _image_tokens(config) + 128)
     size = BYTES[recipe.model.dtype]

@@ -21,15 +21,15 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
     "training" is added: samples, steps and trained parameters of each trained stage. Everything that differs between a
     run and the same run killed and continued is under "timing".
     """
-    stages, downstream = method.stages(), method.downstream()
+    stages, downstream = method.course.stages(), method.course.downstream()
     done = [stage for stage in stages if paths.scores(stage).keys() >= {task.name for task in stage.test}]
     scores = [paths.scores(stage) for stage in done]
-    matrix = method.matrix([{name: row["score"] for name, row in of_stage.items()} for of_stage in scores])
+    matrix = method.course.matrix([{name: row["score"] for name, row in of_stage.items()} for of_stage in scores])
     mif = None
     if recipe.evaluation.protocol != "coin":  # which has no MIF
-        mif = method.matrix([{name: row["mif"] for name, row in of_stage.items()} for of_stage in scores])
+        mif = method.course.matrix([{name: row["mif"] for name, row in of_stage.items()} for of_stage in scores])
     tasks = [task.name for task in recipe.tasks]
-    metrics = continual_metrics(tasks, matrix, mif, method=method.metrics_method, allow_missing=True)
+    metrics = continual_metrics(tasks, matrix, mif, method=method.course.metrics_method, allow_missing=True)
     trained = [stage for stage in (*stages, *downstream) if paths.adapter(stage).is_dir()]
     training = {stage.name: read(paths.stage(stage) / "training.json") for stage in trained}
     timing = {name: {"training": content.pop("timing")} for name, content in training.items()}
@@ -39,7 +39,7 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
             timing.setdefault(stage.table or stage.name, {})["evaluation"] = seconds
     return {
         "name": recipe.name,
-        "method": recipe.method,
+        "method": method.name,
         "benchmark": recipe.benchmark or recipe.name,
         "setting": recipe.setting,
         "protocol": recipe.evaluation.protocol,
@@ -59,7 +59,7 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
             }
             for task in recipe.all_tasks
         },
-        "config": {**recipe.as_dict(), **method.settings()},
+        "config": {**recipe.as_dict(), **method.adapter.settings()},
         "versions": _versions(),
         "timing": timing,
     }

@@ -22,13 +22,15 @@ from ..backends import use_backend
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
 from ..evaluate.generate import GenerationSettings, process_state
-from ..evaluate.instructions import recipe_instructions
+from ..evaluate.instructions import recipe_instructions, recipe_questions
 from ..evaluate.score import Score
 from ..evaluate.tasks import Task, evaluate_tasks
-from ..io.files import atomic_write_text, locked, read_text, write_json
-from ..recipe import Recipe, TaskRecipe
+from ..io.files import atomic_write_text, fsync_tree, locked, write_json
+from ..recipe import Recipe, TaskRecipe, load_recipe
+from ..tuner.counts import num_trainable
 from .data import Collator, StageSamples, TaskSamples, check_samples
-from .methods import Stage, find_method
+from .kept import check_sums, write_checksums
+from .methods import Method, Stage, StageWork
 from .paths import RunPaths, read, read_if_exists
 from .prepare import prepare
 from .results import collect_results
@@ -62,7 +64,7 @@ class TrainingRun:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.paths = RunPaths(recipe.folder)
-        self.method = find_method(recipe.method)(recipe)
+        self.method = Method(recipe)
         self.state = process_state(on_cpu=not torch.accelerator.is_available())
         self.check_folder()
 
@@ -74,7 +76,7 @@ class TrainingRun:
         """
         if not self.paths.recipe.exists():
             return
-        old = _flatten(yaml.safe_load(read_text(self.paths.recipe)))
+        old = _flatten(load_recipe(self.paths.recipe).as_dict())  # keys newer than the run get defaults
         new = _flatten(self.recipe.as_dict())
         different = [
             f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
@@ -115,14 +117,14 @@ class TrainingRun:
             atomic_write_text(self.paths.recipe, yaml.safe_dump(self.recipe.as_dict(), sort_keys=False))
         self.state.wait_for_everyone()
         self.load_processors()
-        stages = [*self.method.stages(), *self.method.downstream()]
+        stages = [*self.method.course.stages(), *self.method.course.downstream()]
         check_samples(self.recipe, stages, self.encoder)
         with use_backend(self.recipe.backend):
             for number, stage in enumerate(stages):
                 if main:
                     print(f"== {self.recipe.name}: {stage.name} ({number + 1} of {len(stages)})", flush=True)
                 if stage.train and not self.paths.adapter(stage).is_dir():
-                    self.train_stage(stage, stages[:number])
+                    self.train_stage(stage)
                 if main:
                     self.remove_checkpoints(stage)
                 self.evaluate_stage(stage)
@@ -139,7 +141,9 @@ class TrainingRun:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         self.encoder = PromptEncoder.for_model(tokenizer, config)
         self.transform = ImageTransform.from_pretrained(path)
-        self.instructions = recipe_instructions(self.recipe) if self.method.takes_instructions else None
+        sources = {None: None, "instruction": recipe_instructions, "question": recipe_questions}
+        source = sources[self.method.adapter.text]
+        self.texts = None if source is None else source(self.recipe)
 
     def base_model(self) -> nn.Module:
         """Load the base model, frozen, onto this process's device."""
@@ -150,19 +154,25 @@ class TrainingRun:
 
     # ---- training
 
-    def train_stage(self, stage: Stage, earlier: list[Stage]) -> None:
+    def train_stage(self, stage: Stage) -> None:
         """Train a stage and save its adapter, from its last checkpoint if there is one."""
-        states = [self.paths.method_state(other) for other in earlier if other.train]
+        for earlier in self.paths.lineage(stage):
+            check_sums(self.paths, earlier)
+        kept = tuple(self.paths.kept(earlier) for earlier in self.paths.lineage(stage))
         # drawn from the stage's name, so that leaving out another stage does not change this one
         seed = (self.recipe.seed + zlib.crc32(stage.name.encode())) % 2**32
         set_seed(seed)
         previous = None if stage.starts_from is None else self.paths.evaluated_adapter(stage.starts_from)
-        model = self.method.start(self.base_model(), previous)
+        model = self.method.adapter.start(self.base_model(), previous)
         config: Any = model.config
         config.use_cache = False
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        samples = self.stage_samples(stage, states)
-        self.method.prepare(model, stage, states)
+        self.method.freeze(model, stage)
+        trainable = num_trainable(model)
+        samples = self.stage_samples(stage, kept)
+        collate = Collator(self.transform, self.encoder.pad_token_id, self.dtype)
+        own = StageSamples([self._task_samples(task) for task in stage.train])
+        work = StageWork(stage, kept, own, collate, self.recipe.training.per_device_batch_size, self.state)
+        self.method.before_stage(model, work)
         epochs = self.recipe.epochs(stage.train)
         steps = steps_of(len(samples), self.recipe.training.batch_size, epochs)
         checkpoints = self.paths.checkpoints(stage)
@@ -176,11 +186,11 @@ class TrainingRun:
             args=training_arguments(
                 self.recipe, checkpoints, epochs, steps, seed, on_gpu=self.state.device.type != "cpu"
             ),
-            data_collator=Collator(self.transform, self.encoder.pad_token_id, self.dtype),
+            data_collator=collate,
         )
         set_seed((seed + self.state.process_index) % 2**32)  # each process draws its own dropout masks
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        self._save_stage(trainer, stage, len(samples), trainable)
+        self._save_stage(trainer, work, len(samples), trainable)
         del model, trainer
         unset_hf_deepspeed_config()  # else ZeRO-3 would partition the next base model, which is evaluated whole
         _free_memory()
@@ -196,20 +206,26 @@ class TrainingRun:
         self.state.wait_for_everyone()
         return whole[-1] if whole else None
 
-    def _save_stage(self, trainer: ContinualTrainer, stage: Stage, samples: int, trainable: int) -> None:
+    def _save_stage(self, trainer: ContinualTrainer, work: StageWork, samples: int, trainable: int) -> None:
         """Write what a trained stage leaves, the adapter last: it marks the stage as trained."""
-        folder, state = self.paths.stage(stage), self.paths.method_state(stage)
-        partial = folder / "adapter.part"
+        stage = work.stage
+        folder, kept = self.paths.stage(stage), self.paths.kept(stage)
+        new_adapter, new_kept = folder / "adapter.part", folder / "kept.part"
         if self.state.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+            for path in (new_adapter, new_kept, kept):  # left by a process that was killed here
+                shutil.rmtree(path, ignore_errors=True)
+            new_kept.mkdir(parents=True)
         self.state.wait_for_everyone()
-        trainer.save_adapter(partial)
         cost = trainer.cost()
+        self.method.after_stage(trainer.accelerator.unwrap_model(trainer.model), work, new_kept)
+        trainer.save_adapter(new_adapter)
         if self.state.is_main_process:
-            state.mkdir(exist_ok=True)
-            self.method.save_state(trainer.accelerator.unwrap_model(trainer.model), stage, state)
-            if not any(state.iterdir()):
-                state.rmdir()
+            write_checksums(folder, {"adapter": new_adapter, "kept": new_kept})
+            if any(new_kept.iterdir()):
+                fsync_tree(new_kept)
+                new_kept.replace(kept)
+            else:
+                new_kept.rmdir()
             write_json(folder / "log.json", trainer.state.log_history)
             trained = {
                 "samples": samples,
@@ -218,7 +234,7 @@ class TrainingRun:
                 "timing": {**cost, "tokens_per_second": cost["tokens"] / cost["seconds"]},
             }
             write_json(folder / "training.json", trained)
-            partial.replace(self.paths.adapter(stage))
+            new_adapter.replace(self.paths.adapter(stage))
         self.state.wait_for_everyone()
 
     def remove_checkpoints(self, stage: Stage) -> None:
@@ -229,24 +245,27 @@ class TrainingRun:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
-    def stage_samples(self, stage: Stage, states: list[Path]) -> StageSamples:
+    def stage_samples(self, stage: Stage, kept: tuple[Path, ...]) -> StageSamples:
         """The samples of a stage, with those that the method adds."""
         parts = [self._task_samples(task) for task in stage.train]
         extra: dict[str, tuple[TaskRecipe, list[int]]] = {}
-        for task, index in self.method.extra_samples(stage, states):
+        for task, index in self.method.extra_samples(stage, kept):
             extra.setdefault(task.name, (task, []))[1].append(index)
         return StageSamples([*parts, *(self._task_samples(task, indices) for task, indices in extra.values())])
 
     def _task_samples(self, task: TaskRecipe, indices: list[int] | None = None) -> TaskSamples:
-        instructions = None if self.instructions is None else self.instructions[task.name]
-        return TaskSamples(self.recipe, task, self.encoder, instructions, indices)
+        texts = None if self.texts is None else self.texts[task.name]
+        task_id = self.recipe.task_id(task) if self.method.adapter.takes_task_ids else None
+        return TaskSamples(self.recipe, task, self.encoder, texts, indices, task_id)
 
     # ---- evaluation
 
     def evaluate_stage(self, stage: Stage) -> None:
         """Evaluate the tasks of a stage that have no score yet."""
         folder, scores = self.paths.evaluation(stage), self.paths.scores(stage)
-        tasks = [Task.from_recipe(self.recipe, task) for task in stage.test if task.name not in scores]
+        adapter = self.method.adapter
+        left = [task for task in stage.test if task.name not in scores]
+        tasks = [Task.from_recipe(self.recipe, task, adapter.answers_as(task)) for task in left]
         if not tasks:
             return
         timing = read_if_exists(folder / "evaluation.json")
@@ -259,7 +278,7 @@ class TrainingRun:
             write_json(folder / "scores.json", scores)
 
         evaluation = self.recipe.evaluation
-        model = self.method.load(self.base_model(), self.paths.evaluated_adapter(stage)).eval()
+        model = adapter.load(self.base_model(), self.paths.evaluated_adapter(stage)).eval()
         evaluate_tasks(
             model,
             self.encoder,
@@ -267,7 +286,7 @@ class TrainingRun:
             tasks,
             output=folder,
             model_id=f"{self.recipe.name}/{stage.name}",
-            embed=self.instructions,
+            embed=self.texts,
             settings=GenerationSettings(token_budget=evaluation.token_budget, image_workers=evaluation.workers),
             max_new_tokens=evaluation.max_new_tokens,
             padding=evaluation.padding,

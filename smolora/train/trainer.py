@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..io.files import fsync_tree, read_text, write_json
 from ..recipe import Recipe
 from .data import GlobalBatches, StageSamples
-from .methods.base import Method
+from .methods import Method
 
 PROJECTOR = "multi_modal_projector"
 MARKER = "complete.json"  # written into a checkpoint once all its other files are on disk
@@ -131,6 +131,9 @@ class ContinualTrainer(Trainer):
         samples: the samples of the stage.
         resume: the checkpoint that training will continue from.
         kwargs: arguments of `Trainer`.
+
+    Raises:
+        ValueError: the method needs whole gradients, and they are sharded.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -140,6 +143,11 @@ class ContinualTrainer(Trainer):
     ) -> None:
         super().__init__(train_dataset=samples, **kwargs)
         self.recipe, self.method = recipe, method
+        if method.adds_to_gradients and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"method {method.name} adds to whole gradients once a step, which DeepSpeed and FSDP do not have: "
+                "leave training.arguments.deepspeed and fsdp out"
+            )
         self.order = GlobalBatches(samples.lengths, recipe.training.batch_size, self.args.seed)
         self.add_callback(_SetSamplerEpoch(self.order))
         marker = json.loads(read_text(resume / MARKER)) if resume else {"seconds": 0.0, "tokens": 0}
@@ -197,12 +205,21 @@ class ContinualTrainer(Trainer):
 
     # ---- loss
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro-batch; after the last one of a step, the terms once a step."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.method.adds_to_gradients and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
+            self.method.step_term(self.accelerator.unwrap_model(model), 1.0 if scaler is None else scaler.get_scale())
+        return loss
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss on the answers, plus the term that the method adds."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        extra = self.method.extra_loss(self.accelerator.unwrap_model(model), inputs, outputs)
+        batch = {**inputs, **self.method.batch_inputs(inputs)}
+        loss, outputs = super().compute_loss(model, dict(batch), True, num_items_in_batch)
+        extra = self.method.loss_term(self.accelerator.unwrap_model(model), batch, outputs)
         if extra is not None:
             loss = loss + extra / self.current_gradient_accumulation_steps
         self._tokens += inputs["attention_mask"].sum()

@@ -8,16 +8,15 @@ from peft import PeftConfig
 from torch import nn
 
 from ...methods import MoELoRAConfig
-from .base import Method, baseline_rank
+from .adapter import Adapter, baseline_rank
 
 
-class MoELoRA(Method):
-    """One token-wise mixture, tuned on task after task. Its experts split the baselines' rank."""
+class MoELoRA(Adapter):
+    """One token-wise mixture. Its experts split the baselines' rank."""
 
     name = "moelora"
 
-    def adapter(self, base: nn.Module) -> PeftConfig:
-        config = self.recipe.adapter_config()
+    def config(self, base: nn.Module) -> PeftConfig:
         rank, alpha = baseline_rank(self.recipe)
         experts = self.experts()
         if rank % experts:
@@ -25,7 +24,7 @@ class MoELoRA(Method):
         return MoELoRAConfig(
             r=rank // experts,
             lora_alpha=alpha / experts,
-            lora_dropout=config.lora_dropout,
+            lora_dropout=self.recipe.adapter_config().lora_dropout,
             num_experts=experts,
             target_modules=self.targets(base),
             exclude_modules=self.recipe.adapter.get("exclude_modules"),

@@ -8,17 +8,17 @@ from peft import PeftConfig
 from torch import nn
 
 from ...recipe.schema import ADAPTER_KEYS
-from .base import Method
+from .adapter import Adapter
 
 
-class SMoLoRA(Method):
+class SMoLoRA(Adapter):
     """Separable mixture of low-rank adaptation: VU and IF experts, fused with weights alpha and beta."""
 
     name = "smolora"
-    takes_instructions = True
+    text = "instruction"
     fusion: ClassVar[str | None] = None  # None: as the recipe's adapter says
 
-    def adapter(self, base: nn.Module) -> PeftConfig:
+    def config(self, base: nn.Module) -> PeftConfig:
         return self.recipe.adapter_config(target_modules=self.targets(base), **self._changes())
 
     def settings(self) -> dict[str, Any]:

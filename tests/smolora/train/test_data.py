@@ -31,7 +31,7 @@ def collate(run, samples, places):
 
 def test_batch(loaded):
     run = loaded()
-    samples = TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, run.instructions["Flickr30k"])
+    samples = TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, run.texts["Flickr30k"])
     batch = collate(run, samples, [0, 1, 5])
     tokenizer = run.encoder.tokenizer
     assert {key: tuple(value.shape[:1]) for key, value in batch.items()} == {key: (3,) for key in batch}
@@ -53,7 +53,7 @@ def test_batch(loaded):
 
 def test_shared_images_are_read_once(loaded, monkeypatch):
     run = loaded()
-    samples = TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, run.instructions["Flickr30k"])
+    samples = TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, run.texts["Flickr30k"])
     read = []
     transform = run.transform
     run.transform = lambda path: read.append(path) or transform(path)
@@ -64,13 +64,13 @@ def test_shared_images_are_read_once(loaded, monkeypatch):
 def test_instructions(loaded):
     run = loaded()
     first, second = run.recipe.tasks
-    encode = run.instructions[first.name].encoder.encode
-    embedded = TaskSamples(run.recipe, first, run.encoder, run.instructions[first.name])[0].instruction
+    encode = run.texts[first.name].encoder.encode
+    embedded = TaskSamples(run.recipe, first, run.encoder, run.texts[first.name])[0].instruction
     torch.testing.assert_close(embedded, encode(OBJECT))  # both of its lines
-    assert torch.equal(run.instructions[second.name]([f"x\n{SENTENCE}"])[0], encode(SENTENCE))
+    assert torch.equal(run.texts[second.name]([f"x\n{SENTENCE}"])[0], encode(SENTENCE))
     mean = loaded("instructions.embed=task_mean", f"tasks.0.instructions=['{OBJECT!s}', 'Name it.']".replace("\n", " "))
     task = mean.recipe.tasks[0]
-    instructions = mean.instructions[task.name]
+    instructions = mean.texts[task.name]
     expected = instructions.encoder.encode(task.instructions).mean(0)
     assert torch.equal(TaskSamples(mean.recipe, task, mean.encoder, instructions)[3].instruction, expected)
     assert torch.equal(instructions(["a", "b"]), expected.expand(2, -1))

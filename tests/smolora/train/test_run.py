@@ -64,6 +64,8 @@ def contents(run: Path) -> dict[str, object]:
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "timing"}
         elif path.suffix == ".safetensors":  # whose metadata come in any order
             found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
+        elif path.name == "checksums.json":  # of those
+            found[name] = list(json.loads(path.read_text()))
         elif path.name == "log.json":
             found[name] = [line for line in json.loads(path.read_text()) if "loss" in line]
         else:
@@ -201,7 +203,7 @@ def test_the_whole_run_is_checked_before_its_first_stage(short, tmp_path):
 def test_several_devices_in_one_process_are_told(short, monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(TrainingRun, "evaluate_stage", lambda self, stage: None)
-    monkeypatch.setattr(TrainingRun, "train_stage", lambda self, stage, earlier: None)
+    monkeypatch.setattr(TrainingRun, "train_stage", lambda self, stage: None)
     monkeypatch.setattr(smolora.train.run, "collect_results", lambda *parts: {})
     TrainingRun(short(one_task=True))()
     assert (

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from smolora.train.methods import METHODS
+from smolora.train.methods.method import ADAPTERS
 from smolora.train.methods.smolora import SMoLoRA
 from smolora.train.run import TrainingRun
 from smolora.train.trainer import ContinualTrainer, TrainingStoppedError, complete_checkpoints, training_arguments
@@ -22,10 +22,10 @@ def trainer(short):
     def make(*overrides: str) -> ContinualTrainer:
         run = TrainingRun(short(*overrides))
         run.load_processors()
-        stage = run.method.stages()[0]
-        model = run.method.start(run.base_model(), None)
+        stage = run.method.course.stages()[0]
+        model = run.method.adapter.start(run.base_model(), None)
         arguments = training_arguments(run.recipe, run.paths.root / "checkpoints", 1, 100, 0, False)
-        return ContinualTrainer(run.recipe, run.method, run.stage_samples(stage, []), None, model=model, args=arguments)
+        return ContinualTrainer(run.recipe, run.method, run.stage_samples(stage, ()), None, model=model, args=arguments)
 
     return make
 
@@ -76,9 +76,9 @@ def test_a_run_goes_on_with_another_batch_of_a_device(short, tmp_path, monkeypat
 
                     patch.setattr(ContinualTrainer, "_save_checkpoint", stopped)
                     with pytest.raises(KeyboardInterrupt):
-                        run.train_stage(run.method.stages()[0], [])
+                        run.train_stage(run.method.course.stages()[0])
                 else:
-                    run.train_stage(run.method.stages()[0], [])
+                    run.train_stage(run.method.course.stages()[0])
         adapters.append(load_file(tmp_path / name / "stage-1-ImageNet/adapter/adapter_model.safetensors"))
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=0, atol=1e-5)
@@ -105,7 +105,7 @@ def test_what_changes_nothing(short, tmp_path, change, dropout):
             )
         )
         run.load_processors()
-        run.train_stage(run.method.stages()[0], [])
+        run.train_stage(run.method.course.stages()[0])
         log = json.loads((tmp_path / name / "stage-1-ImageNet/log.json").read_text())
         losses.append([line["loss"] for line in log if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][0] > losses[0][1] + 0.05
@@ -134,11 +134,11 @@ def test_a_loss_that_is_no_number_stops(short, tmp_path, monkeypatch):
     class Bad(SMoLoRA):
         name = "smolora"
 
-        def extra_loss(self, model, inputs, outputs):
+        def loss_term(self, model, batch, outputs):
             calls.append(None)
             return torch.tensor(float("nan") if len(calls) > 3 else 0.0)
 
-    monkeypatch.setitem(METHODS, "smolora", Bad)
+    monkeypatch.setitem(ADAPTERS, "smolora", Bad)
     good = tmp_path / "run/stage-1-ImageNet/checkpoints/checkpoint-2"
     with pytest.raises(TrainingStoppedError, match=rf"not a finite number.*the last good checkpoint is {good}"):
         TrainingRun(recipe)()

@@ -10,7 +10,8 @@ from peft import AutoPeftModel
 
 from small_llava import small_llava
 from smolora.train.methods import METHODS, Method
-from smolora.train.methods.lora import SeqLoRA
+from smolora.train.methods.lora import LoRA
+from smolora.train.methods.method import ADAPTERS, Parts
 from smolora.train.run import TrainingRun
 
 EXPERTS = ("smolora", "smolora-vu", "smolora-if", "smolora-mean")
@@ -25,7 +26,7 @@ def numbers(short):
     """Trained parameters of a method's fresh model."""
 
     def count(method: str, *overrides: str) -> int:
-        model = METHODS[method](short(f"method={method}", *overrides)).start(small_llava().requires_grad_(False), None)
+        model = Method(short(f"method={method}", *overrides)).adapter.start(small_llava().requires_grad_(False), None)
         return sum(trained(model).values())
 
     return count
@@ -52,7 +53,7 @@ def test_ablations_train_what_they_use(numbers):
 def test_all_methods_adapt_the_same_layers(short):
     layers = {}
     for name in set(METHODS) - {"zeroshot"}:
-        model = METHODS[name](short(f"method={name}")).start(small_llava(), None)
+        model = Method(short(f"method={name}")).adapter.start(small_llava(), None)
         layers[name] = sorted(model.targeted_module_names)
     assert len(layers["smolora"]) == 8 and not [name for name in layers["smolora"] if "vision_tower" in name]
     assert all(found == layers["smolora"] for found in layers.values())
@@ -78,29 +79,27 @@ def test_runs(short, method, tmp_path):
 def test_room_for_other_methods(short, tmp_path, monkeypatch):
     """Replay and a penalty in one: extra samples, an extra loss, and what is kept between stages."""
 
-    class Both(SeqLoRA):
+    class Both(LoRA):
         name = "both"
         seen: list = []  # noqa: RUF012
 
-        def extra_samples(self, stage, states):
-            self.seen.append((stage.name, [folder.parent.name for folder in states]))
-            return (
-                [(self.recipe.tasks[0], index) for index in json.loads((states[0] / "x").read_text())] if states else []
-            )
+        def extra_samples(self, stage, kept):
+            self.seen.append((stage.name, [folder.parent.name for folder in kept]))
+            return [(self.recipe.tasks[0], index) for index in json.loads((kept[0] / "x").read_text())] if kept else []
 
-        def prepare(self, model, stage, states):
+        def before_stage(self, model, work):
             self.start_values = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
-        def extra_loss(self, model, inputs, outputs):
+        def loss_term(self, model, batch, outputs):
             return 1e4 * sum(
                 (p - self.start_values[n]).square().sum() for n, p in model.named_parameters() if p.requires_grad
             )
 
-        def save_state(self, model, stage, folder):
+        def after_stage(self, model, work, folder):
             (folder / "x").write_text("[3, 5]")
 
-    monkeypatch.setitem(METHODS, "both", Both)
-    assert issubclass(Both, Method)
+    monkeypatch.setitem(METHODS, "both", Parts("both"))
+    monkeypatch.setitem(ADAPTERS, "both", Both)
     results = TrainingRun(
         short("method=both", "training.batch_size=4", "training.per_device_batch_size=4", "training.logging_steps=1")
     )()

@@ -1,0 +1,123 @@
+"""What a method puts into the model: the interface of adapters, and the base model without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from ...recipe import Recipe, TaskRecipe
+from ...recipe.messages import invalid_section
+from ...tuner.model import DEFAULT_TARGETS
+from .hooks import Hooks
+
+Options = TypeVar("Options")
+
+
+class Adapter(Hooks):
+    """What a method puts into the model.
+
+    Its `options` are its section of the recipe, `methods.<name>`.
+
+    Args:
+        recipe: the recipe of the run.
+
+    Raises:
+        ValueError: a key of its section is unknown, or a value does not fit.
+    """
+
+    name: ClassVar[str]
+    text: ClassVar[Literal["instruction", "question"] | None] = None  # what `instruction_embeds` of a sample embeds
+    takes_task_ids: ClassVar[bool] = False
+    options_class: ClassVar[type] = dict
+    options: Any
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.options = read_options(recipe, self.name, self.options_class)
+
+    def config(self, base: nn.Module) -> PeftConfig | None:
+        """The configuration of a new adapter; None for a method without adapters."""
+        raise NotImplementedError  # there is no default
+
+    def start(self, base: nn.Module, previous: Path | None) -> nn.Module:
+        """The model that a stage trains.
+
+        Args:
+            base: the base model, on its device.
+            previous: folder of the adapter to start from; None for a new one.
+        """
+        if previous is not None:
+            return PeftModel.from_pretrained(base, previous, is_trainable=True)
+        config = self.config(base)
+        if config is None:
+            raise ValueError(f"the adapter {self.name} trains nothing")
+        return get_peft_model(base, config)
+
+    def load(self, base: nn.Module, folder: Path | None) -> nn.Module:
+        """The model that is evaluated after a stage."""
+        return base if folder is None else PeftModel.from_pretrained(base, folder)
+
+    def answers_as(self, task: TaskRecipe) -> int | None:
+        """The task id that a test set's questions are answered with; None where the model is given none."""
+        return None
+
+    def targets(self, base: nn.Module) -> Any:
+        """The modules that get adapters, the same for all methods."""
+        chosen = self.recipe.adapter.get("target_modules")
+        config: Any = base.config
+        kind = config.model_type
+        if chosen is None and kind not in DEFAULT_TARGETS:
+            raise ValueError(f"adapter.target_modules must be given for a model of type {kind!r}")
+        return chosen or DEFAULT_TARGETS[kind]
+
+    def settings(self) -> dict[str, Any]:
+        """Sections of the recipe as this adapter uses them, for the results."""
+        rank, alpha = baseline_rank(self.recipe)
+        return {"adapter": {}, "baseline": {"rank": rank, "alpha": alpha}}
+
+
+class NoAdapter(Adapter):
+    """The base model without adapters."""
+
+    name = "none"
+
+    def config(self, base: nn.Module) -> PeftConfig | None:
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        return {"adapter": {}, "baseline": {}}
+
+
+def baseline_rank(recipe: Recipe) -> tuple[int, float]:
+    """Rank and alpha of a baseline's LoRA.
+
+    By default the rank is r (M + N), as many trainable parameters as SMoLoRA's experts have, and alpha gives the same
+    scaling.
+    """
+    config = recipe.adapter_config()
+    rank = recipe.baseline.rank or config.r * (config.num_vu_experts + config.num_if_experts)
+    return rank, recipe.baseline.alpha or config.scaling * rank
+
+
+def read_options(recipe: Recipe, name: str, kind: type[Options]) -> Options:
+    """Read `methods.<name>` of a recipe.
+
+    Args:
+        recipe: the recipe.
+        name: of the adapter or schedule.
+        kind: a pydantic dataclass of its keys.
+
+    Raises:
+        ValueError: a key is unknown, or a value does not fit. The message names the key.
+    """
+    section = recipe.methods.get(name) or {}
+    if kind is dict and section:
+        raise ValueError(f"methods.{name} must be left out: {name} has no options, got {section}")
+    try:
+        return TypeAdapter(kind).validate_python(section)
+    except ValidationError as error:
+        raise ValueError(invalid_section(error, kind, f"methods.{name}")) from error

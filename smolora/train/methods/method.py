@@ -1,0 +1,145 @@
+"""A method is an adapter and a schedule; `METHODS` names the usual pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ...recipe import Recipe, TaskRecipe
+from ...recipe.messages import not_one_of
+from .adapter import Adapter, NoAdapter
+from .hooks import Hooks
+from .lora import LoRA
+from .moelora import MoELoRA
+from .schedules import Joint, NoTraining, OnePerTask, Sequential
+from .smolora import SMoLoRA, SMoLoRAInstruction, SMoLoRAMean, SMoLoRAVisual
+from .stage import Stage, StageWork
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    adapter.name: adapter
+    for adapter in (NoAdapter, LoRA, SMoLoRA, SMoLoRAVisual, SMoLoRAInstruction, SMoLoRAMean, MoELoRA)
+}
+COURSES: dict[str, type[Sequential]] = {
+    "sequential": Sequential,
+    "one-per-task": OnePerTask,
+    "joint": Joint,
+    "none": NoTraining,
+}
+ADD_ONS: dict[str, type[Hooks]] = {}
+
+
+class Parts(NamedTuple):
+    """An adapter and a schedule: at most one course, by default "sequential", and add-ons."""
+
+    adapter: str
+    schedule: Sequence[str] = ()
+
+
+METHODS: dict[str, Parts] = {
+    "zeroshot": Parts("none", ["none"]),
+    "seqlora": Parts("lora"),
+    "dirlora": Parts("lora", ["one-per-task"]),
+    "multitask": Parts("lora", ["joint"]),
+    "moelora": Parts("moelora"),
+    "smolora": Parts("smolora"),
+    "smolora-vu": Parts("smolora-vu"),
+    "smolora-if": Parts("smolora-if"),
+    "smolora-mean": Parts("smolora-mean"),
+}
+
+
+class Method:
+    """The method of a run, made of an adapter, the course of its stages, and add-ons.
+
+    Args:
+        recipe: the recipe. Its `method` is a name of `METHODS`, or an adapter and a schedule.
+
+    Attributes:
+        adapter: what is put into the model.
+        course: its stages.
+        hooks: the adapter and the add-ons, whose hooks are called in this order.
+
+    Raises:
+        ValueError: a name is unknown (the message has the nearest one), or the parts do not fit together.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.name = recipe.method_name
+        parts = _parts(recipe)
+        if parts.adapter not in ADAPTERS:
+            raise ValueError(not_one_of("method.adapter", parts.adapter, ADAPTERS))
+        for name in parts.schedule:
+            if name not in {**COURSES, **ADD_ONS}:
+                raise ValueError(not_one_of("method.schedule", name, [*COURSES, *ADD_ONS]))
+        courses = [name for name in parts.schedule if name in COURSES]
+        add_ons = [name for name in parts.schedule if name in ADD_ONS]
+        if len(courses) > 1 or len(set(add_ons)) < len(add_ons):
+            raise ValueError(
+                f"method.schedule must have at most one of {', '.join(COURSES)}, and no name twice, got "
+                f"{list(parts.schedule)}"
+            )
+        course = courses[0] if courses else "sequential"
+        if (parts.adapter == "none") != (course == "none"):
+            raise ValueError(
+                "method: the schedule 'none' goes with the adapter 'none' and no other, got adapter "
+                f"{parts.adapter!r} and schedule {course!r}"
+            )
+        for name in recipe.methods:
+            if name not in {**ADAPTERS, **ADD_ONS}:
+                raise ValueError(not_one_of("methods", name, [*ADAPTERS, *ADD_ONS]))
+        self.adapter = ADAPTERS[parts.adapter](recipe)
+        self.course = COURSES[course](recipe)
+        self.hooks: list[Hooks] = [self.adapter, *(ADD_ONS[name](recipe) for name in add_ons)]
+
+    @property
+    def adds_to_gradients(self) -> bool:
+        """Whether a hook adds to the gradients once a step."""
+        return any(hooks.has("step_term") for hooks in self.hooks)
+
+    def freeze(self, model: nn.Module, stage: Stage) -> None:
+        """Freeze what a stage does not train."""
+        for hooks in self.hooks:
+            hooks.freeze(model, stage)
+
+    def before_stage(self, model: nn.Module, work: StageWork) -> None:
+        """Call each `before_stage`."""
+        for hooks in self.hooks:
+            hooks.before_stage(model, work)
+
+    def extra_samples(self, stage: Stage, kept: tuple[Path, ...]) -> list[tuple[TaskRecipe, int]]:
+        """The samples of each `extra_samples`."""
+        return [sample for hooks in self.hooks for sample in hooks.extra_samples(stage, kept)]
+
+    def batch_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The arguments of each `batch_inputs`."""
+        return {name: value for hooks in self.hooks for name, value in hooks.batch_inputs(batch).items()}
+
+    def loss_term(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor | None:
+        """The sum of each `loss_term`; None if there is none."""
+        terms = [hooks.loss_term(model, batch, outputs) for hooks in self.hooks]
+        given = [term for term in terms if term is not None]
+        return sum(given[1:], given[0]) if given else None
+
+    def step_term(self, model: nn.Module, scale: float) -> None:
+        """Call each `step_term`."""
+        for hooks in self.hooks:
+            hooks.step_term(model, scale)
+
+    def after_stage(self, model: nn.Module, work: StageWork, folder: Path) -> None:
+        """Call each `after_stage`."""
+        for hooks in self.hooks:
+            hooks.after_stage(model, work, folder)
+
+
+def _parts(recipe: Recipe) -> Parts:
+    """The parts of a recipe's method."""
+    chosen = recipe.method
+    if isinstance(chosen, str):
+        if chosen not in METHODS:
+            raise ValueError(not_one_of("method", chosen, METHODS))
+        return METHODS[chosen]
+    return Parts(chosen.adapter, chosen.schedule)

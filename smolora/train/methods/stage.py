@@ -1,0 +1,83 @@
+"""Stages of a run, and what a method's hooks are given of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...recipe import TaskRecipe
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run: training on some tasks, then evaluation.
+
+    Args:
+        name: its folder in the run's folder.
+        train: the tasks that it trains on, possibly none.
+        test: the tasks that are evaluated after it.
+        starts_from: the stage whose adapter it starts from; None for a new adapter.
+        table: folder for its answers; None for its own.
+    """
+
+    name: str
+    train: tuple[TaskRecipe, ...]
+    test: tuple[TaskRecipe, ...]
+    starts_from: Stage | None = None
+    table: str | None = None
+
+    @property
+    def number(self) -> int:
+        """Number of stages that trained its adapter before."""
+        return 0 if self.starts_from is None else self.starts_from.number + 1
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """A stage at work: its training data, and what the stages before it kept.
+
+    Args:
+        stage: the stage.
+        kept: folder of each stage that its adapter went through, oldest first, with what the method kept there.
+        samples: its own training samples, without those that a hook adds.
+        collate: makes a batch of samples.
+        batch_size: samples in a batch.
+        process: this process, one of several that share the data.
+    """
+
+    stage: Stage
+    kept: tuple[Path, ...]
+    samples: Dataset[Any]
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
+    batch_size: int
+    process: PartialState
+
+    def __len__(self) -> int:
+        return len(self.samples)  # type: ignore[arg-type]
+
+    def batches(self, chosen: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+        """Iterate over this process's share of the samples, batch by batch, as they are trained on.
+
+        Args:
+            chosen: indices of samples, in this order; None for all.
+
+        Yields:
+            The arguments of the model's forward, on this process's device.
+        """
+        indices = range(len(self)) if chosen is None else chosen
+        starts = range(0, len(indices), self.batch_size)
+        for start in starts[self.process.process_index :: self.process.num_processes]:
+            batch = self.collate([self.samples[index] for index in indices[start : start + self.batch_size]])
+            yield {name: tensor.to(self.process.device) for name, tensor in batch.items()}
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        return values if self.process.num_processes == 1 else torch.as_tensor(reduce(values, "sum"))
