@@ -17,6 +17,7 @@ from torch import Tensor
 from ..arguments import check_int, is_int
 from ..config import MixtureConfig
 from ..spec import Bank, Slots, accurate_dtype
+from .autoencoder_router import AutoencoderRouter
 from .base import DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_tensor, reads_values
 from .slices import FreezesExperts
@@ -30,6 +31,10 @@ class RoutedLoRAConfig(MixtureConfig, method="routedlora"):
         num_experts: number of LoRAs.
         placement: the experts that a layer has, by their numbers; None for all. For a whole model, those of each layer
             by its name, as D-MoLE's allocator gives them; a layer that is not named has no expert.
+        router_hidden: units of each autoencoder of D-MoLE's router, which finds the experts in a whole model (see
+            `AutoencoderRouter`); None: it has no router, and experts are always given.
+        instruction_dim: size of the router's text features, the embeddings of whole questions.
+        image_dim: size of its image features, of the model's vision tower; None: as the model says.
         r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save: as in `MixtureConfig`.
     """
 
@@ -39,10 +44,17 @@ class RoutedLoRAConfig(MixtureConfig, method="routedlora"):
     placement: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "the experts that a layer has, or those of each layer by its name"}
     )
+    router_hidden: int | None = field(default=None, metadata={"help": "units of the router's autoencoders"})
+    instruction_dim: int = field(default=384, metadata={"help": "size of the router's text features"})
+    image_dim: int | None = field(default=None, metadata={"help": "size of the router's image features"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("num_experts", self.num_experts)
+        check_int("instruction_dim", self.instruction_dim)
+        for name, least in (("router_hidden", 1), ("image_dim", 0)):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), least)
         by_layer = self.placement if isinstance(self.placement, dict) else {"": self.placement}
         for layer, experts in by_layer.items():
             if experts is not None:
@@ -245,4 +257,5 @@ ROUTEDLORA = Mixture(
     RoutedLoRAExperts,
     FusedRoutedLoRA,
     "RoutedLoRA cannot be merged into the base: the experts depend on the sequence",
+    selector=AutoencoderRouter.of_adapter,
 )

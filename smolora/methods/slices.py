@@ -82,7 +82,8 @@ class FreezesExperts(nn.Module):
         return ~mask if self.__dict__["_frozen_known"] else None
 
     def _num_trained_experts(self) -> int:
-        return int((~getattr(self, self.mask_name)).sum())
+        mask: Tensor = getattr(self, self.mask_name)
+        return mask.shape[0] if mask.is_meta else int((~mask).sum())  # a mask without values freezes nothing
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

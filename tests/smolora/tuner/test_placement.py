@@ -124,3 +124,71 @@ def test_place_experts_of_another_method():
     model = get_peft_model(tiny_llava(), smolora.MoELoRAConfig(num_experts=2, target_modules=TARGETS))
     with pytest.raises(ValueError, match="must name a RoutedLoRA adapter of the model, got 'default'"):
         place_experts(model, {Q0: [0]})
+
+
+# ------------------------------------------------------------------------------------------------------------- router
+
+
+def questions(rows: int, seed: int) -> torch.Tensor:
+    """Embeddings of a task's questions: near one direction."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, generator=generator) + 0.1 * torch.randn(rows, 8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def routed():
+    """An adapter with a router that knows tasks 0 and 2; task 2's expert is used beside task 0's."""
+    model = adapted({Q0: [0, 2], O1: [1, 2], V: [0, 2]}, router_hidden=8, instruction_dim=8)
+    router = model.base_model.selector()
+    for task in (0, 2):
+        inputs = batch((5,) * 12, seed=task)
+        features = model.base_model.sample_features(**inputs, instruction_embeds=questions(12, task))
+        assert features.image.shape == (12, 16)
+        router.fit(task, features, max_epochs=200, quantile=1.0)
+    router.companion[2] = 0
+    return model
+
+
+def asked(tasks: list[int]) -> dict[str, torch.Tensor]:
+    """A batch whose samples ask questions of these tasks; other tasks than 0 and 2 are unknown."""
+    rows = [questions(12, task)[i] for i, task in enumerate(tasks)]
+    return {**batch((5,) * len(tasks), seed=0), "instruction_embeds": torch.stack(rows)}
+
+
+def test_a_router_finds_the_experts(routed, tmp_path):
+    """Also after saving and loading; experts that are given win."""
+    inputs = asked([2, 0, 2])
+    router, expected = routed.base_model.selector(), torch.tensor([[2, 0], [0, -1], [2, 0]])
+    router.threshold[router.threshold >= 0] = 1.0  # so that the smaller error decides
+    with torch.no_grad():
+        found = routed(**inputs).logits
+        assert torch.equal(found, routed(**inputs, experts=expected).logits)
+        given = routed(**inputs, experts=torch.tensor([[1], [1], [1]])).logits
+        assert (found - given).abs().max() > 1e-2
+        routed.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path).eval()
+        assert torch.equal(loaded(**inputs).logits, found)
+
+
+def test_samples_are_routed_one_by_one(routed):
+    """Mixed in a batch as alone, by `generate()` with and without beams, and without any expert where none fits."""
+    router = routed.base_model.selector()
+    router.threshold[router.threshold >= 0] = 1.0
+    inputs = asked([2, 0, 2])
+    for options in ({}, {"num_beams": 2}):
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+        together = routed.generate(**inputs, **options)
+        for i in range(3):
+            own = {name: value[i : i + 1] for name, value in inputs.items()}
+            assert torch.equal(routed.generate(**own, **options)[0], together[i])
+    router.threshold[router.threshold >= 0] = 0.0  # nothing is below: the pretrained model answers
+    plain = {name: value for name, value in inputs.items() if name != "instruction_embeds"}
+    with torch.no_grad():
+        torch.testing.assert_close(routed(**inputs).logits, tiny_llava()(**plain).logits)
+
+
+def test_without_a_router_or_a_task_experts_must_be_given():
+    for options in ({}, {"router_hidden": 8, "instruction_dim": 8}):
+        model = adapted({Q0: [0]}, **options)
+        with pytest.raises(ValueError, match="experts must be given to the model's forward"):
+            model(**asked([0, 2]))
