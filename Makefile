@@ -20,12 +20,13 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: run test test-kernels test-csrc test-train test-optional test-rest test-slow test-triton36 test-newest \
+.PHONY: run test test-kernels test-csrc test-train test-optional test-demo test-rest test-slow test-triton36 test-newest \
         lint docs kernels \
         gpu gpu-setup gpu-tests gpu-sanitizer gpu-bench gpu-train gpu-decode gpu-evaluate
 
 VENV := .venv
 OPTIONAL := .venv-optional
+DEMO := .venv-demo
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip --disable-pip-version-check $(PIP_FLAGS) install
 
@@ -50,7 +51,8 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 test: lint
-	@$(MAKE) --no-print-directory --keep-going -j2 --output-sync=target test-rest test-kernels test-csrc test-train test-optional
+	@$(MAKE) --no-print-directory --keep-going -j2 --output-sync=target test-rest test-kernels test-csrc test-train test-optional \
+		test-demo
 
 # two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
 test-kernels:
@@ -141,6 +143,16 @@ $(OPTIONAL)/.ready: $(VENV)/.dev
 	@echo "== $(OPTIONAL): bitsandbytes, deepspeed and trl over $(VENV)"
 	@$(call overlay,$(OPTIONAL),$(PY))
 	@$(OPTIONAL)/bin/python $(PIP_INSTALL) -c constraints.txt bitsandbytes deepspeed trl
+	@touch $@
+
+# Gradio wants an older Pillow than the one that every change is tested with. The browser is Debian's chromium.
+test-demo: $(DEMO)/.ready
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(DEMO)/bin/python -m pytest tests/smolora/demo/test_app.py tests/smolora/cli/test_demo.py
+
+$(DEMO)/.ready: $(VENV)/.dev
+	@echo "== $(DEMO): gradio and playwright over $(VENV)"
+	@$(call overlay,$(DEMO),$(PY))
+	@$(DEMO)/bin/python $(PIP_INSTALL) -c <(grep -v '^pillow' constraints.txt) 'gradio>=6' playwright
 	@touch $@
 
 DOCS := .venv-docs

@@ -8,9 +8,10 @@ MODULES = {  # by extra: the modules of its own packages, each with its package'
     "llava": {"PIL": "pillow", "sentence_transformers": "sentence-transformers"},
     "eval": {"pydantic": "pydantic", "yaml": "pyyaml"},
     "report": {"jinja2": "jinja2", "matplotlib": "matplotlib"},
+    "demo": {"gradio": "gradio", "jinja2": "jinja2", "matplotlib": "matplotlib"},
     "minicvit": {"sklearn": "scikit-learn"},
 }
-INCLUDES = {"eval": "llava", "minicvit": "eval"}  # an extra that comes with another
+INCLUDES = {"eval": "llava", "demo": "eval", "minicvit": "eval"}  # an extra that comes with another
 
 
 class MissingExtraError(ImportError):

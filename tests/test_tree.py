@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
     cli
     doctor
+    demo
     report
     train
     minicvit

@@ -226,7 +226,7 @@ def _answer_all(
             disable=not state.is_main_process,
         ) as progress,
     ):
-        answerer = _BatchGenerator(model, encoder, embed, job.task_id, settings, recorder)
+        answerer = BatchGenerator(model, encoder, embed, job.task_id, settings, recorder)
         for batch, pixels in _load_images(mine, plan, questions, job.images, transform, settings):
             chosen, broken = [], []
             for position, image in zip(plan[batch], pixels, strict=True):
@@ -289,8 +289,17 @@ def _tokenised(
     return asked, prompts
 
 
-class _BatchGenerator:
-    """Generates the answers to a batch greedily."""
+class BatchGenerator:
+    """Generates the answers to batches greedily.
+
+    Args:
+        model: a LLaVA, with or without adapters, in eval mode and on its device.
+        encoder: makes its prompts.
+        embed: makes instruction embeddings (n, e) of n questions, for a model that takes `instruction_embeds`.
+        task_id: the task of all questions, for a model that is told.
+        settings: settings of the generation.
+        recorder: the recorder of the model's routing, inside its `with` block.
+    """
 
     def __init__(
         self,
@@ -317,7 +326,17 @@ class _BatchGenerator:
     def __call__(
         self, questions: Sequence[Question], prompts: Sequence[list[int]], images: Sequence[Tensor | None]
     ) -> tuple[list[str], list[list[dict[str, Any]]], list[int] | None]:
-        """The answers to a batch, the routing of each sample, and its task where adapters need one."""
+        """Answer a batch.
+
+        Args:
+            questions: n questions.
+            prompts: their tokens, from `PromptEncoder.prompt`.
+            images: the pixels (3, height, width) of each, or None.
+
+        Returns:
+            The n answers, the routing of each sample as `RoutingRecorder.samples` gives it, and the samples' tasks as
+            `RoutingRecorder.tasks` gives them.
+        """
         if not questions:
             return [], [], None
         # parameters of an offloaded base are on the meta device; accelerate moves the inputs itself

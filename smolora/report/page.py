@@ -11,19 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from ..evaluate import paper
 from ..evaluate.metrics import FIGURES
 from ..io.files import atomic_write_text
-from ..io.markdown import printable
 from . import charts, palette, routing
 from .cases import Case
+from .environment import environment
 from .forgetting import Judge
 from .layout import RunFolder
-from .tables import Spread, Table, cell_text, is_comparable, over_seeds
+from .tables import Table, is_comparable, over_seeds
 
 
 class Note(NamedTuple):
@@ -66,44 +65,29 @@ def write_page(
     Raises:
         ValueError: a run's answers cannot be read.
     """
-    environment = Environment(
-        loader=PackageLoader("smolora.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    environment.filters["cell"] = cell_text
-    environment.filters["sort_key"] = sort_key
     styles = palette.run_styles(runs)
-    content = environment.get_template("report.html").render(
-        palette=palette,
-        runs=runs,
-        styles=styles,
-        tables=tables,
-        remarks=remarks,
-        dots=figure_dots(runs, styles),
-        accuracy=accuracy_panels(runs, styles),
-        experts=expert_panels(runs),
-        matrices=[(run, matrix_rows(run)) for run in runs],
-        forgetting=forgetting_bars(tables["forgetting"]),
-        routing=[(run, routing_parts(run)) for run in runs if run.routing],
-        losses=loss_panels(runs, styles),
-        training=training_table(runs),
-        cases={task: [case_parts(task, case, judges) for case in of_task] for task, of_task in cases.items()},
-        data=[(file.name, _uri("text/csv", file.read_bytes())) for file in data],
+    content = (
+        environment()
+        .get_template("report.html")
+        .render(
+            palette=palette,
+            runs=runs,
+            styles=styles,
+            tables=tables,
+            remarks=remarks,
+            dots=figure_dots(runs, styles),
+            accuracy=accuracy_panels(runs, styles),
+            experts=expert_panels(runs),
+            matrices=[(run, matrix_rows(run)) for run in runs],
+            forgetting=forgetting_bars(tables["forgetting"]),
+            routing=[(run, routing_parts(run)) for run in runs if run.routing],
+            losses=loss_panels(runs, styles),
+            training=training_table(runs),
+            cases={task: [case_parts(task, case, judges) for case in of_task] for task, of_task in cases.items()},
+            data=[(file.name, _uri("text/csv", file.read_bytes())) for file in data],
+        )
     )
     atomic_write_text(path, content)
-
-
-def sort_key(value: Any) -> float | None:
-    """The number that a table is sorted by: of a number, of a mean, or of a text that is one."""
-    if isinstance(value, Spread):
-        return value.mean
-    if isinstance(value, str):
-        return float(value.replace(",", "")) if re.fullmatch(r"-?[\d,]+(\.\d+)?", value) else None
-    return value
 
 
 def _uri(kind: str, content: bytes) -> str:
@@ -312,23 +296,29 @@ def case_parts(task: str, case: Case, judges: Sequence[Judge]) -> dict[str, Any]
             if text is None:
                 continue
             judged = judge.answers(k, task).get(name)
-            notes = [] if judged is None else _notes(judged.score, judged.follows_format)
+            notes = [] if judged is None else answer_notes(judged.score, judged.follows_format)
             parts = [(text, False)] if before is None else changed_parts(before, text)
             rows.append(Answer(run.stages[k].removeprefix("stage-"), parts, before not in (None, text), notes))
             before = text
         answers.append((run, rows))
-    picture = case.picture if isinstance(case.picture, str) else _picture(case.picture)
+    picture: str = case.picture if isinstance(case.picture, str) else ""
+    if isinstance(case.picture, Path):
+        with Image.open(case.picture) as image:
+            picture = picture_uri(image)
     return {"case": case, "picture": picture, "answers": answers}
 
 
-def _notes(score: float | None, follows_format: bool | None) -> list[Note]:
+def answer_notes(score: float | None, follows_format: bool | None) -> list[Note]:
+    """Remarks on an answer: what it scores, and whether it has the form that was asked for."""
     if score is None:
         return [Note("does not count", None)]
     right = {0.0: "wrong", 1.0: "right"}.get(score, f"score {100 * score:.0f}")
-    notes = [Note(right, None if 0 < score < 1 else score > 0)]
-    if follows_format is not None:
-        notes.append(Note("right form" if follows_format else "wrong form", follows_format))
-    return notes
+    return [Note(right, None if 0 < score < 1 else score > 0), *form_notes(follows_format)]
+
+
+def form_notes(follows_format: bool | None) -> list[Note]:
+    """The remark on an answer's form; none where nothing says what the form is."""
+    return [] if follows_format is None else [Note("right form" if follows_format else "wrong form", follows_format)]
 
 
 def changed_parts(before: str, after: str) -> list[tuple[str, bool]]:
@@ -340,11 +330,11 @@ def changed_parts(before: str, after: str) -> list[tuple[str, bool]]:
     ]
 
 
-def _picture(path: Path) -> Markup:
-    """A thumbnail as a data URI, as PNG or JPEG, whichever is smaller."""
-    png = path.read_bytes()
-    with Image.open(io.BytesIO(png)) as image:
+def picture_uri(image: Image.Image) -> Markup:
+    """A picture as a data URI, as PNG or JPEG, whichever is smaller."""
+    uris = []
+    for kind, options in (("PNG", {}), ("JPEG", {"quality": 85})):
         buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "JPEG", quality=85)
-    jpeg = buffer.getvalue()
-    return Markup(_uri("image/png", png) if len(png) <= len(jpeg) else _uri("image/jpeg", jpeg))
+        image.convert("RGB").save(buffer, kind, **options)
+        uris.append(_uri(f"image/{kind.lower()}", buffer.getvalue()))
+    return Markup(min(uris, key=len))
