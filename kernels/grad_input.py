@@ -216,7 +216,7 @@ def grad_input_kernel(
         tl.store(p_r, b_dr, mask=m_z[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "bank"])
 def reduce_dA_kernel(
     part_ptr,  # (chunks, b, K, size)
     chunk_to_seq_ptr,  # (chunks,)

@@ -346,7 +346,7 @@ def sum_chunks(
     return b_dB
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "bank"])
 def reduce_dB_kernel(
     B_part_ptr,  # (chunks, b, K, k, R)
     chunk_to_seq_ptr,  # (chunks,)

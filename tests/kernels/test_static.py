@@ -73,6 +73,20 @@ for arch, kernel, setting in (
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_banks_share_their_code():
+    """One kernel for both banks: Triton would specialise the number of the second, 1, if it were let."""
+    done = python(
+        "-c",
+        """
+import kernel_report as report
+from collections import Counter
+launches = Counter(launch.kernel.name for launch in report.launches_for(90, [report.PLAIN]))
+assert launches["reduce_dA_kernel"] == launches["reduce_dB_kernel"] == 1, launches
+""",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_report_finds_faults():
     """A tile that is too large spills, and each kind of fault is named."""
     done = python(
