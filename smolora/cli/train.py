@@ -9,6 +9,8 @@ from ..io.files import path_argument
 from ..recipe import load_recipe
 from ..train.methods import METHODS
 
+TASKS = {"given": ", task given", "selector": ", task found by its selector"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=path_argument, metavar="RECIPE", help="a YAML file, see recipes/")
@@ -46,10 +48,13 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(results: dict) -> str:
     """Format the run's figures, one line for the stream and one for each downstream list."""
-    cells = {name: results[name][-1] for name in ("AP", "MAP", "BWT", "MIF")}
-    lines = [
-        f"{results['name']} ({results['method']}): "
-        + ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in cells.items())
-    ]
-    lines += [f"{name}: AP {part['AP']:.2f}, MIF {part['MIF']:.2f}" for name, part in results["downstream"].items()]
-    return "\n".join(lines)
+    rows = {
+        f"{results['name']} ({results['method']}{TASKS.get(results['task_source'], '')})": {
+            name: results[name][-1] for name in ("AP", "MAP", "BWT", "MIF")
+        },
+        **{name: {"AP": part["AP"], "MIF": part["MIF"]} for name, part in results["downstream"].items()},
+    }
+    return "\n".join(
+        f"{title}: " + ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in cells.items())
+        for title, cells in rows.items()
+    )

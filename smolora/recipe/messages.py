@@ -102,7 +102,7 @@ def _known_keys(section: type, path: Sequence[str | int]) -> Iterable[str]:
     kind: Any = section
     for part in path:
         kind = typing.get_type_hints(kind)[str(part)] if dataclasses.is_dataclass(kind) else typing.get_args(kind)[-1]
-        if isinstance(kind, types.UnionType):  # of a text and a section
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):  # of a text and a section
             kind = typing.get_args(kind)[-1]
     return typing.get_type_hints(kind)
 

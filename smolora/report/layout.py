@@ -20,6 +20,10 @@ One evaluation without stages (zero-shot, multitask) has one folder for its sing
     benchmark     "CVIT", "MiniCVIT", ...; the paper's rows are shown beside runs on "CVIT" only
     setting       type of the instructions, "single" or "multi"
     protocol      protocol of the scores, "smolora", "standard" or "coin"
+    course        optional, of the stages: "sequential", "one-per-task", "joint" or "none"
+    task_source   optional, who says at test which task a question is of: "given", "selector" or null
+    selected      optional, where a selector says it: for each stage {task: how often its questions were taken for each
+                  task, in order}
     tasks         names, in order
     stages        the folders above, in order; row k of the matrix is the evaluation in folder k
     matrix, mif   accuracy and instruction following, one row per stage (see smolora.evaluate.metrics); under the
@@ -70,6 +74,8 @@ class RunFolder:
     training: dict[str, dict[str, Any]]
     timing: dict[str, dict[str, Any]]
     versions: dict[str, str]
+    task_source: str | None
+    selected: list[dict[str, list[int]]] | None
     experts: int | None  # of both branches together; None for a method without experts
     recipe: str | None  # name of the recipe
     seed: int | None
@@ -96,6 +102,11 @@ class RunFolder:
     def answers(self, stage: int, task: str) -> dict[str, str]:
         """Answers to a task after a stage, by question id."""
         return {str(answer.question_id): answer.text for answer in read_answers(self.answers_file(stage, task))}
+
+    def selector_accuracy(self, stage: int, task: str) -> float | None:
+        """Percentage of a task's questions that a selector took for questions of it; None where there is none."""
+        counts = [] if self.selected is None else self.selected[stage].get(task, [])
+        return 100 * counts[self.tasks.index(task)] / sum(counts) if any(counts) else None
 
     def losses(self, stage: int) -> list[tuple[int, float]]:
         """The training loss by optimiser step, as the trainer logged it; empty for a stage without training."""
@@ -138,6 +149,8 @@ def read_runs(folders: list[Path]) -> list[RunFolder]:
             **{name: content[name] for name in REQUIRED if name not in FIGURES},
             figures={name: content[name] for name in FIGURES},
             **{name: content.get(name) or {} for name in ("downstream", "tests", "training", "timing", "versions")},
+            task_source=content.get("task_source"),
+            selected=content.get("selected"),
             experts=_experts((content.get("config") or {}).get("adapter") or {}),
             recipe=content.get("name"),
             seed=(content.get("config") or {}).get("seed"),
@@ -170,7 +183,7 @@ def _read(folder: Path) -> dict[str, Any]:
             content["tasks"],
             content["matrix"],
             content.get("mif"),
-            method="dirlora" if content["method"] == "dirlora" else None,
+            method="dirlora" if content.get("course", content["method"]) in ("one-per-task", "dirlora") else None,
             allow_missing=True,
         )
     except ValueError as error:

@@ -11,7 +11,7 @@ import torch
 
 from ..evaluate.metrics import continual_metrics
 from ..recipe import Recipe
-from .methods import Method
+from .methods import Method, Stage
 from .paths import RunPaths, read, read_if_exists
 
 
@@ -43,6 +43,9 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
         "benchmark": recipe.benchmark or recipe.name,
         "setting": recipe.setting,
         "protocol": recipe.evaluation.protocol,
+        "course": method.course_name,
+        "task_source": method.task_source,
+        "selected": _selected(recipe, paths, done) if method.task_source == "selector" else None,
         "tasks": tasks,
         "stages": [stage.name for stage in done],
         "matrix": matrix,
@@ -63,6 +66,18 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
         "versions": _versions(),
         "timing": timing,
     }
+
+
+def _selected(recipe: Recipe, paths: RunPaths, done: list[Stage]) -> list[dict[str, list[int]]]:
+    """For each finished stage and each task asked after it, how often a selector took its questions for each task."""
+    rows: list[dict[str, list[int]]] = []
+    for stage in done:
+        row = {}
+        for task in stage.test:
+            info = read(paths.evaluation(stage) / "answers" / f"{task.name}.info.json")
+            row[task.name] = [info.get("tasks", []).count(number) for number in range(recipe.num_task_ids)]
+        rows.append(row)
+    return rows
 
 
 def _downstream_results(recipe: Recipe, paths: RunPaths) -> dict[str, Any]:

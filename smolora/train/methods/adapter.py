@@ -65,6 +65,13 @@ class Adapter(Hooks):
         """The task id that a test set's questions are answered with; None where the model is given none."""
         return None
 
+    @property
+    def task_source(self) -> Literal["given", "selector"] | None:
+        """Who says at test which task a question is of: the caller, a selector, or nobody."""
+        if not self.takes_task_ids:
+            return None
+        return "selector" if self.answers_as(self.recipe.tasks[0]) is None else "given"
+
     def targets(self, base: nn.Module) -> Any:
         """The modules that get adapters, the same for all methods."""
         chosen = self.recipe.adapter.get("target_modules")

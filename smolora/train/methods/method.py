@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -60,6 +60,7 @@ class Method:
     Attributes:
         adapter: what is put into the model.
         course: its stages.
+        course_name: the course's name in `COURSES`.
         hooks: the adapter and the add-ons, whose hooks are called in this order.
 
     Raises:
@@ -82,7 +83,7 @@ class Method:
                 f"method.schedule must have at most one of {', '.join(COURSES)}, and no name twice, got "
                 f"{list(parts.schedule)}"
             )
-        course = courses[0] if courses else "sequential"
+        self.course_name = course = courses[0] if courses else "sequential"
         if (parts.adapter == "none") != (course == "none"):
             raise ValueError(
                 "method: the schedule 'none' goes with the adapter 'none' and no other, got adapter "
@@ -94,6 +95,11 @@ class Method:
         self.adapter = ADAPTERS[parts.adapter](recipe)
         self.course = COURSES[course](recipe)
         self.hooks: list[Hooks] = [self.adapter, *(ADD_ONS[name](recipe) for name in add_ons)]
+
+    @property
+    def task_source(self) -> Literal["given", "selector"] | None:
+        """Who says at test which task a question is of; an adapter for each task is told."""
+        return "given" if self.course_name == "one-per-task" else self.adapter.task_source
 
     @property
     def adds_to_gradients(self) -> bool:

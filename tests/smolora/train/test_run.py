@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from itertools import pairwise
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import smolora.train.run
@@ -19,6 +21,7 @@ from smolora.recipe import load_recipe
 from smolora.report import write_report
 from smolora.report.forgetting import Judge
 from smolora.report.layout import read_runs
+from smolora.train.methods import METHODS
 from smolora.train.run import TrainingRun
 from support.train_world import make_world
 
@@ -29,6 +32,7 @@ LOSSES = {  # stage: the loss of every step, recorded; test_curve.py holds such 
     "downstream-few-shot/Places365, 2-shot": [5.111, 4.756],
 }
 STAGES = tuple(LOSSES)
+DRAWN = random.Random(0).sample(sorted(set(METHODS) - {"smolora", "zeroshot"}), 2)  # the others' kills are slow tests
 
 
 def killed_runs(recipe: Path, seed: int, kills: int) -> list[dict]:
@@ -82,6 +86,18 @@ def assert_same(run: Path, whole: Path) -> None:
 
 def test_killed_three_times_and_continued(killed):
     assert_same(killed / "run-0", killed / "run-whole")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in DRAWN else pytest.mark.slow) for name in sorted(METHODS)]
+)
+def test_every_method_ends_as_if_it_had_not_been_killed(method, tmp_path):
+    """Killed in training, while it saves, and, in the second stage, among its answers."""
+    path = make_world(tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**recipe, "method": method, "downstream": {}}))
+    killed_runs(path, seed=3, kills=3)
+    assert_same(tmp_path / "run-0", tmp_path / "run-whole")
 
 
 @pytest.mark.slow
