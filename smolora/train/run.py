@@ -167,12 +167,12 @@ class TrainingRun:
         config: Any = model.config
         config.use_cache = False
         self.method.freeze(model, stage)
-        trainable = num_trainable(model)
         samples = self.stage_samples(stage, kept)
         collate = Collator(self.transform, self.encoder.pad_token_id, self.dtype)
         own = StageSamples([self._task_samples(task) for task in stage.train])
         work = StageWork(stage, kept, own, collate, self.recipe.training.per_device_batch_size, self.state)
         self.method.before_stage(model, work)
+        trainable = num_trainable(model)
         epochs = self.recipe.epochs(stage.train)
         steps = steps_of(len(samples), self.recipe.training.batch_size, epochs)
         checkpoints = self.paths.checkpoints(stage)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...recipe import Recipe, TaskRecipe
 from ...recipe.messages import not_one_of
 from .adapter import Adapter, NoAdapter
+from .dmole import DMoLE
 from .hooks import Hooks
 from .lora import LoRA
 from .moelora import MoELoRA
@@ -20,7 +21,7 @@ from .stage import Stage, StageWork
 
 ADAPTERS: dict[str, type[Adapter]] = {
     adapter.name: adapter
-    for adapter in (NoAdapter, LoRA, SMoLoRA, SMoLoRAVisual, SMoLoRAInstruction, SMoLoRAMean, MoELoRA)
+    for adapter in (NoAdapter, LoRA, SMoLoRA, SMoLoRAVisual, SMoLoRAInstruction, SMoLoRAMean, MoELoRA, DMoLE)
 }
 COURSES: dict[str, type[Sequential]] = {
     "sequential": Sequential,
@@ -44,6 +45,7 @@ METHODS: dict[str, Parts] = {
     "dirlora": Parts("lora", ["one-per-task"]),
     "multitask": Parts("lora", ["joint"]),
     "moelora": Parts("moelora"),
+    "dmole": Parts("dmole"),
     "smolora": Parts("smolora"),
     "smolora-vu": Parts("smolora-vu"),
     "smolora-if": Parts("smolora-if"),
