@@ -30,8 +30,8 @@ class Adapter(Hooks):
     """
 
     name: ClassVar[str]
-    text: ClassVar[Literal["instruction", "question"] | None] = None  # what `instruction_embeds` of a sample embeds
-    takes_task_ids: ClassVar[bool] = False
+    text: Literal["instruction", "question"] | None = None  # what `instruction_embeds` of a sample embeds
+    takes_task_ids: bool = False
     options_class: ClassVar[type] = dict
     options: Any
 

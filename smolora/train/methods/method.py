@@ -13,7 +13,9 @@ from ...recipe.messages import not_one_of
 from .adapter import Adapter, NoAdapter
 from .dmole import DMoLE
 from .hooks import Hooks
+from .lilora import LiLoRA
 from .lora import LoRA
+from .moecl import MoECL
 from .moelora import MoELoRA
 from .schedules import Joint, NoTraining, OnePerTask, Sequential
 from .smolora import SMoLoRA, SMoLoRAInstruction, SMoLoRAMean, SMoLoRAVisual
@@ -21,7 +23,18 @@ from .stage import Stage, StageWork
 
 ADAPTERS: dict[str, type[Adapter]] = {
     adapter.name: adapter
-    for adapter in (NoAdapter, LoRA, SMoLoRA, SMoLoRAVisual, SMoLoRAInstruction, SMoLoRAMean, MoELoRA, DMoLE)
+    for adapter in (
+        NoAdapter,
+        LoRA,
+        SMoLoRA,
+        SMoLoRAVisual,
+        SMoLoRAInstruction,
+        SMoLoRAMean,
+        MoELoRA,
+        DMoLE,
+        LiLoRA,
+        MoECL,
+    )
 }
 COURSES: dict[str, type[Sequential]] = {
     "sequential": Sequential,
@@ -46,6 +59,8 @@ METHODS: dict[str, Parts] = {
     "multitask": Parts("lora", ["joint"]),
     "moelora": Parts("moelora"),
     "dmole": Parts("dmole"),
+    "lilora": Parts("lilora"),
+    "moecl": Parts("moecl"),
     "smolora": Parts("smolora"),
     "smolora-vu": Parts("smolora-vu"),
     "smolora-if": Parts("smolora-if"),
