@@ -235,7 +235,10 @@ class MoECLExperts(MixtureExperts):
             RuntimeError: there was no forward in training mode since the last call.
         """
         if self._discrimination is None:
-            raise RuntimeError("discriminator_loss() needs a forward in training mode first, for each call")
+            raise RuntimeError(
+                "discriminator_loss() needs a forward in training mode and with gradients first, for each call "
+                "(checkpointed layers need use_reentrant=False)"
+            )
         (logits, task), self._discrimination = self._discrimination, None
         if self.config.double_softmax:
             logits = torch.softmax(logits, -1)

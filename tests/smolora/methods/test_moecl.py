@@ -214,7 +214,7 @@ def test_starts_as_the_block():
     torch.testing.assert_close(layer(x, 1), block(x))
     assert not any(p.requires_grad for p in block.parameters())
     assert layer.num_trained() == 2 * 4 * (2 * (16 + 24) + (24 + 16)) + 2 * 16
-    with pytest.raises(RuntimeError, match=r"discriminator_loss\(\) needs a forward in training mode first"):
+    with pytest.raises(RuntimeError, match=r"discriminator_loss\(\) needs a forward in training mode"):
         layer.discriminator_loss()
 
 
