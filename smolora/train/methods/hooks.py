@@ -71,7 +71,6 @@ class Hooks:
             folder: an empty folder for what later stages need.
         """
 
-    @classmethod
-    def has(cls, name: str) -> bool:
+    def has(self, name: str) -> bool:
         """Whether a hook does anything."""
-        return getattr(cls, name) is not getattr(Hooks, name)
+        return getattr(type(self), name) is not getattr(Hooks, name)

@@ -52,6 +52,9 @@ class LiLoRA(Tasked):
         super().__init__(recipe)
         self._before: tuple[int, int, list[Tensor]] | None = None  # this task, the one before, and the B it left
 
+    def has(self, name: str) -> bool:
+        return super().has(name) and (name != "step_term" or self.options.regulariser == "paper")
+
     def config(self, base: nn.Module) -> PeftConfig:
         rank, alpha = baseline_rank(self.recipe)
         return LiLoRAConfig(

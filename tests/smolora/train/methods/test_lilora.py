@@ -21,6 +21,7 @@ def test_trained_parameters(short):
     """A stage trains A and a pair of half the rank; the first one, or each with the paper's loss, B too."""
     for regulariser in ("freeze", "paper"):
         method = Method(short("method=lilora", f"methods.lilora.regulariser={regulariser}"))
+        assert method.adds_to_gradients == (regulariser == "paper")
         model = method.adapter.start(small_llava().requires_grad_(False), None)
         projector = [m for n, m in model.named_modules() if isinstance(m, LiLoRAExperts) and "projector" in n]
         shapes = SHAPES + [(m.in_features, m.out_features) for m in projector]

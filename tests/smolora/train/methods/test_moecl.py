@@ -46,6 +46,10 @@ def test_runs(short, tmp_path):
             short("method=moecl", "training.batch_size=4", "training.per_device_batch_size=2", *options)
         )()
         assert results["config"]["methods"]["moecl"]["task"] == task
+        assert results["task_source"] == {"selector": "selector", "oracle": "given"}[task]
+        right = {"ImageNet": [4, 0], "Flickr30k": [0, 4]}
+        chosen = [{"ImageNet": right["ImageNet"]}, right]
+        assert results["selected"] == (chosen if task == "selector" else None)
         files = (tmp_path / task).glob("*/answers/*.jsonl")
         answers[task] = {path.relative_to(tmp_path / task): path.read_text() for path in files}
     assert len(answers["oracle"]) == 3 and answers["selector"] == answers["oracle"]
