@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any
 
 import torch
 from peft import PeftConfig
@@ -71,7 +71,7 @@ class DMoLE(Adapter):
     """
 
     name = "dmole"
-    text: ClassVar[Literal["instruction", "question"] | None] = "question"
+    text = "question"
     options_class = DMoLEOptions
     options: DMoLEOptions
     _experts: tuple[int, ...]  # that the stage's samples use
