@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {  # their modules have underscores for hyphens
     "report": Command("Write a report on one run or several: tables, figures, cases.", "report"),
     "demo": Command("Ask the models of finished runs on a web page.", "demo"),
     "make-minicvit": Command("Write MiniCVIT, a small synthetic version of the benchmark.", "minicvit"),
+    "make-minicoin": Command("Write MiniCoIN, a small synthetic version of CoIN.", "minicvit"),
     "convert-official": Command("Convert an adapter of the released code to a PEFT adapter, or back."),
     "assemble": Command("Assemble a LLaVA from a language model, a CLIP vision tower and a projector.", "llava"),
     "embed": Command("Embed instructions, or show the embeddings of a file."),

@@ -78,6 +78,7 @@ class Dataset:
 
     Args:
         questions: file name of its questions in the benchmark.
+        other_questions: the file name that they have in CoIN, where it is another.
         load: reads its items from its files.
         smolora: scoring that is comparable with the paper's tables; None for a dataset that is not in them.
         standard: scoring with the metric as the field defines it.
@@ -97,6 +98,19 @@ class Dataset:
     max_new_tokens: int = 128
     released_square: bool = True
     instruction_row: int | None = None
+    other_questions: str | None = None
+
+    @property
+    def question_files(self) -> set[str]:
+        """File names that its questions may have."""
+        return {self.questions, self.other_questions or self.questions}
+
+    def questions_in(self, files: Files) -> str:
+        """File name that its questions have in some folders."""
+        other = self.other_questions
+        if other is not None and files.find_optional(self.questions) is None and files.find_optional(other):
+            return other
+        return self.questions
 
     def scoring(self, protocol: str) -> Scoring:
         """The scoring under a protocol, one of `PROTOCOLS`.
@@ -298,7 +312,14 @@ DATASETS: dict[str, Dataset] = {
         instruction_row=1,
     ),
     "TextCaps": Dataset("val.json", several_answers, RELEASED_CAPTION, CAPTION, instruction_row=2),
-    "OCRVQA": Dataset("test.json", one_answer, _released(rules.released_exact_answerable), ACCURACY, instruction_row=1),
+    "OCRVQA": Dataset(
+        "test.json",
+        one_answer,
+        _released(rules.released_exact_answerable),
+        ACCURACY,
+        instruction_row=1,
+        other_questions="val.json",
+    ),
     "Places365": Dataset(
         "val.json", one_answer, _released(rules.released_either_contains), ACCURACY, **CENTRE_CROP, instruction_row=6
     ),

@@ -143,7 +143,7 @@ def _read(
     scoring = spec.scoring(protocol)
     left_out = read_skipped(answers)
     files = Files([Path(folder) for folder in annotations], dataset, {record.index for record in left_out})
-    items = spec.load(files, spec.questions)
+    items = spec.load(files, spec.questions_in(files))
     skipped = {str(record.question_id) for record in left_out if record.question_id is not None}
     items, given, missing, uncounted = pair_answers(
         dataset, items, answers, scoring.pairing, skipped=skipped, missing_scores_zero=spec.missing_scores_zero

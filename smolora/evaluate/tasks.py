@@ -84,7 +84,8 @@ class Task:
 
         CoIN's is taken for the protocol "coin".
         """
-        questions = Files(annotations, dataset).find(find_dataset(dataset, protocol).questions)
+        files = Files(annotations, dataset)
+        questions = files.find(find_dataset(dataset, protocol).questions_in(files))
         return cls(dataset, dataset, questions, images, annotations)
 
 
@@ -97,9 +98,9 @@ def check_tasks(tasks: Sequence[Task], protocol: str, *, skip_broken: bool = Fal
     """
     for task in tasks:
         spec = find_dataset(task.dataset, protocol)
-        task.check_file_name({spec.questions})
+        task.check_file_name(spec.question_files)
         _, skipped = read_answerable_questions(task.questions, task.images, skip_broken=skip_broken)
-        spec.load(Files(task.annotations, task.dataset, {record.index for record in skipped}), spec.questions)
+        spec.load(Files(task.annotations, task.dataset, {record.index for record in skipped}), task.questions.name)
 
 
 def evaluate_tasks(

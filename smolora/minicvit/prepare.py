@@ -1,6 +1,7 @@
-"""Preparation of recipes on MiniCVIT: its data, and the base model aligned on its kinds of pictures.
+"""Preparation of recipes on a benchmark in small: its data, and the base model aligned on its kinds of pictures.
 
     prepare: {minicvit: {data: DIR, base: DIR, tasks: [NAME, ...]}}
+    prepare: {minicoin: {data: DIR, base: DIR, tasks: [NAME, ...]}}
 
 Both are made once and kept for later runs.
 """
@@ -12,60 +13,82 @@ from typing import Any, NamedTuple
 
 from ..extras import require_extra
 from ..io.files import user_path
-from .base_model import make_base
-from .tasks import SETTINGS, TASKS, make_minicvit, training_files
+from .base_model import BaseSettings, make_base
+from .files import Benchmark
+from .minicoin import MINICOIN, MINICOIN_BASE, MINICOIN_PICTURES
+from .pictures import MINICVIT_PICTURES, Curriculum
+from .tasks import MINICVIT
 
 
 class Options(NamedTuple):
-    """The options of `prepare.minicvit`."""
+    """The options of a preparation."""
 
     data: Path
     base: Path
     tasks: list[str]
 
 
-def _options(options: dict[str, Any]) -> Options:
-    unknown = sorted(options.keys() - {"data", "base", "tasks"})
-    if unknown:
-        raise ValueError(f"prepare.minicvit has data, base and tasks, got {', '.join(unknown)} too")
-    folders = []
-    for name in ("data", "base"):
-        if not isinstance(options.get(name), str) or not options[name]:
-            raise ValueError(f"prepare.minicvit.{name} must be a folder, got {options.get(name)!r}")
-        try:
-            folders.append(Path(user_path(options[name])))
-        except ValueError as error:
-            raise ValueError(f"prepare.minicvit.{name}: {error}") from error
-    tasks = options.get("tasks", list(TASKS))
-    if not isinstance(tasks, list) or not tasks or not all(task in TASKS for task in tasks):
-        raise ValueError(f"prepare.minicvit.tasks must be a list of {', '.join(TASKS)}, got {tasks!r}")
-    data, base = folders
-    return Options(data, base, tasks)
+class Preparation(NamedTuple):
+    """The preparation of a benchmark and of its base model.
 
-
-def planned(options: dict[str, Any]) -> dict[Path, int | None]:
-    """Return the paths that `prepare` makes, each with its number of records if it has any.
-
-    Raises:
-        MissingExtraError: a package that drawing needs is not installed.
-        ValueError: an option is unknown, or has a wrong value.
+    Attributes:
+        name: its name in a recipe's `prepare`.
+        benchmark: the benchmark.
+        base: hyperparameters of the base model.
+        curriculum: what the base model learns from.
     """
-    require_extra("minicvit", user="prepare.minicvit")
-    data, base, tasks = _options(options)
-    paths: dict[Path, int | None] = {base: None, data / "images": None, data / "annotations": None}
-    for tree in SETTINGS:
-        for name in tasks:
-            paths[data / tree / name / TASKS[name].test_file] = TASKS[name].test
-            paths.update({data / tree / name / file: count for file, count in training_files(name).items()})
-    return paths
+
+    name: str
+    benchmark: Benchmark
+    base: BaseSettings
+    curriculum: Curriculum
+
+    def planned(self, options: dict[str, Any]) -> dict[Path, int | None]:
+        """Return the paths that `prepare` makes, each with its number of records if it has any.
+
+        Raises:
+            MissingExtraError: a package that drawing needs is not installed.
+            ValueError: an option is unknown, or has a wrong value.
+        """
+        require_extra("minicvit", user=f"prepare.{self.name}")
+        data, base, tasks = self._options(options)
+        paths: dict[Path, int | None] = {base: None, data / "images": None, data / "annotations": None}
+        for tree in self.benchmark.settings:
+            for name in tasks:
+                task, files = self.benchmark.tasks[name], self.benchmark.training_files(name)
+                paths[data / tree / name / task.test_file] = task.test
+                paths.update({data / tree / name / file: count for file, count in files.items()})
+        return paths
+
+    def prepare(self, options: dict[str, Any]) -> None:
+        """Make the data and the base model, unless they are there.
+
+        Raises:
+            ValueError: an option is unknown or has a wrong value, or the base's folder holds something else.
+        """
+        data, base, tasks = self._options(options)
+        self.benchmark.make(data, tasks)
+        make_base(base, self.base, self.curriculum)
+
+    def _options(self, options: dict[str, Any]) -> Options:
+        prefix, known = f"prepare.{self.name}", self.benchmark.tasks
+        unknown = sorted(options.keys() - {"data", "base", "tasks"})
+        if unknown:
+            raise ValueError(f"{prefix} has data, base and tasks, got {', '.join(unknown)} too")
+        folders = []
+        for name in ("data", "base"):
+            if not isinstance(options.get(name), str) or not options[name]:
+                raise ValueError(f"{prefix}.{name} must be a folder, got {options.get(name)!r}")
+            try:
+                folders.append(Path(user_path(options[name])))
+            except ValueError as error:
+                raise ValueError(f"{prefix}.{name}: {error}") from error
+        tasks = options.get("tasks", list(known))
+        if not isinstance(tasks, list) or not tasks or not all(task in known for task in tasks):
+            raise ValueError(f"{prefix}.tasks must be a list of {', '.join(known)}, got {tasks!r}")
+        data, base = folders
+        return Options(data, base, tasks)
 
 
-def prepare(options: dict[str, Any]) -> None:
-    """Make the data and the base model, unless they are there.
-
-    Raises:
-        ValueError: an option is unknown or has a wrong value, or the base's folder holds something else.
-    """
-    data, base, tasks = _options(options)
-    make_minicvit(data, tasks)
-    make_base(base)
+minicvit = Preparation("minicvit", MINICVIT, BaseSettings(), MINICVIT_PICTURES)
+minicoin = Preparation("minicoin", MINICOIN, MINICOIN_BASE, MINICOIN_PICTURES)

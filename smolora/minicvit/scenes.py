@@ -200,6 +200,20 @@ def draw_one_shape(shape: str, colour: str, rng: StableRandom) -> Canvas:
     return canvas
 
 
+def draw_scene(
+    size: tuple[int, int], shapes: Sequence[tuple[str, str, tuple[int, int], int]], rng: StableRandom
+) -> Canvas:
+    """Draw shapes, each (name, colour, upper left corner of its box, the box's even side), on `size` pixels."""
+    canvas = Canvas(*size, _background([_PALE, (226, 230, 240), (240, 228, 230)], rng))
+    for shape, colour, (left, top), side in shapes:
+        half, ink = side // 2, COLOURS[colour]
+        if shape == "square":  # `_paint_shape` makes it a pixel smaller on each side
+            canvas.rectangle(left, top, left + side, top + side, ink)
+        else:
+            _paint_shape(canvas, shape, ink, left + half, top + half, half)
+    return canvas
+
+
 def _paint_shape(canvas: Canvas, shape: str, ink: Colour, x: int, y: int, size: int) -> None:
     if shape == "circle":
         canvas.ellipse(x, y, size, size, ink)

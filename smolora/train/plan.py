@@ -104,10 +104,10 @@ class _Checker:
         except ValueError as error:
             raise ValueError(f"task {task.name!r}: {error} (or give the task a `dataset`)") from error
         train, test = recipe.train_file(task), recipe.test_file(task)
-        if test.name != dataset.questions:
+        if test.name not in dataset.question_files:
+            names = " or ".join(sorted(dataset.question_files))
             raise ValueError(
-                f"{task.name}.test must be named {dataset.questions}, as {task.benchmark_name} is scored by that "
-                f"file, got {test}"
+                f"{task.name}.test must be named {names}, as {task.benchmark_name} is scored by that file, got {test}"
             )
         images = recipe.images(task)
         trained = 0 if task.train is None else self._count(train, f"{task.name}.train", read_conversations, images)
@@ -117,7 +117,7 @@ class _Checker:
             absent = [folder for folder in folders if not folder.is_dir()]
             self.missing += [f"{folder} (data.annotations)" for folder in absent]
             if not absent:  # reads all files that scoring needs
-                dataset.load(Files(folders, task.benchmark_name), dataset.questions)
+                dataset.load(Files(folders, task.benchmark_name), test.name)
         return trained, asked
 
     def _count(self, path: Path, what: str, read: Callable[[Path], list], images: Path) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from smolora import InstructionEncoder, cli, extras
 from smolora.extras import MissingExtraError, modules_of, require_extra
-from smolora.minicvit.prepare import planned
+from smolora.minicvit.prepare import minicvit
 from smolora.official.assemble import assemble
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def test_functions_say_what_to_install(hide, tmp_path):
     with pytest.raises(MissingExtraError, match=r"assemble needs pillow, .*smolora\[llava\]"):
         assemble(tmp_path, tmp_path, tmp_path, tmp_path / "out")
     with pytest.raises(MissingExtraError, match=r"prepare\.minicvit needs .*smolora\[minicvit\]"):
-        planned({"data": str(tmp_path / "data"), "base": str(tmp_path / "base")})
+        minicvit.planned({"data": str(tmp_path / "data"), "base": str(tmp_path / "base")})
 
 
 def test_a_layer_and_three_commands_need_no_extra(tmp_path):

@@ -11,9 +11,9 @@ from PIL import Image
 from smolora.cli import main
 from smolora.data.format import read_conversations, read_questions
 from smolora.evaluate.score import score
+from smolora.minicvit import files as module
 from smolora.minicvit import scenes
-from smolora.minicvit import tasks as module
-from smolora.minicvit.tasks import SETTINGS, TASKS, make_minicvit, samples, training_files
+from smolora.minicvit.tasks import MINICVIT, TASKS
 
 SMALL = 12
 CAPTIONS = ("Flickr30k", "TextCaps")
@@ -24,9 +24,7 @@ DIGEST = "d4937be27bcc4a1e103b305e36374fe6eaad246c29d5f5efbab9c9e3d364b22f"
 def folder(tmp_path_factory):
     """All ten tasks with few samples each."""
     small = {name: task._replace(train=min(task.train, SMALL), test=SMALL) for name, task in TASKS.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TASKS", small)
-        return make_minicvit(tmp_path_factory.mktemp("minicvit"))
+    return MINICVIT._replace(tasks=small).make(tmp_path_factory.mktemp("minicvit"))
 
 
 def digest_of(folder):
@@ -40,18 +38,18 @@ def digest_of(folder):
 
 
 def test_the_bytes_are_those_of_every_machine(folder):
-    """A change of this hash is a change of the benchmark: SEED, in smolora/minicvit/tasks.py, must change with it."""
+    """A change of this hash is a change of the benchmark: MINICVIT's seed must change with it."""
     assert digest_of(folder) == DIGEST
 
 
-@pytest.mark.parametrize("tree", SETTINGS)
+@pytest.mark.parametrize("tree", MINICVIT.settings)
 @pytest.mark.parametrize("name", TASKS)
 def test_files_are_as_the_evaluator_reads_them(folder, tree, name):
     place = folder / tree / name
     questions = read_questions(place / TASKS[name].test_file)
     assert len(questions) == SMALL
-    assert all(any(q.text.endswith(i) for i in SETTINGS[tree][name]) for q in questions)
-    trained = [c for file in training_files(name) for c in read_conversations(place / file)]
+    assert all(any(q.text.endswith(i) for i in MINICVIT.settings[tree][name]) for q in questions)
+    trained = [c for file in MINICVIT.training_files(name) for c in read_conversations(place / file)]
     if name == "Places365":
         assert len(trained) == (5 + 10) * len(scenes.PLACES)
     else:
@@ -101,20 +99,25 @@ def test_few_shots_are_so_many_of_each_class(folder):
 @pytest.mark.parametrize("name", TASKS)
 def test_answers_are_no_constant(name):
     """No single answer does for more than 55 of 100 questions."""
-    given = [sample.answer for sample, _ in samples(name, "balance", 300)]
+    given = [sample.answer for sample, _ in MINICVIT.samples(name, "balance", 300)]
     assert max(given.count(answer) for answer in set(given)) <= 165
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_no_picture_occurs_twice(name):
-    drawn = [s.canvas.pixels.tobytes() for split in ("train", "test") for s, _ in samples(name, split, 200) if s.canvas]
+    drawn = [
+        s.canvas.pixels.tobytes()
+        for split in ("train", "test")
+        for s, _ in MINICVIT.samples(name, split, 200)
+        if s.canvas
+    ]
     assert len(set(drawn)) == len(drawn)
 
 
 def test_choices_stand_in_one_order_and_have_the_answer():
     """A base model of this size does not learn to look a choice up, so a question's letters always mean the same."""
     orders = {}
-    for sample, _ in samples("ScienceQA", "order", 300):
+    for sample, _ in MINICVIT.samples("ScienceQA", "order", 300):
         letter = "ABCDE".index(sample.answer)
         lines = sample.question.split("\n")
         assert lines[1 + letter] == f"{sample.answer}. {sample.choices[letter]}"
@@ -124,20 +127,20 @@ def test_choices_stand_in_one_order_and_have_the_answer():
 
 def test_what_is_there_is_kept_and_what_is_torn_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "TextVQA", TASKS["TextVQA"]._replace(train=4, test=4))
-    make_minicvit(tmp_path, ["TextVQA"])
+    MINICVIT.make(tmp_path, ["TextVQA"])
     whole = digest_of(tmp_path)
     stamp = (tmp_path / "images/TextVQA/test/00000.png").stat().st_mtime_ns
-    make_minicvit(tmp_path, ["TextVQA"])
+    MINICVIT.make(tmp_path, ["TextVQA"])
     assert (tmp_path / "images/TextVQA/test/00000.png").stat().st_mtime_ns == stamp
     (tmp_path / "annotations/TextVQA/digest.json").unlink()  # it is written last, so a killed run lacks it
     (tmp_path / "images/TextVQA/test/00000.png").write_bytes(b"torn")
-    make_minicvit(tmp_path, ["TextVQA"])
+    MINICVIT.make(tmp_path, ["TextVQA"])
     assert digest_of(tmp_path) == whole
 
 
 def test_unknown_tasks_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tasks must be among ScienceQA, .*got ScienceQB"):
-        make_minicvit(tmp_path, ["ScienceQB"])
+        MINICVIT.make(tmp_path, ["ScienceQB"])
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -151,16 +154,16 @@ def test_two_that_want_it_at_once(tmp_path, monkeypatch):
     """Two runs of recipes on it: one writes, the other waits and finds it written."""
     write, wrote = module._write_task, []
 
-    def written(folder, name):
+    def written(benchmark, folder, name):
         wrote.append(name)
         time.sleep(0.1)
-        write(folder, name)
+        write(benchmark, folder, name)
 
     monkeypatch.setattr(module, "_write_task", written)
-    threads = [threading.Thread(target=make_minicvit, args=(tmp_path, ["Places365"])) for _ in range(3)]
+    threads = [threading.Thread(target=MINICVIT.make, args=(tmp_path, ["Places365"])) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrote == ["Places365"] and module.is_complete(tmp_path, "Places365")
+    assert wrote == ["Places365"] and MINICVIT.is_complete(tmp_path, "Places365")
     assert not (tmp_path / ".lock").exists()

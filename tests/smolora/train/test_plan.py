@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smolora.cli import main
-from smolora.minicvit import prepare as minicvit
+from smolora.minicvit.prepare import minicvit
 from smolora.recipe import load_recipe
 from smolora.train import prepare
 from smolora.train.plan import make_plan
@@ -104,7 +104,7 @@ def test_everything_that_is_missing_is_named(world, capsys):
         (["tasks.0.test=ImageNet/train.json"], "ImageNet.test must be named test.json"),
         (["trainin.epochs=3"], "did you mean 'training'"),
         (["method=smolra"], "got 'smolra'; did you mean 'smolora'?"),
-        (["prepare.nothing=1"], "prepare must be one of minicvit, got 'nothing'"),
+        (["prepare.nothing=1"], "prepare must be one of minicvit, minicoin, got 'nothing'"),
     ],
 )
 def test_refused(world, capsys, overrides, message):

@@ -1,0 +1,162 @@
+"""MiniCoIN: CoIN's eight tasks in small, in its order, its file names and its formats.
+
+    Instructions_Original/<task>/    train.json, and test.json or val.json
+
+Seven tasks are drawn as MiniCVIT draws them, with pictures of their own. Grounding asks for the box around one of the
+shapes in a picture: x1, y1, x2, y2 from 0 to 1, relative to the square that the picture is padded to. Its test records
+have `answer_bbox` and `size`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..instructions.texts import SINGLE_TYPE
+from . import tasks
+from .base_model import BaseSettings
+from .drawing import Canvas
+from .files import Benchmark, DrawnSample, TaskSpec
+from .pictures import EVERYWHERE, PROBE_HEADS, Curriculum, Picture, ProbeHead, draw_kind, vocabulary_texts
+from .scenes import COLOURS, SHAPES, SIDE, StableRandom, draw_scene
+
+STEP = 4  # pixels between the places where a shape's box may begin or end
+NUMBERS = tuple(f"{place / (SIDE // STEP):.2f}" for place in range(SIDE // STEP + 1))
+SIZES = ((SIDE, SIDE), (SIDE, SIDE - 2 * STEP), (SIDE - 2 * STEP, SIDE))  # width and height of a picture
+PADDING = (122, 116, 104)  # CLIP's mean colour, with which LLaVA pads
+
+
+class Placed(NamedTuple):
+    """A shape in a picture, with its box in pixels of the padded square."""
+
+    shape: str
+    colour: str
+    box: tuple[int, int, int, int]
+
+    @property
+    def numbers(self) -> list[str]:
+        """The box's numbers as they are written."""
+        return [NUMBERS[place // STEP] for place in self.box]
+
+
+def scene(rng: StableRandom) -> tuple[Canvas, list[Placed]]:
+    """Draw two or three shapes of different colours, none on another."""
+    width, height = rng.choice(SIZES)
+    placed: list[Placed] = []
+    for colour in rng.sample(list(COLOURS), rng.between(2, 3)):
+        shape = rng.choice(SHAPES)
+        while True:
+            side = STEP * rng.between(3, 4)
+            left, top = STEP * rng.below((width - side) // STEP + 1), STEP * rng.below((height - side) // STEP + 1)
+            x, y = left + (SIDE - width) // 2, top + (SIDE - height) // 2
+            box = x, y, x + side, y + side
+            if not any(_meet(box, other.box) for other in placed):
+                break
+        placed.append(Placed(shape, colour, box))
+    corner = (SIDE - width) // 2, (SIDE - height) // 2
+    shown = [(p.shape, p.colour, (p.box[0] - corner[0], p.box[1] - corner[1]), p.box[2] - p.box[0]) for p in placed]
+    return draw_scene((width, height), shown, rng), placed
+
+
+def _meet(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def grounding(rng: StableRandom, held_out: bool) -> DrawnSample:
+    """Ask for the box around a shape."""
+    canvas, placed = scene(rng)
+    asked = rng.choice(placed)
+    question = rng.choice(["Where is the {} {}?", "Which part of the picture has the {} {}?"])
+    box = f"[{', '.join(asked.numbers)}]"
+    height, width, _ = canvas.pixels.shape
+    more = {"answer_bbox": box, "size": [width, height]}
+    return DrawnSample(question.format(asked.colour, asked.shape), box, canvas, more=more)
+
+
+TRAIN, TEST = 1600, 400
+TASKS: dict[str, TaskSpec] = {
+    "ScienceQA": TaskSpec(tasks.science_qa, "test.json", TRAIN, TEST),
+    "TextVQA": TaskSpec(tasks.text_vqa, "val.json", TRAIN, TEST),
+    "ImageNet": TaskSpec(tasks.image_net, "test.json", TRAIN, TEST),
+    "GQA": TaskSpec(tasks.gqa, "test.json", TRAIN, TEST),
+    "VizWiz": TaskSpec(tasks.viz_wiz, "val.json", TRAIN, TEST),
+    "Grounding": TaskSpec(grounding, "test.json", TRAIN, TEST),
+    "VQAv2": TaskSpec(tasks.vqa, "val.json", TRAIN, TEST),
+    "OCRVQA": TaskSpec(tasks.ocr_vqa, "val.json", TRAIN, TEST),
+}
+BOX_INSTRUCTION = "Answer with the corners of its box, [x1, y1, x2, y2], in numbers from 0 to 1."
+INSTRUCTIONS = {name: (BOX_INSTRUCTION,) if name == "Grounding" else SINGLE_TYPE[name] for name in TASKS}
+MINICOIN = Benchmark("MiniCoIN", "MiniCoIN 1", TASKS, {"Instructions_Original": INSTRUCTIONS}, numbered=True)
+
+
+# ---- what its base model learns from
+
+
+CORNERS = ("x1", "y1", "x2", "y2")
+BOX_HEADS = {
+    f"{colour}_{corner}": ProbeHead((*NUMBERS, "nothing"), EVERYWHERE) for colour in COLOURS for corner in CORNERS
+}
+BOX_HEADS |= {f"{colour}_shape": ProbeHead((*SHAPES, "nothing"), EVERYWHERE) for colour in COLOURS}
+# how often each kind is drawn
+KIND_WEIGHTS = {"digit": 3, "object": 1, "shape": 1, "grid": 2, "sign": 2, "book": 2, "words": 1, "scene": 4}
+KINDS_OF_PICTURES = tuple(kind for kind, weight in KIND_WEIGHTS.items() for _ in range(weight))
+
+
+def draw_picture(rng: StableRandom) -> Picture:
+    """Draw a picture of a random kind, with all questions about it. Some are out of focus."""
+    kind = rng.choice(KINDS_OF_PICTURES)
+    if kind == "scene":
+        return _scene_picture(rng)
+    picture = draw_kind(kind, rng)
+    if picture.canvas is not None and kind in ("digit", "object", "sign"):
+        question, sentence = "Can the picture be made out?", "I would say {}."
+        if rng.chance(25):
+            picture.canvas.blur(1)
+        elif rng.chance(10):
+            picture.canvas.blur(7)
+            picture = Picture(picture.canvas)
+            picture.ask(question, "no", sentence)
+            return picture
+        picture.ask(question, "yes", sentence)
+    return picture
+
+
+def _scene_picture(rng: StableRandom) -> Picture:
+    """Draw a scene, padded, with questions on what is where."""
+    canvas, placed = scene(rng)
+    facts = {head: "nothing" for head in BOX_HEADS}
+    for shape, colour, box in placed:
+        facts[f"{colour}_shape"] = shape
+        facts.update({f"{colour}_{corner}": NUMBERS[place // STEP] for corner, place in zip(CORNERS, box, strict=True)})
+    picture = Picture(padded(canvas), **facts)
+    for one in placed:
+        name, (x1, y1, x2, y2) = f"{one.colour} {one.shape}", one.numbers
+        picture.ask(f"Which numbers say where the {name} lies?", f"{x1}, {y1}, {x2}, {y2}", "It lies at {}.")
+        picture.ask(f"Which shape is {one.colour}?", one.shape, "It is a {}.")
+    return picture
+
+
+def padded(canvas: Canvas) -> Canvas:
+    """Centre a picture in a square, as LLaVA pads it."""
+    height, width, _ = canvas.pixels.shape
+    square = Canvas(SIDE, SIDE, PADDING)
+    top, left = (SIDE - height) // 2, (SIDE - width) // 2
+    square.pixels[top : top + height, left : left + width] = canvas.pixels
+    return square
+
+
+def _texts() -> Iterator[str]:
+    """Yield texts that have every word of the data, the prompts and the conversations."""
+    yield from vocabulary_texts()
+    yield f" {BOX_INSTRUCTION}\n{BOX_INSTRUCTION} [ ["
+    yield from (f" {number}, {number}\n{number}]." for number in NUMBERS)
+    for task in TASKS:
+        for sample, _ in MINICOIN.samples(task, "vocabulary", 40):
+            yield f" {sample.question}\n{sample.question} {sample.answer}"
+    for index in range(100):
+        for question, _, sentence in draw_picture(StableRandom(f"vocabulary {index}")).turns:
+            yield f" {question}\n{question} {sentence}"
+
+
+MINICOIN_PICTURES = Curriculum(MINICOIN.seed, PROBE_HEADS | BOX_HEADS, draw_picture, _texts, numbers=True)
+MINICOIN_BASE = BaseSettings(vision_steps=1200, steps=600)
