@@ -21,7 +21,7 @@ from smolora.minicvit.scenes import COLOURS, SIDE, StableRandom
 from .test_tasks import digest_of
 
 SMALL = 12
-DIGEST = "?"
+DIGEST = "11d875257e68fa6adc98230b20352df3e831dfc12c073b94240bbd85e118400e"
 
 
 @pytest.fixture(scope="module")
