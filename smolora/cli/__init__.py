@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {  # their modules have underscores for hyphens
     "train": Command("Train on a stream of tasks by a recipe, and evaluate after each.", "eval"),
     "evaluate": Command("Answer the benchmark's questions with a model, and score the answers.", "llava"),
     "score": Command("Score a file of answers: the dataset's metric and MIF."),
+    "judge": Command("Have a language model rate answers from 0 to 10.", "llava"),
     "metrics": Command("Compute AP, MAP, BWT and MIF from an accuracy matrix."),
     "report": Command("Write a report on one run or several: tables, figures, cases.", "report"),
     "demo": Command("Ask the models of finished runs on a web page.", "demo"),

@@ -353,7 +353,7 @@ class BatchGenerator:
             inputs["task_ids"] = torch.full((len(questions),), self.task_id)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         self.recorder.start()
-        with _greedy(self.model):
+        with plain_generation(self.model):
             sequences = self.model.generate(**inputs, generation_config=self.config)
         layers = self.recorder.samples(mask, rows)
         end = self.encoder.tokenizer.eos_token_id
@@ -364,7 +364,7 @@ class BatchGenerator:
 
 
 @contextmanager
-def _greedy(model: nn.Module) -> Iterator[None]:
+def plain_generation(model: nn.Module) -> Iterator[None]:
     """Hide a model's own `generation_config`, from which `generate` takes every option that it is not given.
 
     A repetition penalty, suppressed tokens or a time limit would change the answers.
@@ -504,7 +504,7 @@ def _run_settings(
         "dataset": job.dataset,
         "questions": hashlib.sha256(job.questions.read_bytes()).hexdigest(),
         "model_id": job.model_id,
-        "weights": _weights_digest(model),
+        "weights": weights_digest(model),
         "square_images": transform.square,
         "instruction_embeds": embedded,
         "instructions": job.instructions,
@@ -513,7 +513,7 @@ def _run_settings(
     }
 
 
-def _weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Hash up to 256 numbers of every parameter, what selectors choose by, and which adapters are active."""
     digest = hashlib.sha256()
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -189,7 +189,10 @@ class TrainingRecipe:
     Args:
         batch_size: samples per optimiser step, over all devices.
         per_device_batch_size: samples per forward on one device. Gradients are accumulated up to `batch_size`.
-        projector_learning_rate: learning rate of the projector's adapters; None for `learning_rate`.
+        projector_learning_rate: learning rate of the projector's adapters, or of the projector itself; None for
+            `learning_rate`.
+        full_projector: train the projector itself, in float32, in place of adapters in it. It is saved with the
+            adapter, and later stages go on with it.
         schedule: "cosine" or "constant", both after a linear warm-up over `warmup_ratio` of the steps.
         max_length: maximum number of tokens. Longer samples are cut at the end.
         activation_checkpointing: recompute activations in the backward pass.
@@ -204,6 +207,7 @@ class TrainingRecipe:
     per_device_batch_size: Count = 8
     learning_rate: Positive = 1e-4
     projector_learning_rate: Positive | None = None
+    full_projector: Flag = False
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
     warmup_ratio: Number = 0.03
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -20,8 +20,8 @@ from ..io.files import fsync_tree, read_text, write_json
 from ..recipe import Recipe
 from .data import GlobalBatches, StageSamples
 from .methods import Method
+from .projector import PROJECTOR
 
-PROJECTOR = "multi_modal_projector"
 MARKER = "complete.json"  # written into a checkpoint once all its other files are on disk
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # the new name and the old one

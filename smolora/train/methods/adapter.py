@@ -12,6 +12,7 @@ from torch import nn
 from ...recipe import Recipe, TaskRecipe
 from ...recipe.messages import invalid_section
 from ...tuner.model import DEFAULT_TARGETS
+from ..projector import train_projector_in_full
 from .hooks import Hooks
 
 Options = TypeVar("Options")
@@ -50,11 +51,16 @@ class Adapter(Hooks):
             base: the base model, on its device.
             previous: folder of the adapter to start from; None for a new one.
         """
+        in_full = self.recipe.training.full_projector
         if previous is not None:
+            if in_full:
+                train_projector_in_full(base, None)
             return PeftModel.from_pretrained(base, previous, is_trainable=True)
         config = self.config(base)
         if config is None:
             raise ValueError(f"the adapter {self.name} trains nothing")
+        if in_full:
+            train_projector_in_full(base, config)
         return get_peft_model(base, config)
 
     def load(self, base: nn.Module, folder: Path | None) -> nn.Module:

@@ -1,0 +1,67 @@
+"""The projector trained in full: at its own rate, saved with the adapter, carried on, and there outside the trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import AutoPeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from small_llava import small_llava
+from smolora.train.methods import METHODS
+from smolora.train.projector import PROJECTOR, train_projector_in_full
+from smolora.train.run import TrainingRun
+
+IN_FULL = "training.full_projector=true"
+NAMES = tuple(f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias"))
+
+
+def projector_of(folder) -> dict[str, torch.Tensor]:
+    """The projector's tensors in an adapter's folder, by their names in it."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {name.partition(f"{PROJECTOR}.")[2]: value for name, value in tensors.items() if PROJECTOR in name}
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"zeroshot"}))
+def test_it_is_trained_whole_and_has_no_adapter(short, method):
+    model = METHODS[method](short(f"method={method}", IN_FULL)).start(small_llava().requires_grad_(False), None)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and PROJECTOR in name}
+    assert {name.partition(".modules_to_save.default.")[2] for name in trained} == set(NAMES)
+    assert not [name for name in model.targeted_module_names if PROJECTOR in name]
+
+
+def test_without_it_nothing_is_added(short):
+    model = METHODS["seqlora"](short("method=seqlora")).start(small_llava().requires_grad_(False), None)
+    assert not [name for name, _ in model.named_parameters() if "modules_to_save" in name]
+
+
+def test_a_model_without_a_projector_is_refused():
+    with pytest.raises(ValueError, match=r"training\.full_projector needs a model with a multi_modal_projector, got"):
+        train_projector_in_full(nn.Sequential(nn.Linear(2, 2)), None)
+
+
+@pytest.mark.parametrize("method", ("moelora", "smolora"))
+def test_it_is_carried_from_stage_to_stage_and_answers_outside_the_trainer(short, tmp_path, method):
+    recipe = short(f"method={method}", IN_FULL, "training.projector_learning_rate=0.02")
+    TrainingRun(recipe)()
+    folders = [tmp_path / f"run/{stage}/adapter" for stage in ("stage-1-ImageNet", "stage-2-Flickr30k")]
+    first, second = map(projector_of, folders)
+    base = AutoModelForImageTextToText.from_pretrained(recipe.model.path)
+    was = dict(base.model.multi_modal_projector.named_parameters())
+    assert set(first) == set(second) == set(NAMES)
+    for name in NAMES:  # AdamW's first step is as long as the rate, whatever the gradient
+        assert first[name].dtype == torch.float32
+        moved = (first[name] - was[name]).abs().max(), (second[name] - first[name]).abs().max()
+        assert all(0.015 < float(step) < 0.025 for step in moved), (name, moved)
+    alone = AutoPeftModel.from_pretrained(folders[1])  # without a trainer
+    loaded = dict(alone.named_parameters())
+    for name in NAMES:
+        (found,) = [value for key, value in loaded.items() if f"{PROJECTOR}.modules_to_save.default.{name}" in key]
+        assert torch.equal(found, second[name])
+    seen = torch.randn(1, 4, was["linear_1.weight"].shape[1])
+    base.model.multi_modal_projector.load_state_dict(second)
+    with torch.no_grad():
+        shown = alone.get_base_model().model.multi_modal_projector(seen)
+        assert torch.equal(shown, base.model.multi_modal_projector(seen))
