@@ -166,6 +166,7 @@ class TaskRecipe:
         instructions: the instruction texts at the end of its prompts. Without them the benchmark's own are looked for,
             and a prompt that ends with none of these has its last line as its instruction.
         epochs: epochs of a stage that trains this task alone, such as a few-shot one; None for `training.epochs`.
+        batch_size: samples per optimiser step of such a stage; None for `training.batch_size`.
     """
 
     name: Text
@@ -175,6 +176,7 @@ class TaskRecipe:
     images: PathText | None = None
     instructions: list[Text] = field(default_factory=list)
     epochs: Positive | None = None
+    batch_size: Count | None = None
 
     @property
     def benchmark_name(self) -> str:
@@ -314,6 +316,13 @@ class Recipe:
         """Epochs of a stage that trains these tasks."""
         own = tasks[0].epochs if len(tasks) == 1 else None
         return self.training.epochs if own is None else own
+
+    def of_stage(self, tasks: Sequence[TaskRecipe]) -> Recipe:
+        """The recipe of a stage that trains these tasks, with the batch size of a single one."""
+        own = tasks[0].batch_size if len(tasks) == 1 else None
+        if own is None:
+            return self
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, batch_size=own))
 
     def adapter_config(self, **changes: Any) -> SMoLoRAConfig:
         """The adapter's configuration, with changes."""

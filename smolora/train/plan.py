@@ -58,6 +58,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     plan["stages"] = [_stage(stage, counts, recipe) for stage in method.course.stages()]
     plan["downstream"] = [_stage(stage, counts, recipe) for stage in method.course.downstream()]
     plan["makes"] = [str(path) for path in checker.made]
+    for stage in stages:
+        accumulation(recipe.of_stage(stage.train), devices)
     plan["devices"], plan["accumulation"] = devices, accumulation(recipe, devices)
     plan["memory"] = _memory(recipe, method, devices) if Path(recipe.model.path).is_dir() else None
     return plan
@@ -78,7 +80,9 @@ def _stage(stage: Stage, counts: dict[str, tuple[int, int]], recipe: Recipe) -> 
         "train": train,
         "test": sum(counts[task.name][1] for task in own),
         "asked": sum(counts[task.name][1] for task in stage.test),
-        "steps": steps_of(train, recipe.training.batch_size, recipe.epochs(stage.train)) if train else 0,
+        "steps": steps_of(train, recipe.of_stage(stage.train).training.batch_size, recipe.epochs(stage.train))
+        if train
+        else 0,
     }
 
 

@@ -173,19 +173,17 @@ class TrainingRun:
         work = StageWork(stage, kept, own, collate, self.recipe.training.per_device_batch_size, self.state)
         self.method.before_stage(model, work)
         trainable = num_trainable(model)
-        epochs = self.recipe.epochs(stage.train)
-        steps = steps_of(len(samples), self.recipe.training.batch_size, epochs)
+        recipe, epochs = self.recipe.of_stage(stage.train), self.recipe.epochs(stage.train)
+        steps = steps_of(len(samples), recipe.training.batch_size, epochs)
         checkpoints = self.paths.checkpoints(stage)
         resume = self._last_checkpoint(checkpoints)
         trainer = ContinualTrainer(
-            self.recipe,
+            recipe,
             self.method,
             samples,
             resume,
             model=model,
-            args=training_arguments(
-                self.recipe, checkpoints, epochs, steps, seed, on_gpu=self.state.device.type != "cpu"
-            ),
+            args=training_arguments(recipe, checkpoints, epochs, steps, seed, on_gpu=self.state.device.type != "cpu"),
             data_collator=collate,
         )
         set_seed((seed + self.state.process_index) % 2**32)  # each process draws its own dropout masks

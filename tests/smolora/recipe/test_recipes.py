@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from smolora.data.format import Conversation
+from smolora.evaluate.coin import COIN_DATASETS
 from smolora.evaluate.score import find_dataset
 from smolora.instructions.texts import instruction_of
 from smolora.recipe import load_recipe
+from smolora.train.trainer import accumulation
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 ORDER = ["ScienceQA", "TextVQA", "Flickr30k", "ImageNet", "GQA", "VQAv2"]
+COIN = [path for path in RECIPES if path.name.startswith("coin_")]
 CVIT = [path for path in RECIPES if path.name.startswith("cvit_")]
 
 
@@ -22,7 +25,7 @@ def test_every_recipe_says_what_it_is_and_can_be_read(path):
     comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(word in " ".join(comment) for word in ("Table", "Figure", "cvit_llava7b"))
     for task in recipe.all_tasks:
-        assert Path(task.test).name == find_dataset(task.dataset or task.name).questions
+        assert Path(task.test).name in find_dataset(task.dataset or task.name).question_files
         for text in task.instructions:  # what the template finds in a prompt is itself
             question = Conversation(0, f"Which one?\n{text}", "", None).text
             assert instruction_of(question, [t for other in recipe.all_tasks for t in other.instructions]) == text
@@ -52,3 +55,25 @@ def test_studies():
     assert ablations == {"smolora-vu", "smolora-if", "smolora-mean"}
     names = [load_recipe(path).name for path in CVIT if "places" not in path.name]
     assert len(set(names)) == len(names), "two recipes would share a folder"
+
+
+@pytest.mark.parametrize("path", COIN, ids=lambda path: path.stem)
+def test_coins_setting(path):
+    """The samples a step are those of CoIN's 8 GPUs, whose batches and accumulation differ from task to task."""
+    recipe = load_recipe(path)
+    training, config = recipe.training, recipe.adapter_config()
+    assert [task.name for task in recipe.tasks] == list(COIN_DATASETS)
+    assert [Path(task.test).name for task in recipe.tasks] == [spec.questions for spec in COIN_DATASETS.values()]
+    batches = (14 * 8, 14 * 8, 16 * 8, 6 * 8, 14 * 8, 6 * 8, 8 * 8, 10 * 8)
+    assert [recipe.of_stage([task]).training.batch_size for task in recipe.tasks] == [8 * batch for batch in batches]
+    assert recipe.of_stage(recipe.tasks) is recipe
+    for devices in (1, 2, 4, 8):
+        assert all(accumulation(recipe.of_stage([task]), devices) for task in recipe.tasks)
+    assert (training.learning_rate, training.weight_decay, training.epochs) == (2e-4, 0, 1)
+    assert (training.schedule, training.warmup_ratio, recipe.model.dtype) == ("cosine", 0.03, "bfloat16")
+    assert training.full_projector and recipe.evaluation.protocol == "coin"
+    assert (recipe.baseline.rank, recipe.baseline.alpha, recipe.baseline.experts) == (128, 256, 8)
+    assert (config.r, config.scaling, config.lora_dropout) == (16, 2, 0.05)
+    assert recipe.data.root.endswith(
+        {"original": "Original", "diverse": "Diverse", "10type": "10Type"}[path.stem.rpartition("_")[2]]
+    )
