@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..arguments import is_number
@@ -73,6 +74,18 @@ def coin_grounded(item: Item, text: str) -> bool:
     if len(box) != 4:
         return False
     return iou(tuple(number * item.side for number in box), tuple(number * item.side for number in truth)) > THRESHOLD
+
+
+def true_boxes(path: Path) -> list[str]:
+    """The annotated box of each record of a test file, without brackets.
+
+    Raises:
+        ValueError: a record has none, or one that is no box. The message names file and record.
+    """
+    return [
+        _annotated(record.get("answer_bbox") if isinstance(record, dict) else None, f"{path}: record {index}")
+        for index, record in enumerate(read_json(path))
+    ]
 
 
 def load(files: Files, questions: str) -> list[Item]:

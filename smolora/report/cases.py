@@ -8,12 +8,15 @@ from pathlib import Path
 
 from ..data.format import Question, read_questions
 from ..data.images import BrokenImageError, read_image
+from ..evaluate.grounding import true_boxes, written_box
 from ..io.files import atomic_file
 from ..io.markdown import picture
+from .boxes import Box, draw_boxes
 from .csv_files import write_csv
 from .layout import RunFolder, file_name
 from .tables import Cells, Table
 
+GROUNDING = "Grounding"  # the dataset whose answers are boxes
 SIDE = 320  # maximum width and height of an image in the report, in pixels
 
 
@@ -63,14 +66,13 @@ def find_cases(folder: Path, runs: Sequence[RunFolder], count: int) -> dict[str,
             if all(str(q.question_id) in of_run for of_run in answers.values())
         ]
         chosen = sorted(questions, key=lambda q: (-_differing(q, answers.values()), q.index))[:count]
-        cases[task] = [
-            Case(
-                question,
-                _thumbnail(question, images, folder / "cases", task),
-                {column: of_run[str(question.question_id)] for column, of_run in answers.items()},
-            )
-            for question in chosen
-        ]
+        boxes = true_boxes(source.folder / test["questions"]) if test.get("dataset", task) == GROUNDING else None
+        cases[task] = []
+        for question in chosen:
+            given = {column: of_run[str(question.question_id)] for column, of_run in answers.items()}
+            box = None if boxes is None else written_box(boxes[question.index])
+            shown = _thumbnail(question, images, folder / "cases", task, box, given)
+            cases[task].append(Case(question, shown, given))
     rows = [
         (task, str(case.question.question_id), case.question.text, column, text, case.truth)
         for task, of_task in cases.items()
@@ -105,15 +107,23 @@ def _shown(case: Case, task: str) -> str:
     return picture(f"{task} {case.question.index}", f"{case.picture.parent.name}/{case.picture.name}")
 
 
-def _thumbnail(question: Question, images: Path, folder: Path, task: str) -> Path | str:
-    """Save a thumbnail of a question's image and return its path, or the reason why there is none."""
+def _thumbnail(
+    question: Question, images: Path, folder: Path, task: str, box: Box | None, answers: dict[str, str]
+) -> Path | str:
+    """Save a thumbnail of a question's image and return its path, or the reason why there is none.
+
+    With the true box, the boxes that were answered are drawn beside it.
+    """
     if question.image is None:
         return "no image"
     try:
         image = read_image(images / question.image)
     except BrokenImageError as error:
         return str(error)
-    image.thumbnail((SIDE, SIDE))
+    if box is None:
+        image.thumbnail((SIDE, SIDE))
+    else:
+        image = draw_boxes(image, box, answers, SIDE)
     path = folder / f"{file_name(task)}-{question.index}.png"
     with atomic_file(path) as temporary:
         image.save(temporary)
