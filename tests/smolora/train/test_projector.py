@@ -13,7 +13,9 @@ from small_llava import small_llava
 from smolora.train.methods import METHODS
 from smolora.train.projector import PROJECTOR, train_projector_in_full
 from smolora.train.run import TrainingRun
+from smolora.train.trainer import ContinualTrainer
 
+FIRST = "stage-1-ImageNet/adapter"
 IN_FULL = "training.full_projector=true"
 NAMES = tuple(f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias"))
 
@@ -65,3 +67,26 @@ def test_it_is_carried_from_stage_to_stage_and_answers_outside_the_trainer(short
     with torch.no_grad():
         shown = alone.get_base_model().model.multi_modal_projector(seen)
         assert torch.equal(shown, base.model.multi_modal_projector(seen))
+
+
+def test_a_killed_stage_goes_on_with_it(short, tmp_path, monkeypatch):
+    """Killed after two of three steps, and continued from the second one's checkpoint."""
+    options = (IN_FULL, "method=moelora", "training.batch_size=4", "training.per_device_batch_size=4")
+    names = {name: f"output={tmp_path / name}" for name in ("whole", "killed")}
+    recipes = {name: short(*options, "training.save_steps=1", output, one_task=True) for name, output in names.items()}
+    TrainingRun(recipes["whole"])()
+    step, done = ContinualTrainer.training_step, []
+
+    def dying(self, *args, **kwargs):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(self.state.global_step)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ContinualTrainer, "training_step", dying)
+        TrainingRun(recipes["killed"])()
+    assert [path.name for path in (tmp_path / "killed").rglob("checkpoint-*")] == ["checkpoint-2"]
+    TrainingRun(recipes["killed"])()
+    whole, killed = (load_file(tmp_path / name / FIRST / "adapter_model.safetensors") for name in names)
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
