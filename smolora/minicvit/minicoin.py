@@ -159,4 +159,4 @@ def _texts() -> Iterator[str]:
 
 
 MINICOIN_PICTURES = Curriculum(MINICOIN.seed, PROBE_HEADS | BOX_HEADS, draw_picture, _texts, numbers=True)
-MINICOIN_BASE = BaseSettings(vision_steps=1200, steps=600)
+MINICOIN_BASE = BaseSettings(vision_steps=1000, steps=450)

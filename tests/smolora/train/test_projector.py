@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import AutoPeftModel
+from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
@@ -90,3 +90,24 @@ def test_a_killed_stage_goes_on_with_it(short, tmp_path, monkeypatch):
     TrainingRun(recipes["killed"])()
     whole, killed = (load_file(tmp_path / name / FIRST / "adapter_model.safetensors") for name in names)
     assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_in_16_bits_it_is_kept_in_32(short, tmp_path):
+    """Two stages: what the second one reads is not rounded, and the model answers in 16 bits."""
+    recipe = short(IN_FULL, "method=seqlora", "model.dtype=bfloat16", "training.projector_learning_rate=1e-6")
+    TrainingRun(recipe)()
+    stages = [tmp_path / "run" / stage / "adapter" for stage in ("stage-1-ImageNet", "stage-2-Flickr30k")]
+    first, second = map(projector_of, stages)
+    for name in NAMES:  # a step of 1e-6 would be lost in bfloat16, and after stage 1 by rounding
+        assert first[name].dtype == second[name].dtype == torch.float32
+        assert not torch.equal(first[name], first[name].bfloat16().float())
+        assert 0 < float((second[name] - first[name]).abs().max()) < 2e-6
+    base = AutoModelForImageTextToText.from_pretrained(recipe.model.path, dtype=torch.bfloat16)
+    loaded = PeftModel.from_pretrained(base, stages[1]).eval()
+    projector = loaded.get_base_model().model.multi_modal_projector
+    assert {p.dtype for p in projector.parameters()} == {torch.bfloat16}
+    size = base.config.vision_config.image_size
+    ids = torch.full((1, (size // 14) ** 2), base.config.image_token_id)
+    pixels = torch.zeros(1, 3, size, size, dtype=torch.bfloat16)
+    made = loaded.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=2, do_sample=False)
+    assert made.shape == (1, ids.shape[1] + 2)
