@@ -84,7 +84,7 @@ class Verdict(NamedTuple):
 
     score: float | None  # sum of the ratings / (10 n), 0 to 1; None without a rating
     spread: float | None  # standard deviation of rating / 10 over the answers; None with fewer than two
-    count: int  # n, the number of rated answers
+    count: int  # type: ignore[assignment]  # n, the number of rated answers
     unrated: int  # answers whose reply has no number from 0 to 10
 
     def __str__(self) -> str:
@@ -177,8 +177,8 @@ def _judge(
     with parts.writer(0) as write, tqdm(total=len(prompts), unit="answer", desc="judging") as progress:
         for number, batch in enumerate(plan):
             if number not in done:
-                replies = _replies(model, tokenizer, [prompts[place] for place in batch], settings, number)
-                done[number] = {"batch": number, "replies": replies}
+                written = _replies(model, tokenizer, [prompts[place] for place in batch], settings, number)
+                done[number] = {"batch": number, "replies": written}
                 write(done[number])
             progress.update(len(batch))
     replies = {

@@ -161,7 +161,7 @@ class Pictures:
             for index in tqdm(range(settings.pictures), desc="drawing", unit="picture")
         ]
         self.seen = [picture for picture in self.all if picture.canvas is not None]
-        images = [Image.fromarray(picture.canvas.pixels) for picture in self.seen]
+        images = [Image.fromarray(p.canvas.pixels) for p in self.seen if p.canvas is not None]
         self.pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         self._place = {id(picture): place for place, picture in enumerate(self.seen)}
 

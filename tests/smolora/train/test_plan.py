@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,9 +159,9 @@ def test_prepared_folders_at_home(world, monkeypatch, capsys, tmp_path):
 
 def test_what_a_recipe_makes_is_listed_and_not_required(world, tmp_path, monkeypatch, capsys):
     root = tmp_path / "made"
-    module = type("Module", (), {})()
+    module = SimpleNamespace(made=SimpleNamespace())
     made = {root / "ImageNet/train.json": 10, root / "ImageNet/test.json": 3, root / "base": None}
-    module.planned = lambda options: {path: count for path, count in made.items() if options == {"scale": 2}}
+    module.made.planned = lambda options: {path: count for path, count in made.items() if options == {"scale": 2}}
     monkeypatch.setattr(prepare, "PREPARATIONS", {"made": "made_module"})
     monkeypatch.setitem(__import__("sys").modules, "made_module", module)
     overrides = [
