@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from small_llava import small_llava
-from smolora.train.methods import METHODS
+from smolora.train.methods import METHODS, Method
 from smolora.train.projector import PROJECTOR, train_projector_in_full
 from smolora.train.run import TrainingRun
 from smolora.train.trainer import ContinualTrainer
@@ -28,14 +28,15 @@ def projector_of(folder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"zeroshot"}))
 def test_it_is_trained_whole_and_has_no_adapter(short, method):
-    model = METHODS[method](short(f"method={method}", IN_FULL)).start(small_llava().requires_grad_(False), None)
+    recipe = short(f"method={method}", IN_FULL)
+    model = Method(recipe).adapter.start(small_llava().requires_grad_(False), None)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and PROJECTOR in name}
     assert {name.partition(".modules_to_save.default.")[2] for name in trained} == set(NAMES)
     assert not [name for name in model.targeted_module_names if PROJECTOR in name]
 
 
 def test_without_it_nothing_is_added(short):
-    model = METHODS["seqlora"](short("method=seqlora")).start(small_llava().requires_grad_(False), None)
+    model = Method(short("method=seqlora")).adapter.start(small_llava().requires_grad_(False), None)
     assert not [name for name, _ in model.named_parameters() if "modules_to_save" in name]
 
 
