@@ -38,7 +38,7 @@ class AutoencoderRouter(Selector):
         companion (T,), int64: the earlier task whose expert the task's is trained with; -1 for none.
     """
 
-    finds: ClassVar[tuple[str, ...]] = ("experts",)
+    finds: ClassVar[tuple[str, ...]] = ("experts", "task")
     encoder: Tensor
     encoder_bias: Tensor
     decoder: Tensor
@@ -79,7 +79,9 @@ class AutoencoderRouter(Selector):
         return bool((self.threshold >= 0).any())
 
     def choose(self, features: Features) -> dict[str, Tensor]:
-        return {"experts": self.experts(features)}
+        """Return the experts of each sample, as `experts` does, and its task (n,), -1 for none."""
+        found = self.experts(features)
+        return {"experts": found, "task": found[:, 0]}
 
     def experts(self, features: Features) -> Tensor:
         """Return the experts of each sample, int64 (n, 2): its task's, and that one's companion; -1 for none.

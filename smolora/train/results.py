@@ -69,13 +69,19 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
 
 
 def _selected(recipe: Recipe, paths: RunPaths, done: list[Stage]) -> list[dict[str, list[int]]]:
-    """For each finished stage and each task asked after it, how often a selector took its questions for each task."""
+    """For each finished stage and each task asked after it, how often a selector took its questions for each task.
+
+    Last comes how many it took for none, if there are any.
+    """
     rows: list[dict[str, list[int]]] = []
     for stage in done:
         row = {}
         for task in stage.test:
             info = read(paths.evaluation(stage) / "answers" / f"{task.name}.info.json")
-            row[task.name] = [info.get("tasks", []).count(number) for number in range(recipe.num_task_ids)]
+            found = info.get("tasks", [])
+            row[task.name] = [found.count(number) for number in range(recipe.num_task_ids)]
+            if -1 in found:
+                row[task.name].append(found.count(-1))
         rows.append(row)
     return rows
 

@@ -132,7 +132,8 @@ def fill_missing(
     features = read_features(
         context, asked[0], inputs, own["instruction_embeds"], count, image_to_sample=image_to_sample, bounds=bounds
     )
-    return samples._replace(**active_selectors(context)[asked[0]].choose(features))
+    found = active_selectors(context)[asked[0]].choose(features)
+    return samples.fill(Samples(**found))
 
 
 def _is_asked(context: RoutingContext, name: str, samples: Samples) -> bool:

@@ -104,6 +104,10 @@ class DMoLE(Adapter):
         config.placement = {name: [0] for name in chosen}
         return config
 
+    @property
+    def task_source(self) -> Literal["given", "selector"] | None:
+        return "selector"
+
     def targets(self, base: nn.Module) -> Any:
         chosen = self.options.target_modules
         config: Any = base.config

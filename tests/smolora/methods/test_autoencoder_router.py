@@ -131,7 +131,9 @@ def test_experts_are_a_task_and_its_companion(router):
     own = router.companion.clone()
     try:
         router.companion[2] = 0
-        found = router.choose(features)["experts"]
+        chosen = router.choose(features)
+        found = chosen["experts"]
+        assert torch.equal(chosen["task"], tasks)
         assert found[:, 0].tolist() == tasks.tolist() and (tasks == 2).any() and (tasks == -1).any()
         assert found[:, 1].tolist() == [0 if task == 2 else -1 for task in tasks.tolist()]
         alone = [router.experts(Features(*(part[i : i + 1] for part in features)))[0] for i in range(len(tasks))]

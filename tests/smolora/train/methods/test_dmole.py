@@ -79,7 +79,10 @@ def test_experts_of_two_tasks(whole):
     """They are in the chosen layers alone; the first task's keep their bits under AdamW with weight decay, while they
     are used beside the second's."""
     recipe, results = whole
-    assert [len(row) for row in results["matrix"]] == [1, 2]
+    assert [len(row) for row in results["matrix"]] == [1, 2] and results["task_source"] == "selector"
+    for number, row in enumerate(results["selected"]):
+        assert [len(counts) in (2, 3) and sum(counts) for counts in row.values()] == [4] * (number + 1)
+        assert all(counts[place] >= 2 for place, counts in enumerate(row.values())), row
     first, second = (adapter(recipe.folder, stage) for stage in STAGES)
     placements = [settings(recipe.folder, stage)["placement"] for stage in STAGES]
     logs = [json.loads((recipe.folder / stage / "kept/dmole.json").read_text()) for stage in STAGES]
@@ -126,6 +129,7 @@ def test_answers_outside_of_the_trainer(whole):
         assert own.float().mean() > 0.7 and (experts[own, 1] == number - 1).all()
         options = {"max_new_tokens": 3, "do_sample": False}
         answers = model.generate(**inputs, **options)
+        assert torch.equal(model.base_model.last_tasks(), experts[:, 0])
         assert torch.equal(answers, model.generate(**inputs, experts=experts, **options))
         logits, given = (model(**inputs, **extra).logits for extra in ({}, {"experts": experts}))
         assert torch.equal(logits, given)
