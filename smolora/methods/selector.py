@@ -81,6 +81,8 @@ class TaskSelector(Selector):
 
     finds: ClassVar[tuple[str, ...]] = ("task",)
     learned: Tensor  # bool (num_tasks,), the tasks that have keys
+    image_sums: Tensor  # int64 (num_tasks, e_i), of keys in closed form
+    text_sums: Tensor
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...recipe import Recipe, TaskRecipe
 from ...recipe.messages import not_one_of
 from .adapter import Adapter, NoAdapter
+from .branchlora import BranchLoRA
 from .dmole import DMoLE
 from .hooks import Hooks
 from .lilora import LiLoRA
@@ -31,6 +32,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
         SMoLoRAInstruction,
         SMoLoRAMean,
         MoELoRA,
+        BranchLoRA,
         DMoLE,
         LiLoRA,
         MoECL,
@@ -58,6 +60,7 @@ METHODS: dict[str, Parts] = {
     "dirlora": Parts("lora", ["one-per-task"]),
     "multitask": Parts("lora", ["joint"]),
     "moelora": Parts("moelora"),
+    "branchlora": Parts("branchlora"),
     "dmole": Parts("dmole"),
     "lilora": Parts("lilora"),
     "moecl": Parts("moecl"),
