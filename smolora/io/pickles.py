@@ -136,7 +136,7 @@ def _check_record(file: BinaryIO, record: zipfile.ZipInfo, start: int) -> tuple[
     if crc != record.CRC:
         return f"has CRC {crc:08x} where {record.CRC:08x} was written", end
     if sizes_follow:
-        layout = "<4sL2Q" if beyond_4_gib else "<4s3L"
+        layout = "<4sL2Q" if wide_numbers else "<4s3L"  # wide for a record that begins beyond 4 GiB, too
         summary = struct.pack(layout, b"PK\7\10", record.CRC, record.compress_size, record.file_size)
         end += len(summary)
         if file.read(len(summary)) != summary:

@@ -3,12 +3,15 @@
 import os
 import re
 import shutil
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
+from smolora.io import pickles
 from smolora.io.tensors import read_tensors
 
 BIN = Path(__file__).parents[2] / "golden" / "llava" / "mm_projector.bin"
@@ -46,6 +49,30 @@ def test_beyond_4_gib(sizes: list[float], tmp_path: Path):
     with pytest.raises(ValueError, match="'last'"):
         read_tensors(path)
     path.unlink()
+
+
+@pytest.mark.parametrize("start", [0, 2**32 - 1, 2**32 + 64])
+def test_a_record_beyond_4_gib(start: int, tmp_path: Path):
+    """In a file that is empty up to it. Its summary has 64-bit sizes, as torch writes them: see `test_beyond_4_gib`."""
+    name, values = "a/data/1", b"values"
+    crc, wide = zlib.crc32(values), start >= 2**32 - 1
+    record = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    record.header_offset, record.flag_bits, record.extract_version = start, 8, 45 if wide else 20
+    record.CRC, record.file_size, record.compress_size = crc, len(values), len(values)
+    extra = (struct.pack("<2HQ", 1, 8, start) if wide else b"") + b"FB\3\0ZZZ"
+    version = record.extract_version
+    header = struct.pack("<4s5H3L2H", b"PK\3\4", version, 8, 0, 0, 33, 0, 0, 0, len(name), len(extra))
+    sizes = struct.pack("<2Q" if wide else "<2L", len(values), len(values))
+    written = header + name.encode() + extra + values + b"PK\7\10" + struct.pack("<L", crc) + sizes
+    path = tmp_path / "a.bin"
+    with open(path, "w+b") as file:
+        file.truncate(start)
+        file.seek(start)
+        file.write(written)
+        assert pickles._check_record(file, record, start) == (None, start + len(written))
+        file.seek(-1, 2)
+        file.write(b"\1")  # in its sizes
+        assert pickles._check_record(file, record, start)[0] == "has a broken summary"
 
 
 class Bomb:
