@@ -21,7 +21,7 @@ from smolora.official.llava import llava_config
 from smolora.recipe import load_recipe
 from smolora.train.data import Collator
 from smolora.train.methods import Method
-from smolora.train.methods.branchlora import adapted, add_by_task, most_used
+from smolora.train.methods.branchlora import adapted, most_used
 from smolora.train.plan import make_plan
 from smolora.train.run import TrainingRun
 from smolora.tuner.counts import num_trainable
