@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from smolora.data.format import Conversation
 from smolora.evaluate.coin import COIN_DATASETS
 from smolora.evaluate.score import find_dataset
 from smolora.instructions.texts import instruction_of
+from smolora.official.llava import llava_config
 from smolora.recipe import load_recipe
+from smolora.train.methods import Method
 from smolora.train.trainer import accumulation
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
@@ -77,3 +81,24 @@ def test_coins_setting(path):
     assert recipe.data.root.endswith(
         {"original": "Original", "diverse": "Diverse", "10type": "10Type"}[path.stem.rpartition("_")[2]]
     )
+
+
+def test_the_published_number_of_moeloras_parameters(tmp_path):
+    """350 million for LLaVA-7B (BranchLoRA's table): seven linear layers a decoder layer, and the projector."""
+    vision = {"image_size": 336, "patch_size": 14, "hidden_size": 1024, "intermediate_size": 4096}
+    text = {"vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    config = llava_config(
+        vision={**vision, "num_hidden_layers": 24, "num_attention_heads": 16},
+        text={**text, "num_attention_heads": 32},
+        image_token=32000,
+    )
+    config.save_pretrained(tmp_path)
+    path = next(path for path in COIN if path.stem == "coin_llava7b_original")
+    recipe = load_recipe(path, [f"model.path={tmp_path}"])
+    with torch.device("meta"):
+        base = AutoModelForImageTextToText.from_config(config).requires_grad_(False)
+        model = Method(recipe).adapter.start(base, None)
+    rows, columns = 6 * 4096 + 11008, 5 * 4096 + 2 * 11008  # all inputs of a decoder layer, and all outputs
+    experts, projector = 128 * (rows + columns) + 8 * rows, (1024 + 1) * 4096 + (4096 + 1) * 4096
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 32 * experts + projector == 349_904_896
