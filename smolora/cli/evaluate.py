@@ -31,6 +31,7 @@ from ..evaluate.instructions import (
 from ..evaluate.tasks import PADDINGS, Task, check_tasks, evaluate_tasks
 from ..extras import require_extra
 from ..io.files import path_argument
+from .output import add_output_arguments, output_of
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 OPTION_TO_RECIPE_KEY = {
@@ -135,6 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--protocol", choices=PROTOCOLS, help=f"of the scores (default: {DEFAULTS['protocol']})")
     add("--skip-broken", action="store_true", help="leave out broken records and images, count and list them")
+    add_output_arguments(parser, "the scores by task, in percent and unrounded,")
     add("--routes", action="store_true", help="save the routes, alpha and beta of every sample")
 
 
@@ -146,6 +148,11 @@ def run(args: argparse.Namespace) -> int:
             "--adapter must be the folder of a PEFT adapter (of a run: RUN_DIR/stage-.../adapter), "
             f"got {args.adapter}, which has no adapter_config.json"
         )
+    with output_of(args):
+        return _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
     request = request_from_options(args) if args.recipe is None else request_from_recipe(args)
     if not Path(request.model, "config.json").is_file():
         raise ValueError(f"--model must be the folder of a LLaVA, got {request.model}, which has no config.json")
@@ -177,7 +184,9 @@ def run(args: argparse.Namespace) -> int:
             padding=request.padding,
             protocol=request.protocol,
         )
-    if state.is_main_process:
+    if state.is_main_process and args.json:
+        print(json.dumps({name: score.as_dict() for name, score in scores.items()}))
+    elif state.is_main_process:
         for name, score in scores.items():
             print(score if name == score.dataset else f"{name}: {score}")
             score.show_remark()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..evaluate.metrics import FIGURES
 from ..io.files import path_argument
-from ..recipe import load_recipe
+from ..recipe import Recipe, load_recipe
 from ..train.methods import METHODS
+from .output import add_output_arguments, output_of
 
 TASKS = {"given": ", task given", "selector": ", task found by its selector"}
 
@@ -23,14 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, help="short for method=...")
     parser.add_argument("--output", metavar="DIR", help="short for output=...: the run's folder")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
-    parser.add_argument("--json", action="store_true", help="with --dry-run: print the plan as one JSON object")
+    add_output_arguments(parser, "the figures of the run, or the plan of --dry-run,")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.json and not args.dry_run:
-        raise ValueError("--json goes with --dry-run")
     short = [f"{name}={json.dumps(value)}" for name in ("method", "output") if (value := getattr(args, name))]
     recipe = load_recipe(args.recipe, [*args.overrides, *short])
+    with output_of(args):
+        return _run(args, recipe)
+
+
+def _run(args: argparse.Namespace, recipe: Recipe) -> int:
     from ..train.plan import make_plan, print_plan
 
     plan = make_plan(recipe)
@@ -42,15 +47,28 @@ def run(args: argparse.Namespace) -> int:
     run = TrainingRun(recipe)
     results = run()
     if run.state.is_main_process:
-        print(summary(results))
+        print(json.dumps(figures(results)) if args.json else summary(results))
     return 0
+
+
+def figures(results: dict) -> dict:
+    """The figures after the last stage, in percent and unrounded, with the run's name, method and folders."""
+    return {
+        **{name: results[name] for name in ("name", "method", "task_source", "tasks", "stages")},
+        **{name: results[name][-1] for name in FIGURES},
+        "accuracy": results["matrix"][-1],
+        "downstream": {
+            name: {key: part[key] for key in ("tasks", "accuracy", "AP", "MIF")}
+            for name, part in results["downstream"].items()
+        },
+    }
 
 
 def summary(results: dict) -> str:
     """Format the run's figures, one line for the stream and one for each downstream list."""
     rows = {
         f"{results['name']} ({results['method']}{TASKS.get(results['task_source'], '')})": {
-            name: results[name][-1] for name in ("AP", "MAP", "BWT", "MIF")
+            name: results[name][-1] for name in FIGURES
         },
         **{name: {"AP": part["AP"], "MIF": part["MIF"]} for name, part in results["downstream"].items()},
     }

@@ -29,7 +29,6 @@ from accelerate import PartialState
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..arguments import is_int
@@ -38,6 +37,7 @@ from ..data.images import BrokenImageError, ImageTransform
 from ..data.prompts import PromptEncoder, pad
 from ..instructions.texts import IMAGE_TOKEN
 from ..io.files import atomic_write_text, has_file, locked, write_json
+from ..io.progress import Progress
 from .routing import RoutingRecorder, summary, tally
 from .score import skipped_path
 from .shards import AnswerShards, check_same_run
@@ -218,12 +218,11 @@ def _answer_all(
     with (
         RoutingRecorder(model) as recorder,
         parts.writer(state.process_index) as write,
-        tqdm(
-            total=sum(len(plan[batch]) for batch in mine),
-            unit="sample",
-            desc=job.dataset + share,
-            smoothing=0.05,
-            disable=not state.is_main_process,
+        Progress(
+            f"answering {job.dataset}{share}",
+            sum(len(plan[batch]) for batch in mine),
+            "question",
+            hidden=not state.is_main_process,
         ) as progress,
     ):
         answerer = BatchGenerator(model, encoder, embed, job.task_id, settings, recorder)

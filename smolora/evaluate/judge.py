@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..arguments import is_int
 from ..data.format import read_json, read_questions
 from ..data.prompts import pad
 from ..io.files import atomic_write_text, locked, write_json
+from ..io.progress import Progress
 from .generate import plain_generation, plan_batches, weights_digest
 from .pairing import pair_answers
 from .rules import Item
@@ -174,7 +174,7 @@ def _judge(
     _check_lengths(model, items, prompts, settings)
     plan = plan_batches([len(prompt) for prompt in prompts], settings.token_budget)
     done = parts.read()
-    with parts.writer(0) as write, tqdm(total=len(prompts), unit="answer", desc="judging") as progress:
+    with parts.writer(0) as write, Progress("judging", len(prompts), "answer") as progress:
         for number, batch in enumerate(plan):
             if number not in done:
                 written = _replies(model, tokenizer, [prompts[place] for place in batch], settings, number)

@@ -19,7 +19,6 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import (
     CLIPImageProcessorPil,
     LlavaForConditionalGeneration,
@@ -31,6 +30,7 @@ from transformers import (
 from ..data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder, pad
 from ..instructions.texts import IMAGE_TOKEN
 from ..io.files import atomic_folder, locked, read_json_object, write_json
+from ..io.progress import Progress, progress
 from ..official.llava import llava_config
 from .pictures import MINICVIT_PICTURES, PATCH, Curriculum, Picture, converse
 from .scenes import SIDE, StableRandom
@@ -158,7 +158,7 @@ class Pictures:
         self.curriculum = curriculum
         self.all = [
             curriculum.draw(StableRandom(f"{curriculum.seed}, alignment {settings.seed}, {index}"))
-            for index in tqdm(range(settings.pictures), desc="drawing", unit="picture")
+            for index in progress(range(settings.pictures), "drawing", settings.pictures, "picture")
         ]
         self.seen = [picture for picture in self.all if picture.canvas is not None]
         images = [Image.fromarray(p.canvas.pixels) for p in self.seen if p.canvas is not None]
@@ -188,8 +188,8 @@ def _optimise(
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
     start, losses = time.perf_counter(), []
-    with tqdm(range(steps), desc=what, unit="step") as bar:
-        for step in bar:
+    with Progress(what, steps, "step") as shown:
+        for _ in range(steps):
             loss = loss_of_batch()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -197,8 +197,7 @@ def _optimise(
             optimizer.zero_grad()
             schedule.step()
             losses.append(loss.item())
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            shown.update(remark=f"loss {losses[-1]:.3f}")
     last = losses[-max(1, steps // 10) :]
     return {"loss": sum(last) / len(last), "seconds": time.perf_counter() - start}
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from ..instructions.texts import IMAGE_TOKEN
 from ..io.files import atomic_write_text, locked, read_text
+from ..io.progress import progress
 from . import scenes
 from .drawing import Canvas, png
 from .scenes import PLACES, StableRandom
@@ -102,7 +102,7 @@ class Benchmark(NamedTuple):
             return folder
         with locked(folder / ".lock", str(folder), wait=True):  # another run may be writing it
             missing = [name for name in wanted if not self.is_complete(folder, name)]
-            for name in tqdm(missing, desc=self.name, unit="task"):
+            for name in progress(missing, f"drawing {self.name}", len(missing), "task"):
                 _write_task(self, folder, name)
         return folder
 

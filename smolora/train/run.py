@@ -26,6 +26,7 @@ from ..evaluate.instructions import recipe_instructions, recipe_questions
 from ..evaluate.score import Score
 from ..evaluate.tasks import Task, evaluate_tasks
 from ..io.files import atomic_write_text, fsync_tree, locked, write_json
+from ..io.progress import say
 from ..recipe import Recipe, TaskRecipe, load_recipe
 from ..tuner.counts import num_trainable
 from .data import Collator, StageSamples, TaskSamples, check_samples
@@ -108,10 +109,9 @@ class TrainingRun:
             self.check_folder()  # check again, now that we hold the lock
             devices = torch.accelerator.device_count()
             if self.state.num_processes == 1 and devices > 1:
-                print(
+                say(
                     f"found {devices} devices, using one; to use all of them: torchrun --nproc-per-node {devices} "
-                    "-m smolora.cli train RECIPE",
-                    flush=True,
+                    "-m smolora.cli train RECIPE"
                 )
             prepare(self.recipe.prepare)
             atomic_write_text(self.paths.recipe, yaml.safe_dump(self.recipe.as_dict(), sort_keys=False))
@@ -122,7 +122,7 @@ class TrainingRun:
         with use_backend(self.recipe.backend):
             for number, stage in enumerate(stages):
                 if main:
-                    print(f"== {self.recipe.name}: {stage.name} ({number + 1} of {len(stages)})", flush=True)
+                    say(f"== {self.recipe.name}: {stage.name} ({number + 1} of {len(stages)})")
                 if stage.train and not self.paths.adapter(stage).is_dir():
                     self.train_stage(stage)
                 if main:
@@ -269,7 +269,8 @@ class TrainingRun:
         timing = read_if_exists(folder / "evaluation.json")
 
         def save(name: str, score: Score, seconds: float) -> None:
-            score.show()
+            say(str(score))
+            score.show_remark()
             scores[name] = score.as_dict()
             timing[name] = {"seconds": seconds, "answers_per_second": score.count / seconds}
             write_json(folder / "evaluation.json", timing)

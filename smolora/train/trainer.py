@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..io.files import fsync_tree, read_text, write_json
+from ..io.progress import Progress
 from ..recipe import Recipe
 from .data import GlobalBatches, StageSamples
 from .methods import Method
@@ -54,6 +56,7 @@ def training_arguments(
         **{
             **checkpointing,
             "report_to": "none",
+            "disable_tqdm": True,  # `_ShowProgress` shows it
             "ddp_timeout": 7 * 24 * 3600,  # the main process may score while the others wait
             "use_cpu": not on_gpu,
             "dataloader_pin_memory": on_gpu,
@@ -122,6 +125,25 @@ class _SetSamplerEpoch(TrainerCallback):
         self.order.set_epoch(int(state.epoch or 0))
 
 
+class _ShowProgress(TrainerCallback):
+    """Shows the steps of a stage with the last loss that was logged."""
+
+    shown: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hidden = not state.is_world_process_zero
+        self.shown = Progress("training", state.max_steps, "step", done=state.global_step, hidden=hidden)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logged = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+        if self.shown is not None:
+            self.shown.update(remark="" if logged is None else f"loss {logged:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.shown is not None:
+            self.shown.__exit__(None, None, None)
+
+
 class ContinualTrainer(Trainer):
     """Trains one stage.
 
@@ -150,6 +172,8 @@ class ContinualTrainer(Trainer):
             )
         self.order = GlobalBatches(samples.lengths, recipe.training.batch_size, self.args.seed)
         self.add_callback(_SetSamplerEpoch(self.order))
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_ShowProgress())
         marker = json.loads(read_text(resume / MARKER)) if resume else {"seconds": 0.0, "tokens": 0}
         self._before = marker["seconds"], marker["tokens"]
         self._start = time.monotonic()
