@@ -14,6 +14,7 @@ from .forgetting import Judge, forgetting_table
 from .layout import RunFolder, file_name, read_runs
 from .page import write_page
 from .routing import write_layers
+from .selector import confusion_table, task_source
 
 FATES = (
     "Questions that were answered after the task's own stage, by their answers at the end: kept; still understood, but "
@@ -70,6 +71,13 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
         if run.routing:
             parts += _routing(output, run, slug)
             data += [f"{kind}-{slug}" for kind in ("routing", "layers", "shares")]
+    selections = {}
+    for run, slug in zip(found, _slugs(found), strict=True):
+        table = confusion_table(output / f"selector-{slug}.csv", run)
+        if table is not None:
+            parts += [f"## Tasks that the selector of {escape(run.name)} chose", str(table)]
+            data.append(f"selector-{slug}")
+            selections[run.name] = table
     of_tasks = cases.find_cases(output, found, cases_per_task) if cases_per_task else {}
     if of_tasks:
         parts.append("## Cases")
@@ -110,6 +118,8 @@ def _about(runs: Sequence[RunFolder]) -> str:
         line += "".join(
             f", {key} {value}" for key, value in (("recipe", run.recipe), ("seed", run.seed)) if value is not None
         )
+        source = task_source(run)
+        line += f", {source}" if source else ""
         lines.append("- " + escape(line + (f"; {versions}" if versions else "")))
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from .cases import Case
 from .environment import environment
 from .forgetting import Judge
 from .layout import RunFolder
+from .selector import confusion, taken_for, task_source
 from .tables import Table, is_comparable, over_seeds
 
 
@@ -81,6 +82,8 @@ def write_page(
             matrices=[(run, matrix_rows(run)) for run in runs],
             forgetting=forgetting_bars(tables["forgetting"]),
             routing=[(run, routing_parts(run)) for run in runs if run.routing],
+            selections=[(run, taken_for(run), rows) for run in runs if (rows := confusion(run))],
+            task_source=task_source,
             losses=loss_panels(runs, styles),
             training=training_table(runs),
             cases={task: [case_parts(task, case, judges) for case in of_task] for task, of_task in cases.items()},
