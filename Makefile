@@ -1,6 +1,7 @@
 # make run            set up .venv (minutes, once), then the quick benchmark, and MiniCVIT with LoRA and with SMoLoRA
 # make test           lint, and all tests that need neither a GPU nor patience
 # make lint           ruff and mypy
+# make test-demo       the demo in a server and in a browser (Debian's chromium, if it is there)
 # make test-slow      the tests marked slow
 # make test-triton36  kernel tests with Triton 3.6.0, the version that goes with torch 2.11
 # make test-newest    all tests with the versions that pip takes without constraints (torch for CUDA: 6 GB)

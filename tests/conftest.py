@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,23 @@ def pytest_configure() -> None:
     patch, both = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     interpreter._patch_lang = lambda fn: patch(both)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of finished runs of two small tasks by `smolora` and `seqlora`, beside their `recipe.yaml`."""
+    from smolora.recipe import load_recipe
+    from smolora.train.run import TrainingRun
+    from support.train_world import make_world
+
+    quick = "training: {batch_size: 12, per_device_batch_size: 12, epochs: 1, learning_rate: 0.03, workers: 0}"
+    recipe = make_world(tmp_path_factory.mktemp("runs"), ask=3)
+    recipe.with_name("quick.yaml").write_text(f"extends: recipe.yaml\ndownstream: {{}}\n{quick}\n")
+    made = []
+    for method in ("smolora", "seqlora"):
+        made.append(recipe.parent / method)
+        TrainingRun(load_recipe(recipe.with_name("quick.yaml"), [f"method={method}", f"output={made[-1]}"]))()
+    return made
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

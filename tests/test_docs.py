@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+
+from smolora import cli
+from smolora.recipe import load_recipe
+from support.tiny_llava import batch, tiny_llava
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -30,8 +36,70 @@ def test_files_that_are_named_exist(page: Path):
     assert not missing
 
 
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in a language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
 def test_the_layer_of_the_readme():
-    code, *_ = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), flags=re.DOTALL)
+    code, *_ = blocks("README.md", "python")
     names: dict = {}
     exec(compile(code, PAGES[0], "exec"), names)
     assert names["layer"].vu_B.grad is not None and names["layer"].base_layer.weight.grad is None
+
+
+@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/layers.md"])
+def test_a_layer_as_the_pages_have_it(page):
+    code, *_ = blocks(page, "python")
+    names: dict = {}
+    exec(compile(code, page, "exec"), names)
+    grads = [parameter.grad for parameter in (names["layer"].vu_B, names["layer"].if_B)]
+    assert all(grad.abs().max() > 0 for grad in grads) and names["layer"].base_layer.weight.grad is None
+
+
+def test_a_whole_model_as_the_page_has_it(tmp_path, monkeypatch):
+    """Training, generation, routing, and the adapter that is saved, on a small LLaVA."""
+    monkeypatch.chdir(tmp_path)
+    inputs = batch((5, 9), answer=2)
+    labels = inputs.pop("labels")
+    names = {"llava": tiny_llava(), "inputs": inputs, "labels": labels}
+    (code, *_) = blocks("docs/models.md", "python")
+    exec(compile(code, "docs/models.md", "exec"), names)
+    grads = {name: p.grad for name, p in names["model"].named_parameters() if p.requires_grad}
+    assert any(grad is not None and grad.abs().max() > 0 for grad in grads.values())
+    assert names["emb"].shape == (384,) and (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/recipes.md", "docs/reports.md"])
+def test_commands_of_the_pages(page, two_runs, tmp_path, monkeypatch, capfd):
+    """Each line that calls smolora, in a folder where small runs and their recipe have the names that the pages use.
+
+    The demo's is tested with the demo, since it needs Gradio.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").mkdir()
+    for name in ("recipe.yaml", "quick.yaml"):
+        target = "recipes/minicvit_run.yaml" if name == "quick.yaml" else "recipes/recipe.yaml"
+        Path(target).write_text((two_runs[0].parent / name).read_text())
+    Path("runs").mkdir()
+    Path("runs/data").symlink_to(two_runs[0].parent / "data")  # where results.json says the test files are
+    for folder in two_runs:
+        for name in (folder.name, f"minicvit-{folder.name}"):
+            shutil.copytree(folder, f"runs/{name}")
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("smolora ")]
+    called = [shlex.split(line.partition(" > ")[0], comments=True)[1:] for line in lines]
+    called = [arguments for arguments in called if arguments[0] != "demo"]
+    assert called
+    for arguments in called:
+        assert cli.main(arguments) == 0, (arguments, capfd.readouterr().err)
+    if page == "docs/reports.md":
+        assert Path("runs/report/report.html").stat().st_size > 10_000
+
+
+def test_the_recipe_of_the_page(tmp_path):
+    (text,) = blocks("docs/recipes.md", "yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    recipe = load_recipe(path)
+    assert [task.benchmark_name for task in recipe.tasks] == ["TextVQA", "Flickr30k"] and recipe.method == "smolora"

@@ -71,13 +71,11 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, cases_per_
         if run.routing:
             parts += _routing(output, run, slug)
             data += [f"{kind}-{slug}" for kind in ("routing", "layers", "shares")]
-    selections = {}
     for run, slug in zip(found, _slugs(found), strict=True):
-        table = confusion_table(output / f"selector-{slug}.csv", run)
-        if table is not None:
-            parts += [f"## Tasks that the selector of {escape(run.name)} chose", str(table)]
+        selected = confusion_table(output / f"selector-{slug}.csv", run)
+        if selected is not None:
+            parts += [f"## Tasks that the selector of {escape(run.name)} chose", str(selected)]
             data.append(f"selector-{slug}")
-            selections[run.name] = table
     of_tasks = cases.find_cases(output, found, cases_per_task) if cases_per_task else {}
     if of_tasks:
         parts.append("## Cases")
