@@ -198,12 +198,12 @@ class MoECLExperts(MixtureExperts):
         down = block.down_proj(gated.view(*x.shape[:-1], -1))
         y = down.view(count, -1) + low_rank("down", u.view(2 * count, -1), g.view(-1, 1)).sum(0)
         if self.training and torch.is_grad_enabled() and self.config.discriminator_weight:
-            self._discriminate(u[0], batch, task, block)
+            y = _Attach.apply(y, self._discriminate(u[0], batch, task, block))
         decided = Mixed(y, expert.view(2, n).mT[:, None], None, None, None)
         return self.finish(x, decided, decision)
 
-    def _discriminate(self, u: Tensor, batch: Batch, task: Tensor, block: Any) -> None:
-        """Keep the discriminator's logits, of the mean of F_0(x) over each sequence's tokens.
+    def _discriminate(self, u: Tensor, batch: Batch, task: Tensor, block: Any) -> Tensor:
+        """Keep and return the discriminator's logits, of the mean of F_0(x) over each sequence's tokens.
 
         F_0 is linear in u_0 (T, m), so the mean comes first. There is no dropout on the mean: that of a mean over many
         tokens' masks would hardly differ.
@@ -224,6 +224,7 @@ class MoECLExperts(MixtureExperts):
             logits = F.linear(feature, self.discriminator.to(accurate))
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._discrimination = logits, task  # not when a backward recomputes this: nobody would take them
+        return logits
 
     def discriminator_loss(self) -> Tensor:
         """Return the mean loss of the discriminator over the sequences of the last forward in training mode, once.
@@ -254,6 +255,18 @@ def _twice(tokens: Tokens, count: int) -> Tokens:
     if bounds is not None:
         bounds = torch.cat([bounds, bounds[1:] + count])
     return Tokens(2 * tokens.num_seqs, bounds)
+
+
+class _Attach(torch.autograd.Function):
+    """y, unchanged, with logits in its graph: DistributedDataParallel looks there for the parameters that are used."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, logits: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
 
 
 class FusedMoECL(MoECLExperts):

@@ -286,6 +286,22 @@ def test_checkpointed():
     assert layer._discrimination is None
 
 
+def test_the_output_leads_to_every_parameter():
+    """As DistributedDataParallel finds those that a forward has used; its gradient through y alone is zero, though."""
+    layer, x, cotangent, call = build(Case(), torch.float32)
+    y = layer(x, **call)
+    todo, seen = [y.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [child for child, _ in node.next_functions]
+    found = {id(node.variable) for node in seen if hasattr(node, "variable")}
+    assert {id(parameter) for parameter in own(layer).values()} <= found
+    y.backward(cotangent)
+    assert layer.discriminator.grad is None and layer.router.grad.any()
+
+
 def test_compile_fullgraph():
     layer, x, cotangent, call = build(Case(), torch.float32)
     x.requires_grad_()
