@@ -32,17 +32,21 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The folders of finished runs of two small tasks by `smolora` and `seqlora`, beside their `recipe.yaml`."""
+    import yaml
+
     from smolora.recipe import load_recipe
     from smolora.train.run import TrainingRun
     from support.train_world import make_world
 
-    quick = "training: {batch_size: 12, per_device_batch_size: 12, epochs: 1, learning_rate: 0.03, workers: 0}"
     recipe = make_world(tmp_path_factory.mktemp("runs"), ask=3)
-    recipe.with_name("quick.yaml").write_text(f"extends: recipe.yaml\ndownstream: {{}}\n{quick}\n")
+    content = yaml.safe_load(recipe.read_text())
+    content["downstream"] = {}
+    content["training"].update(batch_size=12, per_device_batch_size=12, epochs=1)
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
     made = []
     for method in ("smolora", "seqlora"):
         made.append(recipe.parent / method)
-        TrainingRun(load_recipe(recipe.with_name("quick.yaml"), [f"method={method}", f"output={made[-1]}"]))()
+        TrainingRun(load_recipe(recipe, [f"method={method}", f"output={made[-1]}"]))()
     return made
 
 
