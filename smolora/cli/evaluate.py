@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from ..backends import check_backend, use_backend
-from ..config import SMoLoRAConfig
+from ..config import SMoLoRAConfig, TaskConfig
 from ..data.format import Skipped, read_questions
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
@@ -26,7 +26,9 @@ from ..evaluate.instructions import (
     check_size,
     question_instructions,
     recipe_instructions,
+    recipe_questions,
     saved_instructions,
+    whole_questions,
 )
 from ..evaluate.tasks import PADDINGS, Task, check_tasks, evaluate_tasks
 from ..extras import require_extra
@@ -63,7 +65,7 @@ class Request(NamedTuple):
     model: str
     dtype: str
     tasks: list[Task]
-    embed: Callable[[SMoLoRAConfig], Mapping[str, Embed]]  # by task, for an adapter of this configuration
+    embed: Callable[[SMoLoRAConfig | TaskConfig], Mapping[str, Embed]]  # by task, for an adapter of this configuration
     instructions: str  # how they are embedded, as a part of the run's identity
     settings: GenerationSettings
     max_new_tokens: int | None
@@ -167,7 +169,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             model = PeftModel.from_pretrained(model, str(args.adapter))
         except (KeyError, RuntimeError) as error:  # tensors that are missing, unknown or of another shape
             raise ValueError(f"--adapter {args.adapter} does not fit {request.model}: {error}") from error
-        if isinstance(model.active_peft_config, SMoLoRAConfig):
+        if isinstance(model.active_peft_config, (SMoLoRAConfig, TaskConfig)):
             embed = request.embed(model.active_peft_config)
     with use_backend(request.backend):
         scores = evaluate_tasks(
@@ -213,7 +215,9 @@ def request_from_options(args: argparse.Namespace) -> Request:
     folders, images = [Path(folder) for folder in options.annotations], Path(options.images)
     tasks = [Task.of_benchmark(name, folders, images, options.protocol) for name in dict.fromkeys(args.task)]
 
-    def embed(config: SMoLoRAConfig) -> Mapping[str, Embed]:
+    def embed(config: SMoLoRAConfig | TaskConfig) -> Mapping[str, Embed]:
+        if isinstance(config, TaskConfig):
+            return whole_questions(config, tasks, options.encoder)
         if options.instruction == "saved":
             return saved_instructions(config, args.adapter, tasks)
         broken: list[Skipped] | None = [] if args.skip_broken else None
@@ -258,7 +262,11 @@ def request_from_recipe(args: argparse.Namespace) -> Request:
     asked = [known[name] for name in dict.fromkeys(args.task or known)]
     tasks = [Task.from_recipe(recipe, task) for task in asked]
 
-    def embed(config: SMoLoRAConfig) -> Mapping[str, Embed]:
+    def embed(config: SMoLoRAConfig | TaskConfig) -> Mapping[str, Embed]:
+        if isinstance(config, TaskConfig):
+            questions = recipe_questions(recipe)
+            check_size(questions[asked[0].name].encoder.dim, config, "the sentence encoder")
+            return questions
         if saved:
             return saved_instructions(config, args.adapter, tasks)
         embeds = recipe_instructions(recipe)

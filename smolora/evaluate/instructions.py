@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..config import SMoLoRAConfig
+from ..config import SMoLoRAConfig, TaskConfig
 from ..data.format import Question
 from ..instructions.encoder import InstructionEncoder
 from ..instructions.texts import instruction_of, known_instructions
@@ -74,6 +74,23 @@ class QuestionTexts:
         """The embedding of each prompt, (n, e)."""
         table, rows = self.table(prompts)
         return table[rows]
+
+
+def whole_questions(config: TaskConfig, tasks: Sequence[Task], encoder: str | Path | None = None) -> dict[str, Embed]:
+    """For each task the embeddings of its whole questions, for an adapter with a `TaskSelector`.
+
+    Args:
+        config: configuration of the adapter.
+        tasks: the test sets.
+        encoder: folder of a sentence encoder; None for the packaged all-MiniLM-L6-v2.
+
+    Raises:
+        FileNotFoundError: there is no sentence encoder.
+        ValueError: the embeddings do not have the adapter's size.
+    """
+    texts = QuestionTexts(InstructionEncoder(encoder))
+    check_size(texts.encoder.dim, config, "the sentence encoder")
+    return {task.name: texts for task in tasks}
 
 
 def recipe_questions(recipe: Recipe) -> dict[str, QuestionTexts]:
@@ -158,7 +175,7 @@ def saved_instructions(config: SMoLoRAConfig, adapter: str | Path, tasks: Sequen
     return embeds
 
 
-def check_size(size: int, config: SMoLoRAConfig, source: str) -> None:
+def check_size(size: int, config: SMoLoRAConfig | TaskConfig, source: str) -> None:
     """Check that embeddings fit an adapter.
 
     Raises:

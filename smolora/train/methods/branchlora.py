@@ -111,6 +111,18 @@ class BranchLoRA(Adapter):
 
     # ---- hooks
 
+    def before_stage(self, model: nn.Module, work: StageWork) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            ValueError: several processes are to train keys. DDP follows the gradients of a forward's outputs alone.
+        """
+        if self.has_tasks and self.options.keys == "trained" and work.process.num_processes > 1:
+            raise ValueError(
+                "methods.branchlora.keys must be 'closed' with several processes, got 'trained' with "
+                f"{work.process.num_processes}"
+            )
+
     def freeze(self, model: nn.Module, stage: Stage) -> None:
         after = self.options.freeze_A_after
         if after is not None and stage.number >= after:

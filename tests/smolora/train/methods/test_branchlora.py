@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from small_llava import small_llava
-from smolora import InstructionEncoder
+from smolora import InstructionEncoder, cli
 from smolora.data.format import read_questions
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import PromptEncoder
@@ -233,6 +234,27 @@ def test_the_adapter_answers_outside_of_the_trainer(finished, world):
             end = encoder.tokenizer.eos_token_id
             new = [token for token in written[0, ids.shape[1] :].tolist() if token != end]
             assert encoder.decode(new) == json.loads(line)["text"]
+
+
+@pytest.mark.parametrize("by", ["recipe", "options"])
+def test_the_evaluator_gives_the_runs_answers(finished, world, tmp_path, by):
+    """`smolora evaluate` embeds whole questions for an adapter that finds its task by them."""
+    recipe = load_recipe(world)
+    given = ["--recipe", str(world), "evaluation.max_new_tokens=2", "--task", "ImageNet"]
+    if by == "options":
+        folders = ["--annotations", str(recipe.test_file(recipe.tasks[0]).parent), "--images", str(recipe.data.root)]
+        given = ["--model", recipe.model.path, "--task", "ImageNet", *folders, "--max-new-tokens", "2"]
+    adapter = ["--adapter", str(finished / STAGES[1] / "adapter"), "--device", "cpu", "--model-id"]
+    assert cli.main(["evaluate", *given, *adapter, f"small/{STAGES[1]}", "--output", str(tmp_path)]) == 0
+    answers = "answers/ImageNet.jsonl"
+    assert (tmp_path / answers).read_bytes() == (finished / STAGES[1] / answers).read_bytes()
+
+
+def test_trained_keys_are_refused_in_several_processes(short):
+    adapter = Method(short("method=branchlora", "methods.branchlora.keys=trained", *SMALL)).adapter
+    work = types.SimpleNamespace(process=types.SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match=r"methods\.branchlora\.keys must be 'closed' with several processes"):
+        adapter.before_stage(torch.nn.Identity(), work)
 
 
 def test_trained_keys(world, tmp_path):
