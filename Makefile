@@ -21,8 +21,8 @@ export HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: run test test-kernels test-csrc test-train test-optional test-demo test-rest test-slow test-triton36 test-newest \
-        lint docs kernels \
+.PHONY: run test test-kernels test-ptx test-csrc test-train test-optional test-demo test-rest test-slow test-triton36 \
+        test-newest lint docs kernels \
         gpu gpu-setup gpu-tests gpu-sanitizer gpu-bench gpu-train gpu-decode gpu-evaluate
 
 VENV := .venv
@@ -52,12 +52,15 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 test: lint
-	@$(MAKE) --no-print-directory --keep-going -j2 --output-sync=target test-rest test-kernels test-csrc test-train test-optional \
-		test-demo
+	@$(MAKE) --no-print-directory --keep-going -j2 --output-sync=target test-rest test-kernels test-csrc test-ptx test-train \
+		test-optional test-demo
 
 # two processes of one thread each, since most of the time goes into Triton's interpreter and its compiler
 test-kernels:
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/kernels
+
+test-ptx:
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/ptx
 
 test-csrc:
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests/csrc
@@ -67,7 +70,7 @@ test-train:
 
 test-rest:
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests bench --benchmark-skip \
-		--ignore tests/kernels --ignore tests/csrc --ignore tests/smolora/train
+		--ignore tests/kernels --ignore tests/ptx --ignore tests/csrc --ignore tests/smolora/train
 
 test-slow: $(OPTIONAL)/.ready
 	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(OPTIONAL)/bin/python -m pytest tests -m slow
