@@ -105,10 +105,10 @@ class GlobalMemory:
             mark_readers(segment.reading_warp, index, warps)
         return out
 
-    def write(self, address: ndarray, value: ndarray, block: Block, warp: ndarray, where: str) -> None:
+    def write(self, address: ndarray, values: ndarray, block: Block, warp: ndarray, where: str) -> None:
         """Store the bytes (lanes, size) of each lane at its address."""
-        for segment, lanes, index in self._pieces(address, value.shape[1], where):
-            value, warps = value[lanes], warp[lanes][:, None]
+        for segment, lanes, index in self._pieces(address, values.shape[1], where):
+            value, warps = values[lanes], warp[lanes][:, None]
             writer, reader = segment.writer[index], segment.reader[index]
             if ((writer != NOBODY) & (writer != block.number)).any():
                 self.faults.add("race: two programs of a launch write a byte", f"{where}: {segment.name}")

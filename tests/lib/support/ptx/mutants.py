@@ -57,8 +57,8 @@ MUTANTS: dict[str, Mutants] = {
 }
 
 
-def count_found(which: str, case: Case, dtype: torch.dtype, arch: int, ends: bool) -> dict[str, tuple[int, int]]:
-    """For each kernel of a forward and backward, how many mutants it has, and how many give faults or other results.
+def unnoticed(which: str, case: Case, dtype: torch.dtype, arch: int, ends: bool) -> dict[str, tuple[int, list[str]]]:
+    """For each kernel of a forward and backward, how many mutants it has, and those without a fault or another result.
 
     Args:
         which: a key of MUTANTS; one instruction is changed at a time.
@@ -66,7 +66,7 @@ def count_found(which: str, case: Case, dtype: torch.dtype, arch: int, ends: boo
     """
     machine = layers.machine_for(arch, layers.FEW)
     seen: set[int] = set()
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, list[str]]] = {}
 
     def intercept(launch: Launch) -> None:
         tensors = launch.tensors()
@@ -82,7 +82,7 @@ def count_found(which: str, case: Case, dtype: torch.dtype, arch: int, ends: boo
             _put(tensors, before)
             machine.execute(launch, ends)
         expected = [tensor.clone() for tensor in tensors]
-        number, found = counts.get(launch.program.name, (0, 0))
+        number, missed = counts.get(launch.program.name, (0, []))
         for i, instruction in MUTANTS[which](launch.program):
             mutant = copy.copy(launch.program)
             mutant.code = list(mutant.code)
@@ -91,8 +91,9 @@ def count_found(which: str, case: Case, dtype: torch.dtype, arch: int, ends: boo
             machine.faults = Faults()
             machine.execute(launch.but(program=mutant), ends)
             number += 1
-            found += bool(machine.faults) or not all(map(_same_bits, tensors, expected))
-        counts[launch.program.name] = number, found
+            if not machine.faults and all(map(_same_bits, tensors, expected)):
+                missed.append(instruction.where)
+        counts[launch.program.name] = number, missed
         _put(tensors, after)
 
     with mock.patch.object(machine, "intercept", intercept):
