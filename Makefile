@@ -151,7 +151,8 @@ $(OPTIONAL)/.ready: $(VENV)/.dev
 
 # Gradio wants an older Pillow than the one that every change is tested with. The browser is Debian's chromium.
 test-demo: $(DEMO)/.ready
-	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(DEMO)/bin/python -m pytest tests/smolora/demo/test_app.py tests/smolora/cli/test_demo.py
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 $(DEMO)/bin/python -m pytest tests/smolora/demo/test_app.py tests/smolora/cli/test_demo.py \
+		'tests/smolora/cli/test_cli.py::test_every_subcommand_has_a_module_and_help[demo]'
 
 $(DEMO)/.ready: $(VENV)/.dev
 	@echo "== $(DEMO): gradio and playwright over $(VENV)"

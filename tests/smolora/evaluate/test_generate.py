@@ -120,12 +120,13 @@ def test_routing_is_saved(generate, questions, model):
     assert sum(entry["alpha"] for entry in first) / 12 == pytest.approx(layers[-1]["alpha"])
 
 
-def test_progress(generate, questions, capsys):
-    """Samples done of how many, samples a second, and the time left."""
+def test_progress(generate, questions, capsys, monkeypatch):
+    """On a terminal: samples done of how many, samples a second, and the time left."""
+    monkeypatch.setattr("smolora.io.progress.shows_bars", lambda: True)
     generate(questions)
     shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    last = [line for line in shown if line.startswith("VQAv2: ")][-1]
-    assert re.search(r"12/12 \[\d+:\d+<\d+:\d+, .*sample", last), last
+    last = [line for line in shown if line.startswith("answering VQAv2: ")][-1]
+    assert re.search(r"12/12 \[\d+:\d+<\d+:\d+, .*question", last), last
 
 
 # ---- interrupted
