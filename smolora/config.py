@@ -123,6 +123,11 @@ class MixtureConfig(PeftConfig):
         return False
 
     @property
+    def finds_by_question(self) -> bool:
+        """Whether a whole model finds the task or experts of a sample by its image and whole question."""
+        return False
+
+    @property
     def scaling(self) -> float:
         """The factor s on every expert's output, `lora_alpha / r`."""
         return self.lora_alpha / self.r
@@ -178,6 +183,10 @@ class TaskConfig(MixtureConfig):
         if self.image_dim is not None:
             check_int("image_dim", self.image_dim, least=0)
         check_choice("keys", self.keys, CHOICES["keys"])
+
+    @property
+    def finds_by_question(self) -> bool:
+        return True
 
 
 @dataclass

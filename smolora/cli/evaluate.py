@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from ..backends import check_backend, use_backend
-from ..config import SMoLoRAConfig, TaskConfig
+from ..config import MixtureConfig, SMoLoRAConfig
 from ..data.format import Skipped, read_questions
 from ..data.images import ImageTransform
 from ..data.prompts import PromptEncoder
@@ -65,7 +65,7 @@ class Request(NamedTuple):
     model: str
     dtype: str
     tasks: list[Task]
-    embed: Callable[[SMoLoRAConfig | TaskConfig], Mapping[str, Embed]]  # by task, for an adapter of this configuration
+    embed: Callable[[Any], Mapping[str, Embed]]  # by task, for an adapter of this configuration
     instructions: str  # how they are embedded, as a part of the run's identity
     settings: GenerationSettings
     max_new_tokens: int | None
@@ -169,8 +169,12 @@ def _evaluate(args: argparse.Namespace) -> int:
             model = PeftModel.from_pretrained(model, str(args.adapter))
         except (KeyError, RuntimeError) as error:  # tensors that are missing, unknown or of another shape
             raise ValueError(f"--adapter {args.adapter} does not fit {request.model}: {error}") from error
-        if isinstance(model.active_peft_config, (SMoLoRAConfig, TaskConfig)):
-            embed = request.embed(model.active_peft_config)
+        config = model.active_peft_config
+        finds = isinstance(config, MixtureConfig) and config.finds_by_question
+        if finds:
+            _check_selector(model, config, request.tasks, args.adapter)
+        if finds or isinstance(config, SMoLoRAConfig):
+            embed = request.embed(config)
     with use_backend(request.backend):
         scores = evaluate_tasks(
             model.to(state.device).eval(),
@@ -195,6 +199,21 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_selector(model: Any, config: Any, tasks: Sequence[Task], folder: Path) -> None:
+    """Check that a task that is not given can be found.
+
+    Raises:
+        ValueError: the adapter was trained with given tasks, so it has nothing to find them by.
+    """
+    selector = model.base_model.selector()
+    if selector.is_ready or getattr(config, "num_tasks", None) == 1 or all(task.task_id is not None for task in tasks):
+        return
+    raise ValueError(
+        f"--adapter {folder} was trained with given tasks (task: oracle) and cannot find them: ask it by --recipe "
+        "RUN_DIR/recipe.yaml, which gives them"
+    )
+
+
 def folder_name(path: str | Path) -> str:
     """Return the name of a model's folder; for an adapter that the trainer saved, the name of its stage."""
     path = Path(path).resolve()
@@ -215,8 +234,8 @@ def request_from_options(args: argparse.Namespace) -> Request:
     folders, images = [Path(folder) for folder in options.annotations], Path(options.images)
     tasks = [Task.of_benchmark(name, folders, images, options.protocol) for name in dict.fromkeys(args.task)]
 
-    def embed(config: SMoLoRAConfig | TaskConfig) -> Mapping[str, Embed]:
-        if isinstance(config, TaskConfig):
+    def embed(config: Any) -> Mapping[str, Embed]:
+        if config.finds_by_question:
             return whole_questions(config, tasks, options.encoder)
         if options.instruction == "saved":
             return saved_instructions(config, args.adapter, tasks)
@@ -246,6 +265,7 @@ def request_from_recipe(args: argparse.Namespace) -> Request:
     """Make the request for a recipe's tasks, all of them or those of `--task`."""
     require_extra("eval", user="--recipe")
     from ..recipe import load_recipe
+    from ..train.methods import Method
 
     given = {name: getattr(args, name) for name in OPTION_TO_RECIPE_KEY if getattr(args, name) is not None}
     saved = given.get("instruction") == "saved"
@@ -260,10 +280,11 @@ def request_from_recipe(args: argparse.Namespace) -> Request:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"--task must be one of {args.recipe}'s tasks, {', '.join(known)}, got {name!r}{hint}")
     asked = [known[name] for name in dict.fromkeys(args.task or known)]
-    tasks = [Task.from_recipe(recipe, task) for task in asked]
+    adapter = Method(recipe).adapter if args.adapter else None
+    tasks = [Task.from_recipe(recipe, task, None if adapter is None else adapter.answers_as(task)) for task in asked]
 
-    def embed(config: SMoLoRAConfig | TaskConfig) -> Mapping[str, Embed]:
-        if isinstance(config, TaskConfig):
+    def embed(config: Any) -> Mapping[str, Embed]:
+        if config.finds_by_question:
             questions = recipe_questions(recipe)
             check_size(questions[asked[0].name].encoder.dim, config, "the sentence encoder")
             return questions

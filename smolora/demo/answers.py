@@ -75,7 +75,9 @@ def _reply(run: DemoRun, models: StageModels, stage: Stage, task: TaskRecipe, qu
 
 
 def _task_name(run: DemoRun, task_id: int) -> str:
-    """The name of a task by its id: upstream tasks come first, and those of few-shot stages share one id."""
+    """The name of a task by its id: upstream tasks, then one id for those of few-shot stages; -1 is none."""
+    if task_id < 0:
+        return "none of the tasks"
     names = [task.name for task in run.recipe.tasks]
     return names[task_id] if task_id < len(names) else "few-shot"
 

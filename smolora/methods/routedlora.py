@@ -40,6 +40,10 @@ class RoutedLoRAConfig(MixtureConfig, method="routedlora"):
 
     takes: ClassVar[tuple[str, ...]] = ("experts", "weights")
 
+    @property
+    def finds_by_question(self) -> bool:
+        return self.router_hidden is not None
+
     num_experts: int = field(default=8, metadata={"help": "number of experts"})
     placement: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "the experts that a layer has, or those of each layer by its name"}

@@ -23,7 +23,7 @@ One evaluation without stages (zero-shot, multitask) has one folder for its sing
     course        optional, of the stages: "sequential", "one-per-task", "joint" or "none"
     task_source   optional, who says at test which task a question is of: "given", "selector" or null
     selected      optional, where a selector says it: for each stage {task: how often its questions were taken for each
-                  task, in order, and last how many for none, if there are any}
+                  task, in order, then for the few-shot one, if there is one, and last for none}
     tasks         names, in order
     stages        the folders above, in order; row k of the matrix is the evaluation in folder k
     matrix, mif   accuracy and instruction following, one row per stage (see smolora.evaluate.metrics); under the

@@ -11,6 +11,7 @@ from .tables import Table
 
 SOURCES = {"given": "task given at test", "selector": "task found by its selector"}
 FEW_SHOT = "few-shot"  # the task of downstream training, which comes after the upstream ones
+NONE = "none"  # questions that are like those of no task
 
 
 class ConfusionRow(NamedTuple):
@@ -28,9 +29,9 @@ class ConfusionRow(NamedTuple):
 
 
 def taken_for(run: RunFolder) -> list[str]:
-    """The names of the tasks that a run's selector chooses among."""
-    sizes = {len(counts) for stage in run.selected or () for counts in stage.values()}
-    return [*run.tasks, FEW_SHOT][: max(sizes, default=0)]
+    """The names of what a run's selector may take a question for, as the counts have them."""
+    size = max((len(counts) for stage in run.selected or () for counts in stage.values()), default=0)
+    return [*run.tasks, *([FEW_SHOT] if size > len(run.tasks) + 1 else []), NONE]
 
 
 def confusion(run: RunFolder) -> list[ConfusionRow]:

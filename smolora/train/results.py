@@ -71,7 +71,7 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
 def _selected(recipe: Recipe, paths: RunPaths, done: list[Stage]) -> list[dict[str, list[int]]]:
     """For each finished stage and each task asked after it, how often a selector took its questions for each task.
 
-    Last comes how many it took for none, if there are any.
+    Last comes how many it took for none.
     """
     rows: list[dict[str, list[int]]] = []
     for stage in done:
@@ -79,9 +79,7 @@ def _selected(recipe: Recipe, paths: RunPaths, done: list[Stage]) -> list[dict[s
         for task in stage.test:
             info = read(paths.evaluation(stage) / "answers" / f"{task.name}.info.json")
             found = info.get("tasks", [])
-            row[task.name] = [found.count(number) for number in range(recipe.num_task_ids)]
-            if -1 in found:
-                row[task.name].append(found.count(-1))
+            row[task.name] = [found.count(number) for number in (*range(recipe.num_task_ids), -1)]
         rows.append(row)
     return rows
 

@@ -7,15 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from smolora import cli
-from smolora.cli.evaluate import folder_name
+from smolora import LiLoRAConfig, RoutedLoRAConfig, SMoLoRAConfig, TaskSelector, cli
+from smolora.cli.evaluate import _check_selector, folder_name
 from smolora.evaluate.score import score
+from smolora.evaluate.tasks import Task
 
 
 def arguments(base_folder, released, output, *more):
@@ -295,3 +299,27 @@ def test_the_evaluator_does_not_need_the_trainer():
     """Without a recipe nothing of `smolora.train` is imported."""
     code = "import sys, smolora.cli.evaluate; sys.exit(any(name.startswith('smolora.train') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+
+
+def test_adapters_that_find_a_task_by_the_question():
+    own = [RoutedLoRAConfig(r=2, lora_alpha=2), RoutedLoRAConfig(r=2, lora_alpha=2, router_hidden=4)]
+    assert [config.finds_by_question for config in (*own, LiLoRAConfig(), SMoLoRAConfig())] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_adapter_that_cannot_find_its_tasks(given, tmp_path):
+    """One that was trained with given tasks has no keys: they must be given, as its run's recipe does."""
+    (tmp_path / "val.json").write_text("[]")
+    task = Task("TextVQA", "TextVQA", tmp_path / "val.json", tmp_path, [tmp_path], 1 if given else None)
+    selector = TaskSelector(2, 3, 3)
+    model = SimpleNamespace(base_model=SimpleNamespace(selector=lambda: selector))
+    config = LiLoRAConfig(num_tasks=2)
+    with nullcontext() if given else pytest.raises(ValueError, match="--adapter a was trained with given tasks"):
+        _check_selector(model, config, [task], Path("a"))
+    selector.add(0, torch.ones(1, 3), torch.ones(1, 3))
+    _check_selector(model, config, [task], Path("a"))

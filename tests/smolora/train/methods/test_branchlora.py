@@ -161,7 +161,7 @@ def finished(world, tmp_path_factory) -> Path:
     results = TrainingRun(recipe)()
     assert results["config"]["methods"]["branchlora"]["branches"] == 4
     assert results["task_source"] == "selector"
-    assert results["selected"] == [{"ImageNet": [4, 0, 0]}, {"ImageNet": [4, 0, 0], "Flickr30k": [0, 4, 0]}]
+    assert results["selected"] == [{"ImageNet": [4, 0, 0, 0]}, {"ImageNet": [4, 0, 0, 0], "Flickr30k": [0, 4, 0, 0]}]
     return folder
 
 

@@ -47,7 +47,7 @@ def test_runs(short, tmp_path):
         )()
         assert results["config"]["methods"]["moecl"]["task"] == task
         assert results["task_source"] == {"selector": "selector", "oracle": "given"}[task]
-        right = {"ImageNet": [4, 0], "Flickr30k": [0, 4]}
+        right = {"ImageNet": [4, 0, 0], "Flickr30k": [0, 4, 0]}
         chosen = [{"ImageNet": right["ImageNet"]}, right]
         assert results["selected"] == (chosen if task == "selector" else None)
         files = (tmp_path / task).glob("*/answers/*.jsonl")
