@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -27,18 +29,28 @@ class Adapter(Hooks):
         recipe: the recipe of the run.
 
     Raises:
-        ValueError: a key of its section is unknown, or a value does not fit.
+        ValueError: a key of its section is unknown, or a value does not fit; or `adapter.target_modules` is given to an
+            adapter that has the option `target_modules`, and the option is not.
     """
 
     name: ClassVar[str]
     text: Literal["instruction", "question"] | None = None  # what `instruction_embeds` of a sample embeds
     takes_task_ids: bool = False
+    only_sequential: ClassVar[bool] = False  # made for one task after another, and for no other course
+    default_targets: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS  # modules that get adapters, by type of the model
     options_class: ClassVar[type] = dict
     options: Any
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.options = read_options(recipe, self.name, self.options_class)
+        chosen = recipe.adapter.get("target_modules")
+        if self._has_own_targets and self.options.target_modules is None and chosen is not None:
+            raise ValueError(
+                f"methods.{self.name}.target_modules must be given where adapter.target_modules is, which {self.name} "
+                f"does not use: set it to {self.default_targets['llava']!r} or other modules, got "
+                f"adapter.target_modules {chosen!r}"
+            )
 
     def config(self, base: nn.Module) -> PeftConfig | None:
         """The configuration of a new adapter; None for a method without adapters."""
@@ -78,19 +90,42 @@ class Adapter(Hooks):
             return None
         return "selector" if self.answers_as(self.recipe.tasks[0]) is None else "given"
 
+    @property
+    def has_task_slots(self) -> bool:
+        """Whether the number of tasks, `recipe.num_task_ids`, decides the shapes of its parameters."""
+        return self.takes_task_ids
+
+    @property
+    def passes_between_stages(self) -> bool:
+        """Whether it runs the model over data before or after a stage, which needs its parameters whole."""
+        return False
+
+    @property
+    def _has_own_targets(self) -> bool:
+        """Whether `target_modules` is one of its options."""
+        return hasattr(self.options, "target_modules")
+
     def targets(self, base: nn.Module) -> Any:
-        """The modules that get adapters, the same for all methods."""
-        chosen = self.recipe.adapter.get("target_modules")
+        """The modules that get adapters: its option `target_modules`, or else those of all methods."""
+        own = self._has_own_targets
+        chosen = self.options.target_modules if own else self.recipe.adapter.get("target_modules")
         config: Any = base.config
         kind = config.model_type
-        if chosen is None and kind not in DEFAULT_TARGETS:
-            raise ValueError(f"adapter.target_modules must be given for a model of type {kind!r}")
-        return chosen or DEFAULT_TARGETS[kind]
+        if chosen is None and kind not in self.default_targets:
+            section = f"methods.{self.name}" if own else "adapter"
+            raise ValueError(f"{section}.target_modules must be given for a model of type {kind!r}")
+        return chosen or self.default_targets[kind]
+
+    def used_options(self) -> dict[str, Any]:
+        """Its options as it uses them, empty if it has none."""
+        return dataclasses.asdict(self.options) if dataclasses.is_dataclass(self.options_class) else {}
 
     def settings(self) -> dict[str, Any]:
         """Sections of the recipe as this adapter uses them, for the results."""
         rank, alpha = baseline_rank(self.recipe)
-        return {"adapter": {}, "baseline": {"rank": rank, "alpha": alpha}}
+        options = self.used_options()
+        methods = {"methods": {self.name: options}} if options else {}
+        return {"adapter": {}, "baseline": {"rank": rank, "alpha": alpha}, **methods}
 
 
 class NoAdapter(Adapter):

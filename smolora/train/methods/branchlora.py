@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from ...methods import BranchLoRAConfig
 from ...methods.branchlora import BranchLoRAExperts
 from ...recipe.schema import SECTION, Count, Flag, Natural, Number
 from .adapter import Adapter, baseline_rank
-from .stage import Stage, StageWork
+from .stage import Stage, StageWork, in_eval_mode
 from .tasked import NewKeys
 
 
@@ -105,9 +105,17 @@ class BranchLoRA(Adapter):
             exclude_modules=self.recipe.adapter.get("exclude_modules"),
         )
 
-    def settings(self) -> dict[str, Any]:
-        options = {**asdict(self.options), "branches": self.branches(), "freeze": self.frozen_each()}
-        return {**super().settings(), "methods": {self.name: options}}
+    def used_options(self) -> dict[str, Any]:
+        return {**super().used_options(), "branches": self.branches(), "freeze": self.frozen_each()}
+
+    @property
+    def has_closed_keys(self) -> bool:
+        """Whether tasks get their keys after their stage."""
+        return self.has_tasks and self.options.keys == "closed"
+
+    @property
+    def passes_between_stages(self) -> bool:
+        return self.frozen_each() > 0 or self.has_closed_keys
 
     # ---- hooks
 
@@ -138,21 +146,18 @@ class BranchLoRA(Adapter):
     @torch.no_grad()
     def after_stage(self, model: Any, work: StageWork, folder: Path) -> None:
         """Give the stage's tasks their keys, and freeze the branches of each layer that they used most."""
-        counts = self.frozen_each() > 0
-        has_keys = self.has_tasks and self.options.keys == "closed"
-        if not counts and not has_keys:
+        if not self.passes_between_stages:
             return
-        layers, was_training = list(adapted(model)), model.training
-        keys = NewKeys(model.selector()) if has_keys else None
+        layers, counts = list(adapted(model)), self.frozen_each() > 0
+        keys = NewKeys(model.selector()) if self.has_closed_keys else None
         for experts in layers:
             experts.reset_usage()
-        model.eval()
-        for batch in work.batches():
-            if keys is not None:
-                keys.add(batch["task_ids"], model.sample_features(**batch))
-            if counts:
-                model(**batch)
-        model.train(was_training)
+        with in_eval_mode(model):
+            for batch in work.batches():
+                if keys is not None:
+                    keys.add(batch["task_ids"], model.sample_features(**batch))
+                if counts:
+                    model(**batch)
         if keys is not None:
             keys.give(work)
         for experts in layers if counts else ():

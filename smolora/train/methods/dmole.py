@@ -24,7 +24,7 @@ from ...tuner import MixtureLinear
 from ...tuner.placement import place_experts
 from .adapter import Adapter, baseline_rank
 from .allocation import allocate, expert_budget, gradient_scores
-from .stage import Stage, StageWork
+from .stage import Stage, StageWork, in_eval_mode
 
 Share = Annotated[Number, Field(gt=0, le=1)]
 
@@ -72,6 +72,8 @@ class DMoLE(Adapter):
 
     name = "dmole"
     text = "question"
+    only_sequential = True
+    default_targets = ATTENTION
     options_class = DMoLEOptions
     options: DMoLEOptions
     _experts: tuple[int, ...]  # that the stage's samples use
@@ -92,6 +94,7 @@ class DMoLE(Adapter):
             router_hidden=self.options.router_hidden,
             instruction_dim=self.recipe.adapter_config().instruction_dim,
             target_modules=self.targets(base),
+            exclude_modules=self.recipe.adapter.get("exclude_modules"),
         )
         layers = [
             name
@@ -108,13 +111,13 @@ class DMoLE(Adapter):
     def task_source(self) -> Literal["given", "selector"] | None:
         return "selector"
 
-    def targets(self, base: nn.Module) -> Any:
-        chosen = self.options.target_modules
-        config: Any = base.config
-        kind = config.model_type
-        if chosen is None and kind not in ATTENTION:
-            raise ValueError(f"methods.dmole.target_modules must be given for a model of type {kind!r}")
-        return chosen or ATTENTION[kind]
+    @property
+    def has_task_slots(self) -> bool:
+        return True
+
+    @property
+    def passes_between_stages(self) -> bool:
+        return True
 
     # ---- a stage
 
@@ -194,12 +197,10 @@ class DMoLE(Adapter):
         place, size = work.process, work.batch_size
         tuned: Any = model
         found: list[tuple[int, Features]] = []
-        training = model.training
-        model.eval()
-        for round_, batch in enumerate(work.batches(chosen)):
-            start = (round_ * place.num_processes + place.process_index) * size
-            found.append((start, tuned.base_model.sample_features(**batch)))
-        model.train(training)
+        with in_eval_mode(model):
+            for round_, batch in enumerate(work.batches(chosen)):
+                start = (round_ * place.num_processes + place.process_index) * size
+                found.append((start, tuned.base_model.sample_features(**batch)))
         router = _router(model)
         parts = []
         for name, dim in (("image", router.image_dim), ("text", router.text_dim)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import PeftConfig
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...methods import LiLoRAConfig
 from ...methods.lilora import LiLoRAExperts
 from ...recipe import Recipe
-from ...recipe.schema import SECTION
+from ...recipe.schema import SECTION, Count, Number
 from .adapter import baseline_rank
 from .stage import Stage, StageWork
 from .tasked import Tasked, TaskedOptions
@@ -32,9 +32,9 @@ class LiLoRAOptions(TaskedOptions):
         regulariser_weight: lambda, the weight of L_reg; the paper's value is not known.
     """
 
-    task_r: Annotated[int, Field(ge=1)] | None = None
+    task_r: Count | None = None
     regulariser: Literal["freeze", "paper"] = "freeze"
-    regulariser_weight: Annotated[float, Field(ge=0)] = 1.0
+    regulariser_weight: Annotated[Number, Field(ge=0)] = 1.0
 
 
 class LiLoRA(Tasked):
@@ -61,12 +61,19 @@ class LiLoRA(Tasked):
             r=rank,
             lora_alpha=alpha,
             lora_dropout=self.recipe.adapter_config().lora_dropout,
-            task_r=self.options.task_r or max(rank // 2, 1),
+            task_r=self.task_r(),
             num_tasks=self.recipe.num_task_ids,
             instruction_dim=self.recipe.adapter_config().instruction_dim,
             target_modules=self.targets(base),
             exclude_modules=self.recipe.adapter.get("exclude_modules"),
         )
+
+    def task_r(self) -> int:
+        """Rank of a task's pair."""
+        return self.options.task_r or max(baseline_rank(self.recipe)[0] // 2, 1)
+
+    def used_options(self) -> dict[str, Any]:
+        return {**super().used_options(), "task_r": self.task_r()}
 
     def freeze(self, model: nn.Module, stage: Stage) -> None:
         """Freeze B after the first stage, as released."""

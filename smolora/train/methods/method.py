@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from ...recipe import Recipe, TaskRecipe
-from ...recipe.messages import not_one_of
+from ...recipe.messages import not_one_of, shortened
 from .adapter import Adapter, NoAdapter
 from .branchlora import BranchLoRA
 from .dmole import DMoLE
@@ -109,10 +109,22 @@ class Method:
                 "method: the schedule 'none' goes with the adapter 'none' and no other, got adapter "
                 f"{parts.adapter!r} and schedule {course!r}"
             )
+        if ADAPTERS[parts.adapter].only_sequential and course != "sequential":
+            raise ValueError(
+                f"method.schedule must be 'sequential' for the adapter {parts.adapter!r}, which is made for one task "
+                f"after another, got {course!r}"
+            )
         for name in recipe.methods:
             if name not in {**ADAPTERS, **ADD_ONS}:
                 raise ValueError(not_one_of("methods", name, [*ADAPTERS, *ADD_ONS]))
         self.adapter = ADAPTERS[parts.adapter](recipe)
+        for name in ("deepspeed", "fsdp"):
+            sharded = recipe.training.arguments.get(name)
+            if sharded and self.adapter.passes_between_stages:
+                raise ValueError(
+                    f"training.arguments.{name} must be left out for the adapter {parts.adapter!r}, whose passes over "
+                    f"the data between stages are not made for sharded parameters, got {shortened(sharded)}"
+                )
         self.course = COURSES[course](recipe)
         self.hooks: list[Hooks] = [self.adapter, *(ADD_ONS[name](recipe) for name in add_ons)]
 

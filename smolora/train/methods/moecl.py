@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...methods import MoECLConfig
-from ...recipe.schema import SECTION
+from ...recipe.schema import SECTION, Flag, Number, Text
 from ...tuner.block import discriminator_loss
 from ...tuner.model import BLOCK_TARGETS
 from .adapter import baseline_rank
@@ -28,9 +28,9 @@ class MoECLOptions(TaskedOptions):
         target_modules: feed-forward blocks, as names or a regular expression; None for those of the language model.
     """
 
-    discriminator_weight: Annotated[float, Field(ge=0)] = 1.0
-    double_softmax: bool = True
-    target_modules: list[str] | str | None = None
+    discriminator_weight: Annotated[Number, Field(ge=0)] = 1.0
+    double_softmax: Flag = True
+    target_modules: list[Text] | Text | None = None
 
 
 class MoECL(Tasked):
@@ -41,6 +41,7 @@ class MoECL(Tasked):
     """
 
     name = "moecl"
+    default_targets = BLOCK_TARGETS
     options_class = MoECLOptions
     options: MoECLOptions
 
@@ -59,15 +60,8 @@ class MoECL(Tasked):
             discriminator_weight=self.options.discriminator_weight,
             double_softmax=self.options.double_softmax,
             target_modules=self.targets(base),
+            exclude_modules=self.recipe.adapter.get("exclude_modules"),
         )
-
-    def targets(self, base: nn.Module) -> Any:
-        """The blocks that get adapters."""
-        config: Any = base.config
-        kind = config.model_type
-        if self.options.target_modules is None and kind not in BLOCK_TARGETS:
-            raise ValueError(f"methods.moecl.target_modules must be given for a model of type {kind!r}")
-        return self.options.target_modules or BLOCK_TARGETS[kind]
 
     def loss_term(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Tensor | None:
         """The discriminators' loss; see `MoECLExperts.discriminator_loss` for who lowers and who raises it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...recipe import TaskRecipe
@@ -81,3 +82,14 @@ class StageWork:
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
         return values if self.process.num_processes == 1 else torch.as_tensor(reduce(values, "sum"))
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Use a model as it answers, without dropout, and put it back into the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

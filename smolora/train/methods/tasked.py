@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from ...methods.selector import Features, TaskSelector
 from ...recipe import Recipe, TaskRecipe
 from ...recipe.schema import SECTION
 from .adapter import Adapter
-from .stage import StageWork
+from .stage import StageWork, in_eval_mode
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -57,8 +56,9 @@ class Tasked(Adapter):
     def answers_as(self, task: TaskRecipe) -> int | None:
         return self.recipe.task_id(task) if self.is_told else None
 
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "methods": {self.name: dataclasses.asdict(self.options)}}
+    @property
+    def passes_between_stages(self) -> bool:
+        return not self.is_told
 
     @torch.no_grad()
     def after_stage(self, model: Any, work: StageWork, folder: Path) -> None:
@@ -66,8 +66,9 @@ class Tasked(Adapter):
         if self.is_told:
             return
         keys = NewKeys(model.selector())
-        for batch in work.batches():
-            keys.add(batch["task_ids"], model.sample_features(**batch))
+        with in_eval_mode(model):
+            for batch in work.batches():
+                keys.add(batch["task_ids"], model.sample_features(**batch))
         keys.give(work)
 
 

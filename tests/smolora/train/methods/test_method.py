@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from small_llava import small_llava
 from smolora.cli.train import summary
 from smolora.train.methods import METHODS, Hooks, Method
 from smolora.train.methods.method import ADD_ONS
@@ -29,6 +30,8 @@ def test_parts_of_a_method(short):
         ("method={adapter: lora, schedule: [jont]}", r"method.schedule must be one of .*'jont'; did you mean 'joint'"),
         ("method={adapter: lora, schedule: [joint, none]}", r"at most one of sequential, .*got \['joint', 'none'\]"),
         ("method={adapter: none}", r"'none' goes with the adapter 'none' .*got adapter 'none' and schedule 'seq"),
+        ("method={adapter: dmole, schedule: [joint]}", r"must be 'sequential' for the adapter 'dmole', .*got 'joint'"),
+        ("method={adapter: dmole, schedule: [one-per-task]}", r"method.schedule must be .*got 'one-per-task'"),
         ("method={adapter: lora, schedule: [none]}", r"got adapter 'lora' and schedule 'none'"),
         ("methods={lor: {a: 1}}", r"methods must be one of .*, got 'lor'; did you mean 'lora'\?"),
         ("methods={smolora: {a: 1}}", r"methods.smolora must be left out: smolora has no options, got \{'a': 1\}"),
@@ -37,6 +40,54 @@ def test_parts_of_a_method(short):
 def test_parts_that_do_not_fit(short, override, message):
     with pytest.raises(ValueError, match=message):
         Method(short(override))
+
+
+@pytest.mark.parametrize("sharded", ["fsdp=true", "deepspeed={zero_optimization: {stage: 3}}"])
+def test_passes_between_stages_are_refused_with_sharded_parameters(short, sharded):
+    sharded = f"training.arguments.{sharded}"
+    name = sharded.partition("=")[0]
+    for method in ("branchlora", "lilora", "moecl", "dmole"):
+        with pytest.raises(ValueError, match=rf"{name} must be left out for the adapter '{method}', whose passes over"):
+            Method(short(f"method={method}", sharded))
+    Method(short("method=branchlora", "methods.branchlora={freeze: false, routers: shared}", sharded))
+    Method(short("method=lilora", "methods.lilora.task=oracle", sharded))
+    Method(short("method=smolora", sharded))
+    Method(short("method=branchlora", "training.arguments.fsdp=false", "training.arguments.deepspeed=null"))
+
+
+@pytest.mark.parametrize("method", ["moecl", "dmole"])
+def test_modules_of_their_own(short, method):
+    """Methods with targets of their own leave out what all methods do, and refuse targets that they would not use."""
+    base = small_llava()
+    excluded = r"adapter.exclude_modules=.*layers\.0\..*"
+    found = []
+    for overrides in ([], [excluded]):
+        adapter = Method(short(f"method={method}", *overrides)).adapter
+        found.append(set(adapter.start(small_llava(), None).targeted_module_names))
+    assert found[1] == {name for name in found[0] if "layers.0." not in name} and found[0] > found[1] > set()
+    given = "adapter.target_modules=.*q_proj"
+    with pytest.raises(
+        ValueError, match=rf"methods\.{method}\.target_modules must be given where adapter\.target_modul"
+    ):
+        Method(short(f"method={method}", given))
+    adapter = Method(short(f"method={method}", given, f"methods.{method}.target_modules=.*x")).adapter
+    assert adapter.targets(base) == ".*x"
+
+
+@pytest.mark.parametrize(
+    ("method", "used"),
+    [
+        ("dmole", {"budget": 0.5, "router_epochs": 7}),
+        ("lilora", {"task": "selector", "task_r": 8}),
+        ("moecl", {"double_softmax": True}),
+        ("branchlora", {"branches": 4, "freeze": 2}),
+    ],
+)
+def test_options_as_they_are_used(short, method, used):
+    recipe = short(f"method={method}", "methods.dmole.router_epochs=7", "methods.lora={}")
+    options = Method(recipe).adapter.settings()["methods"]
+    assert options.keys() == {method} and options[method] == {**options[method], **used}
+    assert "methods" not in Method(short("method=moelora")).adapter.settings()
 
 
 @pytest.mark.parametrize(
