@@ -73,11 +73,13 @@ class TrainingRun:
         """Refuse to continue the run of another recipe.
 
         Raises:
-            ValueError: the folder belongs to one. The message names the keys that differ.
+            ValueError: the folder belongs to one. The message names the keys that differ. Or `downstream` changes the
+                number of tasks that the adapters in the folder have room for.
         """
         if not self.paths.recipe.exists():
             return
-        old = _flatten(load_recipe(self.paths.recipe).as_dict())  # keys newer than the run get defaults
+        before = load_recipe(self.paths.recipe)
+        old = _flatten(before.as_dict())  # keys newer than the run get defaults
         new = _flatten(self.recipe.as_dict())
         different = [
             f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
@@ -87,6 +89,13 @@ class TrainingRun:
         if different:
             raise ValueError(
                 f"{self.paths.root} has a run of another recipe ({'; '.join(different)}): remove it, or name another "
+                "output"
+            )
+        numbers = before.num_task_ids, self.recipe.num_task_ids
+        if self.method.adapter.has_task_slots and numbers[0] != numbers[1]:
+            raise ValueError(
+                f"downstream must leave the {numbers[0]} tasks that the {self.method.adapter.name} adapters in "
+                f"{self.paths.root} tell apart (those trained downstream count as one), got {numbers[1]}: name another "
                 "output"
             )
 

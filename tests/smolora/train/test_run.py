@@ -180,6 +180,23 @@ def test_another_recipe_is_refused(killed):
         TrainingRun(load_recipe(killed / "recipe.yaml", overrides))
 
 
+@pytest.mark.parametrize("method", ["lilora", "moecl", "branchlora", "dmole", "smolora"])
+def test_downstream_tasks_that_adapters_have_no_room_for(world, tmp_path, method):
+    """The first few-shot task of a run adds a task to the adapters that tell tasks apart, and the last one takes it."""
+    options = [f"method={method}", f"output={tmp_path}"]
+    without, whole = (load_recipe(world, [*options, *more]) for more in (["downstream={}"], []))
+    zero_shot = load_recipe(world, [*options, "downstream.few-shot=[]"])
+    for old, new, numbers in ((without, whole, (2, 3)), (whole, without, (3, 2)), (without, zero_shot, None)):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(old.as_dict(), sort_keys=False))
+        if numbers is None or method == "smolora":
+            TrainingRun(new)
+        else:
+            message = rf"downstream must leave the {numbers[0]} tasks .* got {numbers[1]}: name another output"
+            with pytest.raises(ValueError, match=message):
+                TrainingRun(new)
+        (tmp_path / "recipe.yaml").unlink()
+
+
 def test_each_stage_starts_from_the_last_adapter_and_moves_it(killed):
     adapters = [load_file(killed / "run-whole" / stage / "adapter/adapter_model.safetensors") for stage in STAGES]
     for one, other in pairwise(adapters):
