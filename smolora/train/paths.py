@@ -2,7 +2,8 @@
 
 RUN_DIR/recipe.yaml           the recipe with all its defaults
 RUN_DIR/stage-2-TextVQA/
-  checkpoints/                while it trains; loggers of training.arguments.report_to write here too
+  checkpoints/                while it trains, and notes/ on what the method found before its first step; loggers of
+                              training.arguments.report_to write here too
   adapter/                    exists once its training is done
   log.json                    the trainer's log
   training.json               samples, steps, trained parameters, and "timing"
@@ -51,6 +52,10 @@ class RunPaths:
     def checkpoints(self, stage: Stage) -> Path:
         """Checkpoints of a stage while it trains."""
         return self.stage(stage) / "checkpoints"
+
+    def notes(self, stage: Stage) -> Path:
+        """What the method found out before a stage's first step, while it trains."""
+        return self.checkpoints(stage) / "notes"
 
     def kept(self, stage: Stage) -> Path:
         """What the method keeps of a stage for later ones."""

@@ -179,13 +179,15 @@ class TrainingRun:
         samples = self.stage_samples(stage, kept)
         collate = Collator(self.transform, self.encoder.pad_token_id, self.dtype)
         own = StageSamples([self._task_samples(task) for task in stage.train])
-        work = StageWork(stage, kept, own, collate, self.recipe.training.per_device_batch_size, self.state)
+        checkpoints = self.paths.checkpoints(stage)
+        resume = self._last_checkpoint(checkpoints)
+        size = self.recipe.training.per_device_batch_size
+        notes = self.paths.notes(stage)
+        work = StageWork(stage, kept, own, collate, size, self.state, notes, goes_on=resume is not None)
         self.method.before_stage(model, work)
         trainable = num_trainable(model)
         recipe, epochs = self.recipe.of_stage(stage.train), self.recipe.epochs(stage.train)
         steps = steps_of(len(samples), recipe.training.batch_size, epochs)
-        checkpoints = self.paths.checkpoints(stage)
-        resume = self._last_checkpoint(checkpoints)
         trainer = ContinualTrainer(
             recipe,
             self.method,
@@ -247,6 +249,7 @@ class TrainingRun:
     def remove_checkpoints(self, stage: Stage) -> None:
         """Remove the checkpoints of a trained stage, and keep other files that were logged beside them."""
         folder = self.paths.checkpoints(stage)
+        shutil.rmtree(self.paths.notes(stage), ignore_errors=True)
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
         if folder.is_dir() and not any(folder.iterdir()):

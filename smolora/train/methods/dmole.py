@@ -134,7 +134,7 @@ class DMoLE(Adapter):
     def before_stage(self, model: nn.Module, work: StageWork) -> None:
         """Place the stage's experts, and choose the earlier expert that is used beside them."""
         number, layers = work.stage.number, _layers(model)
-        scores = self._scores(model, work)
+        scores = work.once("scores", lambda: self._scores(model, work))
         tuned: Any = model
         chosen = self._allocate(scores, _of_vision(tuned.get_base_model(), layers))
         place_experts(
@@ -148,9 +148,12 @@ class DMoLE(Adapter):
         self.freeze(model, work.stage)
         companion = -1
         if number:
-            companion = _router(model).choose_companion(
-                number, self._features(model, work), self.options.companion_share
+            router = _router(model)
+            companion = work.once(
+                "companion",
+                lambda: router.choose_companion(number, self._features(model, work), self.options.companion_share),
             )
+            router.companion[number] = companion
         self._experts = (number,) if companion < 0 else (number, companion)
         self._log = {
             "expert": number,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ...io.files import read_text, write_json
 from ...recipe import TaskRecipe
 
 
@@ -52,6 +54,8 @@ class StageWork:
         collate: makes a batch of samples.
         batch_size: samples in a batch.
         process: this process, one of several that share the data.
+        notes: folder of what `once` found, beside the stage's checkpoints; None to write nothing.
+        goes_on: whether the stage goes on from a checkpoint.
     """
 
     stage: Stage
@@ -60,6 +64,8 @@ class StageWork:
     collate: Callable[[Sequence[Any]], dict[str, Any]]
     batch_size: int
     process: PartialState
+    notes: Path | None = None
+    goes_on: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)  # type: ignore[arg-type]
@@ -78,6 +84,22 @@ class StageWork:
         for start in starts[self.process.process_index :: self.process.num_processes]:
             batch = self.collate([self.samples[index] for index in indices[start : start + self.batch_size]])
             yield {name: tensor.to(self.process.device) for name, tensor in batch.items()}
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """Find something out before the first step; a stage that goes on from a checkpoint reads what was found.
+
+        Args:
+            name: of the file that keeps it.
+            find: returns it, as JSON has it. Called by all processes, or by none.
+        """
+        path = None if self.notes is None else self.notes / f"{name}.json"
+        if path is not None and self.goes_on and path.is_file():
+            return json.loads(read_text(path))
+        found = find()
+        if path is not None and self.process.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, found)
+        return found
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""

@@ -179,7 +179,13 @@ def test_a_run_that_is_broken_off_ends_as_a_whole_one(whole, world, tmp_path, mo
     finally:
         handle.remove()
     assert list((tmp_path / STAGES[1] / "checkpoints").glob("checkpoint-1"))
-    TrainingRun(recipe)()
+    notes = tmp_path / STAGES[1] / "checkpoints/notes"
+    assert sorted(path.name for path in notes.iterdir()) == ["companion.json", "scores.json"]
+    with monkeypatch.context() as patch:  # neither is computed again
+        patch.setattr(DMoLE, "_scores", lambda *_: pytest.fail("the layers are scored again"))
+        patch.setattr(AutoencoderRouter, "choose_companion", lambda *_: pytest.fail("a companion is chosen again"))
+        TrainingRun(recipe)()
+    assert not notes.parent.exists()
     for stage in STAGES:
         expected, got = (adapter(folder, stage) for folder in (whole[0].folder, tmp_path))
         assert got.keys() == expected.keys()

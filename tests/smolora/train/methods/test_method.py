@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from small_llava import small_llava
 from smolora.cli.train import summary
-from smolora.train.methods import METHODS, Hooks, Method
+from smolora.train.methods import METHODS, Hooks, Method, StageWork
 from smolora.train.methods.method import ADD_ONS
 from smolora.train.run import TrainingRun
 
@@ -187,3 +189,16 @@ def test_the_plan_and_the_last_line_name_the_parts(short, tmp_path, capsys):
         "given",
     )
     assert summary(results).startswith("small (lora + one-per-task, task given): AP ")
+
+
+def test_what_is_found_once(tmp_path):
+    """A stage that starts again finds it anew, one that goes on from a checkpoint reads it."""
+    process = SimpleNamespace(is_main_process=True)
+    found = iter([{"a": 1.1}, {"a": 2.2}])
+    stage = StageWork(None, (), [], None, 1, process, tmp_path / "notes")
+    assert stage.once("scores", lambda: next(found)) == {"a": 1.1}
+    assert stage.once("scores", lambda: next(found)) == {"a": 2.2}
+    going_on = dataclasses.replace(stage, goes_on=True)
+    assert going_on.once("scores", lambda: pytest.fail("found again")) == {"a": 2.2}
+    assert going_on.once("other", lambda: -1) == -1 == going_on.once("other", lambda: 0)
+    assert dataclasses.replace(going_on, notes=None).once("other", lambda: 3) == 3
