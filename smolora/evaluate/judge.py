@@ -161,11 +161,10 @@ def _judge(
         **asdict(settings),
     }
     info = output.with_suffix(".info.json")
-    parts = AnswerShards(output, run)
     if output.exists():
         content = read_json(info)
         check_same_run(content["run"], run, output)
-        parts.remove()  # left by a call that was killed between its last two steps
+        AnswerShards(output, run).remove()  # left by a call that was killed between its last two steps
         return Verdict(*(content[name] for name in Verdict._fields))
     items, texts, *_ = pair_answers(str(questions), _items(questions), answers, "every")
     prompts = [
@@ -173,6 +172,8 @@ def _judge(
     ]
     _check_lengths(model, items, prompts, settings)
     plan = plan_batches([len(prompt) for prompt in prompts], settings.token_budget)
+    # prompts can differ with equal settings, by another tokenizer or chat template
+    parts = AnswerShards(output, {**run, "plan": hashlib.sha256(json.dumps([prompts, plan]).encode()).hexdigest()})
     done = parts.read()
     with parts.writer(0) as write, Progress("judging", len(prompts), "answer") as progress:
         for number, batch in enumerate(plan):

@@ -151,6 +151,9 @@ def test_a_killed_call_goes_on_where_it_was(files):
     parts.write_bytes(parts.read_bytes() + b'{"batch": 3, "rep')  # torn
     with pytest.raises(ValueError, match=r"belongs to another run .*criteria 'general', now 'grounding'"):
         rate(files, criteria="grounding", token_budget=1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"another run \(plan "):
+        patch.setattr(judge, "_encode", lambda tokenizer, prompt: [1, 2, 3])  # by another chat template
+        rate(files, token_budget=1)
     again = KnownJudge()
     assert rate(files, again, token_budget=1) == whole
     assert again.batches == 5 - 3
