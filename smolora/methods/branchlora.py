@@ -39,7 +39,8 @@ class BranchLoRAConfig(TaskConfig, method="branchlora"):
             then a learned constant a task.
         renormalize: make the weights of the chosen branches sum to 1.
         freeze_pool: which branches may be frozen after a task: the most used of "all", or of those still "tunable".
-        freeze_A_after: number of tasks after which A is frozen; None: never.
+        freeze_A_after: A learns while `num_tasks` is at most this number, for streams whose configuration grows with each
+            task; None: always.
         route_over: tokens of a whole model that are routed: "prompt" (valid tokens that are no answer), "valid" (all
             but padding) or "all".
         decode_routing: "prompt" keeps the branches and weights of a `generate()` call's first forward; "token" routes
@@ -60,7 +61,7 @@ class BranchLoRAConfig(TaskConfig, method="branchlora"):
     freeze_pool: Literal["all", "tunable"] = field(
         default="all", metadata={"help": "branches of which the most used are frozen after a task"}
     )
-    freeze_A_after: int | None = field(default=None, metadata={"help": "tasks after which A is frozen"})
+    freeze_A_after: int | None = field(default=None, metadata={"help": "num_tasks up to which A learns"})
     route_over: Literal["prompt", "valid", "all"] = field(  # type: ignore[misc]
         default="prompt", metadata={"help": "tokens of a whole model that are routed"}
     )
