@@ -39,7 +39,7 @@ class BranchLoRAConfig(TaskConfig, method="branchlora"):
             then a learned constant a task.
         renormalize: make the weights of the chosen branches sum to 1.
         freeze_pool: which branches may be frozen after a task: the most used of "all", or of those still "tunable".
-        freeze_A_after: A learns while `num_tasks` is at most this number, for streams whose configuration grows with each
+        freeze_A_after: A learns while `num_tasks` is at most this, for streams whose configuration grows with each
             task; None: always.
         route_over: tokens of a whole model that are routed: "prompt" (valid tokens that are no answer), "valid" (all
             but padding) or "all".
