@@ -25,6 +25,7 @@ from .trainer import accumulation, steps_of
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+ADAPTER_BYTES = 4  # a float32 weight that a stage does not train
 OPTIMISER_BYTES = 4 + 4 + 8  # a trained float32 weight, its gradient, Adam's two moments
 
 
@@ -169,6 +170,8 @@ def _memory(recipe: Recipe, method: Method, devices: int) -> dict[str, Any]:
             model = method.adapter.start(model, None)
             method.freeze(model, method.course.stages()[0])
         trainable = num_trainable(model)
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) - base
+        held = method.held_bytes(model) + ADAPTER_BYTES * frozen
     text, training = config.text_config, recipe.training
     tokens = training.per_device_batch_size * min(training.max_length, _image_tokens(config) + 128)
     size = BYTES[recipe.model.dtype]
@@ -181,6 +184,7 @@ def _memory(recipe: Recipe, method: Method, devices: int) -> dict[str, Any]:
     parts = {
         "base_gib": base * size / GIB,
         "adapter_gib": trainable * OPTIMISER_BYTES / GIB,
+        "held_gib": held / GIB,
         "activations_gib": (saved + logits) / GIB if trainable else 0.0,
     }
     return {
@@ -219,5 +223,6 @@ def print_plan(plan: dict[str, Any]) -> None:
         print(
             f"memory, estimated: {memory['total_gib']:.2f} GiB (base {memory['base_gib']:.2f}, "
             f"{memory['trainable_parameters']:,} trained parameters and their optimiser {memory['adapter_gib']:.2f}, "
+            f"frozen parts and what else the method holds {memory['held_gib']:.2f}, "
             f"activations {memory['activations_gib']:.2f}; {memory['assumes']})"
         )

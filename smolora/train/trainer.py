@@ -205,6 +205,11 @@ class ContinualTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> GlobalBatches:
         return self.order
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The parameters that get weight decay: those of `Trainer`, without those that the adapter exempts."""
+        exempt = self.method.adapter.undecayed
+        return [name for name in super().get_decay_parameter_names(model) if not any(part in name for part in exempt)]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimiser, with parameter groups for the projector if it has its own learning rate."""
         if self.optimizer is not None or self.recipe.training.projector_learning_rate is None:
@@ -268,7 +273,7 @@ class ContinualTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.check_finite()
-        super().log(logs, start_time)
+        super().log({**logs, **self.method.figures()} if "loss" in logs else logs, start_time)
 
     # ---- checkpoints
 

@@ -37,6 +37,7 @@ class Adapter(Hooks):
     text: Literal["instruction", "question"] | None = None  # what `instruction_embeds` of a sample embeds
     takes_task_ids: bool = False
     only_sequential: ClassVar[bool] = False  # made for one task after another, and for no other course
+    undecayed: ClassVar[tuple[str, ...]] = ()  # parts of the names of parameters that get no weight decay
     default_targets: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS  # modules that get adapters, by type of the model
     options_class: ClassVar[type] = dict
     options: Any

@@ -71,6 +71,18 @@ class Hooks:
             folder: an empty folder for what later stages need.
         """
 
+    def held_bytes(self, model: nn.Module) -> int:
+        """Bytes that it holds on a device besides the model, at most over all stages. The dry run asks for them.
+
+        Args:
+            model: as the first stage starts from it, on the meta device.
+        """
+        return 0
+
+    def figures(self) -> dict[str, float]:
+        """Numbers of the last optimiser step, which are logged beside the loss."""
+        return {}
+
     def has(self, name: str) -> bool:
         """Whether a hook does anything."""
         return getattr(type(self), name) is not getattr(Hooks, name)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from peft import LoraConfig, PeftConfig
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from peft import LoraConfig
 from torch import nn
 
 from .adapter import Adapter, baseline_rank
@@ -12,8 +15,9 @@ class LoRA(Adapter):
     """PEFT's LoRA."""
 
     name = "lora"
+    variant: ClassVar[Mapping[str, Any]] = {}  # further arguments of its configuration
 
-    def config(self, base: nn.Module) -> PeftConfig:
+    def config(self, base: nn.Module) -> LoraConfig:
         rank, alpha = baseline_rank(self.recipe)
         return LoraConfig(
             r=rank,
@@ -21,4 +25,5 @@ class LoRA(Adapter):
             lora_dropout=self.recipe.adapter_config().lora_dropout,
             target_modules=self.targets(base),
             exclude_modules=self.recipe.adapter.get("exclude_modules"),
+            **self.variant,
         )

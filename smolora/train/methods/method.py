@@ -13,6 +13,7 @@ from ...recipe.messages import not_one_of, shortened
 from .adapter import Adapter, NoAdapter
 from .branchlora import BranchLoRA
 from .dmole import DMoLE
+from .dora import DoRA
 from .hooks import Hooks
 from .lilora import LiLoRA
 from .lora import LoRA
@@ -27,6 +28,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     for adapter in (
         NoAdapter,
         LoRA,
+        DoRA,
         SMoLoRA,
         SMoLoRAVisual,
         SMoLoRAInstruction,
@@ -59,6 +61,7 @@ METHODS: dict[str, Parts] = {
     "seqlora": Parts("lora"),
     "dirlora": Parts("lora", ["one-per-task"]),
     "multitask": Parts("lora", ["joint"]),
+    "dora": Parts("dora"),
     "moelora": Parts("moelora"),
     "branchlora": Parts("branchlora"),
     "dmole": Parts("dmole"),
@@ -166,6 +169,14 @@ class Method:
         """Call each `step_term`."""
         for hooks in self.hooks:
             hooks.step_term(model, scale)
+
+    def held_bytes(self, model: nn.Module) -> int:
+        """The sum of each `held_bytes`."""
+        return sum(hooks.held_bytes(model) for hooks in self.hooks)
+
+    def figures(self) -> dict[str, float]:
+        """The numbers of each `figures`."""
+        return {name: value for hooks in self.hooks for name, value in hooks.figures().items()}
 
     def after_stage(self, model: nn.Module, work: StageWork, folder: Path) -> None:
         """Call each `after_stage`."""

@@ -80,7 +80,7 @@ ZERO3 = (
         pytest.param("smolora", (), id="smolora-ddp"),  # what several GPUs run first
         *(
             pytest.param(method, sharded, id=f"{method}-{name}", marks=pytest.mark.slow)
-            for method in ("smolora", "seqlora")
+            for method in ("smolora", "seqlora", "dora")
             for name, sharded in (("ddp", ()), ("fsdp2", FSDP2), ("zero3", ZERO3))
             if (method, name) != ("smolora", "ddp")
         ),
