@@ -171,7 +171,7 @@ def _memory(recipe: Recipe, method: Method, devices: int) -> dict[str, Any]:
             method.freeze(model, method.course.stages()[0])
         trainable = num_trainable(model)
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) - base
-        held = method.held_bytes(model) + ADAPTER_BYTES * frozen
+        held = method.memory(model) + ADAPTER_BYTES * frozen
     text, training = config.text_config, recipe.training
     tokens = training.per_device_batch_size * min(training.max_length, _image_tokens(config) + 128)
     size = BYTES[recipe.model.dtype]
@@ -184,8 +184,8 @@ def _memory(recipe: Recipe, method: Method, devices: int) -> dict[str, Any]:
     parts = {
         "base_gib": base * size / GIB,
         "adapter_gib": trainable * OPTIMISER_BYTES / GIB,
-        "held_gib": held / GIB,
         "activations_gib": (saved + logits) / GIB if trainable else 0.0,
+        "method_gib": held / GIB,
     }
     return {
         "base_parameters": base,
@@ -220,9 +220,9 @@ def print_plan(plan: dict[str, Any]) -> None:
     if memory is None:
         print("memory: not known before the base model is there")
     else:
+        of_method = f", what {plan['method']} keeps {memory['method_gib']:.2f}" if memory["method_gib"] else ""
         print(
             f"memory, estimated: {memory['total_gib']:.2f} GiB (base {memory['base_gib']:.2f}, "
             f"{memory['trainable_parameters']:,} trained parameters and their optimiser {memory['adapter_gib']:.2f}, "
-            f"frozen parts and what else the method holds {memory['held_gib']:.2f}, "
-            f"activations {memory['activations_gib']:.2f}; {memory['assumes']})"
+            f"activations {memory['activations_gib']:.2f}{of_method}; {memory['assumes']})"
         )

@@ -27,6 +27,14 @@ class Hooks:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
+    def memory(self, model: nn.Module) -> int:
+        """Bytes that it holds on a device besides the model and its optimiser, for the plan.
+
+        Args:
+            model: the model that the first stage trains, perhaps without values.
+        """
+        return 0
+
     def freeze(self, model: nn.Module, stage: Stage) -> None:
         """Freeze what a stage does not train, before the optimiser is made. The dry run calls it too, without data."""
 
@@ -70,14 +78,6 @@ class Hooks:
             work: the stage's data.
             folder: an empty folder for what later stages need.
         """
-
-    def held_bytes(self, model: nn.Module) -> int:
-        """Bytes that it holds on a device besides the model, at most over all stages. The dry run asks for them.
-
-        Args:
-            model: as the first stage starts from it, on the meta device.
-        """
-        return 0
 
     def figures(self) -> dict[str, float]:
         """Numbers of the last optimiser step, which are logged beside the loss."""

@@ -141,6 +141,10 @@ class Method:
         """Whether a hook adds to the gradients once a step."""
         return any(hooks.has("step_term") for hooks in self.hooks)
 
+    def memory(self, model: nn.Module) -> int:
+        """The sum of each `memory`."""
+        return sum(hooks.memory(model) for hooks in self.hooks)
+
     def freeze(self, model: nn.Module, stage: Stage) -> None:
         """Freeze what a stage does not train."""
         for hooks in self.hooks:
@@ -169,10 +173,6 @@ class Method:
         """Call each `step_term`."""
         for hooks in self.hooks:
             hooks.step_term(model, scale)
-
-    def held_bytes(self, model: nn.Module) -> int:
-        """The sum of each `held_bytes`."""
-        return sum(hooks.held_bytes(model) for hooks in self.hooks)
 
     def figures(self) -> dict[str, float]:
         """The numbers of each `figures`."""
