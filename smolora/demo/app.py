@@ -157,8 +157,15 @@ class Demo:
             status = gr.HTML(self._status(""))
             table = gr.HTML()
             routing = gr.HTML()
-            for change in (task.change, number.change):
-                change(self.show, [task, number], [shown, text, form, status], show_progress="hidden", api_name=False)
+            gr.on(
+                [task.change, number.change],
+                self.show,
+                [task, number],
+                [shown, text, form, status],
+                show_progress="hidden",
+                trigger_mode="always_last",  # two events of their own could be answered in the wrong order
+                api_name=False,
+            )
             upload.change(
                 self.show_upload, [upload, task, number], [shown, status], show_progress="hidden", api_name=False
             )

@@ -126,8 +126,10 @@ def test_in_a_browser_by_the_keyboard_alone(demo, url):
     with browser_page() as page:
         page.goto(url)
         tab_to(page, "Task")
+        page.get_by_role("option", name="Flickr30k").wait_for()  # focus opens the list, a moment later
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('[role=combobox], input').value === 'Flickr30k'")
         tab_to(page, "Number of the question")
         page.keyboard.press("ArrowUp")
         page.get_by_role("img", name="The picture of question 13").wait_for()
