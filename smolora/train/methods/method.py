@@ -12,6 +12,7 @@ from ...recipe import Recipe, TaskRecipe
 from ...recipe.messages import not_one_of, shortened
 from .adapter import Adapter, NoAdapter
 from .branchlora import BranchLoRA
+from .clora import CLoRA
 from .dmole import DMoLE
 from .dora import DoRA
 from .hooks import Hooks
@@ -29,6 +30,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
         NoAdapter,
         LoRA,
         DoRA,
+        CLoRA,
         SMoLoRA,
         SMoLoRAVisual,
         SMoLoRAInstruction,
@@ -62,6 +64,7 @@ METHODS: dict[str, Parts] = {
     "dirlora": Parts("lora", ["one-per-task"]),
     "multitask": Parts("lora", ["joint"]),
     "dora": Parts("dora"),
+    "clora": Parts("clora"),
     "moelora": Parts("moelora"),
     "branchlora": Parts("branchlora"),
     "dmole": Parts("dmole"),
