@@ -76,14 +76,14 @@ class CLoRA(LoRA):
         weight = self.options.weight
         if not self._past or not weight:
             return
-        total = 0.0
+        values = []
         for past, layer in zip(self._past, _layers(model), strict=True):
             value, *gradients = penalty(past.A, past.B, *_factors(layer), past.scaling)
-            total = total + value
+            values.append(value)
             for factor, gradient in zip(_factors(layer), gradients, strict=True):
                 gradient *= scale * weight
                 factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
-        self._penalty = weight * total
+        self._penalty = weight * torch.stack(values).sum()
 
     def figures(self) -> dict[str, float]:
         """The penalty, as it counts in the loss."""
