@@ -20,9 +20,9 @@ import subprocess
 import sys
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -119,6 +119,7 @@ class Setting:
     k: int = 11008
     tokens: int = 8192
     num_seqs: int = 8
+    bias: bool = True
 
     def but(self, **changes: Any) -> Setting:
         return replace(self, **changes)
@@ -228,17 +229,33 @@ class Launch:
         return " ".join(f"{n}={constants[n]}" for n in ("BT", "BD", "BK", "BC", "BR") if n in constants)
 
 
-def describe(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, int]) -> Launch:
+@dataclass(frozen=True)
+class Call:
+    """A launch as it was made: its grid, the numbers it was given, and the tensors by argument, `name_i` in a tuple."""
+
+    launch: Launch
+    grid: tuple[int, ...]
+    scalars: dict[str, int | float]
+    tensors: dict[str, torch.Tensor]
+
+
+def describe(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]) -> Call:
     """Specialise a kernel for arguments, as a launch does."""
+    scalars: dict[str, int | float] = {}
+    tensors: dict[str, torch.Tensor] = {}
     constants: dict[str, Any] = {}
     divisible: list[tuple[int, ...]] = []
 
     def kind(value: Any, specialise: bool, *path: int) -> Any:
         if isinstance(value, tuple):
             return tuple(kind(each, specialise, *path, i) for i, each in enumerate(value))
+        name = "_".join([kernel.params[path[0]].name, *map(str, path[1:])])
         if isinstance(value, torch.Tensor):
             divisible.append(path)
+            tensors[name] = value
             return TYPES[value.dtype]
+        if value is not None:
+            scalars[name] = value
         if isinstance(value, float):
             return "fp32"
         if value is None or (specialise and value == 1):
@@ -258,12 +275,13 @@ def describe(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, 
         else:
             signature.append((parameter.name, kind(value, not parameter.do_not_specialize, i)))
     name = Function(kernel.fn.__module__, kernel.__name__)
-    return Launch(name, tuple(signature), tuple(constants.items()), tuple(divisible), tuple(options.items()))
+    launch = Launch(name, tuple(signature), tuple(constants.items()), tuple(divisible), tuple(options.items()))
+    return Call(launch, grid, scalars, tensors)
 
 
-def record(run: Callable[[], Any]) -> list[Launch]:
+def record(run: Callable[[], Any]) -> list[Call]:
     """Record the launches of `run` in place of making them."""
-    launches: list[Launch] = []
+    calls: list[Call] = []
 
     def launcher(kernel: JITFunction, grid: Any) -> Callable[..., None]:
         def launch(**arguments: Any) -> None:
@@ -271,13 +289,13 @@ def record(run: Callable[[], Any]) -> list[Launch]:
             for name in ("num_warps", "num_stages", "maxnreg"):
                 if name in arguments:
                     options[name] = arguments.pop(name)
-            launches.append(describe(kernel, arguments, options))
+            calls.append(describe(kernel, grid, arguments, options))
 
         return launch
 
     with mock.patch.object(JITFunction, "__getitem__", launcher):
         run()
-    return launches
+    return calls
 
 
 def run_layer(s: Setting) -> None:
@@ -343,7 +361,7 @@ def run_layer(s: Setting) -> None:
             dtype=s.dtype,
             x=None,
             base_weight=None,
-            base_bias=torch.empty(s.k, dtype=s.dtype),
+            base_bias=torch.empty(s.k, dtype=s.dtype) if s.bias else None,
         )
         if s.training:
             dh, *_, dscores = passes.grad_output(
@@ -390,16 +408,22 @@ def run_layer(s: Setting) -> None:
             )
 
 
-def launches_for(arch: int, settings: Iterable[Setting]) -> dict[Launch, Setting]:
-    """Collect every distinct launch on an architecture, with the setting it first came from."""
-    found: dict[Launch, Setting] = {}
-    card = Card((arch // 10, arch % 10))
+@contextmanager
+def on_card(card: Card) -> Iterator[None]:
+    """Let the launchers find this card."""
     with ExitStack() as stack:
         for module in (route_shrink, fuse_expand, grad_output, grad_input, products):
             stack.enter_context(mock.patch.object(module, "card_of", lambda device: card))
+        yield
+
+
+def launches_for(arch: int, settings: Iterable[Setting]) -> dict[Launch, Setting]:
+    """Collect every distinct launch on an architecture, with the setting it first came from."""
+    found: dict[Launch, Setting] = {}
+    with on_card(Card((arch // 10, arch % 10))):
         for s in settings:
-            for launch in record(lambda s=s: run_layer(s)):
-                found.setdefault(launch, s)
+            for call in record(lambda s=s: run_layer(s)):
+                found.setdefault(call.launch, s)
     return found
 
 
@@ -481,18 +505,21 @@ def count_narrow(ttir: str) -> int:
     return narrow
 
 
+def compile_launch(arch: int, launch: Launch) -> Any:
+    """Compile a launch for an architecture; return Triton's compiled kernel."""
+    constants = {name: value.load() if isinstance(value, Function) else value for name, value in launch.constexprs}
+    source = ASTSource(
+        fn=launch.kernel.load(),
+        signature=dict(launch.signature),
+        constexprs=constants,
+        attrs={path: [["tt.divisibility", 16]] for path in launch.divisible},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+
+
 def compile_batch(arch: int, batch: list[tuple[Launch, Setting]]) -> list[Row]:
     """Compile launches for an architecture and read the cubins back."""
-    compiled = []
-    for launch, _ in batch:
-        constants = {name: value.load() if isinstance(value, Function) else value for name, value in launch.constexprs}
-        source = ASTSource(
-            fn=launch.kernel.load(),
-            signature=dict(launch.signature),
-            constexprs=constants,
-            attrs={path: [["tt.divisibility", 16]] for path in launch.divisible},
-        )
-        compiled.append(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options)))
+    compiled = [compile_launch(arch, launch) for launch, _ in batch]
     counts = count_instructions(arch, [machine_code(c.asm["cubin"]) for c in compiled])
     rows = []
     for (launch, setting), kernel, count in zip(batch, compiled, counts, strict=True):

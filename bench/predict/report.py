@@ -1,0 +1,114 @@
+"""Tables and JSON of predictions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from predict.kernel import Prediction
+from predict.layer import PASSES, LayerPrediction
+from predict.machines import Machine
+
+RESOURCES = ("issue", "alu", "imad", "tensor", "shared", "L2 read", "L2 written", "memory")
+MOST_LINES = 12
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f}"
+
+
+def layer_table(layer: LayerPrediction, machine: Machine, lines: bool = False) -> str:
+    """Format the launches of a layer's passes: predicted times in us, by resource at perfect overlap, and simulated."""
+    case = layer.case
+    rows = [
+        f"{case.name}: dropout {layer.dropout:g}, {case.dtype}, {layer.parameters} parameters; predicted us",
+        f"{'kernel':<31}{'grid':<15}{'blocks':>7}{'waves':>7}"
+        + "".join(f"{name:>11}" for name in RESOURCES)
+        + f"{'bound':>8}{'sim':>8}{'copy':>8}{'of copy':>9}  limiter; blocks limited by",
+    ]
+    details = []
+    for each in layer.passes:
+        for kernel in each.kernels:
+            cells = "".join(f"{_us(machine.seconds(kernel.cycles.get(name, 0.0))):>11}" for name in RESOURCES)
+            grid = "x".join(map(str, kernel.grid))
+            rows.append(
+                f"{kernel.kernel:<31}{grid:<15}{kernel.resident:>7}{kernel.waves:>7.2f}{cells}"
+                f"{_us(kernel.bound):>8}{_us(kernel.simulated):>8}{_us(kernel.copy):>8}{kernel.of_copy:>9.0%}  "
+                f"{kernel.limiter}; {kernel.limited_by}"
+            )
+        torch = f", {len(each.torch_seconds)} of torch" if each.torch_seconds else ""
+        rows.append(
+            f"  {each.name}: {_us(each.seconds)} us in {each.launches} launches{torch}; a copy of its "
+            f"{each.bytes / 1e6:.0f} MB is {each.share(machine):.0%} of its time"
+        )
+        main = max(each.kernels, key=lambda kernel: kernel.simulated)
+        details.append(instructions(main, lines))
+    rows.append(
+        f"layer over linear: {layer.over_linear(machine):.3f} (every kernel at its bound: "
+        f"{layer.bound_over_linear(machine):.3f}); adapter {_us(layer.adapter(machine))} us with its starts, linear "
+        f"{_us(layer.linear)} us"
+    )
+    return "\n".join([*rows, *details])
+
+
+def instructions(kernel: Prediction, lines: bool) -> str:
+    """Format the instructions of a kernel's largest loop by class, and those of a warp by source line."""
+    classes = ", ".join(f"{name} {count}" for name, count in kernel.loop.items())
+    text = f"  {kernel.kernel}: {sum(kernel.loop.values())} instructions an iteration: {classes}"
+    if lines:
+        for place, count in list(kernel.lines.items())[:MOST_LINES]:
+            text += f"\n    {count:>9.0f} {place}"
+    return text
+
+
+def summary(layers: list[LayerPrediction], copy: Prediction, machine: Machine) -> dict[str, Any]:
+    """Return the figures that the bars are set on."""
+    dropped = [layer for layer in layers if layer.dropout]
+    plain = [layer for layer in layers if not layer.dropout]
+    return {
+        "what": "predictions of a static model, not measurements",
+        "card": machine.name,
+        "basis": machine.basis(),
+        "layer": {layer.case.name: round(layer.over_linear(machine), 3) for layer in dropped},
+        "passes": {
+            name: round(min(p.share(machine) for layer in plain for p in layer.passes if p.name == name), 3)
+            for name in PASSES
+        },
+        "copy": round(copy.of_copy, 3),
+    }
+
+
+def everything(preset: str, machine: Machine, layers: list[LayerPrediction], copy: Prediction) -> dict[str, Any]:
+    """Return every figure of a run, for `compare`."""
+    kernels = {}
+    for layer in layers:
+        for each in layer.passes:
+            for number, kernel in enumerate(each.kernels):
+                key = f"{layer.case.name}, dropout {layer.dropout:g}, {each.name} {number}: {kernel.kernel}"
+                kernels[key] = asdict(kernel)
+    return {"preset": preset, "summary": summary(layers, copy, machine), "kernels": kernels}
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Format what changed between two files of --output."""
+    if (first := before["summary"]["card"]) != (second := after["summary"]["card"]):
+        return f"predictions for different cards cannot be compared: {first} and {second}"
+    rows = [f"{'predicted, us':<75}{'before':>9}{'after':>9}{'change':>9}  instructions, barriers an iteration"]
+    old, new = before["kernels"], after["kernels"]
+    for key in [*old, *(key for key in new if key not in old)]:
+        if key not in old or key not in new:
+            rows.append(
+                f"{key:<75}{'-' if key not in old else _us(old[key]['simulated']):>9}"
+                f"{'-' if key not in new else _us(new[key]['simulated']):>9}"
+            )
+            continue
+        a, b = old[key], new[key]
+        counts = [(sum(x["loop"].values()), x["loop"].get("barrier", 0)) for x in (a, b)]
+        rows.append(
+            f"{key:<75}{_us(a['simulated']):>9}{_us(b['simulated']):>9}{b['simulated'] / a['simulated'] - 1:>+9.1%}"
+            f"  {counts[0][0]} -> {counts[1][0]}, {counts[0][1]} -> {counts[1][1]}"
+        )
+    for name in ("layer", "passes"):
+        for key, value in after["summary"][name].items():
+            rows.append(f"{name + ' ' + key:<75}{before['summary'][name].get(key, '-'):>9}{value:>9}")
+    return "\n".join(rows)

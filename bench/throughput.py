@@ -1,0 +1,72 @@
+"""Predict the time of every kernel from its machine code, on any machine; nothing here is a measurement.
+
+    python bench/throughput.py [--preset llava-7b] [--card h200] [--json] [--lines]
+    python bench/throughput.py --sweep grad_output BT=64 BD=128,256 warps=4,8 stages=2,3 registers=none,128
+    python bench/throughput.py --compare before.json after.json
+
+Kernels are compiled as a training step launches them. Their machine code is counted and simulated on one multiprocessor
+(bench/predict/). `--json` ends with one line: `layer`, forward and backward over the frozen linear's time at dropout
+0.05 with bfloat16 parameters; `passes`, the share of each pass's time that a copy of its bytes takes, at dropout 0 with
+float32 parameters as in bench/passes.py, the worse of the shapes; `copy`, a plain copy's share of the memory's rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from predict import report, sweep
+from predict.layer import predict_copy, predict_layer
+from predict.machines import CARDS, machine
+from shapes import PRESETS
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=("llava-7b", "llava-13b"), default="llava-7b")
+    parser.add_argument("--card", choices=CARDS, default="h200")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--output", type=Path, help="write every figure to this file, for --compare")
+    parser.add_argument("--lines", action="store_true", help="instructions by source line of each pass's main kernel")
+    parser.add_argument(
+        "--sweep", nargs="+", metavar=("KERNEL", "FIELD=VALUES"), help="try tiles of a kernel in its place"
+    )
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two files of --output")
+    args = parser.parse_args(argv)
+    if args.sweep:
+        try:
+            args.sweep = sweep.parse(args.sweep)
+        except ValueError as error:
+            parser.error(f"--sweep: {error}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.compare:
+        print(report.compare(*(json.loads(path.read_text()) for path in args.compare)))
+        return 0
+    card = machine(args.card)
+    cases = [case for case in PRESETS[args.preset] if case.ffn]
+    print(f"Predictions for {args.card.upper()}, {args.preset}: {card.basis()}.")
+    if args.sweep:
+        sweep.run(args.sweep, cases, card)
+        return 0
+    copy = predict_copy(card)
+    layers = []
+    for dropout, parameters in ((0.05, "bfloat16"), (0.0, "float32")):
+        for case in cases:
+            layers.append(predict_layer(case, card, dropout, parameters))
+            print(f"\n{report.layer_table(layers[-1], card, args.lines)}", flush=True)
+    print(f"\nA plain copy is predicted at {copy.of_copy:.1%} of the memory's rate.")
+    if args.output:
+        args.output.write_text(json.dumps(report.everything(args.preset, card, layers, copy), indent=1) + "\n")
+    if args.json:
+        print(json.dumps(report.summary(layers, copy, card)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
