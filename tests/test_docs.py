@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
@@ -34,6 +35,17 @@ def test_files_that_are_named_exist(page: Path):
         n for n in named if not n.startswith(made) and not any((ROOT / at / n).exists() for at in ("", "smolora"))
     ]
     assert not missing
+
+
+def test_tables_are_those_of_the_results_that_are_kept():
+    """docs/methods.md has no figure that is not in bench/results."""
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs/make_tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    assert tables.with_tables(page) == page and page.count("<!-- table: ") == page.count("<!-- end -->") > 4
+    assert "| branchlora (3 seeds) |" in page
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -35,7 +35,8 @@ One evaluation without stages (zero-shot, multitask) has one folder for its sing
     config        the recipe; the report reads `seed`, `adapter.num_vu_experts` and `adapter.num_if_experts`, and
                   averages runs that differ only in their seed
     versions      versions of packages
-    training      optional, {stage: {"samples", "steps", "trainable"}}
+    training      optional, {stage: {"samples", "steps", "trainable", "stored"}}; the last two count
+                  parameters
     timing        seconds, tokens/s and bytes: {stage: {"training": {"seconds", "tokens", "tokens_per_second",
                   "peak_memory"}, "evaluation": {task: {"seconds", "answers_per_second"}}}}
 """

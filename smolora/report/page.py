@@ -265,8 +265,10 @@ def training_table(runs: Sequence[RunFolder]) -> Table | None:
                 [
                     run.name,
                     name.removeprefix("stage-"),
-                    *(None if counts.get(key) is None else f"{counts[key]:,}" for key in ("samples", "steps")),
-                    None if counts.get("trainable") is None else f"{counts['trainable']:,}",
+                    *(
+                        None if counts.get(key) is None else f"{counts[key]:,}"
+                        for key in ("samples", "steps", "trainable", "stored")
+                    ),
                     cost.get("seconds"),
                     cost.get("tokens_per_second"),
                     None if memory is None else memory / 2**30,
@@ -275,7 +277,7 @@ def training_table(runs: Sequence[RunFolder]) -> Table | None:
                 ]
             )
     header = [
-        *("run", "stage", "samples", "steps", "trained parameters", "training s", "tokens/s", "peak GiB"),
+        *("run", "stage", "samples", "steps", "trained parameters", "stored", "training s", "tokens/s", "peak GiB"),
         *("answering s", "answers/s"),
     ]
     return Table(header, rows) if rows else None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from ..evaluate.metrics import continual_metrics
 from ..recipe import Recipe
@@ -18,8 +21,8 @@ from .paths import RunPaths, read, read_if_exists
 def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str, Any]:
     """The content of results.json, as `smolora.report.layout` describes it.
 
-    "training" is added: samples, steps and trained parameters of each trained stage. Everything that differs between a
-    run and the same run killed and continued is under "timing".
+    "training" is added: samples, steps and trained parameters of each trained stage, and how many numbers its adapter
+    stores. Everything that differs between a run and the same run killed and continued is under "timing".
     """
     stages, downstream = method.course.stages(), method.course.downstream()
     done = [stage for stage in stages if paths.scores(stage).keys() >= {task.name for task in stage.test}]
@@ -33,6 +36,8 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
     trained = [stage for stage in (*stages, *downstream) if paths.adapter(stage).is_dir()]
     training = {stage.name: read(paths.stage(stage) / "training.json") for stage in trained}
     timing = {name: {"training": content.pop("timing")} for name, content in training.items()}
+    for stage in trained:
+        training[stage.name]["stored"] = num_stored(paths.adapter(stage))
     for stage in (*done, *downstream):
         seconds = read_if_exists(paths.evaluation(stage) / "evaluation.json")
         if seconds:
@@ -100,6 +105,16 @@ def _downstream_results(recipe: Recipe, paths: RunPaths) -> dict[str, Any]:
                 "MIF": None if None in mif else sum(mif) / len(tasks),
             }
     return tables
+
+
+def num_stored(adapter: Path) -> int:
+    """Count the numbers in an adapter's folder, buffers such as a selector's keys among them."""
+    total = 0
+    for file in adapter.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    return total
 
 
 def _versions() -> dict[str, str]:

@@ -84,6 +84,10 @@ ZERO3 = (
             for name, sharded in (("ddp", ()), ("fsdp2", FSDP2), ("zero3", ZERO3))
             if (method, name) != ("smolora", "ddp")
         ),
+        *(
+            pytest.param(method, (), id=f"{method}-ddp", marks=pytest.mark.slow)
+            for method in ("moelora", "branchlora", "dmole", "lilora", "moecl")
+        ),
     ],
 )
 def test_two_ranks_equal_one(world, tmp_path, method, sharded):

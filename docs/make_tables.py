@@ -1,0 +1,163 @@
+"""Write the tables of methods.md from the results that bench/results/minicvit and bench/results/minicoin keep.
+
+    python docs/make_tables.py
+
+A result's file is named after its setting, method and seed, with what a run changes of the recipe in between:
+`single-branchlora-0.json`, `minicoin-branchlora-keys=trained-0.json`. A table is written between two comments that name
+it. Methods stand in the order of `smolora train --method`, options below them; seeds are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smolora.evaluate.metrics import COIN_FIGURES, FIGURES, continual_metrics
+from smolora.io.markdown import Markup, table
+from smolora.train.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/methods.md"
+RESULTS = ROOT / "bench/results"
+FILE = re.compile(r"(?P<setting>[a-z]+)-(?P<method>[a-z-]+?)(?:-(?P<options>[^-]*=.*))?-(?P<seed>\d+)\.json")
+
+Results = Mapping[str, Any]
+Groups = Mapping[str, Sequence[Results]]  # the runs of a row, one a seed, by the row's name
+
+
+def main() -> None:
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def with_tables(page: str) -> str:
+    """A page with the tables that its comments name."""
+    return re.sub(
+        r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}\n{TABLES[found[3]](groups(found[2]))}\n\n{found[4]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def groups(setting: str) -> Groups:
+    """The results of a setting, "single", "multi" or "minicoin", grouped over seeds."""
+    found: dict[tuple[int, str], list[Results]] = {}
+    order = list(METHODS)
+    for path in sorted(RESULTS.glob(f"mini*/{setting}-*.json")):
+        parts = FILE.fullmatch(path.name)
+        if parts is None:
+            raise ValueError(f"{path} must be named SETTING-METHOD[-OPTIONS]-SEED.json")
+        name = " ".join(filter(None, (parts["method"], parts["options"])))
+        results = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault((order.index(parts["method"]), name), []).append(results)
+    return {name: found[place, name] for place, name in sorted(found)}
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """A mean to one decimal, with the standard deviation of several."""
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values) or not numbers:
+        return "-"
+    if len(numbers) == 1:
+        return f"{numbers[0]:.1f}"
+    return f"{statistics.mean(numbers):.1f} ± {statistics.stdev(numbers):.1f}"
+
+
+def row_name(name: str, runs: Sequence[Results]) -> str:
+    """A row's method, with its options, its seeds if they are several, and whether it is told the task."""
+    method, _, options = name.partition(" ")
+    notes = [f"{len(runs)} seeds"] if len(runs) > 1 else []
+    notes += ["task given"] if runs[0]["task_source"] == "given" else []
+    return method + (f", {options}" if options else "") + (f" ({', '.join(notes)})" if notes else "")
+
+
+def rows(found: Groups, header: Sequence[str], cells: Callable[[Results], Iterable[float | None]]) -> str:
+    """A table with a row of spreads for each group; groups without figures are left out."""
+    lines = []
+    for name, runs in found.items():
+        columns = list(zip(*map(cells, runs), strict=True))
+        if any(value is not None for column in columns for value in column):
+            lines.append([Markup(row_name(name, runs)), *map(spread, columns)])
+    return table(["", *header], lines)
+
+
+def own_task(results: Results) -> list[float | None]:
+    """What each task reaches right after it was learned; None where all are learned at once, or none is."""
+    matrix = results["matrix"]
+    if len(matrix) < len(results["tasks"]):
+        return [None] * len(results["tasks"])
+    return [row[place] for place, row in enumerate(matrix)]
+
+
+def final(found: Groups) -> str:
+    """Each task after the last stage, and the figures of the last stage."""
+    tasks = next(iter(found.values()))[0]["tasks"]
+    return rows(found, [*tasks, *FIGURES], lambda results: [*results["matrix"][-1], *(results[f][-1] for f in FIGURES)])
+
+
+def own(found: Groups) -> str:
+    """Each task right after its own stage."""
+    return rows(found, next(iter(found.values()))[0]["tasks"], own_task)
+
+
+def selector(found: Groups) -> str:
+    """The share of each task's questions that a selector took for their task, after the last stage, in percent."""
+
+    def cells(results: Results) -> list[float | None]:
+        tasks = results["tasks"]
+        if not results["selected"]:
+            return [None] * len(tasks)
+        counts = results["selected"][-1]
+        return [100 * counts[task][place] / sum(counts[task]) for place, task in enumerate(tasks)]
+
+    return rows(found, next(iter(found.values()))[0]["tasks"], cells)
+
+
+def coin(found: Groups) -> str:
+    """CoIN's figures: ACC, MAA, and its BWT, which divides by the number of tasks."""
+
+    def cells(results: Results) -> list[float | None]:
+        method = "dirlora" if results["course"] == "one-per-task" else None
+        figures = continual_metrics(results["tasks"], results["matrix"], method=method, convention="coin")
+        return [figures[name][-1] for name in COIN_FIGURES]
+
+    return rows(found, COIN_FIGURES, cells)
+
+
+def downstream(found: Groups) -> str:
+    """Zero-shot and few-shot evaluation after the last stage."""
+    names = ("zero-shot", "few-shot")
+
+    def cells(results: Results) -> list[float | None]:
+        parts = [results["downstream"].get(name, {}) for name in names]
+        return [part.get(figure) for part in parts for figure in ("AP", "MIF")]
+
+    return rows(found, [f"{name} {figure}" for name in names for figure in ("AP", "MIF")], cells)
+
+
+def cost(found: Groups) -> str:
+    """Numbers that the first and the last stage train, and that answering after the last stage needs.
+
+    Results from before "stored" was counted have no row.
+    """
+    lines = []
+    for name, runs in found.items():
+        results = next((one for one in runs if one["training"] and "stored" in one["training"][one["stages"][0]]), None)
+        if results is not None:
+            counts = [results["training"][stage] for stage in results["stages"]]
+            kept = counts if results["course"] == "one-per-task" else counts[-1:]
+            ends = counts[0]["trainable"], counts[-1]["trainable"], sum(count["stored"] for count in kept)
+            lines.append([Markup(row_name(name, [results])), *(f"{number:,}" for number in ends)])
+    return table(["", "trained in the first stage", "in the last", "stored"], lines)
+
+
+TABLES: dict[str, Callable[[Groups], str]] = {
+    table.__name__: table for table in (final, own, selector, coin, downstream, cost)
+}
+
+if __name__ == "__main__":
+    main()
