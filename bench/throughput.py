@@ -3,11 +3,13 @@
     python bench/throughput.py [--preset llava-7b] [--card h200] [--json] [--lines]
     python bench/throughput.py --sweep grad_output BT=64 BD=128,256 warps=4,8 stages=2,3 registers=none,128
     python bench/throughput.py --compare before.json after.json
+    python bench/throughput.py --budget check
 
 Kernels are compiled as a training step launches them. Their machine code is counted and simulated on one multiprocessor
 (bench/predict/). `--json` ends with one line: `layer`, forward and backward over the frozen linear's time at dropout
 0.05 with bfloat16 parameters; `passes`, the share of each pass's time that a copy of its bytes takes, at dropout 0 with
-float32 parameters as in bench/passes.py, the worse of the shapes; `copy`, a plain copy's share of the memory's rate.
+float32 parameters as in bench/passes.py, the worse of the shapes; `decode`, a step's rate over that without an adapter,
+by sequences; `copy`, a plain copy's share of the memory's rate.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import json
 import sys
 from pathlib import Path
 
-from predict import report, sweep
+from predict import budget, report, sweep
+from predict.decode import MODELS, predict_decode
 from predict.layer import predict_copy, predict_layer
 from predict.machines import CARDS, machine
 from shapes import PRESETS
+
+SEQUENCES = (1, 8, 64)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,6 +39,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--sweep", nargs="+", metavar=("KERNEL", "FIELD=VALUES"), help="try tiles of a kernel in its place"
     )
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two files of --output")
+    parser.add_argument("--budget", choices=("check", "write"), help="of the instructions of inner loops")
+    parser.add_argument("--arch", type=int, nargs="+", default=(80, 90), help="of --budget (default: 80 90)")
     args = parser.parse_args(argv)
     if args.sweep:
         try:
@@ -43,11 +50,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_budget(architectures: list[int], renew: bool) -> int:
+    """Renew the budget of inner loops, or compare them with it; return the exit status."""
+    found = budget.count(architectures)
+    if renew:
+        budget.write(budget.read() | found if budget.FILE.exists() else found)
+        print(f"{len(found)} loops written to {budget.FILE}")
+        return 0
+    wrong = budget.complaints(found, budget.read())
+    print("\n".join([*wrong, f"{len(found)} loops, {len(wrong)} over budget"]))
+    if wrong:
+        print(f"if that is meant, renew the budget: {budget.COMMAND}")
+    return 1 if wrong else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.compare:
         print(report.compare(*(json.loads(path.read_text()) for path in args.compare)))
         return 0
+    if args.budget:
+        return check_budget(args.arch, args.budget == "write")
     card = machine(args.card)
     cases = [case for case in PRESETS[args.preset] if case.ffn]
     print(f"Predictions for {args.card.upper()}, {args.preset}: {card.basis()}.")
@@ -60,11 +83,14 @@ def main(argv: list[str] | None = None) -> int:
         for case in cases:
             layers.append(predict_layer(case, card, dropout, parameters))
             print(f"\n{report.layer_table(layers[-1], card, args.lines)}", flush=True)
+    case = cases[0]
+    steps = [predict_decode(MODELS[args.preset], n, card, case.r, case.vu) for n in SEQUENCES]
+    print(f"\n{report.decode_table(steps)}")
     print(f"\nA plain copy is predicted at {copy.of_copy:.1%} of the memory's rate.")
     if args.output:
-        args.output.write_text(json.dumps(report.everything(args.preset, card, layers, copy), indent=1) + "\n")
+        args.output.write_text(json.dumps(report.everything(args.preset, card, layers, steps, copy), indent=1) + "\n")
     if args.json:
-        print(json.dumps(report.summary(layers, copy, card)))
+        print(json.dumps(report.summary(layers, steps, copy, card)))
     return 0
 
 

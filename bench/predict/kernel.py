@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -88,18 +89,22 @@ def kinds_of(call: kernel_report.Call, function: Function) -> list[tuple[int, Pa
     arguments = trips.Arguments({**dict(call.launch.constexprs), **call.scalars}, call.grid)
     declared = trips.TRIPS.get(name, {})
 
-    def count(variable: str) -> float:
-        if variable not in declared:
+    def count(variable: str, statement: ast.For | ast.While | None) -> float:
+        if variable in declared:
+            return declared[variable](arguments)
+        number = trips.of_range(statement, arguments) if isinstance(statement, ast.For) else None
+        if number is None:
             raise UndeclaredLoop(f"{name}: declare the trips of its loop over {variable!r} in bench/predict/trips.py")
-        return declared[variable](arguments)
+        return number
 
     programs = math.prod(call.grid)
     if name not in trips.DISPATCH:
         return [(programs, path(function, count))]
-    first = int(trips.DISPATCH[name](arguments))
+    condition, taken = trips.DISPATCH[name]
+    first = int(taken(arguments))
     module = call.launch.kernel.module.rpartition(".")[2]
     file = next(i.file for i in function.instructions if Path(i.file).stem == module)
-    body, other = dispatch_lines(file, name)
+    body, other = dispatch_lines(file, name, condition)
     return [
         (number, path(function, count, lambda i, absent=absent: i.file == file and i.line in absent))
         for number, absent in ((first, other), (programs - first, body))

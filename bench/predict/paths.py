@@ -17,7 +17,7 @@ from predict.flow import Block, Loop, basic_blocks, natural_loops
 from predict.opcodes import CLASSES
 from predict.sass import Function, Instruction
 
-Trips = Callable[[str], float]  # of a loop by the name of its variable
+Trips = Callable[[str, ast.For | ast.While | None], float]  # of a loop by the name of its variable
 
 
 class UndeclaredLoop(ValueError):
@@ -54,15 +54,17 @@ def loop_at(file: str, line: int) -> ast.For | ast.While | None:
 
 
 @cache
-def dispatch_lines(file: str, function: str) -> tuple[range, range]:
-    """Return the lines of the body and of the `else` of a kernel's outermost `if pid < ...`."""
+def dispatch_lines(file: str, function: str, condition: str) -> tuple[range, range]:
+    """Return the lines of the body and of the `else` of a kernel's `if` with a condition."""
     for node in ast.walk(_tree(file)):
         if isinstance(node, ast.FunctionDef) and node.name == function:
             for inner in ast.walk(node):
-                if isinstance(inner, ast.If) and inner.orelse and "pid" in ast.unparse(inner.test):
+                if isinstance(inner, ast.If) and inner.orelse and ast.unparse(inner.test) == condition:
                     first, last = inner.body[0].lineno, inner.body[-1].end_lineno
                     return range(first, last + 1), range(inner.orelse[0].lineno, inner.orelse[-1].end_lineno + 1)
-    raise ValueError(f"{file}: {function} has no `if pid < ...: ... else: ...` for DISPATCH in bench/predict/trips.py")
+    raise ValueError(
+        f"{file}: {function} has no `if {condition}: ... else: ...`, see DISPATCH in bench/predict/trips.py"
+    )
 
 
 def _memory(instructions: Collection[Instruction], lines: range | None = None, file: str = "") -> int:
@@ -90,7 +92,7 @@ class _Walk:
         for (file, line), loops in by_source.items():
             statement = loop_at(file, line) if file.endswith(".py") else None
             name = ast.unparse(statement.target) if isinstance(statement, ast.For) else "while"
-            total = round(trips(name) if statement is not None else trips(f"line {line}"))
+            total = round(trips(name if statement is not None else f"line {line}", statement))
             self.variable.update(dict.fromkeys(loops, name))
             lines = range(statement.lineno, statement.end_lineno + 1) if statement is not None else None
             self._share_out(loops, total, file, lines)
@@ -156,8 +158,8 @@ def path(function: Function, trips: Trips, without: Callable[[Instruction], bool
     """Return the instructions that a warp runs, those that `without` picks left out.
 
     Args:
-        trips: the trip count of a loop by its variable; "while" for a loop without one, "line 7" where the source is
-            not Python.
+        trips: the trip count of a loop by its variable, and by its statement if it has one in Python; "while" for a
+            loop without a variable, "line 7" where the source is not Python.
 
     Raises:
         UndeclaredLoop: `trips` does not know a loop.

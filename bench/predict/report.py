@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from predict.decode import DecodePrediction
 from predict.kernel import Prediction
 from predict.layer import PASSES, LayerPrediction
 from predict.machines import Machine
@@ -61,7 +62,21 @@ def instructions(kernel: Prediction, lines: bool) -> str:
     return text
 
 
-def summary(layers: list[LayerPrediction], copy: Prediction, machine: Machine) -> dict[str, Any]:
+def decode_table(steps: list[DecodePrediction]) -> str:
+    """Format the waits of each launch's slowest block in a decode step, in us."""
+    names = list(next(iter(steps[0].stages.values())))
+    head = "".join(f"{name:>20}" for name in names)
+    rows = [f"{'decode step: sequences, launch':<32}{head}{'of no adapter':>15}  (predicted us)"]
+    for step in steps:
+        for launch, stages in step.stages.items():
+            cells = "".join(f"{_us(stages[name]):>20}" for name in names)
+            rows.append(f"{f'{step.sequences}, {launch}':<32}{cells}{step.of_none:>15.3f}")
+    return "\n".join(rows)
+
+
+def summary(
+    layers: list[LayerPrediction], steps: list[DecodePrediction], copy: Prediction, machine: Machine
+) -> dict[str, Any]:
     """Return the figures that the bars are set on."""
     dropped = [layer for layer in layers if layer.dropout]
     plain = [layer for layer in layers if not layer.dropout]
@@ -74,11 +89,14 @@ def summary(layers: list[LayerPrediction], copy: Prediction, machine: Machine) -
             name: round(min(p.share(machine) for layer in plain for p in layer.passes if p.name == name), 3)
             for name in PASSES
         },
+        "decode": {str(step.sequences): round(step.of_none, 3) for step in steps},
         "copy": round(copy.of_copy, 3),
     }
 
 
-def everything(preset: str, machine: Machine, layers: list[LayerPrediction], copy: Prediction) -> dict[str, Any]:
+def everything(
+    preset: str, machine: Machine, layers: list[LayerPrediction], steps: list[DecodePrediction], copy: Prediction
+) -> dict[str, Any]:
     """Return every figure of a run, for `compare`."""
     kernels = {}
     for layer in layers:
@@ -86,7 +104,7 @@ def everything(preset: str, machine: Machine, layers: list[LayerPrediction], cop
             for number, kernel in enumerate(each.kernels):
                 key = f"{layer.case.name}, dropout {layer.dropout:g}, {each.name} {number}: {kernel.kernel}"
                 kernels[key] = asdict(kernel)
-    return {"preset": preset, "summary": summary(layers, copy, machine), "kernels": kernels}
+    return {"preset": preset, "summary": summary(layers, steps, copy, machine), "kernels": kernels}
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -108,7 +126,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
             f"{key:<75}{_us(a['simulated']):>9}{_us(b['simulated']):>9}{b['simulated'] / a['simulated'] - 1:>+9.1%}"
             f"  {counts[0][0]} -> {counts[1][0]}, {counts[0][1]} -> {counts[1][1]}"
         )
-    for name in ("layer", "passes"):
+    for name in ("layer", "passes", "decode"):
         for key, value in after["summary"][name].items():
             rows.append(f"{name + ' ' + key:<75}{before['summary'][name].get(key, '-'):>9}{value:>9}")
     return "\n".join(rows)

@@ -133,21 +133,18 @@ def simulate(
     resident: int,
     blocks: int,
     alone: float = 1.0,
-    unlimited_memory: bool = False,
 ) -> Simulated:
     """Run `blocks` blocks of `warps` warps, `resident` at a time, each warp all of `steps`.
 
     Args:
         alone: factor of the memory rates while the last block is by itself because few multiprocessors have one left.
-        unlimited_memory: take L2 and device memory as infinitely wide; latencies stay.
     """
     # what the loop reads often, as tuples in local names
     program = [
         (s.kind, s.pipe, s.cycles, s.shared, s.latency, s.write, s.read, s.stall, s.access, s.depth) for s in steps
     ]
     length = len(program)
-    rate = 0.0 if unlimited_memory else 1.0
-    memory_cycle, l2_cycle = rate / machine.memory_rate, rate / machine.l2_rate
+    memory_cycle, l2_cycle = 1 / machine.memory_rate, 1 / machine.l2_rate
     two_halves = machine.arch >= 86  # fp32 has a pipe of its own beside the one that it shares with IMAD
     pipes = [[0.0] * len(PIPES) for _ in range(4)]
     slots = [0.0] * 4

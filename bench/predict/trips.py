@@ -1,12 +1,12 @@
 """Declared trip counts: how often each loop of a kernel runs in one program, by the name of the loop's variable.
 
-A loop that the compiler unrolls whole needs no entry. A loop in machine code without one is an error that names it, so
-a kernel with a new loop cannot be predicted by accident. Where the first number of a grid is shared out among two kinds
-of programs by an `if`, DISPATCH says how many there are of each.
+A loop that the compiler unrolls whole needs no entry, nor does one whose `range` is written in the launch's own
+arguments. Any other loop in machine code without an entry is an error that names it.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from typing import Any
 
@@ -39,29 +39,35 @@ def _chunk(a: Arguments) -> float:
     return cdiv(min(a.CHUNK, a.seq_len), a.BT)
 
 
+def of_range(statement: ast.For, arguments: Arguments) -> int | None:
+    """Return the trips of a loop over `range`, if its bounds are numbers and arguments of the launch."""
+    call = statement.iter
+    if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "range"):
+        return None
+    bounds = []
+    for bound in call.args:
+        value = bound.value if isinstance(bound, ast.Constant) else arguments.values.get(ast.unparse(bound))
+        if not isinstance(value, int):
+            return None
+        bounds.append(value)
+    return len(range(*bounds))
+
+
 TRIPS: dict[str, dict[str, Count]] = {
-    "copy_kernel": {"i": lambda a: a.iterations},
-    "route_instruction_and_w_kernel": {
-        "e": lambda a: cdiv(a.instruction_dim, a.BE),
-        "s": lambda a: cdiv(a.seq_len, a.BS),
-    },
+    "route_instruction_and_w_kernel": {"s": lambda a: cdiv(a.seq_len, a.BS)},
     "shrink_kernel": {"c": _blocks("d", "BD")},
     "router_logits_kernel": {"tile": lambda a: cdiv(a.seq_len, a.BT)},
-    "choose_kernel": {"i": lambda a: a.slices},
-    "reduce_split_k_kernel": {"i": lambda a: a.w_parts, "s": lambda a: a.SPLIT_K // a.GROUP},
     "fuse_expand_kernel": {"c": _blocks("k", "BK")},
     "grad_output_kernel": {"t": _chunk},
-    "mix_backward_kernel": {"i": lambda a: a.p_parts},
-    "reduce_dw_dweights_kernel": {"t": lambda a: cdiv(a.num_tiles, a.TILES)},
     "reduce_dB_kernel": {"chunk": lambda a: a.chunks},
     "grad_input_kernel": {"t": _chunk},
     "reduce_dA_kernel": {"chunk": lambda a: a.chunks},
 }
-# programs that take the `if pid < ...` of a kernel; the others of the grid take its `else`
-DISPATCH: dict[str, Count] = {
-    "route_instruction_and_w_kernel": lambda a: a.num_seqs,
-    "reduce_split_k_kernel": lambda a: a.num_tiles,
-    "reduce_dw_dweights_kernel": lambda a: a.EXPERTS,
+# the outermost `if` that tells two kinds of programs apart, and how many take it; the others take its `else`
+DISPATCH: dict[str, tuple[str, Count]] = {
+    "route_instruction_and_w_kernel": ("pid < num_seqs", lambda a: a.num_seqs),
+    "reduce_split_k_kernel": ("pid < num_tiles", lambda a: a.num_tiles),
+    "reduce_dw_dweights_kernel": ("pid < EXPERTS", lambda a: a.EXPERTS),
 }
 # the share of a tensor's masked loads that are not masked, where a program reads only what one expert's tokens wrote
 ACTIVE: dict[tuple[str, str], Count] = {
