@@ -30,11 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import report
-import roofline
 from accuracy import LIMITS, WrongResult, relative
 from peers import OURS
 from recorded import RESULTS, RecordedPasses, named_results
 from report import Row
+from roofline import operand_bytes, partial_bytes
 from runs import Run, bench_main, choose_cases, choose_device, free_memory, positive, unavailable
 from shapes import PRESETS, SMoLoRACase
 from smolora.engine import torch_passes
@@ -132,21 +132,6 @@ def check_pass(what: str, results: dict[str, Tensor], expected: dict[str, Tensor
             raise WrongResult(f"{what}: relative error of {label} against float64 is {error:.2e}, over {limit:.0e}")
         worst = max(worst, error)
     return worst
-
-
-def operand_bytes(case: SMoLoRACase, name: str) -> int:
-    """Count every operand of a pass once, as the floor does; of route_shrink's columns only those it returns."""
-    unchosen = roofline.shrink_columns(case) - 2 * case.r if name == "route_shrink" else 0
-    return roofline.adapter(case)[name].bytes - case.tokens * unchosen * roofline.FLOAT
-
-
-def partial_bytes(case: SMoLoRACase, name: str, buffers: list[Tensor]) -> int:
-    """Count the bytes written to buffers and read again; route_shrink reads the chosen experts' columns alone."""
-    total = sum(buffer.untyped_storage().nbytes() for buffer in buffers)
-    if name != "route_shrink":
-        return 2 * total
-    columns = sum(part.nbytes for part in buffers if part.dim() == 3 and part.shape[1] == case.tokens)
-    return 2 * total - columns + columns * 2 * case.r // roofline.shrink_columns(case)
 
 
 def measure_case(run: Run, case: SMoLoRACase) -> None:

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from shapes import PRESETS, MixtureCase, Shape, SMoLoRACase
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FLOAT = 4  # bytes of h, alpha, dh, and of a float32 gradient
 
@@ -101,6 +105,21 @@ def _mixture(case: MixtureCase) -> dict[str, Work]:
         "grad_output": Work(T * k * item + 2 * (h + scores) + B * (item + FLOAT), 2 * 2 * T * k * rank),
         "grad_input": Work(2 * T * d * item + h + scores + A * (item + FLOAT), 2 * down),
     }
+
+
+def operand_bytes(case: SMoLoRACase, name: str) -> int:
+    """Count every operand of a pass once, as the floor does; of route_shrink's columns only those it returns."""
+    unchosen = shrink_columns(case) - 2 * case.r if name == "route_shrink" else 0
+    return adapter(case)[name].bytes - case.tokens * unchosen * FLOAT
+
+
+def partial_bytes(case: SMoLoRACase, name: str, buffers: list[Tensor]) -> int:
+    """Count the bytes written to buffers and read again; route_shrink reads the chosen experts' columns alone."""
+    total = sum(buffer.untyped_storage().nbytes() for buffer in buffers)
+    if name != "route_shrink":
+        return 2 * total
+    columns = sum(part.nbytes for part in buffers if part.dim() == 3 and part.shape[1] == case.tokens)
+    return 2 * total - columns + columns * 2 * case.r // shrink_columns(case)
 
 
 def base(case: Shape) -> dict[str, Work]:

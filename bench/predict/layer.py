@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import kernel_report
 import roofline
-from passes import operand_bytes, partial_bytes
 from predict.copy_kernel import copy
 from predict.kernel import Prediction, predict
 from predict.machines import Machine
+from roofline import operand_bytes, partial_bytes
 from shapes import SMoLoRACase
 from smolora.kernels import passes
 from smolora.launch import Card

@@ -6,26 +6,11 @@ for `make kernels`.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-# what is compiled is not what this process interprets; and bench/ is found under PYTHONSAFEPATH too
-ENVIRONMENT = {
-    **os.environ,
-    "TRITON_INTERPRET": "0",
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "bench"), os.environ.get("PYTHONPATH")])),
-}
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT / "bench", env=ENVIRONMENT, capture_output=True, text=True
-    )
+from support.bench_process import python
 
 
 @pytest.mark.parametrize(
