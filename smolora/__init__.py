@@ -7,7 +7,9 @@ from .instructions.encoder import InstructionEncoder
 from .methods import (
     MIXTURES,
     BranchLoRAConfig,
+    EprojConfig,
     FusedBranchLoRA,
+    FusedEproj,
     FusedLiLoRA,
     FusedMoECL,
     FusedMoELoRA,
@@ -27,7 +29,9 @@ __version__ = "0.1.0"
 __all__ = [
     "MIXTURES",
     "BranchLoRAConfig",
+    "EprojConfig",
     "FusedBranchLoRA",
+    "FusedEproj",
     "FusedLiLoRA",
     "FusedMoECL",
     "FusedMoELoRA",

@@ -2,6 +2,7 @@
 
 from .base import Mixture
 from .branchlora import BRANCHLORA, BranchLoRAConfig, FusedBranchLoRA
+from .eproj import EPROJ, EprojConfig, FusedEproj
 from .lilora import LILORA, FusedLiLoRA, LiLoRAConfig
 from .moecl import MOECL, FusedMoECL, MoECLConfig
 from .moelora import MOELORA, FusedMoELoRA, MoELoRAConfig
@@ -17,13 +18,16 @@ MIXTURES: dict[str, Mixture] = {
         BRANCHLORA,
         LILORA,
         MOECL,
+        EPROJ,
     )
 }
 
 __all__ = [
     "MIXTURES",
     "BranchLoRAConfig",
+    "EprojConfig",
     "FusedBranchLoRA",
+    "FusedEproj",
     "FusedLiLoRA",
     "FusedMoECL",
     "FusedMoELoRA",

@@ -370,7 +370,7 @@ class Mixture(NamedTuple):
     experts: type[MixtureExperts]
     layer: type[nn.Module]  # `Fused<Name>`
     no_merge: str  # why it cannot be merged into the base
-    target: Literal["linear", "block"] = "linear"  # what it adapts: a linear layer, or a feed-forward block of three
+    target: Literal["linear", "block", "projector"] = "linear"  # a layer, a feed-forward block of three, or a projector
     selector: Callable[[Any, torch.device], Selector | None] | None = None  # for a configuration, in a whole model
 
     @property

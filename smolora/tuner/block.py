@@ -1,4 +1,4 @@
-"""The feed-forward block that PEFT puts in a base block's place, and the losses that such blocks keep."""
+"""What PEFT puts in the place of a feed-forward block or a projector, and the losses that blocks keep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..methods.base import Mixture
+from ..config import MixtureConfig
+from ..methods.base import Mixture, MixtureExperts
+from ..methods.eproj import EprojExperts, projector_linears
 from ..methods.moecl import MoECLExperts, block_sizes
 from .layer import MixtureLayer
 from .linear import MixtureLinear
@@ -49,11 +51,37 @@ class MixtureBlock(MixtureLinear):
         return super()._adapted(x, *args, **kwargs)
 
 
+class MixtureProjector(MixtureBlock):
+    """A projector of a model, with one for each task. As for `MixtureBlock`, only one adapter can be active."""
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        _, self.out_features = self.sizes()
+
+    @classmethod
+    def check_target(cls, base: nn.Module, key: str) -> None:
+        try:
+            projector_linears(base)
+        except TypeError as error:
+            raise TypeError(f"target_modules must name projectors, but {key}: {error}") from error
+
+    def sizes(self) -> tuple[int, int]:
+        linears = projector_linears(MixtureLayer.placed(self))
+        return linears[0].in_features, linears[-1].out_features
+
+    def placed(self) -> nn.Module:
+        return projector_linears(MixtureLayer.placed(self))[0]
+
+    def new_experts(self, config: MixtureConfig, device: torch.device | None, dtype: torch.dtype) -> MixtureExperts:
+        return EprojExperts(MixtureLayer.placed(self), config, device=device, dtype=dtype)
+
+
 def layer_class(mixture: Mixture) -> type[MixtureLinear]:
     """Make the adapter layer of a method, such as `SMoLoRALinear`."""
     kind, what = {
         "linear": (MixtureLinear, "A linear layer of a model, possibly quantised,"),
         "block": (MixtureBlock, "A feed-forward block of a model"),
+        "projector": (MixtureProjector, "A projector of a model"),
     }[mixture.target]
     attributes = {
         "__doc__": f"{what} with {mixture.title} adapters.",

@@ -10,7 +10,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..config import MixtureConfig
-from ..methods.base import Mixture
+from ..methods.base import Mixture, MixtureExperts
 from ..spec import Mixed
 from .routing_inputs import RoutingInputs
 
@@ -55,14 +55,13 @@ class MixtureLayer(BaseTunerLayer):
         own = config.for_layer(self.smolora_key)
         if own is None:
             return
-        experts = self.mixture.experts(
-            *self.sizes(),
-            own,
-            device=device,
-            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-        )
-        self.experts[adapter_name] = experts
+        experts_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.experts[adapter_name] = self.new_experts(own, device, experts_dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def new_experts(self, config: MixtureConfig, device: torch.device | None, dtype: torch.dtype) -> MixtureExperts:
+        """Make the experts of an adapter."""
+        return self.mixture.experts(*self.sizes(), config, device=device, dtype=dtype)
 
     def active_in_layer(self) -> list[str]:
         """The active adapters that this layer has."""

@@ -37,7 +37,8 @@ BLOCK_TARGETS = {  # of methods on whole feed-forward blocks
     **{name: ["mlp"] for name in ("llama", "mistral", "qwen2", "qwen3")},
     "llava": r"(.*\.)?language_model\..*\.mlp",
 }
-TARGETS = {"linear": DEFAULT_TARGETS, "block": BLOCK_TARGETS}  # by what a mixture adapts
+PROJECTOR_TARGETS = {"llava": r"(.*\.)?multi_modal_projector"}
+TARGETS = {"linear": DEFAULT_TARGETS, "block": BLOCK_TARGETS, "projector": PROJECTOR_TARGETS}  # by what is adapted
 
 
 class MixtureModel(BaseTuner):

@@ -38,6 +38,7 @@ class Adapter(Hooks):
     takes_task_ids: bool = False
     only_sequential: ClassVar[bool] = False  # made for one task after another, and for no other course
     undecayed: ClassVar[tuple[str, ...]] = ()  # parts of the names of parameters that get no weight decay
+    refused_add_ons: ClassVar[Mapping[str, str]] = {}  # names of add-ons that mean nothing with it, each with why
     default_targets: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS  # modules that get adapters, by type of the model
     options_class: ClassVar[type] = dict
     options: Any

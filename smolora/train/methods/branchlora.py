@@ -18,7 +18,7 @@ from ...methods.branchlora import BranchLoRAExperts
 from ...recipe.schema import SECTION, Count, Flag, Natural, Number
 from .adapter import Adapter, baseline_rank
 from .stage import Stage, StageWork, in_eval_mode
-from .tasked import NewKeys
+from .tasked import NewKeys, alignment_loss, check_one_process
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -123,13 +123,10 @@ class BranchLoRA(Adapter):
         """Refuse what cannot be trained.
 
         Raises:
-            ValueError: several processes are to train keys. DDP follows the gradients of a forward's outputs alone.
+            ValueError: several processes are to train keys.
         """
-        if self.has_tasks and self.options.keys == "trained" and work.process.num_processes > 1:
-            raise ValueError(
-                "methods.branchlora.keys must be 'closed' with several processes, got 'trained' with "
-                f"{work.process.num_processes}"
-            )
+        if self.has_tasks and self.options.keys == "trained":
+            check_one_process(self.name, work)
 
     def freeze(self, model: nn.Module, stage: Stage) -> None:
         after = self.options.freeze_A_after
@@ -140,8 +137,7 @@ class BranchLoRA(Adapter):
     def loss_term(self, model: Any, batch: dict[str, Any], outputs: Any) -> Tensor | None:
         if not self.has_tasks or self.options.keys != "trained":
             return None
-        selector, features = model.selector(), model.sample_features(**batch)
-        return self.options.alignment * selector(batch["task_ids"], *features) / len(batch["task_ids"])
+        return self.options.alignment * alignment_loss(model, batch)
 
     @torch.no_grad()
     def after_stage(self, model: Any, work: StageWork, folder: Path) -> None:

@@ -15,6 +15,7 @@ from .branchlora import BranchLoRA
 from .clora import CLoRA
 from .dmole import DMoLE
 from .dora import DoRA
+from .eproj import Eproj
 from .hooks import Hooks
 from .lilora import LiLoRA
 from .lora import LoRA
@@ -40,6 +41,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
         DMoLE,
         LiLoRA,
         MoECL,
+        Eproj,
     )
 }
 COURSES: dict[str, type[Sequential]] = {
@@ -70,6 +72,7 @@ METHODS: dict[str, Parts] = {
     "dmole": Parts("dmole"),
     "lilora": Parts("lilora"),
     "moecl": Parts("moecl"),
+    "eproj": Parts("eproj"),
     "smolora": Parts("smolora"),
     "smolora-vu": Parts("smolora-vu"),
     "smolora-if": Parts("smolora-if"),

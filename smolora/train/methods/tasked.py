@@ -72,6 +72,29 @@ class Tasked(Adapter):
         keys.give(work)
 
 
+def check_one_process(name: str, work: StageWork) -> None:
+    """Check that keys can be trained.
+
+    Args:
+        name: of the method.
+        work: the stage.
+
+    Raises:
+        ValueError: there are several processes. DDP follows the gradients of a forward's outputs alone.
+    """
+    if work.process.num_processes > 1:
+        raise ValueError(
+            f"methods.{name}.keys must be 'closed' with several processes, got 'trained' with "
+            f"{work.process.num_processes}"
+        )
+
+
+def alignment_loss(model: Any, batch: dict[str, Any]) -> Tensor:
+    """The alignment loss of trained keys, the mean over a batch's samples."""
+    loss: Tensor = model.selector()(batch["task_ids"], *model.sample_features(**batch))
+    return loss / len(batch["task_ids"])
+
+
 class NewKeys:
     """The keys of the tasks of a stage, of the samples that this process has seen so far.
 
