@@ -44,9 +44,6 @@ class CLoRA(LoRA):
 
     name = "clora"
     only_sequential = True
-    refused_add_ons = dict.fromkeys(
-        ("ewc", "ewc-tir"), "the LoRA that a stage trains is new, and no earlier task has values for it"
-    )
     options_class = CLoRAOptions
     options: CLoRAOptions
 
