@@ -20,6 +20,13 @@ class SlicedParameter(nn.Parameter):
     """A parameter that an optimiser changes only in the slices with a nonzero gradient."""
 
 
+def slices_with_gradient(parameter: Tensor) -> Tensor:
+    """Return which slices of a parameter have a nonzero gradient, bool (slices, 1, ...) in its number of dimensions."""
+    assert parameter.grad is not None
+    moves = (parameter.grad != 0).reshape(parameter.shape[0], -1).any(1)
+    return moves.view(-1, *(1,) * (parameter.dim() - 1))
+
+
 _before: WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Tensor, Tensor, Tensor]]] = WeakKeyDictionary()
 
 
@@ -30,8 +37,7 @@ def _remember(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> No
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(parameter, SlicedParameter) and parameter.grad is not None and parameter.numel():
-                moves = (parameter.grad != 0).reshape(parameter.shape[0], -1).any(1)
-                kept.append((parameter, moves.view(-1, *(1,) * (parameter.dim() - 1)), parameter.detach().clone()))
+                kept.append((parameter, slices_with_gradient(parameter), parameter.detach().clone()))
     _before[optimizer] = kept
 
 

@@ -132,11 +132,20 @@ def check_samples(recipe: Recipe, stages: Iterable[Stage], encoder: PromptEncode
 
 
 class StageSamples(Dataset):
-    """The samples of a stage: those of several tasks, one after the other."""
+    """The samples of a stage: those of several tasks, one after the other, and then those that a method adds.
 
-    def __init__(self, parts: Sequence[TaskSamples]) -> None:
-        self.places = [(part, index) for part in parts for index in range(len(part))]
-        self.lengths = [length for part in parts for length in part.lengths()]
+    Args:
+        parts: its own samples, by task.
+        extra: samples that the method adds.
+
+    Attributes:
+        own: number of its own samples.
+    """
+
+    def __init__(self, parts: Sequence[TaskSamples], extra: Sequence[TaskSamples] = ()) -> None:
+        self.places = [(part, index) for part in (*parts, *extra) for index in range(len(part))]
+        self.lengths = [length for part in (*parts, *extra) for length in part.lengths()]
+        self.own = sum(map(len, parts))
 
     def __len__(self) -> int:
         return len(self.places)
@@ -156,24 +165,42 @@ class GlobalBatches(Sampler[int]):
         lengths: lengths of the samples.
         batch_size: samples per optimiser step, over all devices.
         seed: seed of the shuffling, which differs from epoch to epoch.
+        own: number of the first samples that half of each step is taken from; the other half is taken from the samples
+            after them, which are gone through again and again until the own ones are used up. None for no halves.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, own: int | None = None) -> None:
+        self.lengths, self.batch_size, self.seed, self.own, self.epoch = lengths, batch_size, seed, own, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that the next iteration shuffles for."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) if self.own is None else 2 * self.own
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for start in range(0, len(order), self.batch_size):
-            step = order[start : start + self.batch_size]
+        order = torch.randperm(self.own or len(self.lengths), generator=generator).tolist()
+        extra: list[int] = []
+        while self.own is not None and len(extra) < self.own:
+            drawn = torch.randperm(len(self.lengths) - self.own, generator=generator)
+            extra += (drawn + self.own).tolist()
+        size = self.batch_size if self.own is None else self.batch_size // 2
+        for start in range(0, len(order), size):
+            end = min(start + size, len(order))
+            step = [*order[start:end], *extra[start:end]]
             yield from sorted(step, key=lambda index: (-self.lengths[index], index))
+
+
+def epoch_samples(own: int, extra: int, halves: bool) -> int:
+    """Number of samples in an epoch of a stage.
+
+    Args:
+        own, extra: number of the stage's own samples, and of those that a method adds.
+        halves: whether half of each step's samples are of the added ones.
+    """
+    return 2 * own if halves and extra else own + extra
 
 
 class Collator:

@@ -65,11 +65,6 @@ class RunPaths:
         """Checksums of the files of a stage that later ones read."""
         return self.stage(stage) / "checksums.json"
 
-    def lineage(self, stage: Stage) -> list[Stage]:
-        """The trained stages that a stage's adapter goes through before it, oldest first."""
-        before = stage.starts_from
-        return [] if before is None else [*self.lineage(before), *([before] if before.train else [])]
-
     def evaluated_adapter(self, stage: Stage) -> Path | None:
         """The adapter that answers a stage's questions: its own or the one it starts from; None for the base model."""
         if stage.train:

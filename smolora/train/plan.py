@@ -18,7 +18,7 @@ from ..evaluate.datasets import Files
 from ..io.files import has_file
 from ..recipe import Recipe, TaskRecipe
 from ..tuner.counts import num_trainable
-from .data import check_samples
+from .data import check_samples, epoch_samples
 from .methods import Method, Stage
 from .prepare import planned
 from .trainer import accumulation, steps_of
@@ -34,8 +34,9 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         "name", "method", "output"; "stages" and "downstream", each a list of "name", "train" and "test" (samples of the
-        stage's own files), "asked" (questions after it), "steps"; "makes", paths that the recipe makes itself;
-        "devices", "accumulation"; "memory", an estimate (None while there is no base model).
+        stage's own files), "extra" (samples that the method adds), "asked" (questions after it), "steps"; "makes",
+        paths that the recipe makes itself; "devices", "accumulation"; "memory", an estimate (None while there is no
+        base model).
 
     Raises:
         ValueError: paths are missing (the message names all), records are malformed or too long, the batch does not fit
@@ -56,8 +57,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     if Path(recipe.model.path).is_dir():
         trained = [stage for stage in stages if all(recipe.train_file(task).is_file() for task in stage.train)]
         check_samples(recipe, trained, _encoder(recipe))
-    plan["stages"] = [_stage(stage, counts, recipe) for stage in method.course.stages()]
-    plan["downstream"] = [_stage(stage, counts, recipe) for stage in method.course.downstream()]
+    plan["stages"] = [_stage(stage, counts, recipe, method) for stage in method.course.stages()]
+    plan["downstream"] = [_stage(stage, counts, recipe, method) for stage in method.course.downstream()]
     plan["makes"] = [str(path) for path in checker.made]
     for stage in stages:
         accumulation(recipe.of_stage(stage.train), devices)
@@ -72,18 +73,20 @@ def _encoder(recipe: Recipe) -> PromptEncoder:
     return PromptEncoder.for_model(tokenizer, AutoConfig.from_pretrained(path, local_files_only=True))
 
 
-def _stage(stage: Stage, counts: dict[str, tuple[int, int]], recipe: Recipe) -> dict[str, Any]:
+def _stage(stage: Stage, counts: dict[str, tuple[int, int]], recipe: Recipe, method: Method) -> dict[str, Any]:
     train = sum(counts[task.name][0] for task in stage.train)
+    extra = method.num_extra_samples(stage, {name: trained for name, (trained, _) in counts.items()}) if train else 0
     own = stage.train or stage.test
+    samples = epoch_samples(train, extra, method.half_extra)
+    batch_size = recipe.of_stage(stage.train).training.batch_size
     return {
         "name": stage.name.rpartition("/")[2] if stage.table else stage.name.split("-", 2)[2],
         "folder": stage.name,
         "train": train,
+        "extra": extra,
         "test": sum(counts[task.name][1] for task in own),
         "asked": sum(counts[task.name][1] for task in stage.test),
-        "steps": steps_of(train, recipe.of_stage(stage.train).training.batch_size, recipe.epochs(stage.train))
-        if train
-        else 0,
+        "steps": steps_of(samples, batch_size, recipe.epochs(stage.train)) if train else 0,
     }
 
 
@@ -203,13 +206,14 @@ def _image_tokens(config: Any) -> int:
 def print_plan(plan: dict[str, Any]) -> None:
     """Print a plan as text."""
     print(f"{plan['name']}: {plan['method']}, into {plan['output']}")
-    rows: list[tuple[str, ...]] = [("", "stage", "train", "steps", "test", "asked after it")]
-    rows += [
-        (kind, *(str(stage[key]) for key in ("name", "train", "steps", "test", "asked")))
-        for kind in ("stages", "downstream")
-        for stage in plan[kind]
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    stages = [(kind, stage) for kind in ("stages", "downstream") for stage in plan[kind]]
+    columns = {"name": "stage", "train": "train", "extra": "extra", "steps": "steps", "test": "test"}
+    columns["asked"] = "asked after it"
+    if not any(stage["extra"] for _, stage in stages):
+        del columns["extra"]
+    rows: list[tuple[str, ...]] = [("", *columns.values())]
+    rows += [(kind, *(str(stage[key]) for key in columns)) for kind, stage in stages]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         left, right = row[:2], row[2:]
         cells = [cell.ljust(width) for cell, width in zip(left, widths, strict=False)]

@@ -67,7 +67,7 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
             }
             for task in recipe.all_tasks
         },
-        "config": {**recipe.as_dict(), **method.adapter.settings()},
+        "config": {**recipe.as_dict(), **method.settings()},
         "versions": _versions(),
         "timing": timing,
     }

@@ -29,7 +29,7 @@ from ..io.files import atomic_write_text, fsync_tree, locked, write_json
 from ..io.progress import say
 from ..recipe import Recipe, TaskRecipe, load_recipe
 from ..tuner.counts import num_trainable
-from .data import Collator, StageSamples, TaskSamples, check_samples
+from .data import Collator, StageSamples, TaskSamples, check_samples, epoch_samples
 from .kept import check_sums, write_checksums
 from .methods import Method, Stage, StageWork
 from .paths import RunPaths, read, read_if_exists
@@ -165,9 +165,9 @@ class TrainingRun:
 
     def train_stage(self, stage: Stage) -> None:
         """Train a stage and save its adapter, from its last checkpoint if there is one."""
-        for earlier in self.paths.lineage(stage):
+        for earlier in stage.lineage:
             check_sums(self.paths, earlier)
-        kept = tuple(self.paths.kept(earlier) for earlier in self.paths.lineage(stage))
+        kept = tuple(self.paths.kept(earlier) for earlier in stage.lineage)
         # drawn from the stage's name, so that leaving out another stage does not change this one
         seed = (self.recipe.seed + zlib.crc32(stage.name.encode())) % 2**32
         set_seed(seed)
@@ -181,13 +181,14 @@ class TrainingRun:
         own = StageSamples([self._task_samples(task) for task in stage.train])
         checkpoints = self.paths.checkpoints(stage)
         resume = self._last_checkpoint(checkpoints)
-        size = self.recipe.training.per_device_batch_size
+        at_once = self.recipe.training.per_device_batch_size
         notes = self.paths.notes(stage)
-        work = StageWork(stage, kept, own, collate, size, self.state, notes, goes_on=resume is not None)
+        work = StageWork(stage, kept, own, collate, at_once, self.state, notes, goes_on=resume is not None)
         self.method.before_stage(model, work)
         trainable = num_trainable(model)
         recipe, epochs = self.recipe.of_stage(stage.train), self.recipe.epochs(stage.train)
-        steps = steps_of(len(samples), recipe.training.batch_size, epochs)
+        size = epoch_samples(samples.own, len(samples) - samples.own, self.method.half_extra)
+        steps = steps_of(size, recipe.training.batch_size, epochs)
         trainer = ContinualTrainer(
             recipe,
             self.method,
@@ -199,7 +200,7 @@ class TrainingRun:
         )
         set_seed((seed + self.state.process_index) % 2**32)  # each process draws its own dropout masks
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        self._save_stage(trainer, work, len(samples), trainable)
+        self._save_stage(trainer, work, size, trainable)
         del model, trainer
         unset_hf_deepspeed_config()  # else ZeRO-3 would partition the next base model, which is evaluated whole
         _free_memory()
@@ -261,7 +262,7 @@ class TrainingRun:
         extra: dict[str, tuple[TaskRecipe, list[int]]] = {}
         for task, index in self.method.extra_samples(stage, kept):
             extra.setdefault(task.name, (task, []))[1].append(index)
-        return StageSamples([*parts, *(self._task_samples(task, indices) for task, indices in extra.values())])
+        return StageSamples(parts, [self._task_samples(task, indices) for task, indices in extra.values()])
 
     def _task_samples(self, task: TaskRecipe, indices: list[int] | None = None) -> TaskSamples:
         texts = None if self.texts is None else self.texts[task.name]

@@ -170,7 +170,8 @@ class ContinualTrainer(Trainer):
                 f"method {method.name} adds to whole gradients once a step, which DeepSpeed and FSDP do not have: "
                 "leave training.arguments.deepspeed and fsdp out"
             )
-        self.order = GlobalBatches(samples.lengths, recipe.training.batch_size, self.args.seed)
+        own = samples.own if method.half_extra and samples.own < len(samples) else None
+        self.order = GlobalBatches(samples.lengths, recipe.training.batch_size, self.args.seed, own)
         self.add_callback(_SetSamplerEpoch(self.order))
         self.remove_callback(PrinterCallback)
         self.add_callback(_ShowProgress())

@@ -218,13 +218,26 @@ def read_features(
 def tower_output(context: RoutingContext, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
     """Return last hidden states and pooled output of the vision tower for a forward's images, without adapters.
 
+    Raises:
+        ValueError: as for `run_tower`.
+    """
+    thread = context.thread
+    thread.enter_forward()
+    thread.route_by(RoutingInputs(Samples(), is_off=True))
+    try:
+        return run_tower(context.model, inputs)
+    finally:
+        thread.leave_forward()
+
+
+def run_tower(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Return last hidden states and pooled output of a model's vision tower for a forward's images.
+
     The model's own `get_image_features` calls the tower, since families differ in how.
 
     Raises:
         ValueError: the model has no vision tower that can be told.
     """
-    model: Any = context.model
-    thread = context.thread
     tower = model.get_encoder("image")
     untold = ValueError(
         f"task_ids (or experts) must be given to a {type(model).__name__}: they would be found by the output of its "
@@ -242,12 +255,9 @@ def tower_output(context: RoutingContext, inputs: dict[str, Any]) -> tuple[Tenso
 
     names = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images", "pixel_attention_mask")
     handle = tower.register_forward_hook(record)
-    thread.enter_forward()
-    thread.route_by(RoutingInputs(Samples(), is_off=True))
     try:
         model.get_image_features(**{name: inputs[name] for name in names if inputs.get(name) is not None})
     finally:
-        thread.leave_forward()
         handle.remove()
     if len(outputs) != 1 or outputs[0][0] is None:
         raise untold

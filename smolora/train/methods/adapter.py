@@ -36,7 +36,6 @@ class Adapter(Hooks):
     name: ClassVar[str]
     text: Literal["instruction", "question"] | None = None  # what `instruction_embeds` of a sample embeds
     takes_task_ids: bool = False
-    only_sequential: ClassVar[bool] = False  # made for one task after another, and for no other course
     undecayed: ClassVar[tuple[str, ...]] = ()  # parts of the names of parameters that get no weight decay
     refused_add_ons: ClassVar[Mapping[str, str]] = {}  # names of add-ons that mean nothing with it, each with why
     default_targets: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS  # modules that get adapters, by type of the model
@@ -96,11 +95,6 @@ class Adapter(Hooks):
     def has_task_slots(self) -> bool:
         """Whether the number of tasks, `recipe.num_task_ids`, decides the shapes of its parameters."""
         return self.takes_task_ids
-
-    @property
-    def passes_between_stages(self) -> bool:
-        """Whether it runs the model over data before or after a stage, which needs its parameters whole."""
-        return False
 
     @property
     def _has_own_targets(self) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
@@ -24,7 +22,7 @@ from ...tuner import MixtureLinear
 from ...tuner.placement import place_experts
 from .adapter import Adapter, baseline_rank
 from .allocation import allocate, expert_budget, gradient_scores
-from .stage import Stage, StageWork, in_eval_mode
+from .stage import Stage, StageWork, drawn, in_eval_mode, without_adapter
 
 Share = Annotated[Number, Field(gt=0, le=1)]
 
@@ -73,6 +71,10 @@ class DMoLE(Adapter):
     name = "dmole"
     text = "question"
     only_sequential = True
+    refused_add_ons: ClassVar = {
+        "replay": "a stage uses its own experts for all of its samples, so older ones would train the wrong experts",
+        **dict.fromkeys(("ewc", "ewc-tir"), "each task trains experts of its own, so no trained parameter drifts"),
+    }
     default_targets = ATTENTION
     options_class = DMoLEOptions
     options: DMoLEOptions
@@ -189,7 +191,7 @@ class DMoLE(Adapter):
         count = max(1, round(self.options.scored_share * len(work)))
         one_by_one = replace(work, batch_size=1)
         layers = _layers(model)
-        with _pretrained(model):
+        with without_adapter(model):
             scores = gradient_scores(model, layers, one_by_one.batches(self._draw(work, count)))
         total = work.total(scores.to(work.process.device)).tolist()
         return dict(zip(layers, total, strict=True))
@@ -217,8 +219,7 @@ class DMoLE(Adapter):
 
     def _draw(self, work: StageWork, count: int) -> list[int]:
         """Draw samples of a stage, in their order."""
-        generator = torch.Generator().manual_seed(self.recipe.seed + work.stage.number)
-        return sorted(torch.randperm(len(work), generator=generator)[:count].tolist())
+        return drawn(len(work), count, self.recipe.seed + work.stage.number)
 
 
 def _layers(model: nn.Module) -> dict[str, MixtureLinear]:
@@ -242,15 +243,3 @@ def _of_vision(base: Any, names: Any) -> list[str]:
     decoder = {id(module) for module in base.get_decoder().modules()}
     modules = dict(base.named_modules())
     return [name for name in names if id(modules[name]) not in decoder]
-
-
-@contextmanager
-def _pretrained(model: Any) -> Iterator[None]:
-    """Use the model without what was trained, and leave everything frozen or not as it was."""
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, does in trains:
-            parameter.requires_grad_(does)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -24,8 +25,20 @@ class Hooks:
         recipe: the recipe of the run.
     """
 
+    only_sequential: ClassVar[bool] = False  # made for one task after another, and for no other course
+    half_extra: bool = False  # half of each step's samples are those of `extra_samples`, repeated as needed
+
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+
+    @property
+    def passes_between_stages(self) -> bool:
+        """Whether it runs the model over data before or after a stage, which needs its parameters whole."""
+        return False
+
+    def settings(self) -> dict[str, Any]:
+        """Sections of the recipe as they are used, for the results."""
+        return {}
 
     def memory(self, model: nn.Module) -> int:
         """Bytes that it holds on a device besides the model and its optimiser, for the plan.
@@ -52,6 +65,15 @@ class Hooks:
             kept: see `StageWork`.
         """
         return []
+
+    def num_extra_samples(self, stage: Stage, sizes: Mapping[str, int]) -> int:
+        """Number of samples that `extra_samples` will add, for the plan.
+
+        Args:
+            stage: the stage.
+            sizes: number of training samples of each task, by name.
+        """
+        return 0
 
     def batch_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Further arguments of the model's forward for a batch that is trained on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +16,14 @@ from .clora import CLoRA
 from .dmole import DMoLE
 from .dora import DoRA
 from .eproj import Eproj
+from .ewc import EWC
+from .ewc_tir import EWCTIR
 from .hooks import Hooks
 from .lilora import LiLoRA
 from .lora import LoRA
 from .moecl import MoECL
 from .moelora import MoELoRA
+from .replay import Replay
 from .schedules import Joint, NoTraining, OnePerTask, Sequential
 from .smolora import SMoLoRA, SMoLoRAInstruction, SMoLoRAMean, SMoLoRAVisual
 from .stage import Stage, StageWork
@@ -50,7 +53,11 @@ COURSES: dict[str, type[Sequential]] = {
     "joint": Joint,
     "none": NoTraining,
 }
-ADD_ONS: dict[str, type[Hooks]] = {}
+ADD_ONS: dict[str, type[Hooks]] = {
+    "replay": Replay,
+    "ewc": EWC,
+    "ewc-tir": EWCTIR,
+}
 
 
 class Parts(NamedTuple):
@@ -67,6 +74,9 @@ METHODS: dict[str, Parts] = {
     "multitask": Parts("lora", ["joint"]),
     "dora": Parts("dora"),
     "clora": Parts("clora"),
+    "replay": Parts("lora", ["replay"]),
+    "ewc": Parts("lora", ["ewc"]),
+    "ewc-tir": Parts("lora", ["ewc-tir"]),
     "moelora": Parts("moelora"),
     "branchlora": Parts("branchlora"),
     "dmole": Parts("dmole"),
@@ -118,24 +128,34 @@ class Method:
                 "method: the schedule 'none' goes with the adapter 'none' and no other, got adapter "
                 f"{parts.adapter!r} and schedule {course!r}"
             )
-        if ADAPTERS[parts.adapter].only_sequential and course != "sequential":
-            raise ValueError(
-                f"method.schedule must be 'sequential' for the adapter {parts.adapter!r}, which is made for one task "
-                f"after another, got {course!r}"
-            )
+        kinds: dict[str, type[Hooks]] = {f"adapter {parts.adapter!r}": ADAPTERS[parts.adapter]}
+        kinds |= {f"add-on {name!r}": ADD_ONS[name] for name in add_ons}
+        for part, kind in kinds.items():
+            if kind.only_sequential and course != "sequential":
+                raise ValueError(
+                    f"method.schedule must be 'sequential' for the {part}, which is made for one task after another, "
+                    f"got {course!r}"
+                )
+        for name in add_ons:
+            if name in ADAPTERS[parts.adapter].refused_add_ons:
+                raise ValueError(
+                    f"method.schedule must not have {name!r} for the adapter {parts.adapter!r}: "
+                    f"{ADAPTERS[parts.adapter].refused_add_ons[name]}"
+                )
         for name in recipe.methods:
             if name not in {**ADAPTERS, **ADD_ONS}:
                 raise ValueError(not_one_of("methods", name, [*ADAPTERS, *ADD_ONS]))
         self.adapter = ADAPTERS[parts.adapter](recipe)
+        self.hooks: list[Hooks] = [self.adapter, *(ADD_ONS[name](recipe) for name in add_ons)]
         for name in ("deepspeed", "fsdp"):
             sharded = recipe.training.arguments.get(name)
-            if sharded and self.adapter.passes_between_stages:
-                raise ValueError(
-                    f"training.arguments.{name} must be left out for the adapter {parts.adapter!r}, whose passes over "
-                    f"the data between stages are not made for sharded parameters, got {shortened(sharded)}"
-                )
+            for part, hooks in zip(kinds, self.hooks, strict=True):
+                if sharded and hooks.passes_between_stages:
+                    raise ValueError(
+                        f"training.arguments.{name} must be left out for the {part}, whose passes over the data "
+                        f"between stages are not made for sharded parameters, got {shortened(sharded)}"
+                    )
         self.course = COURSES[course](recipe)
-        self.hooks: list[Hooks] = [self.adapter, *(ADD_ONS[name](recipe) for name in add_ons)]
 
     @property
     def task_source(self) -> Literal["given", "selector"] | None:
@@ -146,6 +166,19 @@ class Method:
     def adds_to_gradients(self) -> bool:
         """Whether a hook adds to the gradients once a step."""
         return any(hooks.has("step_term") for hooks in self.hooks)
+
+    @property
+    def half_extra(self) -> bool:
+        """Whether half of each step's samples are those of `extra_samples`."""
+        return any(hooks.half_extra for hooks in self.hooks)
+
+    def settings(self) -> dict[str, Any]:
+        """Sections of the recipe as the parts use them, for the results."""
+        sections: dict[str, Any] = {}
+        for hooks in self.hooks:
+            for name, section in hooks.settings().items():
+                sections[name] = {**sections.get(name, {}), **section}
+        return sections
 
     def memory(self, model: nn.Module) -> int:
         """The sum of each `memory`."""
@@ -164,6 +197,10 @@ class Method:
     def extra_samples(self, stage: Stage, kept: tuple[Path, ...]) -> list[tuple[TaskRecipe, int]]:
         """The samples of each `extra_samples`."""
         return [sample for hooks in self.hooks for sample in hooks.extra_samples(stage, kept)]
+
+    def num_extra_samples(self, stage: Stage, sizes: Mapping[str, int]) -> int:
+        """The sum of each `num_extra_samples`."""
+        return sum(hooks.num_extra_samples(stage, sizes) for hooks in self.hooks)
 
     def batch_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The arguments of each `batch_inputs`."""

@@ -42,6 +42,12 @@ class Stage:
         """Number of stages that trained its adapter before."""
         return 0 if self.starts_from is None else self.starts_from.number + 1
 
+    @property
+    def lineage(self) -> list[Stage]:
+        """The trained stages that its adapter goes through before it, oldest first."""
+        before = self.starts_from
+        return [] if before is None else [*before.lineage, *([before] if before.train else [])]
+
 
 @dataclass(frozen=True)
 class StageWork:
@@ -106,6 +112,17 @@ class StageWork:
         return values if self.process.num_processes == 1 else torch.as_tensor(reduce(values, "sum"))
 
 
+def drawn(size: int, count: int, seed: int) -> list[int]:
+    """Draw `count` of `size` samples uniformly without replacement, or all where there are fewer; in their order."""
+    return sorted(torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].tolist())
+
+
+def strided(size: int, count: int) -> list[int]:
+    """Choose `count` of `size` samples at even distances, or all where there are fewer."""
+    count = min(size, count)
+    return [place * size // count for place in range(count)]
+
+
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Use a model as it answers, without dropout, and put it back into the mode it was in."""
@@ -115,3 +132,15 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Use the model without what was trained, and leave everything frozen or not as it was."""
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, does in trains:
+            parameter.requires_grad_(does)

@@ -18,7 +18,7 @@ def test_the_stage_that_trained_last_answers(short):
     assert paths.evaluated_adapter(first) == Path("run/stage-1-ImageNet/adapter")
     assert paths.evaluated_adapter(second) == paths.evaluated_adapter(asked) == Path("run/stage-2-Flickr30k/adapter")
     assert paths.evaluated_adapter(tuned) == Path("run/downstream-f/Places365/adapter")
-    assert [paths.lineage(stage) for stage in (first, second, tuned)] == [[], [first], [first, second]]
+    assert [stage.lineage for stage in (first, second, tuned)] == [[], [first], [first, second]]
     assert [stage.number for stage in (first, second, tuned)] == [0, 1, 2]
     assert paths.evaluation(second) == paths.stage(second) == Path("run/stage-2-Flickr30k")
     assert paths.evaluation(asked) == Path("run/downstream-z") and paths.evaluation(tuned) == Path("run/downstream-f")
