@@ -25,6 +25,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {  # their modules have underscores for hyphens
     "train": Command("Train on a stream of tasks by a recipe, and evaluate after each.", "eval"),
+    "sweep": Command("Train the runs of a grid over a recipe's keys, and compare them.", "eval"),
     "evaluate": Command("Answer the benchmark's questions with a model, and score the answers.", "llava"),
     "score": Command("Score a file of answers: the dataset's metric and MIF."),
     "judge": Command("Have a language model rate answers from 0 to 10.", "llava"),

@@ -37,7 +37,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"an override must be key=value, got {override!r}")
-        _apply_override(content, key.strip(), _parse(value, override), override)
+        _apply_override(content, key.strip(), parse_yaml(value, override), override)
     try:
         recipe = TypeAdapter(Recipe).validate_python(content)
         check_recipe(recipe)
@@ -60,7 +60,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(text: str, source: Any) -> Any:
+def parse_yaml(text: str, source: Any) -> Any:
+    """Read YAML without keys that are given twice.
+
+    Args:
+        text: the YAML.
+        source: where it is from, for messages.
+
+    Raises:
+        ValueError: it is no such YAML.
+    """
     try:
         return yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -74,7 +83,7 @@ def _read(path: Path, extending: Sequence[Path]) -> dict[str, Any]:
         path: the file.
         extending: the files that led to it, to find a circle.
     """
-    content = _parse(read_text(path), path)
+    content = parse_yaml(read_text(path), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold keys and values, got {shortened(content)}")
     base = content.pop("extends", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,32 @@ def over_experts(path: Path, runs: Sequence[RunFolder]) -> None:
     _legend(figure, panels)
     _save(figure, path)
     write_csv(path.with_suffix(".csv"), ("method", "setting", "experts", "figure", "value"), rows)
+
+
+def over_values(path: Path, keys: Sequence[str], means: Mapping[tuple[str, ...], Mapping[str, float | None]]) -> None:
+    """Plot AP, MAP, BWT and MIF against the values of a sweep's first key, one line per combination of the others.
+
+    Args:
+        path: path of the picture.
+        keys: names of the swept keys.
+        means: the figures by name, for the values of the keys.
+    """
+    figure, panels = _panels(len(FIGURES), (2.6, 2.4), columns=4)
+    places = {value: place for place, value in enumerate(dict.fromkeys(values[0] for values in means))}
+    others = list(dict.fromkeys(values[1:] for values in means))
+    for axes, name in zip(panels, FIGURES, strict=True):
+        for style, other in zip(_styles(len(others)), others, strict=True):
+            of_line = {values[0]: of[name] for values, of in means.items() if values[1:] == other}
+            points = [(places[value], mean) for value, mean in of_line.items() if mean is not None]
+            label = ", ".join(f"{key} {value}" for key, value in zip(keys[1:], other, strict=True))
+            axes.plot([x for x, _ in points], [mean for _, mean in points], label=_plain(label), **style)
+        axes.set_xticks(range(len(places)), map(_plain, places), rotation=30, ha="right")
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+    figure.supxlabel(_plain(keys[0]), fontsize=9)
+    if len(keys) > 1:
+        _legend(figure, panels)
+    _save(figure, path)
 
 
 def _plain(text: str) -> str:

@@ -99,6 +99,18 @@ class TrainingRun:
                 "output"
             )
 
+    @property
+    def stages(self) -> list[Stage]:
+        """Its stages, upstream and downstream."""
+        return [*self.method.course.stages(), *self.method.course.downstream()]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left of it."""
+        trained = all(self.paths.adapter(stage).is_dir() for stage in self.stages if stage.train)
+        asked = all(task.name in self.paths.scores(stage) for stage in self.stages for task in stage.test)
+        return trained and asked and self.paths.results.is_file()
+
     def __call__(self) -> dict[str, Any]:
         """Do what is left of the run.
 
@@ -126,7 +138,7 @@ class TrainingRun:
             atomic_write_text(self.paths.recipe, yaml.safe_dump(self.recipe.as_dict(), sort_keys=False))
         self.state.wait_for_everyone()
         self.load_processors()
-        stages = [*self.method.course.stages(), *self.method.course.downstream()]
+        stages = self.stages
         check_samples(self.recipe, stages, self.encoder)
         with use_backend(self.recipe.backend):
             for number, stage in enumerate(stages):

@@ -82,7 +82,7 @@ def joined(past: tuple[Tensors, Tensors] | None, fisher: Tensors, values: Tensor
             continue
         total = importance[name] + new
         share = torch.where(total > 0, new / total, 1.0)
-        importance[name], anchor[name] = total, anchor[name] + share * (value - anchor[name])
+        importance[name], anchor[name] = total, anchor[name].lerp(value, share)
     return importance, anchor
 
 

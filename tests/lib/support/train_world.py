@@ -10,6 +10,9 @@ import yaml
 from PIL import Image
 
 from small_llava import save_base, small_llava
+from smolora.train.data import Collator, StageSamples
+from smolora.train.methods import Stage, StageWork
+from smolora.train.run import TrainingRun
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230), "white": (240, 240, 240)}
 WORD = "Answer the question using a single word or phrase."
@@ -105,3 +108,10 @@ def make_world(root: Path, *, train: int = 12, ask: int = 4, dtype: str = "float
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
+
+
+def work_of(run: TrainingRun, stage: Stage, kept: tuple[Path, ...] = (), batch_size: int = 5) -> StageWork:
+    """A stage's data as its hooks are given it, for a run whose processors are loaded."""
+    samples = StageSamples([run._task_samples(task) for task in stage.train])
+    collate = Collator(run.transform, run.encoder.pad_token_id, run.dtype)
+    return StageWork(stage, kept, samples, collate, batch_size, run.state)

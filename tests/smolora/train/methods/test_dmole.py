@@ -17,11 +17,11 @@ from transformers import AutoModelForImageTextToText
 from smolora.evaluate.instructions import recipe_questions
 from smolora.methods.autoencoder_router import AutoencoderRouter
 from smolora.recipe import Recipe, load_recipe
-from smolora.train.data import Collator, StageSamples
 from smolora.train.methods import StageWork
 from smolora.train.methods.dmole import DMoLE
 from smolora.train.plan import make_plan
 from smolora.train.run import TrainingRun
+from support.train_world import work_of
 
 STAGES = ("stage-1-ImageNet", "stage-2-Flickr30k")
 OPTIONS = (
@@ -144,9 +144,7 @@ def test_processes_share_scores_and_features(world, tmp_path, monkeypatch):
     run.load_processors()
     stage = run.method.course.stages()[0]
     model, method = run.method.adapter.start(run.base_model(), None), run.method.adapter
-    samples = StageSamples([run._task_samples(task) for task in stage.train])
-    collate = Collator(run.transform, run.encoder.pad_token_id, run.dtype)
-    work = StageWork(stage, (), samples, collate, 5, run.state)
+    work = work_of(run, stage)
     scores, features = method._scores(model, work), method._features(model, work)
     assert len(features.text) == 12 and features.text.any(1).all()
     monkeypatch.setattr(StageWork, "total", lambda self, values: values)
