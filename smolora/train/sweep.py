@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def run_points(path: Path, points: Sequence[Point], *, jobs: int, quiet: bool) -
     command = [sys.executable, "-m", "smolora.cli", "train", str(path)]
     options = ["--json", *(["--quiet"] if quiet or jobs > 1 else [])]  # with --json progress goes to stderr
 
-    with _children() as start, ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, _children() as start:  # children end before their threads are waited for
 
         def run(point: Point) -> int:
             slot = free.get()
@@ -142,24 +143,26 @@ def run_points(path: Path, points: Sequence[Point], *, jobs: int, quiet: bool) -
 def _children() -> Iterator[Any]:
     """Run child processes in threads; those that are still running are ended with the block."""
     running: set[subprocess.Popen] = set()
-    ended = False
+    change, ended = Lock(), False
 
     def start(command: Sequence[str], environment: dict[str, str]) -> int:
-        if ended:
-            return -1
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        running.add(child)
-        try:
-            return child.wait()
-        finally:
+        with change:
+            if ended:
+                return -1
+            child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+            running.add(child)
+        status = child.wait()
+        with change:
             running.discard(child)
+        return status
 
     try:
         yield start
     finally:
-        ended = True
-        for child in list(running):
-            child.terminate()
+        with change:
+            ended = True
+            for child in running:
+                child.terminate()
 
 
 def _devices() -> list[str]:

@@ -224,8 +224,8 @@ def test_the_plan_counts_two_numbers_a_parameter(short):
 
 
 def test_a_huge_weight_keeps_the_first_tasks_answers(world, tmp_path):
-    """40 steps on the second task: with it the adapter stays and the task is not learned, without it neither."""
-    run, hooks, model = begin(world, "methods.ewc.weight=1e6")
+    """30 steps on the second task: with it the adapter stays and the task is not learned, without it neither."""
+    run, hooks, model = begin(world, "methods.ewc.weight=1e6", "adapter.lora_dropout=0")
     first, second = run.method.course.stages()
     folder = keep(run, hooks, model, tmp_path)
     start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
@@ -239,20 +239,21 @@ def test_a_huge_weight_keeps_the_first_tasks_answers(world, tmp_path):
             for name, parameter in trained(model).items():
                 parameter.copy_(start[name])
         optimizer = torch.optim.AdamW(trained(model).values(), lr=3e-3, weight_decay=0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
-        for _ in range(0 if pulled is None else 40):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+        for _ in range(0 if pulled is None else 30):
             optimizer.zero_grad()
             model(**learned).loss.backward()
             hooks.step_term(model, 1.0)
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            answers[pulled] = model(**asked).logits.argmax(-1)[asked["labels"] != -100]
+            answers[pulled] = model(**asked).logits[:, :-1].argmax(-1)[asked["labels"][:, 1:] != -100]
             loss[pulled] = float(model(**learned).loss)
-        change[pulled] = sum(float((p - start[name]).square().sum()) for name, p in trained(model).items()) ** 0.5
+            drift = [(parameter - start[name]).square().sum() for name, parameter in trained(model).items()]
+        change[pulled] = float(torch.stack(drift).sum().sqrt())
+    assert 0 < change[True] < 0.02 * change[False]
+    assert loss[False] < 0.8 * loss[None] and loss[True] == pytest.approx(loss[None], rel=0.01)
     assert torch.equal(answers[True], answers[None]) and not torch.equal(answers[False], answers[None])
-    assert 0 < change[True] < 0.1 * change[False]
-    assert loss[False] < 0.7 * loss[None] < loss[True] < 1.05 * loss[None]
 
 
 def test_without_weight_it_is_seqlora_bit_for_bit(short, tmp_path):
