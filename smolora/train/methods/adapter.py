@@ -19,6 +19,9 @@ from .hooks import Hooks
 
 Options = TypeVar("Options")
 
+# of an adapter that trains other parameters in each stage: the add-ons that mean nothing with it, and why
+NEW_PARAMETERS = dict.fromkeys(("ewc", "ewc-tir"), "each stage trains parameters of its own, so none drifts")
+
 
 class Adapter(Hooks):
     """What a method puts into the model.

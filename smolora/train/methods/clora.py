@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...recipe import Recipe
 from ...recipe.schema import SECTION, Number
-from .adapter import baseline_rank
+from .adapter import NEW_PARAMETERS, baseline_rank
 from .lora import LoRA
 from .stage import StageWork
 
@@ -44,6 +44,7 @@ class CLoRA(LoRA):
 
     name = "clora"
     only_sequential = True
+    refused_add_ons = NEW_PARAMETERS
     options_class = CLoRAOptions
     options: CLoRAOptions
 

@@ -20,7 +20,7 @@ from ...methods.selector import Features
 from ...recipe.schema import SECTION, Count, Number, Text
 from ...tuner import MixtureLinear
 from ...tuner.placement import place_experts
-from .adapter import Adapter, baseline_rank
+from .adapter import NEW_PARAMETERS, Adapter, baseline_rank
 from .allocation import allocate, expert_budget, gradient_scores
 from .stage import Stage, StageWork, drawn, in_eval_mode, without_adapter
 
@@ -73,7 +73,7 @@ class DMoLE(Adapter):
     only_sequential = True
     refused_add_ons: ClassVar = {
         "replay": "a stage uses its own experts for all of its samples, so older ones would train the wrong experts",
-        **dict.fromkeys(("ewc", "ewc-tir"), "each task trains experts of its own, so no trained parameter drifts"),
+        **NEW_PARAMETERS,
     }
     default_targets = ATTENTION
     options_class = DMoLEOptions

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 
 from ...io.tensors import read_tensors, write_tensors
 from ...recipe import Recipe
@@ -60,6 +60,7 @@ class EWC(AddOn):
         super().__init__(recipe)
         self._importance: Tensors = {}  # what pulls in this stage, on the model's device
         self._anchor: Tensors = {}
+        self._penalty: Tensor | None = None  # of the last step
 
     @property
     def passes_between_stages(self) -> bool:
@@ -82,7 +83,15 @@ class EWC(AddOn):
             self.pull_to(model, *past)
 
     def step_term(self, model: nn.Module, scale: float) -> None:
-        add_pull(trained(model), self._importance, self._anchor, scale * self.options.weight)
+        if not self._importance:
+            return
+        weight = self.options.weight
+        drift = add_pull(trained(model), self._importance, self._anchor, scale * weight)
+        self._penalty = weight / 2 * drift
+
+    def figures(self) -> dict[str, float]:
+        """The penalty, as it counts in the loss."""
+        return {} if self._penalty is None else {"penalty": float(self._penalty)}
 
     def after_stage(self, model: nn.Module, work: StageWork, folder: Path) -> None:
         """Add the task's Fisher information to that of earlier tasks."""

@@ -87,7 +87,7 @@ def joined(past: tuple[Tensors, Tensors] | None, fisher: Tensors, values: Tensor
 
 
 @torch.no_grad()
-def add_pull(parameters: Mapping[str, Tensor], importance: Tensors, anchor: Tensors, weight: float) -> None:
+def add_pull(parameters: Mapping[str, Tensor], importance: Tensors, anchor: Tensors, weight: float) -> Tensor:
     """Add the gradient of weight / 2 * sum F (theta - a)^2 to the gradients that are there.
 
     A parameter without a gradient, or a slice of a `SlicedParameter` whose gradient is exactly zero, is not trained in
@@ -97,11 +97,18 @@ def add_pull(parameters: Mapping[str, Tensor], importance: Tensors, anchor: Tens
         parameters: theta by name, with their gradients.
         importance, anchor: F and a by name, float32; parameters that they lack are not pulled.
         weight: of the penalty.
+
+    Returns:
+        sum F (theta - a)^2 over what was pulled.
     """
+    total = torch.zeros(())
     for name, parameter in parameters.items():
         if parameter.grad is None or name not in importance:
             continue
-        pull = importance[name] * (parameter.float() - anchor[name])
+        drift = parameter.float() - anchor[name]
+        pull = importance[name] * drift
         if isinstance(parameter, SlicedParameter):
             pull = pull * slices_with_gradient(parameter)
         parameter.grad.add_(pull, alpha=weight)
+        total = total.to(pull.device) + (pull * drift).sum()
+    return total

@@ -112,7 +112,11 @@ def test_a_later_stage_is_pulled_to_what_earlier_ones_kept(world, tmp_path):
             for name, parameter in trained(model).items():
                 parameter.copy_(anchor[name] + 0.1)
                 parameter.grad = torch.ones_like(parameter)
+        assert hooks.figures() == {}
         hooks.step_term(model, 2.0)
+        penalty = sum(float(value.double().sum()) for value in of_file(kept, "importance").values()) * 0.1**2 * 3.0 / 2
+        if kept == folder:
+            assert hooks.figures() == {"penalty": pytest.approx(penalty, rel=1e-3)}
         pulls.append({name: parameter.grad - 1 for name, parameter in trained(model).items()})
     for name, pull in pulls[0].items():
         torch.testing.assert_close(pull, 2.0 * 3.0 * 0.1 * importance[name], rtol=1e-4, atol=1e-5)
@@ -186,8 +190,9 @@ def test_on_other_adapters(world, tmp_path, adapter):
         (["methods.ewc.scale=mean"], "methods.ewc.scale must be one of 'raw', 'mean1', got 'mean'"),
         (["methods.ewc.lambda=1"], "unknown key 'methods.ewc.lambda'"),
         (["method=dmole", "methods.ewc.weight=x"], None),
-        (["method={adapter: dmole, schedule: [ewc]}"], "must not have 'ewc' for the adapter 'dmole': each task trains"),
+        (["method={adapter: dmole, schedule: [ewc]}"], "must not have 'ewc' for the adapter 'dmole': each stage train"),
         (["method={adapter: dmole, schedule: [ewc-tir]}"], "must not have 'ewc-tir' for the adapter 'dmole'"),
+        (["method={adapter: clora, schedule: [ewc]}"], "must not have 'ewc' for the adapter 'clora'"),
         (["method={adapter: lora, schedule: [joint, ewc]}"], "'sequential' for the add-on 'ewc', .* got 'joint'"),
         (["method={adapter: lora, schedule: [one-per-task, ewc-tir]}"], "add-on 'ewc-tir', .* got 'one-per-task'"),
         (["method={adapter: none, schedule: [none, ewc]}"], "'sequential' for the add-on 'ewc', .* got 'none'"),
