@@ -86,7 +86,7 @@ ZERO3 = (
         ),
         *(
             pytest.param(method, (), id=f"{method}-ddp", marks=pytest.mark.slow)
-            for method in ("moelora", "branchlora", "dmole", "lilora", "moecl")
+            for method in ("moelora", "branchlora", "dmole", "lilora", "moecl", "replay", "ewc", "ewc-tir")
         ),
     ],
 )
