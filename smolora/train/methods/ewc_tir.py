@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...data.format import read_conversations
 from ...io.tensors import read_tensors, write_tensors
+from ...recipe import Recipe
 from ...recipe.schema import SECTION, Count, Flag, PathText
 from .ewc import EWC, EWCOptions, named
 from .fisher import Tensors, trained
@@ -40,6 +41,9 @@ class EWCTIR(EWC):
 
     A parameter's importance G is its largest Fisher information over the earlier tasks, times 1 - sim of that task and
     the stage's: see `similarity`. theta_start are the values that the stage starts from.
+
+    Raises:
+        ValueError: the encoder is no folder.
     """
 
     name = "ewc-tir"
@@ -47,6 +51,14 @@ class EWCTIR(EWC):
     options: EWCTIROptions
     _vectors: list[tuple[Tensor, ...]]  # of each task so far and of the stage's, one of each kind
     _damped: Tensors  # importances as this stage uses them
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        own = self.options.encoder is not None
+        folder = self.options.encoder if own else recipe.instructions.encoder
+        if folder is not None and not Path(folder).is_dir():
+            key = f"methods.{self.name}.encoder" if own else "instructions.encoder"
+            raise ValueError(f"{key} must be the folder of an encoder, got {folder!r}")
 
     def before_stage(self, model: nn.Module, work: StageWork) -> None:
         """Find how similar the task is to each earlier one, and damp a copy of the importances."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.functional import normalize
 
 from ...instructions.encoder import InstructionEncoder
 from ...recipe import Recipe
-from ...tuner.selection import run_tower
+from ...tuner.selection import image_dim, run_tower
 from .stage import StageWork, in_eval_mode, without_adapter
 
 KINDS = ("image", "instruction", "answer")
@@ -35,7 +34,7 @@ def image_vector(model: Any, work: StageWork, chosen: Sequence[int]) -> Tensor:
         float64 (e,), on the CPU.
     """
     base = model.get_base_model()
-    total = torch.zeros(base.config.vision_config.hidden_size, dtype=torch.float64)
+    total = torch.zeros(image_dim(base), dtype=torch.float64)
     with in_eval_mode(model), without_adapter(model):
         for batch in work.batches(chosen):
             if "pixel_values" in batch:
@@ -57,16 +56,11 @@ class ClassToken:
     Args:
         folder: of the BERT, with its tokenizer.
         device: where it runs.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
     """
 
     def __init__(self, folder: str, device: torch.device) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"methods.ewc-tir.encoder must be the folder of a BERT, got {folder!r}")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, truncation_side="left")
         self.model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).to(device).eval()
 

@@ -122,8 +122,12 @@ def test_the_class_token_of_a_bert(bert, tmp_path):
     torch.testing.assert_close(rows[0], rows[1])
     torch.testing.assert_close(rows[2:3], encode(["w1 w2"]), rtol=1e-4, atol=1e-5)
     assert (rows[2] - rows[3]).abs().max() > 1e-4
-    with pytest.raises(FileNotFoundError, match=r"methods.ewc-tir.encoder must be the folder of a BERT, got 'no/such'"):
-        ClassToken("no/such", torch.device("cpu"))
+
+
+def test_an_encoder_that_is_not_there_is_told_at_once(short):
+    for key in ("methods.ewc-tir.encoder", "instructions.encoder"):
+        with pytest.raises(ValueError, match=f"{key} must be the folder of an encoder, got 'no/such'"):
+            Method(short("method=ewc-tir", f"{key}=no/such"))
 
 
 # ---- importances
