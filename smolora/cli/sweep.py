@@ -10,26 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require_extra
-from ..io.files import path_argument, read_text
+from ..io.files import read_text
 from ..io.progress import say
-from ..train.methods import METHODS
 from .output import add_output_arguments, output_of
+from .train import add_recipe_arguments, figures
 
 if TYPE_CHECKING:
     from ..train.sweep import Point
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=path_argument, metavar="RECIPE", help="a YAML file, see recipes/")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=a,b,c",
-        help="values to sweep, all combinations of several keys; key=value is a change for all runs, as in train",
-    )
-    parser.add_argument("--method", choices=METHODS, help="short for method=...")
-    parser.add_argument(
-        "--output", metavar="DIR", help="folder of the sweep, with one for each run (default: the recipe's and -sweep)"
+    add_recipe_arguments(
+        parser,
+        "key=a,b,c",
+        "values to sweep, all combinations of several keys; key=value is a change for all runs, as in train",
+        "folder of the sweep, with one for each run (default: the recipe's and -sweep)",
     )
     parser.add_argument(
         "--jobs",
@@ -115,8 +110,6 @@ def _end(*_: Any) -> None:
 
 def _figures(folder: Path, points: list[Point], failed: list[Point]) -> dict[str, Any]:
     """The figures of all runs, for a program."""
-    from .train import figures
-
     return {
         "markdown": str(folder / "sweep.md"),
         "plot": str(folder / "sweep.png"),

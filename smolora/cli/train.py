@@ -15,17 +15,28 @@ TASKS = {"given": ", task given", "selector": ", task found by its selector"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=path_argument, metavar="RECIPE", help="a YAML file, see recipes/")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="changes to the recipe: training.epochs=2, tasks.0.test=FILE, ...; values are YAML",
+    add_recipe_arguments(
+        parser,
+        "key=value",
+        "changes to the recipe: training.epochs=2, tasks.0.test=FILE, ...; values are YAML",
+        "short for output=...: the run's folder",
     )
-    parser.add_argument("--method", choices=METHODS, help="short for method=...")
-    parser.add_argument("--output", metavar="DIR", help="short for output=...: the run's folder")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
     add_output_arguments(parser, "the figures of the run, or the plan of --dry-run,")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, change: str, changes: str, output: str) -> None:
+    """Add a recipe, changes to it, `--method` and `--output`.
+
+    Args:
+        parser: the command's.
+        change: what a change looks like.
+        changes, output: help on the changes and on `--output`.
+    """
+    parser.add_argument("recipe", type=path_argument, metavar="RECIPE", help="a YAML file, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar=change, help=changes)
+    parser.add_argument("--method", choices=METHODS, help="short for method=...")
+    parser.add_argument("--output", metavar="DIR", help=output)
 
 
 def run(args: argparse.Namespace) -> int:
