@@ -61,7 +61,8 @@ def read_grid(path: Path, arguments: Sequence[str], output: str | None = None) -
     Raises:
         ValueError: no key has several values, a key or a value is given twice, `output` is swept, or a recipe is wrong.
     """
-    fixed, axes = [], {}
+    fixed: list[str] = []
+    axes: dict[str, list[Any]] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         key = key.strip()
