@@ -22,7 +22,8 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
     """The content of results.json, as `smolora.report.layout` describes it.
 
     "training" is added: samples, steps and trained parameters of each trained stage, and how many numbers its adapter
-    stores. Everything that differs between a run and the same run killed and continued is under "timing".
+    and what it keeps for later stages have. Everything that differs between a run and the same run killed and continued
+    is under "timing".
     """
     stages, downstream = method.course.stages(), method.course.downstream()
     done = [stage for stage in stages if paths.scores(stage).keys() >= {task.name for task in stage.test}]
@@ -37,7 +38,7 @@ def collect_results(recipe: Recipe, method: Method, paths: RunPaths) -> dict[str
     training = {stage.name: read(paths.stage(stage) / "training.json") for stage in trained}
     timing = {name: {"training": content.pop("timing")} for name, content in training.items()}
     for stage in trained:
-        training[stage.name]["stored"] = num_stored(paths.adapter(stage))
+        training[stage.name]["stored"] = num_stored(paths.adapter(stage)) + num_stored(paths.kept(stage))
     for stage in (*done, *downstream):
         seconds = read_if_exists(paths.evaluation(stage) / "evaluation.json")
         if seconds:
@@ -107,10 +108,10 @@ def _downstream_results(recipe: Recipe, paths: RunPaths) -> dict[str, Any]:
     return tables
 
 
-def num_stored(adapter: Path) -> int:
-    """Count the numbers in an adapter's folder, buffers such as a selector's keys among them."""
+def num_stored(folder: Path) -> int:
+    """Count the numbers in a folder's tensors, buffers such as a selector's keys among them."""
     total = 0
-    for file in adapter.glob("*.safetensors"):
+    for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             names = tensors.keys()
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
