@@ -174,8 +174,9 @@ def test_on_other_adapters(world, tmp_path, adapter):
     }
     gradients = {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
     hooks.step_term(model, 1.0)
-    pulled = [name for name, gradient in gradients.items() if not torch.equal(trained(model)[name].grad, gradient)]
-    assert len(pulled) > len(gradients) / 2
+    pulled = {name for name, gradient in gradients.items() if not torch.equal(trained(model)[name].grad, gradient)}
+    shared = {name for name in gradients if not isinstance(trained(model)[name], SlicedParameter)}
+    assert pulled >= {name for name in shared if importance[name].any()} > set()
     torch.optim.AdamW(trained(model).values(), lr=1e-2).step()
     for name, rows in kept.items():
         assert torch.equal(trained(model)[name][rows], drifted[name][rows]), name
