@@ -224,7 +224,8 @@ gpu-sanitizer:
 	for job in $$running; do wait $$job || failed=1; done; \
 	tail -n 4 $(SANITIZERS:%=$(OUT)/gpu-%.log); exit $$failed
 
-# torch.compile takes minutes, so what it compiles is timed apart
+# torch.compile takes minutes, so what it compiles is timed apart. The last two commands measure the machine figures
+# that predictions are made from, and show predictions beside what was measured.
 gpu-bench:
 	@mkdir -p $(OUT)
 	$(ON_GPU) bench/fused_vs_naive.py --preset llava-7b --no-sweep --time-budget 240 --output $(OUT) \
@@ -232,6 +233,8 @@ gpu-bench:
 	$(ON_GPU) bench/fused_vs_naive.py --preset llava-7b --case gate/up --decode none --no-sweep --time-budget 90 \
 		--output $(OUT)/compiled --peers linear,triton,compiled 2>&1 | tee $(OUT)/gpu-bench-compiled.log
 	$(ON_GPU) bench/passes.py --preset llava-7b --time-budget 60 --output $(OUT) 2>&1 | tee $(OUT)/gpu-bench-passes.log
+	$(ON_GPU) bench/calibrate.py 2>&1 | tee $(OUT)/gpu-calibrate.log
+	$(ON_GPU) bench/throughput.py --measured $(OUT)/passes_llava-7b.json --json 2>&1 | tee $(OUT)/gpu-predictions.log
 
 # a training step of a whole LLaVA-7B with random weights
 gpu-train:

@@ -4,6 +4,7 @@
     python bench/throughput.py --sweep grad_output BT=64 BD=128,256 warps=4,8 stages=2,3 registers=none,128
     python bench/throughput.py --compare before.json after.json
     python bench/throughput.py --budget check
+    python bench/throughput.py --page docs/predictions.md
 
 Kernels are compiled as a training step launches them. Their machine code is counted and simulated on one multiprocessor
 (bench/predict/). `--json` ends with one line: `layer`, forward and backward over the frozen linear's time at dropout
@@ -17,13 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from predict import budget, report, sweep
+from predict import budget, page, report, sweep
 from predict.decode import MODELS, predict_decode
-from predict.layer import predict_copy, predict_layer
-from predict.machines import CARDS, machine
-from shapes import PRESETS
+from predict.layer import LayerPrediction, predict_copy, predict_layer
+from predict.machines import CARDS, Machine, card_here, machine
+from predict.report import Predictions
+from shapes import PRESETS, SMoLoRACase
 
 SEQUENCES = (1, 8, 64)
 
@@ -31,7 +34,7 @@ SEQUENCES = (1, 8, 64)
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("llava-7b", "llava-13b"), default="llava-7b")
-    parser.add_argument("--card", choices=CARDS, default="h200")
+    parser.add_argument("--card", choices=CARDS, help="default: the one that is here, else h200")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--output", type=Path, help="write every figure to this file, for --compare")
     parser.add_argument("--lines", action="store_true", help="instructions by source line of each pass's main kernel")
@@ -39,6 +42,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--sweep", nargs="+", metavar=("KERNEL", "FIELD=VALUES"), help="try tiles of a kernel in its place"
     )
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two files of --output")
+    parser.add_argument("--measured", type=Path, help="a JSON of bench/passes.py, to be shown beside the predictions")
+    parser.add_argument("--page", type=Path, help="write the page of predictions for all cards to this file")
     parser.add_argument("--budget", choices=("check", "write"), help="of the instructions of inner loops")
     parser.add_argument("--arch", type=int, nargs="+", default=(80, 90), help="of --budget (default: 80 90)")
     args = parser.parse_args(argv)
@@ -48,6 +53,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         except ValueError as error:
             parser.error(f"--sweep: {error}")
     return args
+
+
+def predict_all(
+    preset: str, cases: list[SMoLoRACase], card: Machine, show: Callable[[LayerPrediction], None] = lambda layer: None
+) -> Predictions:
+    """Predict all that a report has; `show` gets each layer as it comes."""
+    copy = predict_copy(card)
+    layers = []
+    for dropout, parameters in ((0.05, "bfloat16"), (0.0, "float32")):
+        for case in cases:
+            layers.append(predict_layer(case, card, dropout, parameters))
+            show(layers[-1])
+    steps = [predict_decode(MODELS[preset], n, card, cases[0].r, cases[0].vu) for n in SEQUENCES]
+    return Predictions(preset, card, layers, steps, copy)
 
 
 def check_budget(architectures: list[int], renew: bool) -> int:
@@ -71,26 +90,28 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.budget:
         return check_budget(args.arch, args.budget == "write")
-    card = machine(args.card)
     cases = [case for case in PRESETS[args.preset] if case.ffn]
-    print(f"Predictions for {args.card.upper()}, {args.preset}: {card.basis()}.")
+    if args.page:
+        args.page.write_text(page.write([predict_all(args.preset, cases, machine(name)) for name in CARDS]))
+        return 0
+    card = machine(args.card or card_here() or "h200")
+    print(f"Predictions for {card.name.upper()}, {args.preset}: {card.basis()}.")
     if args.sweep:
         sweep.run(args.sweep, cases, card)
         return 0
-    copy = predict_copy(card)
-    layers = []
-    for dropout, parameters in ((0.05, "bfloat16"), (0.0, "float32")):
-        for case in cases:
-            layers.append(predict_layer(case, card, dropout, parameters))
-            print(f"\n{report.layer_table(layers[-1], card, args.lines)}", flush=True)
-    case = cases[0]
-    steps = [predict_decode(MODELS[args.preset], n, card, case.r, case.vu) for n in SEQUENCES]
-    print(f"\n{report.decode_table(steps)}")
-    print(f"\nA plain copy is predicted at {copy.of_copy:.1%} of the memory's rate.")
+
+    def show(layer: LayerPrediction) -> None:
+        print(f"\n{report.layer_table(layer, card, args.lines)}", flush=True)
+
+    found = predict_all(args.preset, cases, card, show)
+    print(f"\n{report.decode_table(found.steps)}")
+    print(f"\nA plain copy is predicted at {found.copy.of_copy:.1%} of the memory's rate.")
+    if args.measured:
+        print(f"\n{report.beside_measured(found, json.loads(args.measured.read_text())['rows'])}")
     if args.output:
-        args.output.write_text(json.dumps(report.everything(args.preset, card, layers, steps, copy), indent=1) + "\n")
+        args.output.write_text(json.dumps(report.everything(found), indent=1) + "\n")
     if args.json:
-        print(json.dumps(report.summary(layers, steps, copy, card)))
+        print(json.dumps(report.summary(found)))
     return 0
 
 

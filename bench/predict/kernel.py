@@ -13,7 +13,7 @@ import kernel_report
 from predict import accesses, trips
 from predict.machines import Machine
 from predict.opcodes import classify, cost
-from predict.paths import Path_, Repeat, UndeclaredLoop, counted, dispatch_lines, flatten, path
+from predict.paths import Items, Repeat, UndeclaredLoop, counted, dispatch_lines, flatten, path
 from predict.sass import Function, disassemble, registers
 from predict.simulate import Step, simulate, step
 from predict.traffic import Traffic
@@ -79,7 +79,7 @@ class Prediction:
         return self.loop.get("barrier", 0)
 
 
-def kinds_of(call: kernel_report.Call, function: Function) -> list[tuple[int, Path_]]:
+def kinds_of(call: kernel_report.Call, function: Function) -> list[tuple[int, Items]]:
     """Return the kinds of programs of a launch: how many there are of each, and their path.
 
     Raises:
@@ -113,7 +113,7 @@ def kinds_of(call: kernel_report.Call, function: Function) -> list[tuple[int, Pa
 
 
 def simulated_cycles(
-    items: Path_, machine: Machine, traffic: Traffic, warps: int, resident: int, programs: int
+    items: Items, machine: Machine, traffic: Traffic, warps: int, resident: int, programs: int
 ) -> float:
     """Simulate the multiprocessor with the largest share of `programs` blocks."""
     steps: dict[int, Step] = {}

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 CALIBRATIONS = Path(__file__).parents[1] / "results/calibration"
 
 GUIDE = "CUDA C++ programming guide"
@@ -101,6 +103,14 @@ class Machine:
             "warps": int(self["warps"]) // warps,
             "blocks": int(self["blocks"]),
         }
+
+
+def card_here() -> str | None:
+    """Return the name in CARDS of the GPU that torch sees, if there is one and it has figures."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_properties(0).name
+    return next((card for card in CARDS if card.upper() in name), None)
 
 
 def machine(name: str, calibrations: Path = CALIBRATIONS) -> Machine:

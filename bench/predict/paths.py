@@ -38,7 +38,7 @@ class Repeat:
         return [i for item in self.items for i in (item.instructions if isinstance(item, Repeat) else [item])]
 
 
-Path_ = tuple[Instruction | Repeat, ...]
+Items = tuple[Instruction | Repeat, ...]
 
 
 @cache
@@ -98,7 +98,7 @@ class _Walk:
             self._share_out(loops, total, file, lines)
 
     def _share_out(self, loops: list[Loop], total: int, file: str, lines: range | None) -> None:
-        """Share a source loop's trips out among the loops that became of it."""
+        """Share a source loop's trips out among the loops that became of it; loads tell how often one was unrolled."""
         rest = list(loops)
         while rest:
             loop = rest.pop(0)
@@ -121,22 +121,22 @@ class _Walk:
                     self.skipped.add(block)
             self.count[tail] = left
 
-    def _weight(self, items: Path_) -> float:
+    def _weight(self, items: Items) -> float:
         return sum(item.trips * self._weight(item.items) if isinstance(item, Repeat) else 1 for item in items)
 
-    def region(self, entry: Block, within: Collection[Block], parent: Loop | None) -> Path_:
+    def region(self, entry: Block, within: Collection[Block], parent: Loop | None) -> Items:
         """Return the longest way from a block through a loop's body, or through the kernel."""
         inner = {loop.head: loop for loop in self.loops if loop.parent is parent}
         home = {block: loop for loop in inner.values() for block in loop.blocks}
-        best: dict[Block, tuple[float, Path_]] = {}
+        best: dict[Block, tuple[float, Items]] = {}
 
-        def visit(block: Block) -> tuple[float, Path_]:
+        def visit(block: Block) -> tuple[float, Items]:
             if block in best:
                 return best[block]
             loop = home.get(block)
             if loop is not None:
                 body = self.region(loop.head, loop.blocks, loop)
-                own: Path_ = (Repeat(body, self.count[loop], self.variable[loop]),) if self.count[loop] else ()
+                own: Items = (Repeat(body, self.count[loop], self.variable[loop]),) if self.count[loop] else ()
                 following = {n for b in loop.blocks for n in b.next if n not in loop.blocks}
             else:
                 own = () if block in self.skipped else tuple(i for i in block.instructions if not self.without(i))
@@ -154,7 +154,7 @@ class _Walk:
         return visit(entry)[1]
 
 
-def path(function: Function, trips: Trips, without: Callable[[Instruction], bool] = lambda i: False) -> Path_:
+def path(function: Function, trips: Trips, without: Callable[[Instruction], bool] = lambda i: False) -> Items:
     """Return the instructions that a warp runs, those that `without` picks left out.
 
     Args:
@@ -168,7 +168,7 @@ def path(function: Function, trips: Trips, without: Callable[[Instruction], bool
     return walk.region(walk.blocks[0], walk.blocks, None)
 
 
-def flatten(items: Path_, limit: int | None = None) -> list[Instruction]:
+def flatten(items: Items, limit: int | None = None) -> list[Instruction]:
     """Return the instructions of a path as they run, of no loop more than `limit` iterations."""
     out: list[Instruction] = []
     for item in items:
@@ -179,7 +179,7 @@ def flatten(items: Path_, limit: int | None = None) -> list[Instruction]:
     return out
 
 
-def counted(items: Path_, times: float = 1.0) -> list[tuple[Instruction, float]]:
+def counted(items: Items, times: float = 1.0) -> list[tuple[Instruction, float]]:
     """Return each instruction of a path with the number of times it runs."""
     out: list[tuple[Instruction, float]] = []
     for item in items:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from statistics import correlation
 from typing import Any
 
 from predict.decode import DecodePrediction
@@ -74,37 +75,82 @@ def decode_table(steps: list[DecodePrediction]) -> str:
     return "\n".join(rows)
 
 
-def summary(
-    layers: list[LayerPrediction], steps: list[DecodePrediction], copy: Prediction, machine: Machine
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Predictions:
+    """Everything that is predicted for one card and preset."""
+
+    preset: str
+    machine: Machine
+    layers: list[LayerPrediction]
+    steps: list[DecodePrediction]
+    copy: Prediction
+
+    @property
+    def dropped(self) -> list[LayerPrediction]:
+        return [layer for layer in self.layers if layer.dropout]
+
+    @property
+    def plain(self) -> list[LayerPrediction]:
+        return [layer for layer in self.layers if not layer.dropout]
+
+
+def summary(found: Predictions) -> dict[str, Any]:
     """Return the figures that the bars are set on."""
-    dropped = [layer for layer in layers if layer.dropout]
-    plain = [layer for layer in layers if not layer.dropout]
+    passes = [each for layer in found.plain for each in layer.passes]
     return {
         "what": "predictions of a static model, not measurements",
-        "card": machine.name,
-        "basis": machine.basis(),
-        "layer": {layer.case.name: round(layer.over_linear(machine), 3) for layer in dropped},
+        "card": found.machine.name,
+        "basis": found.machine.basis(),
+        "layer": {layer.case.name: round(layer.over_linear(found.machine), 3) for layer in found.dropped},
         "passes": {
-            name: round(min(p.share(machine) for layer in plain for p in layer.passes if p.name == name), 3)
-            for name in PASSES
+            name: round(min(each.share(found.machine) for each in passes if each.name == name), 3) for name in PASSES
         },
-        "decode": {str(step.sequences): round(step.of_none, 3) for step in steps},
-        "copy": round(copy.of_copy, 3),
+        "decode": {str(step.sequences): round(step.of_none, 3) for step in found.steps},
+        "copy": round(found.copy.of_copy, 3),
     }
 
 
-def everything(
-    preset: str, machine: Machine, layers: list[LayerPrediction], steps: list[DecodePrediction], copy: Prediction
-) -> dict[str, Any]:
+def everything(found: Predictions) -> dict[str, Any]:
     """Return every figure of a run, for `compare`."""
     kernels = {}
-    for layer in layers:
+    for layer in found.layers:
         for each in layer.passes:
             for number, kernel in enumerate(each.kernels):
                 key = f"{layer.case.name}, dropout {layer.dropout:g}, {each.name} {number}: {kernel.kernel}"
                 kernels[key] = asdict(kernel)
-    return {"preset": preset, "summary": summary(layers, steps, copy, machine), "kernels": kernels}
+    return {"preset": found.preset, "summary": summary(found), "kernels": kernels}
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Return Spearman's correlation of two lists, of which neither has a value twice."""
+    ranks = [[sorted(values).index(value) for value in values] for values in (first, second)]
+    return correlation(*map(lambda each: [float(rank) for rank in each], ranks))
+
+
+def beside_measured(found: Predictions, rows: list[dict[str, Any]]) -> str:
+    """Format predicted times beside those that bench/passes.py measured, rows of its JSON.
+
+    Raises:
+        ValueError: fewer than three of the rows are of predicted passes.
+    """
+    predicted = {
+        (layer.case.name, each.name): each.seconds + (each.launches - 1) * found.machine["launch"]
+        for layer in found.plain
+        for each in layer.passes
+    }
+    measured = {
+        (row["case"], row["pass"]): row["ms"]["median"] / 1e3
+        for row in rows
+        if row["backend"] == "triton" and (row["case"], row["pass"]) in predicted
+    }
+    if len(measured) < 3:
+        raise ValueError(f"needs three measured passes of Triton's that are predicted, too; got {len(measured)}")
+    lines = [f"{'pass':<26}{'predicted us':>14}{'measured us':>14}{'measured / predicted':>22}"]
+    for key, value in measured.items():
+        ratio = value / predicted[key]
+        lines.append(f"{', '.join(key):<26}{_us(predicted[key]):>14}{_us(value):>14}{ratio:>22.2f}")
+    order = rank_correlation([predicted[key] for key in measured], list(measured.values()))
+    return "\n".join([*lines, f"rank correlation {order:.2f}; the model is of use if it is 0.8 or more"])
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> str:

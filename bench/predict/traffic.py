@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import kernel_report
 from predict import trips
 from predict.opcodes import GLOBAL, classify
-from predict.paths import Path_, Repeat, counted
+from predict.paths import Items, Repeat, counted
 from predict.sass import Instruction
 from predict.simulate import Access
 
@@ -36,8 +36,15 @@ def _merged(groups: set[Group]) -> dict[Group, Group]:
     return {group: next((w, frozenset(n)) for w, n in unions if w == group[0] and group[1] <= n) for group in groups}
 
 
+class UnknownAccess(ValueError):
+    """A load or store whose tensor is not known: counted as nothing, it would make a kernel faster."""
+
+
 class Traffic:
     """The memory traffic of a launch.
+
+    Raises:
+        UnknownAccess: a load or store belongs to no tensor.
 
     Args:
         lines: arguments by source line and whether it stores, see `accesses.tensors_by_line`.
@@ -49,7 +56,7 @@ class Traffic:
         self,
         call: kernel_report.Call,
         lines: dict[tuple[str, int, bool], set[str]],
-        kinds: Sequence[tuple[int, Path_]],
+        kinds: Sequence[tuple[int, Items]],
         warps: int,
         in_l2: frozenset[str],
     ) -> None:
@@ -61,7 +68,6 @@ class Traffic:
         self.looped = {
             i.address for _, items in kinds for item in items if isinstance(item, Repeat) for i in item.instructions
         }
-        self.unknown: set[str] = set()
         self.copied = self._copied(kinds)
         moved: Counter[Group] = Counter()
         for number, items in kinds:
@@ -84,7 +90,7 @@ class Traffic:
         self.l2_bytes = sum(total.values())
         self.memory_bytes = sum(self.read.values()) + sum(self.written.values())
 
-    def _copied(self, kinds: Sequence[tuple[int, Path_]]) -> dict[tuple[str, int], float]:
+    def _copied(self, kinds: Sequence[tuple[int, Items]]) -> dict[tuple[str, int], float]:
         """Return the share of a loop's copies that are made, by line: the last ones have gone ahead of the loop."""
         inside: Counter[tuple[str, int]] = Counter()
         ahead: Counter[tuple[str, int]] = Counter()
@@ -99,8 +105,9 @@ class Traffic:
         written = classify(instruction) in ("store", "atomic")
         names = self.lines.get((instruction.file, instruction.line, written))
         if names is None:
-            self.unknown.add(f"{instruction.file}:{instruction.line}")
-        return written, frozenset(names or ())
+            place = f"{instruction.file}:{instruction.line}"
+            raise UnknownAccess(f"{self.kernel}: Triton's IR has no pointer for the {instruction.opcode} of {place}")
+        return written, frozenset(names)
 
     def bytes(self, instruction: Instruction) -> float:
         """Return the bytes that a warp's instruction moves, but for the share that masks leave out."""

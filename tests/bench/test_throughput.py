@@ -20,7 +20,7 @@ from contextlib import redirect_stderr
 from dataclasses import replace
 from io import StringIO
 import throughput
-from predict import budget, layer, machines
+from predict import budget, layer, machines, report
 
 share = layer.predict_copy(machines.machine("h200")).of_copy
 assert 0.95 <= share <= 1.05, share
@@ -30,6 +30,17 @@ complaints = lambda **changes: budget.complaints({"a": replace(allowed["a"], **c
 assert not complaints() and not complaints(instructions=105) and not complaints(instructions=50, barriers=0)
 assert "106" in complaints(instructions=106)[0] and "4 barriers" in complaints(barriers=4)[0]
 assert "no budget" in budget.complaints({"b": allowed["a"]}, allowed)[0]
+
+case = type("Case", (), {"name": "gate/up"})
+made = lambda name, us: type("Pass", (), {"name": name, "seconds": us / 1e6, "launches": 1})
+layer_of = lambda times: type("Layer", (), {"case": case, "passes": [made(n, t) for n, t in times.items()]})
+predicted = {"a": 50.0, "b": 40.0, "c": 130.0, "d": 60.0}
+found = type("Found", (), {"machine": {"launch": 1e-6}, "plain": [layer_of(predicted)]})
+rows = [{"case": "gate/up", "backend": "triton", "pass": n, "ms": {"median": 2e-3 * t}} for n, t in predicted.items()]
+text = report.beside_measured(found, [*rows, {"case": "gate/up", "backend": "cuda", "pass": "a", "ms": {"median": 1}}])
+assert text.count("2.00") == 4 and "rank correlation 1.00" in text, text
+rows[0], rows[2] = ({**rows[i], "ms": rows[j]["ms"]} for i, j in ((0, 2), (2, 0)))
+assert "rank correlation 0.20" in report.beside_measured(found, rows), report.beside_measured(found, rows)
 
 for flags in (["--sweep", "shrnk", "BT=64"], ["--sweep", "shrink", "bt=64"], ["--sweep", "shrink", "BT=x"]):
     said = StringIO()
