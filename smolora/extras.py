@@ -10,8 +10,9 @@ MODULES = {  # by extra: the modules of its own packages, each with its package'
     "report": {"jinja2": "jinja2", "matplotlib": "matplotlib"},
     "demo": {"gradio": "gradio", "jinja2": "jinja2", "matplotlib": "matplotlib"},
     "minicvit": {"sklearn": "scikit-learn"},
+    "own": {"jsonschema": "jsonschema", "pyarrow": "pyarrow"},
 }
-INCLUDES = {"eval": "llava", "demo": "eval", "minicvit": "eval"}  # an extra that comes with another
+INCLUDES = {"eval": "llava", "demo": "eval", "minicvit": "eval", "own": "eval"}  # an extra that comes with another
 
 
 class MissingExtraError(ImportError):

@@ -1,4 +1,4 @@
-"""`smolora metrics`: an accuracy matrix to AP, MAP, BWT and MIF, or to CoIN's ACC, MAA and BWT."""
+"""`smolora metrics`: an accuracy matrix to AP, MAP, BWT and MIF, or to CoIN's or MLLM-CL's figures."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--convention",
         default="cvit",
         choices=CONVENTIONS,
-        help="cvit: AP, MAP, BWT over the T - 1 earlier tasks, MIF; coin: ACC, MAA, BWT over all T tasks "
-        "(default: %(default)s)",
+        help="cvit: AP, MAP, BWT over the T - 1 earlier tasks, MIF; coin: ACC, MAA, BWT over all T tasks; "
+        "mllm-cl: MFT, MFN, MAA, BWT over the T - 1 earlier tasks (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object with one entry a stage")
     parser.add_argument(

@@ -58,7 +58,8 @@ class TaskQuestions:
         """What scoring knows of a question; None if it does not score it."""
         if self._items is None:
             files = Files(self.recipe.annotations(self.task), self.task.benchmark_name)
-            self._items = {item.question_id: item for item in self.dataset.load(files, self.dataset.questions)}
+            name = self.recipe.test_file(self.task).name
+            self._items = {item.question_id: item for item in self.dataset.load(files, name)}
         return self._items.get(str(question.question_id))
 
     def split(self, question: Question) -> tuple[str, str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import lru_cache
 
 from ..arguments import check_choice
+from ..data.own import own_parts
 from .coin import COIN_DATASETS
 from .datasets import DATASETS, PROTOCOLS, Dataset
+from .own import own_dataset
 
 BENCHMARKS: tuple[Mapping[str, Dataset], ...] = (DATASETS, COIN_DATASETS)
 
@@ -29,11 +32,14 @@ def datasets_of(protocol: str | None = None) -> dict[str, Dataset]:
 
 
 def find_dataset(name: str, protocol: str | None = None) -> Dataset:
-    """Find a dataset by name, among those that a protocol scores.
+    """Find a dataset by name, among those that a protocol scores. Any protocol scores a task of one's own.
 
     Raises:
         ValueError: there is none. The message has the nearest name and all of them.
     """
+    own = _own(name)
+    if own is not None:
+        return own
     known = datasets_of(protocol)
     if name not in known:
         near = difflib.get_close_matches(name.lower(), {other.lower(): other for other in known}, n=1, cutoff=0.5)
@@ -45,7 +51,14 @@ def find_dataset(name: str, protocol: str | None = None) -> Dataset:
     return known[name]
 
 
-def question_files(name: str) -> set[str]:
-    """File names that a dataset's questions have: CVIT's and CoIN's."""
-    find_dataset(name)
+@lru_cache(maxsize=64)  # a format's schema and a function's file are read once
+def _own(name: str) -> Dataset | None:
+    parts = own_parts(name)
+    return None if parts is None else own_dataset(*parts)
+
+
+def question_files(name: str) -> set[str] | None:
+    """File names that a dataset's questions have: CVIT's and CoIN's. None for any, of a task of one's own."""
+    if find_dataset(name).any_file_name:
+        return None
     return {benchmark[name].questions for benchmark in BENCHMARKS if name in benchmark}

@@ -79,6 +79,7 @@ class Dataset:
     Args:
         questions: file name of its questions in the benchmark.
         other_questions: the file name that they have in CoIN, where it is another.
+        any_file_name: its questions may be in a file of any name.
         load: reads its items from its files.
         smolora: scoring that is comparable with the paper's tables; None for a dataset that is not in them.
         standard: scoring with the metric as the field defines it.
@@ -99,11 +100,12 @@ class Dataset:
     released_square: bool = True
     instruction_row: int | None = None
     other_questions: str | None = None
+    any_file_name: bool = False
 
     @property
-    def question_files(self) -> set[str]:
-        """File names that its questions may have."""
-        return {self.questions, self.other_questions or self.questions}
+    def question_files(self) -> set[str] | None:
+        """File names that its questions may have; None for any."""
+        return None if self.any_file_name else {self.questions, self.other_questions or self.questions}
 
     def questions_in(self, files: Files) -> str:
         """File name that its questions have in some folders."""

@@ -1,6 +1,6 @@
 """The continual-learning figures of a run after each stage, from its accuracy matrix.
 
-AP, MAP, BWT and MIF are Eq. 10 to 12. ACC, MAA and BWT are CoIN's.
+AP, MAP, BWT and MIF are Eq. 10 to 12. ACC, MAA and BWT are CoIN's. MFT, MFN, MAA and BWT are MLLM-CL's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ Figures = dict[str, list[float | None]]
 
 FIGURES = ("AP", "MAP", "BWT", "MIF")
 COIN_FIGURES = ("ACC", "MAA", "BWT")
-CONVENTIONS = ("cvit", "coin")
+MLLM_CL_FIGURES = ("MFT", "MFN", "MAA", "BWT")
+CONVENTIONS = ("cvit", "coin", "mllm-cl")
 
 
 def continual_metrics(
@@ -28,7 +29,7 @@ def continual_metrics(
     allow_missing: bool = False,
     convention: str = "cvit",
 ) -> Figures:
-    """AP, MAP, BWT (Eq. 10 and 11) and MIF (Eq. 12) after each stage, or CoIN's ACC, MAA and BWT.
+    """AP, MAP, BWT (Eq. 10 and 11) and MIF (Eq. 12) after each stage, or CoIN's or MLLM-CL's figures.
 
     Args:
         tasks: names of the n tasks, in the order of training.
@@ -39,13 +40,14 @@ def continual_metrics(
             single row), there is no MAP, and BWT is 0.
         allow_missing: cells may be None, rows may end early and stages may be missing. Every figure that needs such a
             cell is None.
-        convention: "cvit" for AP, MAP, BWT and MIF; "coin" for ACC, MAA and BWT. ACC is AP and MAA is MAP. CoIN's BWT
-            after stage k is a mean over all k tasks, the last of which cannot have changed, so it is (k - 1) / k times
-            the other. `mif` is not read then.
+        convention: "cvit" for AP, MAP, BWT and MIF; "coin" for ACC, MAA and BWT; "mllm-cl" for MFT, MFN, MAA and BWT.
+            ACC and MFN are AP, and MAA is MAP. CoIN's BWT after stage k is a mean over all k tasks, the last of which
+            cannot have changed, so it is (k - 1) / k times the other. MFT after stage k is the mean of a_11 to a_kk,
+            each task's accuracy after its own stage. `mif` is read for "cvit" alone.
 
     Returns:
         One entry per stage under each name. After the first stage BWT is None, and 0 in CoIN's. A single row has
-        neither MAP (MAA) nor BWT.
+        neither MAP (MAA) nor BWT nor MFT.
 
     Raises:
         ValueError: the input has another shape, or cells are missing. The message names row and column.
@@ -58,7 +60,9 @@ def continual_metrics(
     coin = convention == "coin"
     accuracy = _rows("matrix", matrix, tasks, method, allow_missing)
     following = (
-        _rows("mif", mif, tasks, method, allow_missing) if mif is not None and not coin else [[None]] * len(accuracy)
+        _rows("mif", mif, tasks, method, allow_missing)
+        if mif is not None and convention == "cvit"
+        else [[None]] * len(accuracy)
     )
     if len(following) != len(accuracy):
         raise ValueError(f"mif must have as many rows as matrix, {len(accuracy)}, got {len(following)}")
@@ -73,6 +77,10 @@ def continual_metrics(
         figures["MAP"] = [_mean(ap[: k + 1]) for k in stages]
         changes = [[_minus(row[j], accuracy[j][j]) for j in range(k + coin)] for k, row in enumerate(accuracy)]
         figures["BWT"] = [_mean(of_stage) if of_stage else None for of_stage in changes]
+    if convention == "mllm-cl":
+        own = [None] if _is_single(accuracy, tasks) else [accuracy[k][k] for k in stages]
+        figures |= {"MFT": [_mean(own[: k + 1]) for k in stages], "MFN": figures["AP"], "MAA": figures["MAP"]}
+        return {name: figures[name] for name in MLLM_CL_FIGURES}
     if coin:
         return dict(zip(COIN_FIGURES, (figures["AP"], figures["MAP"], figures["BWT"]), strict=True))
     return {name: figures[name] for name in FIGURES}

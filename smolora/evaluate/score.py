@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.format import Skipped, read_lines
+from ..data.own import own_parts
 from .benchmarks import find_dataset
 from .datasets import Files
 from .pairing import pair_answers
@@ -35,7 +36,8 @@ class Score:
         """The score as `smolora score --json` prints it."""
         content = {name: getattr(self, name) for name in ("dataset", "protocol", "metric", "score", "mif", "count")}
         counts = {name: getattr(self, name) for name in ("skipped", "uncounted") if getattr(self, name)}
-        return content | self.groups | counts
+        own = self.extra_metrics if own_parts(self.dataset) else {}
+        return content | self.groups | own | counts
 
     def __str__(self) -> str:
         figures = [
@@ -70,7 +72,13 @@ class Score:
             print(self.remark, file=sys.stderr, flush=True)
 
 
-def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, protocol: str = "smolora") -> Score:
+def score(
+    dataset: str,
+    annotations: Sequence[str | Path],
+    answers: str | Path,
+    protocol: str = "smolora",
+    questions: str | None = None,
+) -> Score:
     """Score an answers file.
 
     Args:
@@ -80,13 +88,14 @@ def score(dataset: str, annotations: Sequence[str | Path], answers: str | Path, 
             `skipped_path` are left out.
         protocol: "smolora" (comparable with the paper's tables), "standard" (the metric as the field defines it) or
             "coin" (CoIN's scorers as released, see `smolora.evaluate.coin`).
+        questions: file name of the questions; None for the dataset's own.
 
     Raises:
         ValueError: a file is missing or malformed, or answers and questions do not match. The message names file and
             line or record.
     """
     scoring = find_dataset(dataset, protocol).scoring(protocol)
-    items, given, skipped, missing, uncounted = _read(dataset, annotations, Path(answers), protocol)
+    items, given, skipped, missing, uncounted = _read(dataset, annotations, Path(answers), protocol, questions)
     scores = scoring.score(items, given)
     counted = [value for value in scores if value is not None]
     if not counted:
@@ -123,11 +132,15 @@ class Judged(NamedTuple):
 
 
 def judge(
-    dataset: str, annotations: Sequence[str | Path], answers: str | Path, protocol: str = "smolora"
+    dataset: str,
+    annotations: Sequence[str | Path],
+    answers: str | Path,
+    protocol: str = "smolora",
+    questions: str | None = None,
 ) -> dict[str, Judged]:
     """Judge every answer of a file as `score` does, with the same arguments and errors. Returns them by question id."""
     scoring = find_dataset(dataset, protocol).scoring(protocol)
-    items, given, *_ = _read(dataset, annotations, Path(answers), protocol)
+    items, given, *_ = _read(dataset, annotations, Path(answers), protocol, questions)
     follows = scoring.follows_format
     return {
         item.question_id: Judged(item, text, value, None if follows is None else follows(item, text))
@@ -136,14 +149,14 @@ def judge(
 
 
 def _read(
-    dataset: str, annotations: Sequence[str | Path], answers: Path, protocol: str
+    dataset: str, annotations: Sequence[str | Path], answers: Path, protocol: str, questions: str | None
 ) -> tuple[list[Item], list[str], int, int, int]:
     """Read the questions to score and their answers, and the numbers of skipped, missing and uncounted ones."""
     spec = find_dataset(dataset, protocol)
     scoring = spec.scoring(protocol)
     left_out = read_skipped(answers)
     files = Files([Path(folder) for folder in annotations], dataset, {record.index for record in left_out})
-    items = spec.load(files, spec.questions_in(files))
+    items = spec.load(files, questions or spec.questions_in(files))
     skipped = {str(record.question_id) for record in left_out if record.question_id is not None}
     items, given, missing, uncounted = pair_answers(
         dataset, items, answers, scoring.pairing, skipped=skipped, missing_scores_zero=spec.missing_scores_zero

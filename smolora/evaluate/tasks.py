@@ -59,13 +59,13 @@ class Task:
         if not self.questions.is_file():
             raise ValueError(f"{self.name}: there is no question file {self.questions}")
 
-    def check_file_name(self, expected: Collection[str]) -> None:
-        """Check the name of the question file, which scoring looks for.
+    def check_file_name(self, expected: Collection[str] | None) -> None:
+        """Check the name of the question file, which scoring looks for; None for any.
 
         Raises:
             ValueError: it has another name.
         """
-        if self.questions.name not in expected:
+        if expected is not None and self.questions.name not in expected:
             names = " or ".join(sorted(expected))
             raise ValueError(
                 f"{self.name}: the questions of {self.dataset} must be in a file named {names}, by which they are "
@@ -164,7 +164,7 @@ def evaluate_tasks(
             embed=None if embed is None else embed[task.name],
             settings=replace(settings, max_new_tokens=max_new_tokens or dataset.max_new_tokens),
         )
-        result = scores[task.name] = score(task.dataset, task.annotations, answers, protocol)
+        result = scores[task.name] = score(task.dataset, task.annotations, answers, protocol, task.questions.name)
         if PartialState().is_main_process:
             save(task.name, result, time.monotonic() - start)
     return scores

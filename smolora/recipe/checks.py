@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..data.own import AND, FORMAT
 from .arguments import check_arguments
 from .messages import unknown_key
 from .schema import ADAPTER_KEYS, Recipe
@@ -36,6 +37,14 @@ def _check_tasks(recipe: Recipe) -> None:
             raise ValueError(f"a name must be letters, digits, spaces and any of ,._+-, got {name!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"tasks and downstream must have different names, got {names}")
+    for task in recipe.all_tasks:
+        for metric in task.metric:
+            if AND in metric or FORMAT in metric:
+                raise ValueError(f"{task.name}.metric must be one metric an entry, got {metric!r}")
+        if task.metric and task.dataset is not None:
+            raise ValueError(f"{task.name}: give dataset or metric, got both, {task.dataset!r} and {task.metric}")
+        if task.format is not None and not task.metric:
+            raise ValueError(f"{task.name}.format needs a metric, which {task.benchmark_name!r} has of its own")
     for task in recipe.tasks:
         if task.train is None:
             raise ValueError(f"tasks: {task.name} must have a training file, train")

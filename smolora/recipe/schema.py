@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticKnownError
 
 from ..config import SMoLoRAConfig
+from ..data.own import own_name
 from ..io.files import surrogate, user_path
 
 
@@ -33,6 +34,11 @@ def _number(value: Any) -> Any:
         with contextlib.suppress(ValueError):
             return float(value)
     return value
+
+
+def _listed(value: Any) -> Any:
+    """Read a text as a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
 def _mapping(value: Any) -> Any:
@@ -161,7 +167,10 @@ class TaskRecipe:
         name: names its stage and its column in the results.
         test: the test file.
         train: the training file; None for a task that is only evaluated.
-        dataset: the evaluator's dataset that it is scored as; None for `name`.
+        dataset: the evaluator's dataset that it is scored as; None for `name`. Not with `metric`.
+        metric: of a task of one's own, a name of `smolora.evaluate.own.METRICS` or `python:FILE:FUNCTION`, or a list of
+            them. The first is the matrix's, the others are printed beside it.
+        format: what follows the instruction, for MIF (see `smolora.evaluate.own.format_of`); None for no MIF.
         images: folder that its image paths are relative to; None for `data.images`.
         instructions: the instruction texts at the end of its prompts. Without them the benchmark's own are looked for,
             and a prompt that ends with none of these has its last line as its instruction.
@@ -177,11 +186,13 @@ class TaskRecipe:
     instructions: list[Text] = field(default_factory=list)
     epochs: Positive | None = None
     batch_size: Count | None = None
+    metric: Annotated[list[Text], BeforeValidator(_listed)] = field(default_factory=list)
+    format: Text | None = None
 
     @property
     def benchmark_name(self) -> str:
         """The name of the evaluator's dataset."""
-        return self.dataset or self.name
+        return own_name(self.metric, self.format) if self.metric else self.dataset or self.name
 
 
 @dataclass(frozen=True, config=SECTION)

@@ -85,7 +85,8 @@ class Judge:
         if (stage, task) not in self._judged:
             test = self.run.tests[task]
             folders = list(map(self._path, test["annotations"]))
-            self._judged[stage, task] = judge(test["dataset"], folders, answers, self.run.protocol)
+            questions = Path(test["questions"]).name
+            self._judged[stage, task] = judge(test["dataset"], folders, answers, self.run.protocol, questions)
         return self._judged[stage, task]
 
     def fate(self, task: str) -> Fate | None:

@@ -112,7 +112,7 @@ class _Checker:
         except ValueError as error:
             raise ValueError(f"task {task.name!r}: {error} (or give the task a `dataset`)") from error
         train, test = recipe.train_file(task), recipe.test_file(task)
-        if test.name not in dataset.question_files:
+        if dataset.question_files is not None and test.name not in dataset.question_files:
             names = " or ".join(sorted(dataset.question_files))
             raise ValueError(
                 f"{task.name}.test must be named {names}, as {task.benchmark_name} is scored by that file, got {test}"

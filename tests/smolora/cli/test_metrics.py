@@ -48,6 +48,23 @@ def test_command_by_coins_convention(tmp_path, capsys):
     assert "disagree" not in capsys.readouterr().out
 
 
+def test_command_by_mllm_cls_convention(tmp_path, capsys):
+    path = tmp_path / "matrix.json"
+    path.write_text(json.dumps({"tasks": TASKS, "matrix": MATRIX}))
+    assert cli.main(["metrics", str(path), "--convention", "mllm-cl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "MFT": [80, 70, pytest.approx(230 / 3)],
+        "MFN": [80, 65, 60],
+        "MAA": [80, 72.5, pytest.approx(205 / 3)],
+        "BWT": [None, -10, -25],
+    }
+    for content, mft in [({"matrix": [[1.0, 2.0, 3.0]]}, [None]), ({"matrix": MATRIX, "method": "dirlora"}, 230 / 3)]:
+        path.write_text(json.dumps({"tasks": TASKS, **content}))
+        assert cli.main(["metrics", str(path), "--convention", "mllm-cl", "--json"]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["MFT"] == mft or figures["MFT"][-1] == figures["MFN"][-1] == pytest.approx(mft)
+
+
 @pytest.mark.parametrize(("table", "expected"), [(paper.TABLE_5, ["VQAv2: 64.61", "AP: 46.21"]), (paper.TABLE_6, [])])
 def test_command_lists_where_the_papers_tables_disagree(tmp_path, capsys, table, expected):
     path = tmp_path / "matrix.json"

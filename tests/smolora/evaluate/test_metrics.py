@@ -40,7 +40,7 @@ def test_coin_of_other_shapes():
 
 
 def test_unknown_convention():
-    with pytest.raises(ValueError, match="convention must be one of 'cvit', 'coin', got 'CoIN'"):
+    with pytest.raises(ValueError, match="convention must be one of 'cvit', 'coin', 'mllm-cl', got 'CoIN'"):
         continual_metrics(TASKS, MATRIX, convention="CoIN")
 
 

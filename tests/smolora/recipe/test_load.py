@@ -57,6 +57,12 @@ def test_defaults_are_the_papers(path):
         ("training.arguments.report_to=tensorboard", lambda r: r.training.arguments, {"report_to": "tensorboard"}),
         ("output=a=b", lambda r: str(r.folder), "a=b"),
         ("downstream=null", lambda r: r.downstream, {}),  # a section whose lines are commented out
+        ("tasks.0.metric=anls", lambda r: r.tasks[0].benchmark_name, "metric anls"),
+        (
+            "tasks.0={name: a, train: t, test: t, metric: [iou, exact], format: box}",
+            lambda r: r.tasks[0].benchmark_name,
+            "metric iou + exact, format box",
+        ),
         ("benchmark='${x}'", lambda r: r.benchmark, "${x}"),  # a text, and nothing to be replaced in it
         ("downstream.zero-shot=[{name: OCRVQA, test: t}]", lambda r: r.downstream["zero-shot"][0].test, "t"),
     ],
@@ -101,6 +107,10 @@ def test_overrides(path, override, get, value):
         ("tasks.1.name=ImageNet", r"tasks and downstream must have different names"),
         ("tasks.1.name=../x", r"a name must be letters, digits, spaces and any of ,._\+-, got '../x'"),
         ("tasks.1.train=null", r"GQA must have a training file, train"),
+        ("tasks.0={name: a, train: t, test: t, metric: exact, dataset: GQA}", r"a: give dataset or metric, got both"),
+        ("tasks.0.format=letter", r"ImageNet.format needs a metric, which 'ImageNet' has of its own"),
+        ("tasks.0.metric=exact + anls", r"ImageNet.metric must be one metric an entry, got 'exact \+ anls'"),
+        ("tasks.0.metric=3", r"tasks.0.metric must be a list, got 3"),
         ("instructions.embed=task_mean", r"task_mean needs instructions of each task, ImageNet has none"),
         ("adapter.top_k=9", r"top_k must be at most"),
         ("training.warmup_ratio=1", r"training.warmup_ratio must lie in \[0, 1\), got 1"),
