@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from ...recipe import Recipe
 from ...recipe.schema import SECTION, Number
 from .adapter import NEW_PARAMETERS, baseline_rank
-from .lora import LoRA
+from .lora import LoRA, lora_layers
 from .stage import StageWork
 
 ADAPTER = "default"  # PEFT's name of the adapter that a stage trains
@@ -31,7 +30,7 @@ class CLoRAOptions:
             of the weights, and on whether the penalty is a sum or a mean.
     """
 
-    weight: Annotated[Number, Field(ge=0)] = 1e3
+    weight: Annotated[Number, Field(ge=0)] = 10.0
 
 
 class CLoRA(LoRA):
@@ -57,9 +56,9 @@ class CLoRA(LoRA):
         model: Any = super().start(base, previous)
         self._past, self._penalty = [], None
         if previous is not None:
-            self._past = [Past(layer) for layer in _layers(model)]
+            self._past = [Past(layer) for layer in lora_layers(model)]
             rank, alpha = baseline_rank(self.recipe)
-            for layer in _layers(model):
+            for layer in lora_layers(model):
                 A, B = _factors(layer)
                 _set_factors(layer, A.new_empty(rank, A.shape[1]), B.new_empty(B.shape[0], rank), alpha)
                 layer.reset_lora_parameters(ADAPTER, True)
@@ -69,7 +68,7 @@ class CLoRA(LoRA):
     def memory(self, model: nn.Module) -> int:
         """P of the last stage."""
         stages_before = self.recipe.num_task_ids - 1
-        return sum(stages_before * 4 * factor.numel() for layer in _layers(model) for factor in _factors(layer))
+        return sum(stages_before * 4 * factor.numel() for layer in lora_layers(model) for factor in _factors(layer))
 
     @torch.no_grad()
     def step_term(self, model: nn.Module, scale: float) -> None:
@@ -78,7 +77,7 @@ class CLoRA(LoRA):
         if not self._past or not weight:
             return
         values = []
-        for past, layer in zip(self._past, _layers(model), strict=True):
+        for past, layer in zip(self._past, lora_layers(model), strict=True):
             value, *gradients = penalty(past.A, past.B, *_factors(layer), past.scaling)
             values.append(value)
             for factor, gradient in zip(_factors(layer), gradients, strict=True):
@@ -95,7 +94,7 @@ class CLoRA(LoRA):
         """Join the earlier tasks' factors and the new ones to one LoRA."""
         if not self._past:
             return
-        for past, layer in zip(self._past, _layers(model), strict=True):
+        for past, layer in zip(self._past, lora_layers(model), strict=True):
             past.remove()
             A, B = _factors(layer)
             alpha = layer.scaling[ADAPTER] * (past.A.shape[0] + A.shape[0])
@@ -157,11 +156,6 @@ def penalty(past_A: Tensor, past_B: Tensor, A: Tensor, B: Tensor, scaling: float
         dB[rows] = scaling * (G @ A.mT)
         dA += scaling * (B[rows].mT @ G)
     return Penalty(value, dA, dB)
-
-
-def _layers(model: nn.Module) -> Iterator[Any]:
-    """The layers with a LoRA, in the model's order."""
-    return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
 def _factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:

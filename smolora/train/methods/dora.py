@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .lora import LoRA
+from .lora import LoRA, lora_layers
 
 
 class DoRA(LoRA):
@@ -29,6 +27,13 @@ class DoRA(LoRA):
             _start_from_the_rows_of_W(model)
         return model
 
+    def memory(self, model: nn.Module) -> int:
+        """In 16 bits, a copy of each adapted weight, which the second product of dropout keeps for the backward."""
+        training, dropout = self.recipe.training, self.recipe.adapter_config().lora_dropout
+        if not dropout or training.activation_checkpointing or self.recipe.model.dtype == "float32":
+            return 0
+        return sum(2 * layer.get_base_layer().weight.numel() for layer in lora_layers(model))
+
 
 @torch.no_grad()
 def _start_from_the_rows_of_W(model: nn.Module) -> None:
@@ -36,9 +41,8 @@ def _start_from_the_rows_of_W(model: nn.Module) -> None:
 
     PEFT makes m in the base's data type. In 16 bits m / n would differ from 1 by rounding.
     """
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            weight: Any = layer.get_base_layer().weight
-            for magnitude in layer.lora_magnitude_vector.values():
-                m: Any = magnitude.weight
-                m.copy_(torch.linalg.norm(weight.to(m.dtype), dim=1))
+    for layer in lora_layers(model):
+        weight = layer.get_base_layer().weight
+        for magnitude in layer.lora_magnitude_vector.values():
+            m = magnitude.weight
+            m.copy_(torch.linalg.norm(weight.to(m.dtype), dim=1))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .adapter import Adapter, baseline_rank
@@ -27,3 +28,8 @@ class LoRA(Adapter):
             exclude_modules=self.recipe.adapter.get("exclude_modules"),
             **self.variant,
         )
+
+
+def lora_layers(model: nn.Module) -> Iterator[Any]:
+    """The layers with a LoRA, in the model's order."""
+    return (module for module in model.modules() if isinstance(module, LoraLayer))

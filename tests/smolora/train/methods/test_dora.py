@@ -104,6 +104,33 @@ def test_dropout_costs_a_second_product_with_the_base_weight(short):
         assert counts[0.5, True][name] - counts[0.0, True][name] == second
 
 
+def test_the_plan_counts_the_copies_that_the_second_product_keeps(short):
+    """Measured as what a forward in 16 bits saves for the backward, of a weight's shape and not the weight."""
+    for options in (("adapter.lora_dropout=0.1",), ("adapter.lora_dropout=0",)):
+        recipe = short("method=dora", "model.dtype=bfloat16", *options)
+        adapter = Method(recipe).adapter
+        model = adapter.start(small_llava(dtype=torch.bfloat16).requires_grad_(False), None).train()
+        weights = [layer.get_base_layer().weight for layer in layers_of(model).values()]
+        known, copies = {w.data_ptr() for w in weights}, {}
+
+        def note(tensor, weights=weights, known=known, copies=copies):
+            copied = any(torch.equal(tensor, each) for weight in weights for each in (weight, weight.mT))
+            if copied and tensor.data_ptr() not in known:
+                copies[tensor.data_ptr()] = tensor
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            model(**batch(torch.bfloat16))
+        held = sum(2 * tensor.numel() for tensor in copies.values())
+        unneeded = 2 * small_llava().model.multi_modal_projector.linear_1.weight.numel()  # its input has no gradient
+        assert adapter.memory(model) == (held + unneeded if held else 0)
+        assert (held > 0) == (options == ("adapter.lora_dropout=0.1",))
+    assert Method(short("method=dora")).adapter.memory(model) == 0  # float32 needs no copy
+
+
 def magnitudes(folder) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "adapter_model.safetensors")
     return {name: tensor for name, tensor in tensors.items() if MAGNITUDE in name}
