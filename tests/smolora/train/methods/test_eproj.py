@@ -169,6 +169,11 @@ def test_the_plan_counts_all_projectors(world, capsys):
         ("methods.eproj.keys=learned", r"methods\.eproj\.keys must be"),
         ("methods.eproj.key=closed", r"methods\.eproj\.key"),
         ("adapter.target_modules=.*q_proj", r"methods\.eproj\.target_modules must be given where adapter\.target"),
+        (
+            "method={adapter: eproj, schedule: [replay]}",
+            r"must not have 'replay' for the adapter 'eproj': a stage trains",
+        ),
+        ("method={adapter: eproj, schedule: [ewc]}", r"must not have 'ewc' for the adapter 'eproj': a stage trains"),
         ("method={adapter: eproj, schedule: [joint]}", r"must be 'sequential' for the .*'eproj', .*got 'joint'"),
         ("training.arguments.fsdp=true", r"training\.arguments\.fsdp must be left out for the adapter 'eproj'"),
     ],
