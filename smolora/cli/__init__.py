@@ -24,6 +24,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {  # their modules have underscores for hyphens
+    "init": Command("Read files of your own, write them in the benchmark's format, and draft a recipe.", "eval"),
     "train": Command("Train on a stream of tasks by a recipe, and evaluate after each.", "eval"),
     "sweep": Command("Train the runs of a grid over a recipe's keys, and compare them.", "eval"),
     "evaluate": Command("Answer the benchmark's questions with a model, and score the answers.", "llava"),

@@ -19,6 +19,7 @@ from ..io.files import has_file
 from ..recipe import Recipe, TaskRecipe
 from ..tuner.counts import num_trainable
 from .data import check_samples, epoch_samples
+from .look import look_at, sentence
 from .methods import Method, Stage
 from .prepare import planned
 from .trainer import accumulation, steps_of
@@ -35,8 +36,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     Returns:
         "name", "method", "output"; "stages" and "downstream", each a list of "name", "train" and "test" (samples of the
         stage's own files), "extra" (samples that the method adds), "asked" (questions after it), "steps"; "makes",
-        paths that the recipe makes itself; "devices", "accumulation"; "memory", an estimate (None while there is no
-        base model).
+        paths that the recipe makes itself; "devices", "accumulation"; "data", what `look_at` finds in each task whose
+        files are there; "memory", an estimate (None while there is no base model).
 
     Raises:
         ValueError: paths are missing (the message names all), records are malformed or too long, the batch does not fit
@@ -59,6 +60,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         check_samples(recipe, trained, _encoder(recipe))
     plan["stages"] = [_stage(stage, counts, recipe, method) for stage in method.course.stages()]
     plan["downstream"] = [_stage(stage, counts, recipe, method) for stage in method.course.downstream()]
+    plan["data"] = checker.looks
     plan["makes"] = [str(path) for path in checker.made]
     for stage in stages:
         accumulation(recipe.of_stage(stage.train), devices)
@@ -97,6 +99,7 @@ class _Checker:
         self.recipe = recipe
         self.planned = planned(recipe.prepare)
         self.made: list[Path] = []
+        self.looks: dict[str, dict[str, Any]] = {}
         self.missing: list[str] = []
 
     def folder(self, path: Path, what: str, content: str) -> None:
@@ -118,8 +121,14 @@ class _Checker:
                 f"{task.name}.test must be named {names}, as {task.benchmark_name} is scored by that file, got {test}"
             )
         images = recipe.images(task)
-        trained = 0 if task.train is None else self._count(train, f"{task.name}.train", read_conversations, images)
-        asked = self._count(test, f"{task.name}.test", read_questions, images)
+        samples: list[Conversation] = []
+        questions: list[Question] = []
+        trained = 0
+        if task.train is not None:
+            trained = self._count(train, f"{task.name}.train", read_conversations, images, samples)
+        asked = self._count(test, f"{task.name}.test", read_questions, images, questions)
+        if samples or questions:
+            self.looks[task.name] = look_at(samples, questions, images)
         if test.is_file():
             folders = recipe.annotations(task)
             absent = [folder for folder in folders if not folder.is_dir()]
@@ -128,10 +137,10 @@ class _Checker:
                 dataset.load(Files(folders, task.benchmark_name), test.name)
         return trained, asked
 
-    def _count(self, path: Path, what: str, read: Callable[[Path], list], images: Path) -> int:
-        """Check a file, and count its records."""
+    def _count(self, path: Path, what: str, read: Callable[[Path], list], images: Path, records: list) -> int:
+        """Check a file, and count its records, which are added to `records` if it is there."""
         if path.is_file():
-            records = read(path)
+            records += read(path)
             self._images(records, path, images)
             return len(records)
         made = self._makes(path)
@@ -218,6 +227,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         left, right = row[:2], row[2:]
         cells = [cell.ljust(width) for cell, width in zip(left, widths, strict=False)]
         print("  ".join([*cells, *(cell.rjust(width) for cell, width in zip(right, widths[2:], strict=True))]).rstrip())
+    for name, look in plan["data"].items():
+        print(sentence(name, look))
     for path in plan["makes"]:
         print(f"makes {path}")
     memory = plan["memory"]

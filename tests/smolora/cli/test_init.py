@@ -1,0 +1,154 @@
+"""`smolora init`: files in other formats become a recipe that plans at once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import pytest
+
+from small_llava import save_base, small_llava
+from smolora.cli import main
+from smolora.data.format import read_conversations, read_questions
+from smolora.recipe import load_recipe
+from support.train_world import WORD, draw
+
+COLOURS = ("red", "green", "blue", "white")
+
+
+def pictures(folder, count):
+    (folder / "images").mkdir(parents=True)
+    for index in range(count):
+        draw(folder / "images" / f"{index}.png", COLOURS[index % 4], index)
+
+
+def three_files(folder):
+    """LLaVA's JSON, JSON lines with messages, and CSV, on 12 pictures."""
+    pictures(folder, 12)
+    llava = [
+        {
+            "image": f"images/{index}.png",
+            "conversations": [
+                {"from": "human", "value": f"<image>\nWhich colour?\n{WORD}"},
+                {"from": "gpt", "value": COLOURS[index % 4]},
+            ],
+        }
+        for index in range(12)
+    ]
+    (folder / "colour.json").write_text(json.dumps(llava))
+    messages = [
+        {
+            "images": [f"images/{index}.png"],
+            "messages": [
+                {"role": "user", "content": "What is happening?\nDescribe it in a sentence."},
+                {"role": "assistant", "content": f"It is a wall that is {COLOURS[index % 4]}."},
+            ],
+        }
+        for index in range(12)
+    ]
+    for name, part in (("scene_train", messages[:8]), ("scene_test", messages[8:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    with (folder / "choice.csv").open("w", newline="") as file:
+        rows = csv.DictWriter(file, ["img", "query", "label"])
+        rows.writeheader()
+        rows.writerows(
+            {"img": f"{index}.png", "query": f"A. {COLOURS[index % 4]}\nB. pink\nGive the letter.", "label": "A"}
+            for index in range(12)
+        )
+    return [str(folder / name) for name in ("colour.json", "scene_train.jsonl", "scene_test.jsonl", "choice.csv")]
+
+
+def init(folder, *arguments):
+    places = ["--recipe", str(folder / "mine.yaml"), "--folder", str(folder / "own"), "--model", str(folder / "base")]
+    return main(["init", *places, *arguments])
+
+
+def test_three_files_become_a_recipe_that_plans(tmp_path, capsys):
+    assert init(tmp_path, *three_files(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    for part in ("question     messages", "image        images", "question     query", "answer       label", "next:"):
+        assert part in shown
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert [(task.name, task.metric, task.format) for task in recipe.tasks] == [
+        ("colour", ["exact"], "words 2"),
+        ("scene", ["rougeL"], "sentence"),
+        ("choice", ["letter"], "letter"),
+    ]
+    assert [task.instructions for task in recipe.tasks] == [
+        [WORD],
+        ["Describe it in a sentence."],
+        ["Give the letter."],
+    ]
+    assert [task.images for task in recipe.tasks] == [str(tmp_path), str(tmp_path), str(tmp_path / "images")]
+    colour = recipe.tasks[0]
+    train, test = read_conversations(recipe.train_file(colour)), read_questions(recipe.test_file(colour))
+    assert (len(train), len(test)) == (10, 2) and not {t.image for t in train} & {q.image for q in test}
+    save_base(tmp_path / "base", small_llava())
+    assert main(["train", str(tmp_path / "mine.yaml"), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [(stage["name"], stage["train"], stage["test"]) for stage in plan["stages"]] == [
+        ("colour", 10, 2),
+        ("scene", 8, 4),
+        ("choice", 10, 2),
+    ]
+    look = plan["data"]["choice"]
+    assert (look["pictures"], look["in_both"], look["pictures_in_both"], look["looked_at"]) == (12, 0, 0, 12)
+    assert look["broken"] == [] and look["answer_words"] == [1, 1]
+
+
+def test_a_field_that_cannot_be_told_is_named_or_asked(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"frage": f"Q{i}", "antwort": "ja"}) for i in range(5)))
+    assert init(tmp_path, str(path)) == 1
+    error = capsys.readouterr().err
+    assert "cannot tell which field has the question: give --question, one of frage, antwort" in error
+    assert not (tmp_path / "own").exists() and not (tmp_path / "mine.yaml").exists()
+    assert init(tmp_path, str(path), "--question", "x") == 1
+    assert "--question must be a field of the records, frage, antwort, got 'x'" in capsys.readouterr().err
+    asked = []
+    answers = iter(["wrong", "frage", "antwort"])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or next(answers))
+    assert init(tmp_path, str(path)) == 0
+    assert len(asked) == 3 and "which field has the answer? (frage, antwort)" in asked[-1]
+    (sample, *_) = read_conversations(tmp_path / "own" / "x" / "train.json")
+    assert sample.answer == "ja" and sample.text.startswith("Q")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.json"], "there is no file or folder nowhere.json"),
+        (["{}/colour.json", "--test-fraction", "1"], "--test-fraction must lie between 0 and 1, got 1"),
+        (["{}/scene_test.jsonl"], "scene has a test file, {}/scene_test.jsonl, and nothing to train with"),
+        (["{}/colour.json", "{}/colour_train.json"], "are both for train of the task colour"),
+        (["{}/colour.json", "--images", "{}/images"], "image 'images/0.png' is in none of {}/images"),
+        (["{}/colour.json", "--recipe", "{}/colour.json"], "--recipe {}/colour.json is there already"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_written(tmp_path, capsys, arguments, message):
+    three_files(tmp_path)
+    (tmp_path / "colour_train.json").write_bytes((tmp_path / "colour.json").read_bytes())
+    assert init(tmp_path, *(argument.format(tmp_path) for argument in arguments)) == 1
+    assert message.format(tmp_path) in capsys.readouterr().err
+    assert not (tmp_path / "own").exists()
+
+
+def test_pictures_in_a_parquet_file_are_written(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pictures(tmp_path, 4)
+    contents = [(tmp_path / "images" / f"{index}.png").read_bytes() for index in range(4)]
+    records = [
+        {"image": {"bytes": content, "path": None}, "question": "Which colour?", "answers": ["red", "Red"]}
+        for content in contents
+    ]
+    (tmp_path / "set").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "set" / "train-00000-of-00001.parquet")
+    assert init(tmp_path, str(tmp_path / "set")) == 0
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    (task,) = recipe.tasks
+    assert (task.name, task.metric, task.images) == ("set", ["vqa"], str(tmp_path / "own" / "set" / "images"))
+    (question,) = read_questions(recipe.test_file(task))
+    assert question.answer == ("red", "Red") and (recipe.images(task) / question.image).read_bytes() in contents
