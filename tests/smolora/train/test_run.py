@@ -90,7 +90,13 @@ def test_killed_three_times_and_continued(killed):
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name in DRAWN else pytest.mark.slow) for name in TRAINED]
+    "method",
+    [
+        *(pytest.param(name, marks=() if name in DRAWN else pytest.mark.slow) for name in TRAINED),
+        pytest.param(
+            {"adapter": "branchlora", "schedule": ["replay", "ewc"]}, id="branchlora-replay-ewc", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_every_method_ends_as_if_it_had_not_been_killed(method, tmp_path):
     """Killed in training, while it saves, and, in the second stage, among its answers."""
@@ -168,7 +174,9 @@ def test_a_finished_run_is_not_redone(killed, capsys):
     left.mkdir(parents=True)
     before = {path: path.stat().st_mtime_ns for path in (killed / "run-whole").rglob("adapter*")}
     answers = (killed / "run-whole/stage-1-ImageNet/answers/ImageNet.jsonl").stat().st_mtime_ns
-    TrainingRun(recipe)()
+    run = TrainingRun(recipe)
+    assert run.is_finished and not TrainingRun(load_recipe(killed / "recipe.yaml", [f"output={killed}"])).is_finished
+    run()
     assert not left.parent.exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (killed / "run-whole/stage-1-ImageNet/answers/ImageNet.jsonl").stat().st_mtime_ns == answers
