@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import triton
 
 import kernel_report
 from predict import accesses, trips
@@ -17,7 +20,9 @@ from predict.paths import Items, Repeat, UndeclaredLoop, counted, dispatch_lines
 from predict.sass import Function, disassemble, registers
 from predict.simulate import Step, simulate, step
 from predict.traffic import Traffic
+from smolora.kernels import tiles
 
+KERNELS = Path(tiles.__file__).parent
 CAP = 16  # iterations of a loop that are simulated; a longer loop is extrapolated from these and half of them
 MOST_ALONE = 2.5  # how much faster than its share of the machine one multiprocessor can read
 
@@ -33,9 +38,24 @@ class Compiled:
 
 
 @cache
+def compiler_cache() -> str:
+    """Return a folder for compiled kernels of these sources alone.
+
+    Triton's own cache may hand out a kernel that was compiled from another checkout, or from before lines were added to
+    a file: the same code, but with other files and lines in it.
+    """
+    sources = sorted(KERNELS.glob("*.py"))
+    contents = [part for path in sources for part in (str(path).encode(), path.read_bytes())]
+    return str(Path(triton.knobs.cache.dir, f"lines-{hashlib.sha256(b'/'.join(contents)).hexdigest()[:16]}"))
+
+
+@cache
 def compile_call(arch: int, launch: kernel_report.Launch) -> Compiled:
     """Compile a launch and read its machine code."""
-    built = kernel_report.compile_launch(arch, launch)
+    folder = compiler_cache()
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        built = kernel_report.compile_launch(arch, launch)
     cubin = built.asm["cubin"]
     ((name, function),) = disassemble(cubin).items()
     lines = accesses.tensors_by_line(built.asm["ttir"])
