@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from predict import budget, page, report, sweep
@@ -29,6 +31,7 @@ from predict.report import Predictions
 from shapes import PRESETS, SMoLoRACase
 
 SEQUENCES = (1, 8, 64)
+TRAINED_WITH = ((0.05, "bfloat16"), (0.0, "float32"))  # dropout, and the dtype of parameters
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -46,6 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, help="write the page of predictions for all cards to this file")
     parser.add_argument("--budget", choices=("check", "write"), help="of the instructions of inner loops")
     parser.add_argument("--arch", type=int, nargs="+", default=(80, 90), help="of --budget (default: 80 90)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.sweep:
         try:
@@ -56,17 +60,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def predict_all(
-    preset: str, cases: list[SMoLoRACase], card: Machine, show: Callable[[LayerPrediction], None] = lambda layer: None
-) -> Predictions:
-    """Predict all that a report has; `show` gets each layer as it comes."""
-    copy = predict_copy(card)
-    layers = []
-    for dropout, parameters in ((0.05, "bfloat16"), (0.0, "float32")):
-        for case in cases:
-            layers.append(predict_layer(case, card, dropout, parameters))
-            show(layers[-1])
-    steps = [predict_decode(MODELS[preset], n, card, cases[0].r, cases[0].vu) for n in SEQUENCES]
-    return Predictions(preset, card, layers, steps, copy)
+    preset: str,
+    cases: list[SMoLoRACase],
+    cards: list[Machine],
+    workers: int,
+    show: Callable[[LayerPrediction, Machine], None] = lambda layer, card: None,
+) -> list[Predictions]:
+    """Predict all that a report has for each card, in `workers` processes; `show` gets each layer as it comes."""
+    found = []
+    with ProcessPoolExecutor(workers) as pool:
+        copies = [pool.submit(predict_copy, card) for card in cards]
+        layers = [
+            [pool.submit(predict_layer, case, card, *given) for given in TRAINED_WITH for case in cases]
+            for card in cards
+        ]
+        for card, copy, futures in zip(cards, copies, layers, strict=True):
+            for future in futures:
+                show(future.result(), card)
+            steps = [predict_decode(MODELS[preset], n, card, cases[0].r, cases[0].vu) for n in SEQUENCES]
+            found.append(Predictions(preset, card, [future.result() for future in futures], steps, copy.result()))
+    return found
 
 
 def check_budget(architectures: list[int], renew: bool) -> int:
@@ -92,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         return check_budget(args.arch, args.budget == "write")
     cases = [case for case in PRESETS[args.preset] if case.ffn]
     if args.page:
-        args.page.write_text(page.write([predict_all(args.preset, cases, machine(name)) for name in CARDS]))
+        args.page.write_text(page.write(predict_all(args.preset, cases, list(map(machine, CARDS)), args.workers)))
         return 0
     card = machine(args.card or card_here() or "h200")
     print(f"Predictions for {card.name.upper()}, {args.preset}: {card.basis()}.")
@@ -100,10 +113,10 @@ def main(argv: list[str] | None = None) -> int:
         sweep.run(args.sweep, cases, card)
         return 0
 
-    def show(layer: LayerPrediction) -> None:
+    def show(layer: LayerPrediction, card: Machine) -> None:
         print(f"\n{report.layer_table(layer, card, args.lines)}", flush=True)
 
-    found = predict_all(args.preset, cases, card, show)
+    (found,) = predict_all(args.preset, cases, [card], args.workers, show)
     print(f"\n{report.decode_table(found.steps)}")
     print(f"\nA plain copy is predicted at {found.copy.of_copy:.1%} of the memory's rate.")
     if args.measured:
