@@ -1,4 +1,4 @@
-"""The test sets by name, for each protocol: CVIT's ten and CoIN's eight."""
+"""The test sets by name, for each protocol: CVIT's ten, CoIN's eight, UCIT's six and MLLM-DCL's five."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ..arguments import check_choice
 from ..data.own import own_parts
 from .coin import COIN_DATASETS
 from .datasets import DATASETS, PROTOCOLS, Dataset
+from .mcit import MCIT_DATASETS
 from .own import own_dataset
 
-BENCHMARKS: tuple[Mapping[str, Dataset], ...] = (DATASETS, COIN_DATASETS)
+BENCHMARKS: tuple[Mapping[str, Dataset], ...] = (DATASETS, COIN_DATASETS, MCIT_DATASETS)
 
 
 def datasets_of(protocol: str | None = None) -> dict[str, Dataset]:

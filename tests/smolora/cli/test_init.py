@@ -152,3 +152,30 @@ def test_pictures_in_a_parquet_file_are_written(tmp_path):
     assert (task.name, task.metric, task.images) == ("set", ["vqa"], str(tmp_path / "own" / "set" / "images"))
     (question,) = read_questions(recipe.test_file(task))
     assert question.answer == ("red", "Red") and (recipe.images(task) / question.image).read_bytes() in contents
+
+
+def test_from_three_files_to_a_report(tmp_path, capsys):
+    """What docs/own_tasks.md says, on tiny data; the recipe is changed on the command line alone."""
+    assert init(tmp_path, *three_files(tmp_path)) == 0
+    save_base(tmp_path / "base", small_llava())
+    quick = [
+        f"output={tmp_path / 'run'}",
+        "model.dtype=float32",
+        "training.batch_size=10",
+        "training.per_device_batch_size=10",
+        "training.workers=0",
+        "evaluation.workers=0",
+        "evaluation.max_new_tokens=2",
+        "tasks.scene.metric=[rougeL, contains]",
+        "adapter={r: 2, lora_alpha: 4, num_vu_experts: 2, num_if_experts: 2}",
+    ]
+    assert main(["train", str(tmp_path / "mine.yaml"), *quick]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [len(row) for row in results["matrix"]] == [1, 2, 3] and None not in results["mif"][-1]
+    scores = json.loads(next((tmp_path / "run").glob("stage-3*/scores.json")).read_text())
+    assert scores["scene"]["metric"] == "rougeL" and "contains" in scores["scene"]
+    assert main(["report", str(tmp_path / "run"), "--cases", "1", "--output", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert all(name in page for name in ("colour", "scene", "choice"))
+    assert main(["metrics", str(tmp_path / "run" / "results.json"), "--convention", "mllm-cl"]) == 0
+    assert "MFN" in capsys.readouterr().out

@@ -7,12 +7,13 @@ import pytest
 from smolora.evaluate.benchmarks import datasets_of, find_dataset, question_files
 from smolora.evaluate.coin import COIN_DATASETS
 from smolora.evaluate.datasets import DATASETS, PROTOCOLS
+from smolora.evaluate.mcit import MCIT_DATASETS
 
 
 def test_a_protocol_has_its_datasets():
-    assert datasets_of("smolora") == DATASETS
+    assert datasets_of("smolora") == {**DATASETS, **MCIT_DATASETS}
     assert datasets_of("coin") == COIN_DATASETS
-    assert datasets_of("standard") == {**DATASETS, "Grounding": COIN_DATASETS["Grounding"]}
+    assert datasets_of("standard") == {**DATASETS, "Grounding": COIN_DATASETS["Grounding"], **MCIT_DATASETS}
     assert datasets_of() == datasets_of("standard")
     for protocol in PROTOCOLS:
         assert all(dataset.scoring(protocol) for dataset in datasets_of(protocol).values())
