@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from smolora import cli
+from smolora.evaluate.benchmarks import find_dataset
+from smolora.evaluate.own import FORMATS, METRICS
 from smolora.recipe import load_recipe
 from support.tiny_llava import batch, tiny_llava
 
@@ -105,6 +107,20 @@ def test_commands_of_the_pages(page, two_runs, tmp_path, monkeypatch, capfd):
         assert cli.main(arguments) == 0, (arguments, capfd.readouterr().err)
     if page == "docs/reports.md":
         assert Path("runs/report/report.html").stat().st_size > 10_000
+
+
+def test_the_recipe_of_ones_own_tasks(tmp_path):
+    (text,) = blocks("docs/own_tasks.md", "yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    recipe = load_recipe(path)
+    assert [task.benchmark_name for task in recipe.tasks] == [
+        "metric exact + anls, format words 3",
+        "metric relaxed, format number",
+    ]
+    assert all(find_dataset(task.benchmark_name) for task in recipe.tasks)
+    page = (ROOT / "docs/own_tasks.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in (*METRICS, *FORMATS))
 
 
 def test_the_recipe_of_the_page(tmp_path):
