@@ -57,11 +57,15 @@ def run(args: argparse.Namespace) -> int:
     if taken:
         raise ValueError(f"--folder {args.folder} has {', '.join(taken)} already: remove it, or name another")
     # everything is read before anything is written
-    tasks = {name: _read_task(args, name, *files) for name, files in found.items()}
+    used: set[str] = set()
+    tasks = {name: _read_task(args, used, name, *files) for name, files in found.items()}
+    for kind in KINDS:
+        if getattr(args, kind) is not None and kind not in used:
+            raise ValueError(f"--{kind} must be a field of the records, got {getattr(args, kind)!r}, which no file has")
     drafts = []
     for name, (train, test, images) in tasks.items():
         write_task(args.folder / name, train, test)
-        metric, form = metric_and_format([*train, *test])
+        metric, form = metric_and_format(test)
         drafts.append(Draft(name, images, metric, form, instructions_in([*train, *test]), len(train), len(test)))
     text = recipe_text(args.recipe.stem, str(args.model), str(args.folder), drafts)
     atomic_write_text(args.recipe, text)
@@ -103,12 +107,15 @@ def tasks_of(paths: Sequence[Path]) -> dict[str, tuple[Files, Files]]:
 
 
 def _read_task(
-    args: argparse.Namespace, name: str, train: Files, test: Files
+    args: argparse.Namespace, used: set[str], name: str, train: Files, test: Files
 ) -> tuple[list[Sample], list[Sample], str]:
-    """Read a task's samples and split them. Returns the folder of the images too."""
-    samples = _read_samples(args, name, train)
+    """Read a task's samples and split them. Returns the folder of the images too.
+
+    The options of fields that were used are added to `used`.
+    """
+    samples = _read_samples(args, used, name, train)
     if test:
-        tested = _read_samples(args, name, test)
+        tested = _read_samples(args, used, name, test)
     else:
         try:
             samples, tested = split_samples(samples, args.test_fraction, args.seed)
@@ -121,16 +128,15 @@ def _read_task(
     return samples, tested, str(args.folder / name / "images" if inside else images)
 
 
-def _read_samples(args: argparse.Namespace, name: str, files: Files) -> list[Sample]:
+def _read_samples(args: argparse.Namespace, used: set[str], name: str, files: Files) -> list[Sample]:
     """Read the samples of some files of one form, and show what was taken for what."""
     tables = {path: read_table(path) for path in files}
     path, records = next(iter(tables.items()))
-    given = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind) is not None}
-    try:
-        found, missing = guess_fields(records[:LOOKED_AT], given)
-    except ValueError as error:
-        raise ValueError(f"{path}: --{error}") from error
     known = list(dict.fromkeys(field for record in records[:LOOKED_AT] for field in record))
+    # an option is for the files that have its field, since files of several forms may be given
+    given = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind) in known}
+    used.update(given)
+    found, missing = guess_fields(records[:LOOKED_AT], given)
     for kind in missing:
         found[kind] = _ask(path, kind, known)
     print(f"{name}: {sum(map(len, tables.values()))} records of {', '.join(map(str, files))}")

@@ -31,7 +31,7 @@ class Draft(NamedTuple):
 
 
 def metric_and_format(samples: Sequence[Sample]) -> tuple[str, str | None]:
-    """The metric and the format that the answers suggest."""
+    """The metric and the format that the answers of the test suggest."""
     answers = [answer.strip() for sample in samples for answer in sample.answers]
     words = sorted(len(answer.split()) for answer in answers)
     typical = words[int(SHARE * (len(words) - 1))]

@@ -104,8 +104,13 @@ def test_a_field_that_cannot_be_told_is_named_or_asked(tmp_path, capsys, monkeyp
     error = capsys.readouterr().err
     assert "cannot tell which field has the question: give --question, one of frage, antwort" in error
     assert not (tmp_path / "own").exists() and not (tmp_path / "mine.yaml").exists()
-    assert init(tmp_path, str(path), "--question", "x") == 1
-    assert "--question must be a field of the records, frage, antwort, got 'x'" in capsys.readouterr().err
+    options = ["--question", "frage", "--answer", "antwort", "--image", "x"]
+    assert init(tmp_path, str(path), *options) == 1
+    assert "--image must be a field of the records, got 'x', which no file has" in capsys.readouterr().err
+    # an option is for the files that have its field
+    assert init(tmp_path, str(path), *three_files(tmp_path)[1:3], *options[:4], "--folder", str(tmp_path / "two")) == 0
+    assert (tmp_path / "two" / "x").is_dir() and (tmp_path / "two" / "scene").is_dir()
+    (tmp_path / "mine.yaml").unlink()
     asked = []
     answers = iter(["wrong", "frage", "antwort"])
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
