@@ -86,6 +86,7 @@ GROWING = {
     "logits_part_ptr",
     "p_part_ptr",
     "p_part_ptrs",
+    "masks_ptr",
     "B_part_ptr",
     "A_part_ptr",
     "router_part_ptr",
@@ -320,7 +321,7 @@ def run_layer(s: Setting) -> None:
         rows = torch.empty(n, dtype=torch.int64) if s.tasks else None
         streams = list(range(b))
         instruction = torch.empty(n, 384)
-        h, w, new_ids, new_weights, _, mean, logits = passes.route_shrink(
+        h, w, new_ids, new_weights, _, mean, logits, masks = passes.route_shrink(
             x=x,
             num_seqs=n,
             cu_seqlens=cu,
@@ -399,6 +400,7 @@ def run_layer(s: Setting) -> None:
                 seed=seed,
                 streams=streams,
                 threshold=s.threshold,
+                masks=masks if s.threshold else None,
                 dtype=s.dtype,
                 need_dx=True,
                 need_A=[True] * b,

@@ -135,7 +135,7 @@ def fuse_expand(
     fused = h.new_empty(T if functions.fuse is not None else 0)
     seqs = sequences(T, num_seqs, cu_seqlens, alike=ids is None and slot_weights is None)
     num_tiles = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed)
-    slices = split_k(num_tiles, k, 4 * tile.BD, card.processors)
+    slices = split_k(num_tiles, k, 4 * tile.BD, tile.resident * card.processors)
     if num_tiles and k:
         fuse_expand_kernel[(num_tiles, slices)](
             h_ptr=h,

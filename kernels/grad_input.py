@@ -12,16 +12,18 @@ program for each block.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
-from ..spec import empty_like_if
+from ..spec import empty_like_if, new_masks
 from . import tiles
+from .dropout import BITS, draw_masks, load_mask
 from .primitives import (
-    keep_mask,
     sequences,
     slot_experts,
     slots_and_ranks,
@@ -30,6 +32,7 @@ from .primitives import (
     trained_columns,
     zero_tile,
 )
+from .products import sum_chunks
 
 
 @triton.jit
@@ -69,7 +72,7 @@ def load_dh(
     return tl.load(p_h, mask=inside[:, None] & ((slot < K) & (rank < R))[None, :], other=0)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "seq_len"])
+@triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "chunk_size"])
 def grad_input_kernel(
     x_ptr,  # (T, d), or None for dx alone
     dh_ptr,  # (T, b, K, R); K = 1 where the slots share an A
@@ -81,18 +84,20 @@ def grad_input_kernel(
     cu_seqlens_ptr,  # (n + 1,) or None
     route_mask_ptr,  # (T,) bool or None
     dmean_ptr,  # (n, d), gradient of the mean over the number of routed tokens; or None
-    seed_ptr,  # (1,) or None
+    masks_ptr,  # (b, T, words of 32 columns) or None: no dropout
     dx_ptr,  # (T, d) out, or None
     A_part_ptr,  # (chunks, b, K, R, d) out
     router_part_ptr,  # (chunks, Z, d) out, or None
     chunk_to_seq_ptr,  # (chunks,) out: the chunk's sequence, -1 if it has no token
+    T,
     num_seqs,
     seq_len,
+    chunk_size,
     d,
+    words,
     scale,
     NEED_A: tl.constexpr,  # of each bank
     ANY_A: tl.constexpr,
-    STREAMS: tl.constexpr,  # of each bank's dropout
     BANKS: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
@@ -103,18 +108,17 @@ def grad_input_kernel(
     BD: tl.constexpr,
     BC: tl.constexpr,
     BLOCKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    THRESHOLD: tl.constexpr,
 ):
-    """Grid (blocks of d, chunks, column blocks or 1): CHUNK tokens of one sequence by BD inputs.
+    """Grid (chunks * blocks of d, column blocks or 1): `chunk_size` tokens of one sequence by BD inputs.
 
     BLOCKS column blocks are read for dx. dA has only one of them in registers, so it needs BLOCKS = 1, or no dx.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty if dx_ptr is None else dx_ptr.dtype.element_ty
-    i_d = tl.program_id(0)
-    chunk = tl.program_id(1)
-    own = tl.program_id(2)
-    i_n, start, end = tile_span(chunk, cu_seqlens_ptr, num_seqs, seq_len, CHUNK)
+    d_blocks = tl.cdiv(d, BD)
+    i_d = tl.program_id(0) % d_blocks
+    chunk = tl.program_id(0) // d_blocks
+    own = tl.program_id(1)
+    i_n, start, end = tile_span(chunk, cu_seqlens_ptr, num_seqs, seq_len, chunk_size)
     if i_d == 0 and own == 0:
         tl.store(chunk_to_seq_ptr + chunk, tl.where(start < end, i_n, -1))
     if start >= end:
@@ -134,7 +138,7 @@ def grad_input_kernel(
         p_r = token_router_ptr + o_z[:, None].to(tl.int64) * d + o_d[None, :]
         b_r = tl.load(p_r, mask=m_z[:, None] & m_d[None, :], other=0).to(dtype)  # [ZP, BD]
         b_dr = tl.zeros([ZP, BD], tl.float32)
-    b_dA = ()  # [BC, BD] each
+    b_dA = ()  # transposed, [BD, BC] each: dh is a right operand, laid out in shared memory as dx's left one is
     trains = ()  # whether any A of the bank in this column block learns
     any_trains = (dx_ptr is not None) | (router_part_ptr is not None)
     for bank in tl.static_range(BANKS):
@@ -144,14 +148,14 @@ def grad_input_kernel(
             bank_trains = bank_trains & (tl.max(m_t.to(tl.int32), 0) > 0)
         any_trains = any_trains | bank_trains
         trains = trains + (bank_trains,)
-        b_dA = b_dA + (zero_tile(BC, BD),)
+        b_dA = b_dA + (zero_tile(BD, BC),)
     if trained_ptrs is not None:
         if not any_trains:
             return
 
     for t in range(start, end, BT):
         rows = t + tl.arange(0, BT)
-        inside = rows < end
+        inside = tl.arange(0, BT) < tl.minimum(end - t, BT).to(tl.int32)
         m_x = inside[:, None] & m_d[None, :]
         if ANY_A or router_part_ptr is not None:
             b_x = tl.load(x_ptr + rows[:, None] * d + o_d[None, :], mask=m_x, other=0)
@@ -159,25 +163,29 @@ def grad_input_kernel(
             b_dz = tl.load(dlogits_ptr + rows[:, None] * Z + o_z[None, :], mask=inside[:, None] & m_z[None, :], other=0)
             b_dz = b_dz.to(dtype)  # [BT, ZP]
         keep = ()
-        if THRESHOLD > 0:
+        if masks_ptr is not None:
             for bank in tl.static_range(BANKS):
-                keep = keep + (keep_mask(seed_ptr, rows, i_d * BD, THRESHOLD, STREAMS[bank], BT, BD),)
+                keep = keep + (load_mask(masks_ptr, rows, inside, i_d * BD, T, words, bank, BT, BD),)
+        dhs = ()  # of the own column block, for both products; [BT, BC] each
+        if ANY_A or BLOCKS == 1:
+            for bank in tl.static_range(BANKS):
+                dhs = dhs + (load_dh(dh_ptr, rows, inside, slot, rank, bank, BANKS, K, R).to(dtype),)
         if dx_ptr is not None:
             b_dx = tl.zeros([BT, BD], tl.float32)
             for bank in tl.static_range(BANKS):
                 b_bank = b_dx
-                if THRESHOLD > 0:  # each bank has its own mask, so its own sum
+                if masks_ptr is not None:  # each bank has its own mask, so its own sum
                     b_bank = tl.zeros([BT, BD], tl.float32)
                 for block in tl.static_range(BLOCKS):
                     if BLOCKS == 1:
                         b_a = held[bank]
-                        b_dh = load_dh(dh_ptr, rows, inside, slot, rank, bank, BANKS, K, R).to(dtype)
+                        b_dh = dhs[bank]
                     else:
                         slot_b, rank_b = slots_and_ranks(block, BC, RP)
                         b_a = load_A(A_ptrs[bank], ids_ptr, i_n, slot_b, rank_b, o_d, d, bank, BANKS, K, R).to(dtype)
                         b_dh = load_dh(dh_ptr, rows, inside, slot_b, rank_b, bank, BANKS, K, R).to(dtype)
                     b_bank = tl.dot(b_dh, b_a, b_bank, input_precision="ieee")
-                if THRESHOLD > 0:
+                if masks_ptr is not None:
                     b_dx += tl.where(keep[bank], b_bank, 0.0)
                 else:
                     b_dx = b_bank
@@ -195,11 +203,10 @@ def grad_input_kernel(
             for bank in tl.static_range(BANKS):
                 b_sum = b_dA[bank]
                 if trains[bank]:
-                    b_dh = load_dh(dh_ptr, rows, inside, slot, rank, bank, BANKS, K, R).to(dtype)
                     b_kept = b_x
-                    if THRESHOLD > 0:
+                    if masks_ptr is not None:
                         b_kept = tl.where(keep[bank], b_x, 0.0).to(dtype)
-                    b_sum = tl.dot(tl.trans(b_dh), b_kept, b_sum, input_precision="ieee")
+                    b_sum = tl.dot(tl.trans(b_kept), dhs[bank], b_sum, input_precision="ieee")
                 b_summed = b_summed + (b_sum,)
             b_dA = b_summed
         if router_part_ptr is not None:
@@ -210,42 +217,70 @@ def grad_input_kernel(
         for bank in tl.static_range(BANKS):
             if NEED_A[bank]:
                 o_a = ((to_int64(chunk) * (BANKS * K) + bank * K + slot) * R + rank)[:, None] * d + o_d[None, :]
-                tl.store(A_part_ptr + o_a, b_dA[bank] * scale, mask=m_a)
+                tl.store(A_part_ptr + o_a, tl.trans(b_dA[bank] * scale), mask=m_a)
     if router_part_ptr is not None:
         p_r = router_part_ptr + (to_int64(chunk) * Z + o_z)[:, None] * d + o_d[None, :]
         tl.store(p_r, b_dr, mask=m_z[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=["chunks", "bank"])
+@triton.jit(do_not_specialize=["chunks"])
 def reduce_dA_kernel(
     part_ptr,  # (chunks, b, K, size)
+    router_part_ptr,  # (chunks, Z, d) or None
     chunk_to_seq_ptr,  # (chunks,)
     ids_ptr,  # (n, b, K) or None
-    trained_ptr,  # bool (E,) of the bank, or None
-    dA_ptr,  # (E, size) out, of the bank
+    trained_ptrs,  # bool (E,), or None
+    dA_ptrs,  # (E, size) out, or None
+    drouter_ptr,  # (Z, d) out
     chunks,
     size,
-    bank,
+    d,
+    NEED_A: tl.constexpr,  # of each bank
+    EXPERTS: tl.constexpr,  # of each bank
+    FIRST: tl.constexpr,  # for each bank, the index of its first expert in the concatenated list
+    TOTAL: tl.constexpr,  # experts of all banks whose dA is needed, else 0
     BANKS: tl.constexpr,
     K: tl.constexpr,
+    Z: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """Grid (E, blocks of size): an expert's gradient is the sum of its parts over the chunks of tokens."""
-    expert = tl.program_id(0)
-    o = to_int64(tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
-    b_dA = tl.zeros([BLOCK], tl.float32)
-    if trained_ptr is not None:
-        chunks = tl.where(tl.load(trained_ptr + expert) != 0, chunks, 0)
-    for chunk in range(0, chunks):
-        i_n = tl.load(chunk_to_seq_ptr + chunk)
-        p_part = part_ptr + (to_int64(chunk) * BANKS + bank) * K * size + o
-        if ids_ptr is None:
-            b_dA += tl.load(p_part + to_int64(expert) * size, mask=(o < size) & (i_n >= 0), other=0)
-        else:
-            for j in tl.static_range(K):
-                chosen = tl.load(ids_ptr + (i_n * BANKS + bank) * K + j, mask=i_n >= 0, other=-1)
-                b_dA += tl.load(p_part + to_int64(j) * size, mask=(o < size) & (chosen == expert), other=0)
-    tl.store(dA_ptr + to_int64(expert) * size + o, b_dA.to(dA_ptr.dtype.element_ty), mask=o < size)
+    """Grid (blocks of size or d, TOTAL + Z): an expert's dA, or a row of dR: the sum of its parts over the chunks."""
+    i_e = tl.program_id(1)
+    o = to_int64(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    if i_e < TOTAL:
+        for bank in tl.static_range(BANKS):
+            if NEED_A[bank]:
+                expert = i_e - FIRST[bank]
+                if (expert >= 0) & (expert < EXPERTS[bank]):
+                    live = chunks
+                    if trained_ptrs is not None:
+                        live = tl.where(tl.load(trained_ptrs[bank] + expert) != 0, chunks, 0)
+                    b_dA = sum_chunks(
+                        part_ptr,
+                        chunk_to_seq_ptr,
+                        ids_ptr,
+                        bank,
+                        expert,
+                        o,
+                        o < size,
+                        live,
+                        to_int64(size),
+                        BANKS,
+                        K,
+                        BLOCK,
+                        GROUP,
+                    )
+                    p_dA = dA_ptrs[bank] + to_int64(expert) * size + o
+                    tl.store(p_dA, b_dA.to(dA_ptrs[bank].dtype.element_ty), mask=o < size)
+    else:
+        if router_part_ptr is not None:
+            i_z = i_e - TOTAL
+            b_dR = sum_chunks(
+                router_part_ptr, chunk_to_seq_ptr, None, 0, i_z, o, o < d, chunks, to_int64(d), 1, Z, BLOCK, GROUP
+            )
+            p_dR = drouter_ptr + to_int64(i_z) * d + o
+            tl.store(p_dR, b_dR.to(drouter_ptr.dtype.element_ty), mask=o < d)
 
 
 def grad_input(
@@ -263,6 +298,7 @@ def grad_input(
     seed: Tensor | None,
     streams: list[int],
     threshold: int,
+    masks: Tensor | None,
     dtype: torch.dtype,
     need_dx: bool,
     need_A: list[bool],
@@ -281,7 +317,7 @@ def grad_input(
     seqs = sequences(T, num_seqs, cu_seqlens, alike=ids is None and dmean is None)
     blocks = cdiv(next_power_of_2(K) * RP, tile.BC)
     d_blocks = cdiv(d, tile.BD)
-    chunk = chunk_tokens(T, seqs.num_seqs, d_blocks, tile.BT, card.processors)
+    chunk = chunk_tokens(T, seqs.num_seqs, d_blocks, tile.BT, tile.resident * card.processors)
     chunks = tile_count(T, seqs.num_seqs, chunk, seqs.packed)
     Z = 0 if dtoken_logits is None else dtoken_logits.shape[1]
     dx = dh.new_empty((T, d) if need_dx else 0, dtype=dtype)
@@ -290,11 +326,13 @@ def grad_input(
     A_part = dh.new_empty((chunks, banks, K, r, d)) if any(need_A) else None
     router_part = dh.new_empty((chunks, Z, d)) if need_token_router else None
     chunk_to_seq = torch.empty(chunks, dtype=torch.int32, device=dh.device)
+    if threshold and masks is None:
+        masks = draw_masks(new_masks(dh, streams, d), seed, streams, threshold)
 
     def launch(programs: int, blocks: int, with_dx: bool, with_parts: bool) -> None:
         """Launch the pass for dx, for the parts of dA and dR, or for all."""
         with_router = Z > 0 and (with_dx or need_token_router)
-        grad_input_kernel[(d_blocks, chunks, programs)](
+        grad_input_kernel[(chunks * d_blocks, programs)](
             x_ptr=x if with_parts else None,
             dh_ptr=dh,
             A_ptrs=tuple(A),
@@ -304,17 +342,19 @@ def grad_input(
             dlogits_ptr=dtoken_logits if with_router else None,
             route_mask_ptr=None if dmean is None or route_mask is None else route_mask.view(torch.uint8),
             dmean_ptr=dmean if with_dx else None,
-            seed_ptr=seed if threshold else None,
+            masks_ptr=masks,
             dx_ptr=dx if with_dx else None,
             A_part_ptr=A_part if with_parts else None,
             router_part_ptr=router_part if with_parts else None,
             chunk_to_seq_ptr=chunk_to_seq,
+            T=T,
             **seqs.arguments(),
+            chunk_size=chunk,
             d=d,
+            words=cdiv(d, BITS),
             scale=256 / (256 - threshold),
             NEED_A=tuple(need and with_parts for need in need_A),
             ANY_A=any(need_A) and with_parts,
-            STREAMS=tuple(streams),
             BANKS=banks,
             K=K,
             R=r,
@@ -325,8 +365,6 @@ def grad_input(
             BD=tile.BD,
             BC=tile.BC,
             BLOCKS=blocks,
-            CHUNK=chunk,
-            THRESHOLD=threshold,
             **tile.options(),
         )
 
@@ -339,30 +377,31 @@ def grad_input(
         if need_parts:
             launch(blocks if any(need_A) else 1, 1, False, True)
 
-    def reduce(
-        part: Tensor, ids: Tensor | None, bank: int, banks: int, slots: int, out: Tensor, trained: Tensor | None = None
-    ) -> None:
-        experts, size = out.shape[0], out[0].numel()
-        reduce_dA_kernel[(experts, cdiv(size, 1024))](
-            part_ptr=part,
+    experts = [a.shape[0] for a in A]
+    summed, summed_Z = sum(experts) if any(need_A) else 0, Z if need_token_router else 0
+    if summed + summed_Z:
+        reduce_dA_kernel[(cdiv(r * d if summed else d, 1024), summed + summed_Z)](
+            part_ptr=A_part,
+            router_part_ptr=router_part,
             chunk_to_seq_ptr=chunk_to_seq,
             ids_ptr=ids,
-            trained_ptr=None if trained is None else trained.view(torch.uint8),
-            dA_ptr=out,
+            trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
+            dA_ptrs=tuple(dA) if summed else None,
+            drouter_ptr=drouter if summed_Z else None,
             chunks=chunks,
-            size=size,
-            bank=bank,
+            size=r * d,
+            d=d,
+            NEED_A=tuple(need_A),
+            EXPERTS=tuple(experts),
+            FIRST=tuple(accumulate([0, *experts[:-1]])),
+            TOTAL=summed,
             BANKS=banks,
-            K=slots,
+            K=K,
+            Z=Z,
             BLOCK=1024,
+            GROUP=8,
             **tiles.SMALL,
         )
-
-    for bank, need in enumerate(need_A):
-        if need:
-            reduce(A_part, ids, bank, banks, K, dA[bank], trained[bank] if trained else None)
-    if need_token_router:
-        reduce(router_part, None, 0, 1, Z, drouter)
     if need_dx and base_weight is not None:
         dx.addmm_(g, base_weight)
     return dx, dA, drouter

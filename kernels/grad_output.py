@@ -25,20 +25,11 @@ from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
 from ..spec import empty_like_if, grad_needs, num_slots
 from . import tiles
 from .mixes import MIXES
-from .primitives import (
-    load_slot_weights,
-    sequences,
-    slot_experts,
-    slots_and_ranks,
-    tile_span,
-    to_int64,
-    trained_columns,
-    zero_tile,
-)
-from .products import load_h, scaled_h, shrink
+from .primitives import load_slot_weights, sequences, slot_experts, tile_span, to_int64, trained_columns
+from .products import load_h, shrink, sum_chunks
 
 
-@triton.jit(do_not_specialize=["T", "num_seqs", "seq_len"])
+@triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "chunk_size"])
 def grad_output_kernel(
     g_ptr,  # (T, k)
     h_ptr,  # (T, b, DOWN, R)
@@ -48,17 +39,19 @@ def grad_output_kernel(
     B_ptrs,  # (E, k, R)
     trained_ptrs,  # bool (E,), or None
     cu_seqlens_ptr,  # (n + 1,) or None
-    p_part_ptrs,  # (blocks of k, T, K * R) out, or None
+    p_part_ptr,  # (blocks of k, T, b, K, R) out, or None
     B_part_ptr,  # (chunks, b, K, k, R) out
     chunk_to_seq_ptr,  # (chunks,) out: the chunk's sequence, -1 if it has no token
     T,
     num_seqs,
     seq_len,
+    chunk_size,
     k,
     scaling,
     STATE: tl.constexpr,  # the functions of the mix
     SHARE: tl.constexpr,
     NEED_B: tl.constexpr,  # of each bank
+    ANY_B: tl.constexpr,
     BANKS: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -67,81 +60,113 @@ def grad_output_kernel(
     RP: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    BC: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BC: tl.constexpr,  # of each bank
+    WIDE: tl.constexpr,  # of all banks, BC * BANKS or more
 ):
-    """Grid (blocks of k, chunks, column blocks): CHUNK tokens of one sequence by BK outputs.
+    """Grid (chunks * blocks of k, column blocks): `chunk_size` tokens of one sequence by BK outputs.
 
+    The banks' columns lie side by side, so that a product reads its left operand, a tile of g, once for all of them.
     p is computed only with a single column block.
     """
     dtype: tl.constexpr = g_ptr.dtype.element_ty
-    i_k = tl.program_id(0)
-    chunk = tl.program_id(1)
-    block = tl.program_id(2)
-    i_n, start, end = tile_span(chunk, cu_seqlens_ptr, num_seqs, seq_len, CHUNK)
+    k_blocks = tl.cdiv(k, BK)
+    i_k = tl.program_id(0) % k_blocks
+    chunk = tl.program_id(0) // k_blocks
+    block = tl.program_id(1)
+    i_n, start, end = tile_span(chunk, cu_seqlens_ptr, num_seqs, seq_len, chunk_size)
     if i_k == 0 and block == 0:
         tl.store(chunk_to_seq_ptr + chunk, tl.where(start < end, i_n, -1))
     if start >= end:
         return
     o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < k
-    slot, rank = slots_and_ranks(block, BC, RP)
-    m_c = (slot < K) & (rank < R)
+    o_w = tl.arange(0, WIDE)
+    bank_w = o_w // BC
+    if BC >= RP:  # said so that Triton sees contiguous columns
+        slot_w = block * (BC // RP) + o_w % BC // RP
+        rank_w = o_w % RP
+    else:
+        slot_w = tl.zeros([WIDE], tl.int32) + block * BC // RP
+        rank_w = block * BC % RP + o_w % BC
+    WHOLE: tl.constexpr = (R == RP) & (K == KP) & (BANKS * BC == WIDE)  # no column is padding
+    m_w = (bank_w < BANKS) & (slot_w < K) & (rank_w < R)
+    o_slot = bank_w * K + slot_w
 
-    b_up = ()  # [BK, BC] each
-    b_q = ()  # [BC]
-    trains = ()  # whether any expert of the bank in this column block trains
-    b_dB = ()  # [BK, BC]
-    any_trains = p_part_ptrs is not None
-    for bank in tl.static_range(BANKS):
-        if p_part_ptrs is not None:
-            expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
-            p_b = B_ptrs[bank] + (expert.to(tl.int64) * k * R + rank)[None, :] + o_k[:, None].to(tl.int64) * R
-            b_up = b_up + (tl.load(p_b, mask=m_k[:, None] & m_c[None, :], other=0).to(dtype),)
-        b_q = b_q + (load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K),)
-        bank_trains = NEED_B[bank]
-        if trained_ptrs is not None:
-            m_t = trained_columns(trained_ptrs, ids_ptr, i_n, bank, slot, BANKS, K)
-            bank_trains = bank_trains & (tl.max(m_t.to(tl.int32), 0) > 0)
-        any_trains = any_trains | bank_trains
-        trains = trains + (bank_trains,)
-        b_dB = b_dB + (zero_tile(BK, BC),)
-    if trained_ptrs is not None:
-        if not any_trains:
-            return
-
-    for t in range(start, end, BT):
-        rows = t + tl.arange(0, BT)
-        inside = rows < end
-        b_g = tl.load(g_ptr + rows[:, None] * k + o_k[None, :], mask=inside[:, None] & m_k[None, :], other=0)
-        state = STATE(scores_ptr, rows, inside, K, KP)
-        b_summed = ()
-        for bank in tl.static_range(BANKS):
-            if p_part_ptrs is not None:
-                o_p = (to_int64(i_k) * T + rows)[:, None] * (K * R) + (slot * R + rank)[None, :]
-                b_p = tl.dot(b_g, b_up[bank], input_precision="ieee")
-                tl.store(p_part_ptrs[bank] + o_p, b_p, mask=inside[:, None] & m_c[None, :])
-            b_sum = b_dB[bank]
-            if trains[bank]:
-                q = b_q[bank]
-                b_u = scaled_h(
-                    h_ptr, scores_ptr, state, q, rows, inside, slot, rank, scaling, bank, SHARE, BANKS, K, DOWN, R
-                )
-                b_sum = tl.dot(tl.trans(b_g), b_u.to(dtype), b_sum, input_precision="ieee")
-            b_summed = b_summed + (b_sum,)
-        b_dB = b_summed
-
+    if p_part_ptr is not None:
+        b_up = load_B(B_ptrs[0], ids_ptr, i_n, slot_w, rank_w, o_k, k, m_w & (bank_w == 0), 0, BANKS, K, R)
+        for bank in tl.static_range(1, BANKS):  # only one of the masks loads an element
+            m_b = m_w & (bank_w == bank)
+            b_up += load_B(B_ptrs[bank], ids_ptr, i_n, slot_w, rank_w, o_k, k, m_b, bank, BANKS, K, R)
+        b_up = b_up.to(dtype)  # [BK, WIDE]
+    if slot_weights_ptr is None:
+        b_q = tl.full([WIDE], 1.0, tl.float32)
+    else:
+        b_q = tl.load(slot_weights_ptr + i_n * (BANKS * K) + o_slot, mask=m_w, other=0)
+    m_dB = m_w & (bank_w < 0)
     for bank in tl.static_range(BANKS):
         if NEED_B[bank]:
-            m_t = trained_columns(trained_ptrs, ids_ptr, i_n, bank, slot, BANKS, K) & (rank < R)
-            o_slot = (to_int64(chunk) * (BANKS * K) + bank * K + slot) * k * R + rank
-            p_out = B_part_ptr + o_slot[None, :] + o_k[:, None].to(tl.int64) * R
-            tl.store(p_out, b_dB[bank], mask=m_k[:, None] & m_t[None, :])
+            m_dB = m_dB | (m_w & (bank_w == bank) & trained_columns(trained_ptrs, ids_ptr, i_n, bank, slot_w, BANKS, K))
+    trains = ANY_B
+    if trained_ptrs is not None:
+        trains = trains & (tl.max(m_dB.to(tl.int32), 0) > 0)
+        if p_part_ptr is None:
+            if not trains:
+                return
+
+    o_h = bank_w * (DOWN * R) + rank_w
+    if DOWN > 1:
+        o_h += slot_w * R
+    b_dB = tl.zeros([BK, WIDE], tl.float32)
+    for t in range(start, end, BT):
+        rows = t + tl.arange(0, BT)
+        inside = tl.arange(0, BT) < tl.minimum(end - t, BT).to(tl.int32)
+        m_t = inside[:, None]
+        if not WHOLE:
+            m_t = m_t & m_w[None, :]
+        b_g = tl.load(g_ptr + rows[:, None] * k + o_k[None, :], mask=inside[:, None] & m_k[None, :], other=0)
+        if p_part_ptr is not None:
+            o_p = (to_int64(i_k) * T + rows)[:, None] * (BANKS * K * R) + (o_slot * R + rank_w)[None, :]
+            tl.store(p_part_ptr + o_p, tl.dot(b_g, b_up, input_precision="ieee"), mask=m_t)
+        if trains:
+            state = STATE(scores_ptr, rows, inside, K, KP)
+            b_share = SHARE(state, scores_ptr, rows, inside, slot_w, 0, K)
+            for bank in tl.static_range(1, BANKS):
+                b_share = tl.where(
+                    (bank_w == bank)[None, :], SHARE(state, scores_ptr, rows, inside, slot_w, bank, K), b_share
+                )
+            b_h = tl.load(h_ptr + rows[:, None] * (BANKS * DOWN * R) + o_h[None, :], mask=m_t, other=0)
+            b_u = (b_h * (scaling * b_share) * b_q[None, :]).to(dtype)
+            b_dB = tl.dot(tl.trans(b_g), b_u, b_dB, input_precision="ieee")
+
+    if ANY_B:
+        p_out = B_part_ptr + ((to_int64(chunk) * (BANKS * K) + o_slot) * k * R + rank_w)[None, :]
+        tl.store(p_out + o_k[:, None].to(tl.int64) * R, b_dB, mask=m_k[:, None] & m_dB[None, :])
+
+
+@triton.jit
+def load_B(
+    B_ptr,  # (E, k, R)
+    ids_ptr,
+    i_n,
+    slot,
+    rank,
+    o_k,
+    k,
+    mask,
+    bank: tl.constexpr,
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Load a block of a bank's up projections in float32, [BK, BC]; zero in columns outside the mask."""
+    expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
+    p_b = B_ptr + (expert.to(tl.int64) * k * R + rank)[None, :] + o_k[:, None].to(tl.int64) * R
+    return tl.load(p_b, mask=(o_k < k)[:, None] & mask[None, :], other=0).to(tl.float32)
 
 
 @triton.jit
 def sum_p(
-    p_part_ptr,  # (p_parts, T, K * R)
+    p_part_ptr,  # (p_parts, T, P_WIDTH)
     rows,
     inside,
     slot,
@@ -149,23 +174,25 @@ def sum_p(
     T,
     p_parts,
     scaling,
-    K: tl.constexpr,
+    P_WIDTH: tl.constexpr,
     R: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Return a block of p [BT, BR]: the sum of its parts over k, in their order."""
     m_p = inside[:, None] & (rank < R)[None, :]
     b_p = tl.zeros([BT, BR], tl.float32)
-    for i in range(0, p_parts):
-        o_p = (rows + to_int64(i) * T)[:, None] * (K * R) + (slot * R + rank)[None, :]
-        b_p += tl.load(p_part_ptr + o_p, mask=m_p, other=0)
+    for first in range(0, p_parts, GROUP):
+        for i in tl.static_range(GROUP):  # loads that are in flight together
+            o_p = (rows + to_int64(first + i) * T)[:, None] * P_WIDTH + (slot * R + rank)[None, :]
+            b_p += tl.load(p_part_ptr + o_p, mask=m_p & (first + i < p_parts), other=0)
     return scaling * b_p
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "p_parts"])
 def mix_backward_kernel(
-    p_part_ptrs,  # (p_parts, T, K * R)
+    p_part_ptrs,  # (p_parts, T, K * R), a row every P_WIDTH numbers
     h_ptr,  # (T, b, DOWN, R)
     w_ptr,  # (sum of E, R)
     ids_ptr,  # (n, b, K) or None
@@ -193,8 +220,11 @@ def mix_backward_kernel(
     DOWN: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
+    P_WIDTH: tl.constexpr,
+    KEEP_P: tl.constexpr,  # p of all slots stays in registers between its two uses
     BT: tl.constexpr,
     BR: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Grid (tiles,): the gradient of the mix for a tile of tokens, slot by slot, BR ranks at a time."""
     tile = tl.program_id(0)
@@ -206,6 +236,7 @@ def mix_backward_kernel(
     inside = rows < end
     state = STATE(scores_ptr, rows, inside, K, KP)
 
+    kept_p = ()  # [BT, BR] each, in the order of the loops below
     if FUSE_BACKWARD is not None:
         b_ph = ()  # [BT] each, the sum of q p . h over a bank
         for bank in tl.static_range(BANKS):
@@ -214,7 +245,11 @@ def mix_backward_kernel(
                 rank = part * BR + tl.arange(0, BR)
                 for j in tl.static_range(K):
                     slot = tl.full([1], j, tl.int32)
-                    b_p = sum_p(p_part_ptrs[bank], rows, inside, slot, rank, T, p_parts, scaling, K, R, BT, BR)
+                    b_p = sum_p(
+                        p_part_ptrs[bank], rows, inside, slot, rank, T, p_parts, scaling, P_WIDTH, R, BT, BR, GROUP
+                    )
+                    if KEEP_P:
+                        kept_p = kept_p + (b_p,)
                     b_h = load_h(h_ptr, rows, inside, slot, rank, bank, BANKS, K, DOWN, R)
                     b_q = load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
                     b_sum += tl.sum(b_p * b_h * b_q[None, :], 1)
@@ -232,7 +267,12 @@ def mix_backward_kernel(
                 slot = tl.full([1], j, tl.int32)
                 o_slot = (bank * K + j) * R + rank
                 b_q = load_slot_weights(slot_weights_ptr, i_n, bank, slot, BANKS, K)
-                b_p = sum_p(p_part_ptrs[bank], rows, inside, slot, rank, T, p_parts, scaling, K, R, BT, BR)
+                if KEEP_P:
+                    b_p = kept_p[(bank * (RP // BR) + part) * K + j]
+                else:
+                    b_p = sum_p(
+                        p_part_ptrs[bank], rows, inside, slot, rank, T, p_parts, scaling, P_WIDTH, R, BT, BR, GROUP
+                    )
                 b_gated = SHARE(state, scores_ptr, rows, inside, slot, bank, K) * b_p
                 if FUSE_BACKWARD is not None:
                     expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
@@ -316,88 +356,83 @@ def reduce_dw_dweights_kernel(
                 tl.store(dweights_ptr + seq * BANKS * K + slot, tl.sum(b_dq, 0))
 
 
-@triton.jit
-def sum_chunks(
-    B_part_ptr,  # (chunks, b, K, k, R)
-    chunk_to_seq_ptr,  # (chunks,)
-    ids_ptr,  # (n, b, K) or None
-    expert,
-    o_b,
-    m_b,
-    chunks,
-    size,
-    bank,
-    BANKS: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    RP: tl.constexpr,
-):
-    """Return the sum of an expert's parts of dB [BK, RP] over the chunks of tokens, in their order."""
-    b_dB = tl.zeros([BK, RP], tl.float32)
-    for chunk in range(0, chunks):
-        i_n = tl.load(chunk_to_seq_ptr + chunk)
-        p_part = B_part_ptr + (to_int64(chunk) * BANKS + bank) * K * size + o_b
-        if ids_ptr is None:
-            b_dB += tl.load(p_part + to_int64(expert) * size, mask=m_b & (i_n >= 0), other=0)
-        else:
-            for j in tl.static_range(K):
-                chosen = tl.load(ids_ptr + (i_n * BANKS + bank) * K + j, mask=i_n >= 0, other=-1)
-                b_dB += tl.load(p_part + to_int64(j) * size, mask=m_b & (chosen == expert), other=0)
-    return b_dB
-
-
-@triton.jit(do_not_specialize=["chunks", "bank"])
+@triton.jit(do_not_specialize=["chunks"])
 def reduce_dB_kernel(
     B_part_ptr,  # (chunks, b, K, k, R)
     chunk_to_seq_ptr,  # (chunks,)
     ids_ptr,  # (n, b, K) or None
-    dw_ptr,  # (E, R) of the bank, or None
-    B_ptr,  # (E, k, R) of the bank
-    importance_ptr,  # (k,) of the bank, or None
-    trained_ptr,  # bool (E,) of the bank, or None
-    dB_ptr,  # (E, k, R) out, or None
-    dI_ptr,  # (k,) out, or None
+    dw_ptr,  # (EXPERTS, R), or None
+    B_ptrs,  # (E, k, R)
+    importance_ptrs,  # (k,), or None
+    trained_ptrs,  # bool (E,), or None
+    dB_ptrs,  # (E, k, R) out, or None
+    dI_ptrs,  # (k,) out, or None
     chunks,
     k,
     scaling,
-    bank,
-    E: tl.constexpr,
+    NEED_B: tl.constexpr,  # of each bank
+    EXPERTS: tl.constexpr,  # of each bank
+    FIRST: tl.constexpr,  # for each bank, the index of its first expert in the concatenated list
+    TOTAL: tl.constexpr,  # experts of all banks whose dB is needed, else 0
     BANKS: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """Grid (blocks of k,): one bank's dB_e = sum of its parts + s I dw_e^T, and dI = s times the sum of B_e dw_e."""
-    o_k = tl.program_id(0) * BK + tl.arange(0, BK)
+    """Grid (blocks of k, TOTAL + b if dI): dB_e = sum of its parts + s I dw_e^T, and dI = s times the sum of B_e dw_e.
+
+    A program has BK rows of an expert's dB, or of a bank's dI.
+    """
+    i_k = tl.program_id(0)
+    i_e = tl.program_id(1)
     o_r = tl.arange(0, RP)
-    m_k = o_k < k
-    m_b = m_k[:, None] & (o_r < R)[None, :]
-    o_b = o_k[:, None].to(tl.int64) * R + o_r[None, :]
-    if dw_ptr is not None:
-        b_I = tl.load(importance_ptr + o_k, mask=m_k, other=0).to(tl.float32)
-        b_dI = tl.zeros([BK], tl.float32)
-    for expert in tl.static_range(E):
-        if dw_ptr is not None:
-            b_dw = scaling * tl.load(dw_ptr + expert * R + o_r, mask=o_r < R, other=0)
-        if dB_ptr is not None:
-            live_chunks = chunks
-            m_e = m_b
-            if trained_ptr is not None:
-                trains = tl.load(trained_ptr + expert) != 0
-                live_chunks = tl.where(trains, chunks, 0)
-                m_e = m_b & trains
-            b_dB = sum_chunks(
-                B_part_ptr, chunk_to_seq_ptr, ids_ptr, expert, o_b, m_e, live_chunks, k * R, bank, BANKS, K, BK, RP
-            )
-            if dw_ptr is not None:
-                b_dB += tl.where(m_e, b_I[:, None] * b_dw[None, :], 0.0)
-            tl.store(dB_ptr + to_int64(expert) * k * R + o_b, b_dB.to(dB_ptr.dtype.element_ty), mask=m_b)
-        if dI_ptr is not None:
-            b_b = tl.load(B_ptr + to_int64(expert) * k * R + o_b, mask=m_b, other=0).to(tl.float32)
-            b_dI += tl.sum(b_b * b_dw[None, :], 1)
-    if dI_ptr is not None:
-        tl.store(dI_ptr + o_k, b_dI.to(dI_ptr.dtype.element_ty), mask=m_k)
+    if i_e < TOTAL:
+        o_e = tl.arange(0, BK * RP)  # as if (k, R) were one axis: R <= RP
+        o_b = to_int64(i_k) * (BK * R) + o_e
+        m_b = (o_e < BK * R) & (i_k * BK + o_e // R < k)
+        for bank in tl.static_range(BANKS):
+            if NEED_B[bank]:
+                expert = i_e - FIRST[bank]
+                if (expert >= 0) & (expert < EXPERTS[bank]):
+                    trains = True
+                    if trained_ptrs is not None:
+                        trains = tl.load(trained_ptrs[bank] + expert) != 0
+                    b_dB = sum_chunks(
+                        B_part_ptr,
+                        chunk_to_seq_ptr,
+                        ids_ptr,
+                        bank,
+                        expert,
+                        o_b,
+                        m_b,
+                        tl.where(trains, chunks, 0),
+                        to_int64(k) * R,
+                        BANKS,
+                        K,
+                        BK * RP,
+                        GROUP,
+                    )
+                    if dw_ptr is not None:
+                        b_i = tl.load(importance_ptrs[bank] + i_k * BK + o_e // R, mask=m_b, other=0).to(tl.float32)
+                        b_dw = tl.load(dw_ptr + i_e * R + o_e % R, mask=m_b, other=0)
+                        b_dB += tl.where(trains, scaling * b_i * b_dw, 0.0)
+                    p_dB = dB_ptrs[bank] + to_int64(expert) * k * R + o_b
+                    tl.store(p_dB, b_dB.to(dB_ptrs[bank].dtype.element_ty), mask=m_b)
+    else:
+        if dI_ptrs is not None:
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < k
+            for bank in tl.static_range(BANKS):
+                if i_e - TOTAL == bank:
+                    b_dI = tl.zeros([BK], tl.float32)
+                    for expert in range(EXPERTS[bank]):
+                        b_dw = tl.load(dw_ptr + (FIRST[bank] + expert) * R + o_r, mask=o_r < R, other=0)
+                        p_b = B_ptrs[bank] + to_int64(expert) * k * R + o_k[:, None].to(tl.int64) * R + o_r[None, :]
+                        b_b = tl.load(p_b, mask=m_k[:, None] & (o_r < R)[None, :], other=0).to(tl.float32)
+                        b_dI += tl.sum(b_b * (scaling * b_dw)[None, :], 1)
+                    tl.store(dI_ptrs[bank] + o_k, b_dI.to(dI_ptrs[bank].dtype.element_ty), mask=m_k)
 
 
 def grad_output(
@@ -427,7 +462,7 @@ def grad_output(
     functions, experts = MIXES[mix], [b.shape[0] for b in B]
     card, RP, KP = card_of(g.device), tiles.padded_rank(r), next_power_of_2(K)
     seqs = sequences(T, num_seqs, cu_seqlens, alike=ids is None and slot_weights is None)
-    tile = tiles.choose_tile("grad_output", r, K, g.dtype, card.capability)
+    tile = tiles.choose_tile("grad_output", r, K, g.dtype, card.capability, "one_bank" if banks == 1 else "")
     blocks = cdiv(KP * RP, tile.BC)
     fused_p_and_dB = blocks == 1 and banks * KP * RP <= tiles.MAX_FUSED_P_AND_DB_COLUMNS
     float32 = dict(dtype=torch.float32, device=g.device)
@@ -442,19 +477,20 @@ def grad_output(
     first = tuple(accumulate([0, *experts[:-1]]))
 
     k_blocks = cdiv(k, tile.BD)
-    chunk = chunk_tokens(T, seqs.num_seqs, k_blocks, tile.BT, card.processors)
+    chunk = chunk_tokens(T, seqs.num_seqs, k_blocks, tile.BT, tile.resident * card.processors)
     chunks = tile_count(T, seqs.num_seqs, chunk, seqs.packed)
     chunk_to_seq = torch.empty(chunks, **int32)
     p_parts: tuple[Tensor, ...] = ()
-    B_part = None
+    p_part = B_part = None
     if need.p and fused_p_and_dB:
-        p_parts = tuple(torch.empty((k_blocks, T, K * r), **float32) for _ in B)
+        p_part = torch.empty((k_blocks, T, banks * K * r), **float32)
+        p_parts = p_part.split(K * r, dim=2)
     elif need.p:
         p_parts = shrink(g, B, [K] * banks, [ids is not None] * banks, ids, seqs, r=r, strides=(k * r, 1, r)).parts
     if any(need_B):
         B_part = torch.empty((chunks, banks, K, k, r), **float32)
     if chunks and (any(need_B) or (need.p and fused_p_and_dB)):
-        grad_output_kernel[(k_blocks, chunks, blocks)](
+        grad_output_kernel[(chunks * k_blocks, blocks)](
             g_ptr=g,
             h_ptr=h,
             ids_ptr=ids,
@@ -462,19 +498,21 @@ def grad_output(
             scores_ptr=scores,
             B_ptrs=tuple(B),
             trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
-            p_part_ptrs=(p_parts or None) if fused_p_and_dB else None,
+            p_part_ptr=p_part,
             B_part_ptr=B_part,
             chunk_to_seq_ptr=chunk_to_seq,
             T=T,
             **seqs.arguments(),
+            chunk_size=chunk,
             k=k,
             scaling=scaling,
             NEED_B=tuple(need_B),
+            ANY_B=any(need_B),
             **mix_constants,
             BT=tile.BT,
             BK=tile.BD,
             BC=tile.BC,
-            CHUNK=chunk,
+            WIDE=next_power_of_2(banks) * tile.BC,
             **tile.options(),
         )
     dw = torch.empty((sum(experts) if need.dw else 0, r), **float32)
@@ -505,8 +543,11 @@ def grad_output(
                 FUSE_BACKWARD=functions.fuse_backward,
                 FIRST=first,
                 **mix_constants,
+                P_WIDTH=banks * K * r if fused_p_and_dB else K * r,
+                KEEP_P=functions.fuse is not None and banks * K * RP <= tiles.MAX_KEPT_P_COLUMNS,
                 BT=mix_tile.BT,
                 BR=min(RP, mix_tile.BC),
+                GROUP=8,
                 **mix_tile.options(),
             )
         programs = dw.shape[0] + (dweights.shape[0] if need_slot_weights else 0)
@@ -525,26 +566,29 @@ def grad_output(
                 TILES=64,
                 **tiles.SMALL,
             )
-    BK = tiles.dB_rows(r)
-    for bank, needed in enumerate(need_B):
-        if needed or need_importance:
-            reduce_dB_kernel[(cdiv(k, BK),)](
-                B_part_ptr=B_part,
-                chunk_to_seq_ptr=chunk_to_seq,
-                ids_ptr=ids,
-                dw_ptr=dw[first[bank] :] if need.dw else None,
-                B_ptr=B[bank],
-                importance_ptr=importance[bank] if need.dw else None,
-                trained_ptr=trained[bank].view(torch.uint8) if trained else None,
-                dB_ptr=dB[bank] if needed else None,
-                dI_ptr=dI[bank] if need_importance else None,
-                chunks=chunks,
-                k=k,
-                scaling=scaling,
-                bank=bank,
-                E=experts[bank],
-                **constants,
-                BK=BK,
-                **tiles.SMALL,
-            )
+    BK, summed = tiles.dB_rows(r), sum(experts) if any(need_B) else 0
+    programs = summed + (banks if need_importance else 0)
+    if programs and k:
+        reduce_dB_kernel[(cdiv(k, BK), programs)](
+            B_part_ptr=B_part,
+            chunk_to_seq_ptr=chunk_to_seq,
+            ids_ptr=ids,
+            dw_ptr=dw if need.dw else None,
+            B_ptrs=tuple(B),
+            importance_ptrs=tuple(importance) if need.dw else None,
+            trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
+            dB_ptrs=tuple(dB) if summed else None,
+            dI_ptrs=tuple(dI) if need_importance else None,
+            chunks=chunks,
+            k=k,
+            scaling=scaling,
+            NEED_B=tuple(need_B),
+            EXPERTS=tuple(experts),
+            FIRST=first,
+            TOTAL=summed,
+            **constants,
+            BK=BK,
+            GROUP=8,
+            **tiles.SMALL,
+        )
     return dh if need_dh else dh.new_empty(0), dB, dI, dweights, dscores

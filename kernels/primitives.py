@@ -1,4 +1,4 @@
-"""Device functions that all passes share: tiles of tokens, columns of rank space, top-k, and dropout's masks.
+"""Device functions that all passes share: tiles of tokens, columns of rank space, and top-k.
 
 In rank space a bank has K slots of R columns. A kernel pads both to powers of two: column `slot * RP + rank`, BC of
 them at a time.
@@ -184,26 +184,3 @@ def choose_top_k(b_z, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl
     else:
         total = tl.sum(b_weight, 0)
     return b_id, b_weight / total
-
-
-@triton.jit
-def keep_mask(
-    seed_ptr, rows, column, THRESHOLD: tl.constexpr, STREAM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
-):
-    """Return dropout's mask of a tile [BT, BD], True where an element stays.
-
-    Philox4x32-10 with counter (column // 16, row low, row high, stream), key = seed; byte column % 16 is compared.
-    `column`, the tile's first, is a multiple of 16.
-    """
-    o_block = column // 16 + tl.arange(0, BD // 16)
-    c0 = tl.broadcast_to(o_block[None, :], [BT, BD // 16]).to(tl.uint32, bitcast=True)
-    rows = rows.to(tl.int64)
-    c1 = tl.broadcast_to(rows[:, None], [BT, BD // 16]).to(tl.uint32)
-    c2 = tl.broadcast_to((rows >> 32)[:, None], [BT, BD // 16]).to(tl.uint32)
-    c3 = tl.full([BT, BD // 16], STREAM, tl.uint32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), c0, c1, c2, c3)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BT, BD // 16, 2, 2], in the order 0 1 2 3
-    words = tl.reshape(words, [BT, BD // 4, 1])
-    shifts = (tl.arange(0, 4) * 8).to(tl.uint32)
-    b_byte = (words >> shifts[None, None, :]) & 0xFF
-    return tl.reshape(b_byte, [BT, BD]) >= THRESHOLD

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..launch import card_of, cdiv, next_power_of_2, split_k, tile_count
 from . import tiles
-from .primitives import Sequences, keep_mask, slot_experts, slots_and_ranks, tile_to_seq, to_int64, zero_tile
+from .dropout import BITS, load_mask
+from .primitives import Sequences, slot_experts, slots_and_ranks, tile_to_seq, to_int64, zero_tile
 
 
 @triton.jit
@@ -63,6 +64,39 @@ def scaled_h(
     return b_h * (scaling * SHARE(state, scores_ptr, rows, inside, slot, bank, K)) * b_q[None, :]
 
 
+@triton.jit
+def sum_chunks(
+    part_ptr,  # (chunks, b, K, size)
+    chunk_to_seq_ptr,  # (chunks,)
+    ids_ptr,  # (n, b, K) or None
+    bank: tl.constexpr,
+    expert,
+    o,
+    mask,
+    chunks,
+    size,
+    BANKS: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,  # chunks that are loaded together
+):
+    """Return the sum of an expert's parts over the chunks of tokens [N], at offsets `o` into `size` numbers."""
+    b_sum = tl.zeros([N], tl.float32)
+    for first in range(0, chunks, GROUP):
+        o_c = first + tl.arange(0, GROUP)
+        i_n = tl.load(chunk_to_seq_ptr + o_c, mask=o_c < chunks, other=-1)
+        o_part = (o_c.to(tl.int64) * BANKS + bank) * K
+        if ids_ptr is None:
+            p_part = part_ptr + ((o_part + expert) * size)[:, None] + o[None, :]
+            b_sum += tl.sum(tl.load(p_part, mask=(i_n >= 0)[:, None] & mask[None, :], other=0), 0)
+        else:
+            for j in tl.static_range(K):
+                chosen = tl.load(ids_ptr + (i_n * BANKS + bank) * K + j, mask=i_n >= 0, other=-1)
+                p_part = part_ptr + ((o_part + j) * size)[:, None] + o[None, :]
+                b_sum += tl.sum(tl.load(p_part, mask=(chosen == expert)[:, None] & mask[None, :], other=0), 0)
+    return b_sum
+
+
 @triton.jit(do_not_specialize=["T", "num_seqs", "seq_len"])
 def shrink_kernel(
     x_ptr,  # (T, d)
@@ -75,18 +109,18 @@ def shrink_kernel(
     route_mask_ptr,  # (T,) bool or None: the sums have all tokens
     cu_seqlens_ptr,  # (n + 1,) or None
     ids_ptr,  # (n, b, K) or None
-    seed_ptr,  # (1,) or None
+    masks_ptr,  # (banks, T, words of 32 columns) or None: no dropout
     T,
     num_seqs,
     seq_len,
     d,
+    words,
     stride_e,
     stride_r,
     stride_d,
     BANKS: tl.constexpr,  # 0: sums alone
     SLOTS: tl.constexpr,  # of each bank
     BY_ID: tl.constexpr,  # of each bank: its slots are those of the ids, else experts in order
-    STREAMS: tl.constexpr,  # of each bank's dropout
     K: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
@@ -96,7 +130,6 @@ def shrink_kernel(
     BD: tl.constexpr,
     BC: tl.constexpr,  # of each bank
     EXTRA_TILES: tl.constexpr,
-    THRESHOLD: tl.constexpr,
 ):
     """Grid (tiles, split_k, column blocks): a program has a tile of tokens, a part of d and a block of columns."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -155,8 +188,8 @@ def shrink_kernel(
             for bank in tl.static_range(BANKS):
                 b_a = tl.load(p_a[bank][None, :] + o_a, mask=m_d[:, None] & m_c[bank][None, :], other=0).to(dtype)
                 b_kept = b_x
-                if THRESHOLD > 0:
-                    b_kept = tl.where(keep_mask(seed_ptr, rows, c, THRESHOLD, STREAMS[bank], BT, BD), b_x, 0.0)
+                if masks_ptr is not None:
+                    b_kept = tl.where(load_mask(masks_ptr, rows, inside, c, T, words, bank, BT, BD), b_x, 0.0)
                 b_added = b_added + (tl.dot(b_kept.to(dtype), b_a, b_h[bank], input_precision="ieee"),)
             b_h = b_added
         if token_router_ptr is not None:
@@ -197,9 +230,7 @@ def shrink(
     token_router: Tensor | None = None,
     routed: Tensor | None = None,
     route_mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    streams: list[int] | None = None,
-    threshold: int = 0,
+    masks: Tensor | None = None,
 ) -> Shrunk:
     """Launch `shrink_kernel`, the pass over x.
 
@@ -210,6 +241,7 @@ def shrink(
         r, strides: rank, and the strides of A between experts, ranks and inputs.
         num_columns: slots that the tile is chosen for where A is empty.
         routed: (n, 2), if the columns are summed, too, over the tokens of `route_mask`.
+        masks: of each bank's dropout, from `draw_masks`.
     """
     T, d = x.shape
     banks, widest = len(A), max(slots, default=num_columns)
@@ -219,7 +251,7 @@ def shrink(
     num_tiles = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed, extra_tiles)
     BC = tuple(min(next_power_of_2(s) * RP, tile.BC) for s in slots)
     blocks = max((cdiv(s * RP, width) for s, width in zip(slots, BC, strict=True)), default=1)
-    splits = split_k(num_tiles * blocks, d, 4 * tile.BD, card.processors)
+    splits = split_k(num_tiles * blocks, d, 4 * tile.BD, tile.resident * card.processors)
     Z = 0 if token_router is None else token_router.shape[0]
     float32 = dict(dtype=torch.float32, device=x.device)
     parts = tuple(torch.empty((splits, T, s * r), **float32) for s in slots)
@@ -236,17 +268,17 @@ def shrink(
             routed_ptr=routed,
             route_mask_ptr=None if route_mask is None or routed is None else route_mask.view(torch.uint8),
             ids_ptr=ids if any(by_id) else None,
-            seed_ptr=seed if threshold else None,
+            masks_ptr=masks,
             T=T,
             **seqs.arguments(),
             d=d,
+            words=cdiv(d, BITS),
             stride_e=strides[0],
             stride_r=strides[1],
             stride_d=strides[2],
             BANKS=banks,
             SLOTS=tuple(slots),
             BY_ID=tuple(by_id),
-            STREAMS=tuple(streams or [0] * banks),
             K=ids.shape[2] if any(by_id) else 0,
             R=r,
             RP=RP,
@@ -256,7 +288,6 @@ def shrink(
             BD=tile.BD,
             BC=BC,
             EXTRA_TILES=extra_tiles,
-            THRESHOLD=threshold if banks else 0,
             **tile.options(),
         )
     return Shrunk(parts, logits_part, splits, sums, tile.BT)

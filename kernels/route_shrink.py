@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import card_of, cdiv, next_power_of_2, tile_count
-from ..spec import down_slots, new_rank_space, new_routing, num_slots
+from ..spec import down_slots, new_masks, new_rank_space, new_routing, num_slots
 from . import tiles
+from .dropout import draw_masks
 from .primitives import choose_top_k, first_tile, sequences, slot_experts, slots_and_ranks, tile_span, to_int64
 from .products import shrink
 
@@ -221,7 +222,7 @@ def choose_kernel(
             tl.store(logits_ptr + i_n * TOTAL + FIRST[bank] + o_n, b_z, mask=m_n)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "T", "num_seqs", "seq_len", "w_parts"])
+@triton.jit(do_not_specialize=["num_tiles", "T", "num_seqs", "seq_len", "split_k", "w_parts"])
 def reduce_split_k_kernel(
     part_ptrs,  # (split_k, T, slots * R)
     logits_part_ptr,  # (split_k, T, Z) or None
@@ -235,13 +236,13 @@ def reduce_split_k_kernel(
     T,
     num_seqs,
     seq_len,
+    split_k,
     w_parts,
     scale,  # of what dropout keeps
     BANKS: tl.constexpr,
     SLOTS: tl.constexpr,  # of each bank's partial results
     CHOOSE: tl.constexpr,  # of each bank: they are all experts, of which the ids choose
     TOTAL: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr,  # parts that are loaded at once
     K: tl.constexpr,
     DOWN: tl.constexpr,
@@ -267,20 +268,20 @@ def reduce_split_k_kernel(
                 if CHOOSE[bank]:
                     source = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
                 b_h = tl.zeros([BT, BC], tl.float32)
-                for s in range(0, SPLIT_K, GROUP):
+                for s in range(0, split_k, GROUP):
                     for i in tl.static_range(GROUP):
                         p_part = part_ptrs[bank] + (rows[:, None] + to_int64(s + i) * T) * (SLOTS[bank] * R)
-                        b_h += tl.load(p_part + (source * R + rank)[None, :], mask=m_c, other=0)
+                        b_h += tl.load(p_part + (source * R + rank)[None, :], mask=m_c & (s + i < split_k), other=0)
                 p_h = h_ptr + rows[:, None] * (BANKS * DOWN * R) + (bank * DOWN * R + slot * R + rank)[None, :]
                 tl.store(p_h, b_h * scale, mask=m_c)
         if logits_part_ptr is not None:
             o_z = tl.arange(0, ZP)
             m_z = inside[:, None] & (o_z < Z)[None, :]
             b_z = tl.zeros([BT, ZP], tl.float32)
-            for s in range(0, SPLIT_K, GROUP):
+            for s in range(0, split_k, GROUP):
                 for i in tl.static_range(GROUP):
                     p_part = logits_part_ptr + (rows[:, None] + to_int64(s + i) * T) * Z + o_z[None, :]
-                    b_z += tl.load(p_part, mask=m_z, other=0)
+                    b_z += tl.load(p_part, mask=m_z & (s + i < split_k), other=0)
             tl.store(token_logits_ptr + rows[:, None] * Z + o_z[None, :], b_z, mask=m_z)
     else:
         if w_part_ptr is not None:
@@ -313,7 +314,7 @@ def route_shrink(
     scaling: float,
     mix: str,
     need_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Route and shrink; arguments and results as in `smolora.engine.torch_passes.route_shrink`."""
     (T, d), n, banks = x.shape, num_seqs, len(A)
     r, k, K = A[0].shape[1], B[0].shape[1], num_slots(ids, B, top_k)
@@ -384,9 +385,8 @@ def route_shrink(
     all_experts = [by_x and fused_routing for by_x in routed_by_x]
     by_id = [chosen is not None and not shared and not whole for whole in all_experts]
     slots = [e if whole else down for e, whole in zip(experts, all_experts, strict=True)]
-    pass_over_x = dict(
-        r=r, strides=(r * d, d, 1), token_router=token_router, seed=seed, streams=streams, threshold=threshold
-    )
+    masks = draw_masks(new_masks(x, streams, d), seed, streams, threshold) if threshold else None
+    pass_over_x = dict(r=r, strides=(r * d, d, 1), token_router=token_router, masks=masks)
     if any(reads_x):
         sums_too = dict(routed=routed, route_mask=route_mask)
         if fused_routing:
@@ -444,14 +444,14 @@ def route_shrink(
             num_tiles=num_tiles,
             T=T,
             **seqs.arguments(),
+            split_k=shrunk.split_k,
             w_parts=w_parts,
             scale=256 / (256 - threshold),
             BANKS=banks,
             SLOTS=tuple(slots),
             CHOOSE=tuple(all_experts),
             TOTAL=total,
-            SPLIT_K=shrunk.split_k,
-            GROUP=min(shrunk.split_k, max(1, 32768 // (tile.BT * tile.BC))),  # 256 registers of 128 threads
+            GROUP=max(1, 4096 // (tile.BT * tile.BC)),  # in at most 32 registers of 128 threads
             K=K,
             DOWN=down,
             R=r,
@@ -463,4 +463,6 @@ def route_shrink(
             BLOCKS=cdiv(next_power_of_2(down) * RP, tile.BC),
             **tile.options(),
         )
-    return h, w, routed_ids, slot_weights, logits, mean if need_mean else mean.new_empty((0, 0)), token_logits
+    mean = mean if need_mean else mean.new_empty((0, 0))
+    masks = x.new_empty(0, dtype=torch.int32) if masks is None else masks
+    return h, w, routed_ids, slot_weights, logits, mean, token_logits, masks

@@ -15,6 +15,7 @@ from ..launch import next_power_of_2
 
 MAX_FUSED_ROUTING_COLUMNS = 128  # of a bank: up to here one pass over x computes all experts and the router's sums
 MAX_FUSED_P_AND_DB_COLUMNS = 64  # of the slots of all banks: up to here one read of g gives p and dB
+MAX_KEPT_P_COLUMNS = 128  # of the slots of all banks: up to here mix_backward keeps p in registers
 
 
 def padded_rank(r: int) -> int:
@@ -33,6 +34,7 @@ class Tile:
     warps: int = 8
     stages: int = 1
     registers: int | None = None  # limit of a thread's; None leaves it to ptxas
+    resident: int = 2  # programs that a processor runs at once
 
     def options(self) -> dict[str, int]:
         """Return them as options of a launch."""
@@ -45,20 +47,20 @@ class Tile:
 # it rounds them; pipelined loads take shared memory for every column block. Registers are limited where that fits a
 # second block on a processor, or where ptxas would choose a tighter limit by itself, and spill.
 FLOAT32 = {
-    "shrink": (Tile(None, BT=32, BD=16, BC=64, warps=8, stages=2),),
+    "shrink": (Tile(None, BT=32, BD=16, BC=64, warps=8, stages=2, resident=1),),
     "expand": (
-        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=2, registers=128),
+        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=2, registers=128, resident=4),
         Tile(32, BT=32, BD=64, BC=32, warps=4, stages=2),
         Tile(64, BT=32, BD=32, BC=64, warps=4, stages=2),
-        Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1),
+        Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1, resident=1),
     ),
     "grad_output": (
-        Tile(16, BT=32, BD=64, BC=16, warps=8, stages=2),
-        Tile(None, BT=32, BD=32, BC=32, warps=8, stages=2),
+        Tile(16, BT=32, BD=64, BC=16, warps=8, stages=2, resident=1),
+        Tile(None, BT=32, BD=32, BC=32, warps=8, stages=2, resident=1),
     ),
     "grad_input": (
-        Tile(16, BT=32, BD=64, BC=16, warps=8, stages=2),
-        Tile(128, BT=32, BD=32, BC=32, warps=8, stages=2),
+        Tile(16, BT=32, BD=32, BC=16, warps=8, stages=3, registers=255, resident=1),
+        Tile(128, BT=32, BD=32, BC=32, warps=8, stages=2, resident=1),
         Tile(None, BT=16, BD=32, BC=16, warps=4, stages=1),
     ),
 }
@@ -77,53 +79,58 @@ WARPGROUP = {
         Tile(None, BT=64, BD=64, BC=64, warps=4, stages=1, registers=255),
     ),
     "grad_output": (
+        Tile(16, BT=64, BD=256, BC=16, warps=8, stages=3, registers=168, resident=1),
+        Tile(32, BT=64, BD=256, BC=32, warps=8, stages=2, resident=1),
+        Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2, registers=255, resident=1),
+    ),
+    "grad_output/one_bank": (
         Tile(32, BT=64, BD=256, BC=32, warps=8, stages=2),
         Tile(128, BT=64, BD=128, BC=64, warps=8, stages=2, registers=128),
-        Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2, registers=255),
+        Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2, registers=255, resident=1),
     ),
     "grad_input": (
-        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=128),
+        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=168, resident=3),
         Tile(64, BT=32, BD=64, BC=64, warps=4, stages=3, registers=255),
         Tile(128, BT=32, BD=64, BC=64, warps=4, stages=2, registers=255),
         Tile(256, BT=32, BD=64, BC=64, warps=4, stages=1),
-        Tile(None, BT=32, BD=64, BC=64, warps=8, stages=1),
+        Tile(None, BT=32, BD=64, BC=64, warps=8, stages=1, resident=1),
     ),
 }
 # tcgen05 reads it, too, and its code takes a few registers more: compute capability 10
 TENSOR_MEMORY = {
     **WARPGROUP,
     "grad_input": (
-        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=152),
+        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=168, resident=3),
         *WARPGROUP["grad_input"][1:],
     ),
 }
 # mma.sync, on every other card: within the 99 KB of the smaller ones
 WARP = {
     "shrink": (
-        Tile(16, BT=64, BD=16, BC=16, warps=4, stages=4, registers=128),
-        Tile(None, BT=64, BD=16, BC=64, warps=4, stages=4),
+        Tile(16, BT=64, BD=32, BC=16, warps=4, stages=3, registers=128, resident=4),
+        Tile(None, BT=64, BD=32, BC=64, warps=4, stages=3),
     ),
-    "shrink/one_bank": (Tile(None, BT=64, BD=16, BC=64, warps=4, stages=4),),
+    "shrink/one_bank": (Tile(None, BT=64, BD=32, BC=64, warps=4, stages=3),),
     "expand": (
         Tile(64, BT=128, BD=64, BC=64, warps=8, stages=2, registers=128),
-        Tile(128, BT=32, BD=64, BC=64, warps=8, stages=1, registers=255),
-        Tile(256, BT=64, BD=64, BC=64, warps=8, stages=1, registers=255),
-        Tile(None, BT=32, BD=64, BC=32, warps=8, stages=1, registers=255),
+        Tile(128, BT=32, BD=64, BC=64, warps=8, stages=1, registers=255, resident=1),
+        Tile(256, BT=64, BD=64, BC=64, warps=8, stages=1, registers=255, resident=1),
+        Tile(None, BT=32, BD=64, BC=32, warps=8, stages=1, registers=255, resident=1),
     ),
     "grad_output": (
-        Tile(16, BT=32, BD=256, BC=16, warps=8, stages=3),
-        Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2),
+        Tile(16, BT=32, BD=256, BC=16, warps=8, stages=3, resident=1),
+        Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2, resident=1),
     ),
     "grad_input": (
-        Tile(16, BT=32, BD=64, BC=16, warps=8, stages=3, registers=128),
+        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=168, resident=3),
         Tile(32, BT=32, BD=64, BC=32, warps=4, stages=2, registers=255),
-        Tile(64, BT=32, BD=32, BC=64, warps=8, stages=2, registers=255),
+        Tile(64, BT=32, BD=32, BC=64, warps=8, stages=2, registers=255, resident=1),
         Tile(256, BT=32, BD=32, BC=64, warps=4, stages=1),
-        Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1),
+        Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1, resident=1),
     ),
 }
 # two banks with masks of their own, and the gradient of the mean
-WARPGROUP["grad_input/routers"] = (replace(WARPGROUP["grad_input"][0], registers=168), *WARPGROUP["grad_input"][1:])
+WARP["grad_input/routers"] = (replace(WARP["grad_input"][0], registers=255, resident=2), *WARP["grad_input"][1:])
 for table in (FLOAT32, WARPGROUP, TENSOR_MEMORY, WARP):
     # a token router takes registers, and the tile of 16 columns leaves none
     table["grad_input/token_router"] = table["grad_input"][1:]

@@ -33,20 +33,34 @@ def card_of(device: torch.device) -> Card:
     return Card((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def split_k(tiles: int, length: int, block: int, processors: int) -> int:
-    """Return how many programs share one tile's long axis, such that all run at once, two on each processor.
+def split_k(tiles: int, length: int, block: int, programs: int) -> int:
+    """Return how many programs share one tile's long axis.
 
-    It is a power of two, since the kernel that adds up the partial results may be compiled for each number.
+    Args:
+        length: of the axis; a program has at least `block` of it.
+        programs: how many the card runs at once.
     """
-    fit = max(1, min(cdiv(length, block), 2 * processors // max(tiles, 1)))
-    return 1 << (fit.bit_length() - 1)
+    return fewest_parts(tiles, cdiv(length, block), programs)
 
 
-def chunk_tokens(tokens: int, num_seqs: int, blocks: int, block_tokens: int, processors: int) -> int:
-    """Return how many tokens of a sequence one program of a backward pass sums, for about four programs a processor."""
-    chunks = cdiv(4 * processors, blocks)
-    per_seq = cdiv(chunks, max(num_seqs, 1))
-    return max(1, next_power_of_2(cdiv(tokens // max(num_seqs, 1), block_tokens * per_seq))) * block_tokens
+def fewest_parts(units: int, most: int, programs: int) -> int:
+    """Return into how many parts each of `units` pieces of work is cut, such that the card is full to the end.
+
+    `programs` parts run at once. If r rounds of them do all parts, then r / parts of a unit's time pass. Each part
+    writes a partial result, so take the fewest that are within 15% of the best with up to four rounds.
+    """
+    most = max(1, min(most, 4 * programs // max(units, 1)))
+    times = [cdiv(units * parts, programs) / parts for parts in range(1, most + 1)]
+    return next(parts for parts, time in enumerate(times, 1) if time <= 1.15 * min(times))
+
+
+def chunk_tokens(tokens: int, num_seqs: int, blocks: int, block_tokens: int, programs: int) -> int:
+    """Return how many tokens of a sequence one program of a backward pass sums, a multiple of `block_tokens`.
+
+    Each of `blocks` blocks of the long axis has a program for each chunk, of which the card runs `programs` at once.
+    """
+    seq_blocks = max(1, cdiv(tokens // max(num_seqs, 1), block_tokens))
+    return cdiv(seq_blocks, fewest_parts(blocks * max(num_seqs, 1), seq_blocks, programs)) * block_tokens
 
 
 def tile_count(tokens: int, num_seqs: int, block: int, packed: bool, extra_tiles: int = 1) -> int:

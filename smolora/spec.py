@@ -121,6 +121,14 @@ def new_routing(x: Tensor, num_seqs: int, B: list[Tensor], top_k: int, routed: b
     return x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=dtype), logits
 
 
+def new_masks(tokens: Tensor, streams: list[int], d: int) -> Tensor:
+    """Allocate dropout's masks of x (T, d) as bits: int32 (streams, T, words), a word for 32 columns.
+
+    `tokens` is any tensor that has T rows.
+    """
+    return tokens.new_empty((len(streams), tokens.shape[0], -(-d // 32)), dtype=torch.int32)
+
+
 def new_rank_space(
     x: Tensor, A: list[Tensor], B: list[Tensor], slots: int, mix: str, token_router: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ def _blocks(length: str, block: str) -> Count:
 
 
 def _chunk(a: Arguments) -> float:
-    return cdiv(min(a.CHUNK, a.seq_len), a.BT)
+    return cdiv(min(a.chunk_size, a.seq_len), a.BT)
 
 
 def of_range(statement: ast.For, arguments: Arguments) -> int | None:
@@ -59,19 +59,19 @@ TRIPS: dict[str, dict[str, Count]] = {
     "router_logits_kernel": {"tile": lambda a: cdiv(a.seq_len, a.BT)},
     "fuse_expand_kernel": {"c": _blocks("k", "BK")},
     "grad_output_kernel": {"t": _chunk},
-    "reduce_dB_kernel": {"chunk": lambda a: a.chunks},
+    "reduce_dB_kernel": {"expert": lambda a: max(a.EXPERTS)},
     "grad_input_kernel": {"t": _chunk},
-    "reduce_dA_kernel": {"chunk": lambda a: a.chunks},
 }
 # the outermost `if` that tells two kinds of programs apart, and how many take it; the others take its `else`
 DISPATCH: dict[str, tuple[str, Count]] = {
     "route_instruction_and_w_kernel": ("pid < num_seqs", lambda a: a.num_seqs),
     "reduce_split_k_kernel": ("pid < num_tiles", lambda a: a.num_tiles),
     "reduce_dw_dweights_kernel": ("pid < EXPERTS", lambda a: a.EXPERTS),
+    "reduce_dB_kernel": ("i_e < TOTAL", lambda a: a.TOTAL * a.grid[0]),
 }
 # the share of a tensor's masked loads that are not masked, where a program reads only what one expert's tokens wrote
 ACTIVE: dict[tuple[str, str], Count] = {
-    ("reduce_dB_kernel", "B_part_ptr"): lambda a: 1 / a.E,
-    ("reduce_dA_kernel", "part_ptr"): lambda a: 1 / a.grid[0],
+    ("reduce_dB_kernel", "B_part_ptr"): lambda a: 1 / max(a.EXPERTS),
+    ("reduce_dA_kernel", "part_ptr"): lambda a: 1 / max(a.EXPERTS),
     ("reduce_dw_dweights_kernel", "dw_part_ptr"): lambda a: 2 / a.EXPERTS,
 }

@@ -111,7 +111,7 @@ def route_shrink(
     scaling: float,
     mix: str,
     need_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (tokens, d), r = x.shape, A[0].shape[1]
     routed_ids, slot_weights = x.new_empty(0, dtype=torch.int32), x.new_empty(0)
     logits, mean = x.new_empty((num_seqs, 0)), x.new_empty((0, 0))
@@ -156,7 +156,8 @@ def route_shrink(
                 threads=torch.get_num_threads(),
             )
     token_logits = x.new_empty((tokens, 0)) if token_router is None else x @ token_router.mT
-    return h, w, routed_ids, slot_weights, logits, mean if need_mean else x.new_empty((0, 0)), token_logits
+    mean = mean if need_mean else x.new_empty((0, 0))
+    return h, w, routed_ids, slot_weights, logits, mean, token_logits, x.new_empty(0, dtype=torch.int32)
 
 
 def _mixed(
@@ -323,6 +324,7 @@ def grad_input(
     seed: Tensor | None,
     streams: list[int],
     threshold: int,
+    masks: Tensor | None,
     dtype: torch.dtype,
     need_dx: bool,
     need_A: list[bool],

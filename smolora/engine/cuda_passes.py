@@ -28,6 +28,7 @@ from .cuda_launch import MIXES, layout, run_pass
 
 COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have; in float32 the last would spill
 MAX_BANKS = 2
+RESIDENT = 2  # blocks that a processor runs at once
 MAX_RANK = 128
 MAX_MIX_NUMBERS = 2048  # of a token in rank space, b K r, that a warp holds in mix's gradient
 MAX_FUSED_ROUTING_COLUMNS = 128  # of all experts that x routes: up to here one pass over x computes them
@@ -128,7 +129,7 @@ def route_shrink(
     scaling: float,
     mix: str,
     need_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Choose each sequence's slots and bring its tokens into rank space."""
     (T, d), n, k, r = x.shape, num_seqs, B[0].shape[1], A[0].shape[1]
     E, slots, shared, routes = [b.shape[0] for b in B], num_slots(ids, B, top_k), down_slots(A, 0) == 1, bool(routers)
@@ -142,12 +143,12 @@ def route_shrink(
     if fused_routing and not shared:
         columns += of_x - RP * slots * sum(router_reads_x)
     block = shrink_columns(columns, dtype)
-    limits, packed, processors = cuda_build.extension, cu_seqlens is not None, card_of(x.device).processors
+    limits, packed, programs = cuda_build.extension, cu_seqlens is not None, RESIDENT * card_of(x.device).processors
     width = limits.ROW // x.element_size()
     extra = 1 if route_mask is None else 2
     tiles = tile_count(T, n, limits.TILE, packed, extra if fused_routing else 1)
     sum_tiles = tile_count(T, n, limits.TILE, packed, extra)
-    splits = split_k(tiles * cdiv(columns, block), d, 4 * width, processors)
+    splits = split_k(tiles * cdiv(columns, block), d, 4 * width, programs)
     float32 = dict(dtype=torch.float32, device=x.device)
     mean = torch.empty((n, d) if routes_by_x else (0, 0), **float32)
     banks = [
@@ -194,7 +195,7 @@ def route_shrink(
         fused_routing=fused_routing,
         columns=block,
         split_k=splits,
-        sum_split_k=split_k(sum_tiles, d, 4 * width, processors),
+        sum_split_k=split_k(sum_tiles, d, 4 * width, programs),
         routed=torch.empty((n, 2), dtype=torch.int64, device=x.device),
         arrived=torch.empty(n, dtype=torch.int32, device=x.device),
         sums=torch.empty((sum_tiles, d), **float32) if routes_by_x else None,
@@ -207,7 +208,7 @@ def route_shrink(
     )
     run_pass("route_shrink", x, fields)
     mean = mean if need_mean and routes_by_x else torch.empty((0, 0), **float32)
-    return h, w, routed_ids, routed_weights, logits, mean, token_logits
+    return h, w, routed_ids, routed_weights, logits, mean, token_logits, x.new_empty(0, dtype=torch.int32)
 
 
 def fuse_expand(
@@ -250,7 +251,7 @@ def fuse_expand(
     )
     fields |= dict(
         k=k,
-        slices=split_k(tiles, k, 256, card_of(h.device).processors),
+        slices=split_k(tiles, k, 256, RESIDENT * card_of(h.device).processors),
         h=h,
         w=w,
         bias=base_bias,
@@ -287,16 +288,16 @@ def grad_output(
     """Go from g = dL/dy (T, k) to rank space, and to the gradients of what lies behind it."""
     (T, k), n, down, r, slots = g.shape, num_seqs, h.shape[2], h.shape[3], num_slots(ids, B, 0)
     need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
-    limits, packed, processors = cuda_build.extension, cu_seqlens is not None, card_of(g.device).processors
+    limits, packed, programs = cuda_build.extension, cu_seqlens is not None, RESIDENT * card_of(g.device).processors
     RP, dtype = padded_rank16(r), g.dtype
     total = len(B) * slots * RP
     fused, columns = fused_p_and_dB(total, dtype), shrink_columns(total, dtype)
     block = limits.OUTER_TILES * limits.ROW // g.element_size()
     k_blocks = cdiv(k, block)
-    chunk = chunk_tokens(T, n, k_blocks, limits.CHUNK, processors)
+    chunk = chunk_tokens(T, n, k_blocks, limits.CHUNK, programs)
     chunks = tile_count(T, n, chunk, packed)
     tiles = tile_count(T, n, limits.TILE, packed) * cdiv(total, columns)
-    splits = k_blocks if fused else split_k(tiles, k, block, processors)
+    splits = k_blocks if fused else split_k(tiles, k, block, programs)
     mix_tiles = tile_count(T, n, limits.MIX_TILE, packed)
     float32, int32 = dict(dtype=torch.float32, device=g.device), dict(dtype=torch.int32, device=g.device)
     dh = empty_like_if(need.p, h)
@@ -376,6 +377,7 @@ def grad_input(
     seed: Tensor | None,
     streams: list[int],
     threshold: int,
+    masks: Tensor | None,
     dtype: torch.dtype,
     need_dx: bool,
     need_A: list[bool],
@@ -385,11 +387,11 @@ def grad_input(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Go from dh to dx, and to the gradients of A."""
     (T, _, down, r), n, d, RP = dh.shape, num_seqs, A[0].shape[2], padded_rank16(dh.shape[3])
-    limits, packed, processors = cuda_build.extension, cu_seqlens is not None, card_of(dh.device).processors
+    limits, packed, programs = cuda_build.extension, cu_seqlens is not None, RESIDENT * card_of(dh.device).processors
     shared = down_slots(A, 0) == 1
     slots, total = down if ids is None else ids.shape[2], len(A) * down * RP
     block = limits.OUTER_TILES * limits.ROW // dtype.itemsize
-    chunk = chunk_tokens(T, n, cdiv(d, block), limits.CHUNK, processors)
+    chunk = chunk_tokens(T, n, cdiv(d, block), limits.CHUNK, programs)
     chunks = tile_count(T, n, chunk, packed)
     dx = dh.new_empty((T, d) if need_dx else 0, dtype=dtype)
     dA = [empty_like_if(needed, a) for needed, a in zip(need_A, A, strict=True)]
@@ -411,7 +413,7 @@ def grad_input(
         d=d,
         need_dx=need_dx,
         need_A=any(need_A),
-        slices=split_k(tile_count(T, n, limits.TILE, packed), d, 256, processors),
+        slices=split_k(tile_count(T, n, limits.TILE, packed), d, 256, programs),
         chunk=chunk,
         chunks=chunks,
         x=x,

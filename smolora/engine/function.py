@@ -40,7 +40,8 @@ class _Mixture(torch.autograd.Function):
     """Forward and backward over the four passes. What it returns besides y is not differentiable.
 
     Saved for backward, besides parameters: x if an A or a token router trains (else nothing of x's size), h, the
-    scores, and per-sequence tensors. Saved tensors are never modified in place.
+    scores, per-sequence tensors, and dropout's masks as bits, T d / 8 bytes a bank, where a backend keeps them. Saved
+    tensors are never modified in place.
     """
 
     @staticmethod
@@ -65,7 +66,7 @@ class _Mixture(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         o = options
         A, B, importance, routers = _split(parameters, o)
-        h, w, routed_ids, routed_weights, logits, mean, token_logits = route_shrink(
+        h, w, routed_ids, routed_weights, logits, mean, token_logits, masks = route_shrink(
             x=x,
             num_seqs=o.num_seqs,
             cu_seqlens=cu_seqlens,
@@ -114,6 +115,7 @@ class _Mixture(torch.autograd.Function):
             scores = fused
         ctx.save_for_backward(
             x if o.keep_x else None,
+            masks if masks.numel() else None,
             h,
             w,
             ids,
@@ -140,7 +142,7 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        x, h, w, ids, slot_weights, scores, logits, mean, *rest = ctx.saved_tensors
+        x, masks, h, w, ids, slot_weights, scores, logits, mean, *rest = ctx.saved_tensors
         route_mask, cu_seqlens, router_rows, seed, base_weight, instruction, token_router, *rest = rest
         o, (of_B, of_A) = ctx.options, ctx.num_trained
         trained, trained_A, parameters = rest[:of_B], rest[of_B : of_B + of_A], rest[of_B + of_A :]
@@ -199,6 +201,7 @@ class _Mixture(torch.autograd.Function):
                 seed=seed,
                 streams=o.streams,
                 threshold=o.threshold,
+                masks=masks,
                 dtype=ctx.dtype,
                 need_dx=need_x,
                 need_A=need_A,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import empty_like_if, new_rank_space, new_routing, num_slots
+from ..spec import empty_like_if, new_masks, new_rank_space, new_routing, num_slots
 from . import cpu_passes, cuda_passes, torch_passes
 from .checks import check_ids, check_values
 
@@ -85,7 +85,10 @@ def _check_route_shrink(x, num_seqs, cu_seqlens, route_mask, instruction, ids, A
 def _fake_route_shrink(a: Any) -> Any:
     h, w, token_logits = new_rank_space(a.x, a.A, a.B, num_slots(a.ids, a.B, a.top_k), a.mix, a.token_router)
     mean = h.new_empty((a.num_seqs, a.x.shape[1]) if a.need_mean else (0, 0))
-    return h, w, *new_routing(a.x, a.num_seqs, a.B, a.top_k, bool(a.routers)), mean, token_logits
+    masks = a.x.new_empty(0, dtype=torch.int32)
+    if a.threshold and a.backend == "triton":
+        masks = new_masks(a.x, a.streams, a.x.shape[1])
+    return h, w, *new_routing(a.x, a.num_seqs, a.B, a.top_k, bool(a.routers)), mean, token_logits, masks
 
 
 def _fake_fuse_expand(a: Any) -> Any:

