@@ -85,6 +85,7 @@ def test_masks_are_those_of_every_backend(seed: int, device: str):
             seed=torch.tensor([seed], device=device),
             streams=[stream],
             threshold=threshold,
+            masks=None,
             dtype=float32,
             need_dx=True,
             need_A=[False],
