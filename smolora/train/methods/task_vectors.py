@@ -17,6 +17,7 @@ from .stage import StageWork, in_eval_mode, without_adapter
 KINDS = ("image", "instruction", "answer")
 LONGEST = 128  # tokens of a text; the start of a longer one is cut off
 TEXTS_AT_ONCE = 64
+ROUNDING = 1e-6  # of the cosine of vectors whose features are float32
 
 
 @torch.no_grad()
@@ -87,7 +88,8 @@ def similarity(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
     """How similar the newest task is to each earlier one, in [0, 1].
 
     Of each kind of vector, the cosines of all pairs of tasks are standardised (by the deviation of a sample) and put
-    through a sigmoid; a pair's similarity is the product over the kinds. The single pair of two tasks has the product
+    through a sigmoid; cosines that differ by rounding alone count as equal. A pair's similarity is the product over the
+    kinds. The single pair of two tasks has the product
     of its cosines, which is cut at 0.
 
     Args:
@@ -105,6 +107,6 @@ def similarity(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
         if len(cosines) > 1:
             centred = cosines - cosines.mean()
             deviation = centred.square().sum().div(len(cosines) - 1).sqrt()
-            cosines = torch.sigmoid(centred / deviation if deviation > 0 else centred)
+            cosines = torch.sigmoid(centred / deviation if deviation > ROUNDING else 0 * centred)
         product *= cosines
-    return product[second == tasks - 1].clamp(min=0)
+    return product[second == tasks - 1].clamp(0, 1)
