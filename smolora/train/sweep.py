@@ -66,7 +66,7 @@ def read_grid(path: Path, arguments: Sequence[str], output: str | None = None) -
     for argument in arguments:
         key, equals, text = argument.partition("=")
         key = key.strip()
-        values = parse_yaml(f"[{text}]", argument) if equals and key else []
+        values = _values(text) if equals and key else []
         if key in axes or any(key == other.partition("=")[0].strip() for other in fixed):
             raise ValueError(f"a sweep takes each key once, got {key} twice")
         if len(values) < 2:
@@ -78,9 +78,9 @@ def read_grid(path: Path, arguments: Sequence[str], output: str | None = None) -
         if len(set(shown)) < len(shown):
             raise ValueError(f"{key} must have different values, got {text}")
         axes[key] = values
+    base = load_recipe(path, fixed)
     if not axes:
         raise ValueError("a sweep needs a key with several values, key=a,b,c, got none")
-    base = load_recipe(path, fixed)
     folder = Path(output or f"{base.folder}-sweep")
     points = []
     for values in itertools.product(*axes.values()):
@@ -89,6 +89,15 @@ def read_grid(path: Path, arguments: Sequence[str], output: str | None = None) -
         overrides = [*fixed, *(f"{key}={_text(value)}" for key, value in changes.items())]
         points.append(Point(chosen, overrides, load_recipe(path, overrides)))
     return points
+
+
+def _values(text: str) -> list[Any]:
+    """The values of a key, which commas part; none where the text is a value of another form, or no YAML."""
+    try:
+        values: list[Any] = parse_yaml(f"[{text}]", text)
+    except ValueError:  # a regular expression, for example, has brackets of its own
+        return []
+    return values
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

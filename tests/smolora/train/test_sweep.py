@@ -35,6 +35,13 @@ def test_values_are_yaml(world):
     assert points[0].recipe.folder.parent.name == "run-sweep"
 
 
+def test_a_change_for_all_runs_is_read_as_train_reads_it(world):
+    """A value with brackets of its own, such as a regular expression, is one value."""
+    pattern = r".*layers\.[0,1]\..*up_proj"
+    points = read_grid(world, [f"adapter.target_modules={pattern}", "seed=0,1"])
+    assert [point.recipe.adapter["target_modules"] for point in points] == [pattern] * 2
+
+
 def test_folder_names(world):
     """Odd or long values get a name of their own, and keys that end alike are told apart."""
     points = read_grid(world, ["benchmark=a/b,a:b,'é'", "setting=single"])
