@@ -136,6 +136,11 @@ class Method:
                     f"method.schedule must be 'sequential' for the {part}, which is made for one task after another, "
                     f"got {course!r}"
                 )
+        if {"ewc", "ewc-tir"} <= set(add_ons):
+            raise ValueError(
+                "method.schedule must have one of 'ewc' and 'ewc-tir', which pull the same parameters, got "
+                f"{list(parts.schedule)}"
+            )
         for name in add_ons:
             if name in ADAPTERS[parts.adapter].refused_add_ons:
                 raise ValueError(
@@ -150,10 +155,14 @@ class Method:
         for name in ("deepspeed", "fsdp"):
             sharded = recipe.training.arguments.get(name)
             for part, hooks in zip(kinds, self.hooks, strict=True):
-                if sharded and hooks.passes_between_stages:
+                if sharded and (hooks.passes_between_stages or hooks.has("step_term")):
+                    why = (
+                        "whose passes over the data between stages are not made for sharded parameters"
+                        if hooks.passes_between_stages
+                        else "which adds to whole gradients once a step"
+                    )
                     raise ValueError(
-                        f"training.arguments.{name} must be left out for the {part}, whose passes over the data "
-                        f"between stages are not made for sharded parameters, got {shortened(sharded)}"
+                        f"training.arguments.{name} must be left out for the {part}, {why}, got {shortened(sharded)}"
                     )
         self.course = COURSES[course](recipe)
 

@@ -259,6 +259,10 @@ def test_the_plan_counts_the_frozen_sum(world, capsys):
         ("methods.clora.weight=-1", r"methods\.clora\.weight must be .*-1"),
         ("methods.clora.weight=true", r"methods\.clora\.weight must be .*"),
         ("methods.clora.lambda=1", r"methods\.clora\.lambda"),
+        (
+            "training.arguments.deepspeed=zero3.json",
+            r"arguments\.deepspeed must be left out for the adapter 'clora', which adds .*, got 'zero3\.json'",
+        ),
         ("method={adapter: clora, schedule: [ewc]}", r"must not have 'ewc' for the adapter 'clora': each stage trains"),
         ("method={adapter: clora, schedule: [joint]}", r"must be 'sequential' for the .*'clora', .*got 'joint'"),
         (
