@@ -83,8 +83,8 @@ def read_grid(path: Path, arguments: Sequence[str], output: str | None = None) -
         raise ValueError("a sweep needs a key with several values, key=a,b,c, got none")
     folder = Path(output or f"{base.folder}-sweep")
     points = []
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
+    for combination in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, combination, strict=True))
         changes = {**chosen, "output": str(folder / _folder_name(chosen))}
         overrides = [*fixed, *(f"{key}={_text(value)}" for key, value in changes.items())]
         points.append(Point(chosen, overrides, load_recipe(path, overrides)))
