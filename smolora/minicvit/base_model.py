@@ -228,7 +228,8 @@ def train_tower(tower: nn.Module, pictures: Pictures, settings: BaseSettings) ->
             labels = facts[name][rows]
             if (labels != IGNORED_LABEL).any():
                 logits = heads[name](patches[:, head.patches].mean(1))
-                total = total + F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+                nats = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+                total = total + head.weight * nats
         return total / len(rows)
 
     trained = [*tower.parameters(), *heads.parameters()]

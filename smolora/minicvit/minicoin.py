@@ -17,7 +17,17 @@ from . import tasks
 from .base_model import BaseSettings
 from .drawing import Canvas
 from .files import Benchmark, DrawnSample, TaskSpec
-from .pictures import EVERYWHERE, PROBE_HEADS, Curriculum, Picture, ProbeHead, draw_kind, vocabulary_texts
+from .pictures import (
+    EVERYWHERE,
+    PATCH,
+    PATCHES,
+    PROBE_HEADS,
+    Curriculum,
+    Picture,
+    ProbeHead,
+    draw_kind,
+    vocabulary_texts,
+)
 from .scenes import COLOURS, SHAPES, SIDE, StableRandom, draw_scene
 
 STEP = 4  # pixels between the places where a shape's box may begin or end
@@ -93,12 +103,14 @@ MINICOIN = Benchmark("MiniCoIN", "MiniCoIN 1", TASKS, {"Instructions_Original": 
 
 
 CORNERS = ("x1", "y1", "x2", "y2")
+# what each patch is told of the shape that covers most of it: without these, a tower of this size finds no boxes
 BOX_HEADS = {
-    f"{colour}_{corner}": ProbeHead((*NUMBERS, "nothing"), EVERYWHERE) for colour in COLOURS for corner in CORNERS
+    f"{what}_at_{patch}": ProbeHead((*names, "nothing"), (patch,), 1 / len(EVERYWHERE))
+    for patch in EVERYWHERE
+    for what, names in (("colour", tuple(COLOURS)), ("shape", SHAPES), *((corner, NUMBERS) for corner in CORNERS))
 }
-BOX_HEADS |= {f"{colour}_shape": ProbeHead((*SHAPES, "nothing"), EVERYWHERE) for colour in COLOURS}
 # how often each kind is drawn
-KIND_WEIGHTS = {"digit": 3, "object": 1, "shape": 1, "grid": 2, "sign": 2, "book": 2, "words": 1, "scene": 4}
+KIND_WEIGHTS = {"digit": 4, "object": 1, "shape": 1, "grid": 2, "sign": 3, "book": 2, "words": 1, "scene": 3}
 KINDS_OF_PICTURES = tuple(kind for kind, weight in KIND_WEIGHTS.items() for _ in range(weight))
 
 
@@ -106,7 +118,7 @@ def draw_picture(rng: StableRandom) -> Picture:
     """Draw a picture of a random kind, with all questions about it. Some are out of focus."""
     kind = rng.choice(KINDS_OF_PICTURES)
     if kind == "scene":
-        return _scene_picture(rng)
+        return scene_picture(rng)
     picture = draw_kind(kind, rng)
     if picture.canvas is not None and kind in ("digit", "object", "sign"):
         question, sentence = "Can the picture be made out?", "I would say {}."
@@ -121,19 +133,29 @@ def draw_picture(rng: StableRandom) -> Picture:
     return picture
 
 
-def _scene_picture(rng: StableRandom) -> Picture:
+def scene_picture(rng: StableRandom) -> Picture:
     """Draw a scene, padded, with questions on what is where."""
     canvas, placed = scene(rng)
     facts = {head: "nothing" for head in BOX_HEADS}
-    for shape, colour, box in placed:
-        facts[f"{colour}_shape"] = shape
-        facts.update({f"{colour}_{corner}": NUMBERS[place // STEP] for corner, place in zip(CORNERS, box, strict=True)})
+    for patch in EVERYWHERE:
+        covered, one = max(((_overlap(patch, one.box), one) for one in placed), key=lambda pair: pair[0])
+        if covered:
+            said = dict(zip(CORNERS, one.numbers, strict=True), colour=one.colour, shape=one.shape)
+            facts.update({f"{what}_at_{patch}": name for what, name in said.items()})
     picture = Picture(padded(canvas), **facts)
     for one in placed:
         name, (x1, y1, x2, y2) = f"{one.colour} {one.shape}", one.numbers
         picture.ask(f"Which numbers say where the {name} lies?", f"{x1}, {y1}, {x2}, {y2}", "It lies at {}.")
         picture.ask(f"Which shape is {one.colour}?", one.shape, "It is a {}.")
     return picture
+
+
+def _overlap(patch: int, box: tuple[int, int, int, int]) -> int:
+    """Return how many pixels of a patch a box covers."""
+    row, column = divmod(patch, PATCHES)
+    x, y = PATCH * column, PATCH * row
+    wide, high = min(x + PATCH, box[2]) - max(x, box[0]), min(y + PATCH, box[3]) - max(y, box[1])
+    return max(wide, 0) * max(high, 0)
 
 
 def padded(canvas: Canvas) -> Canvas:
@@ -159,4 +181,4 @@ def _texts() -> Iterator[str]:
 
 
 MINICOIN_PICTURES = Curriculum(MINICOIN.seed, PROBE_HEADS | BOX_HEADS, draw_picture, _texts, numbers=True)
-MINICOIN_BASE = BaseSettings(vision_steps=1000, steps=450)
+MINICOIN_BASE = BaseSettings(vision_steps=1200, steps=600)

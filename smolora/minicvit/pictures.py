@@ -38,6 +38,7 @@ class ProbeHead(NamedTuple):
 
     names: tuple[str, ...]
     patches: tuple[int, ...]
+    weight: float = 1.0  # of its loss
 
 
 PATCHES = SIDE // PATCH  # along a side

@@ -15,7 +15,8 @@ from smolora.evaluate.coin import COIN_DATASETS
 from smolora.evaluate.grounding import written_box
 from smolora.evaluate.score import score
 from smolora.minicvit.drawing import png
-from smolora.minicvit.minicoin import MINICOIN, NUMBERS, SIZES, padded, scene
+from smolora.minicvit.minicoin import CORNERS, MINICOIN, NUMBERS, SIZES, padded, scene, scene_picture
+from smolora.minicvit.pictures import EVERYWHERE, PATCH, PATCHES
 from smolora.minicvit.scenes import COLOURS, SIDE, StableRandom
 
 from .test_tasks import digest_of
@@ -109,6 +110,29 @@ def test_a_box_is_the_shapes_own(tmp_path):
             assert one.numbers == [f"{place / SIDE:.2f}" for place in one.box]
             assert set(one.numbers) <= set(NUMBERS) and written_box(f"[{', '.join(one.numbers)}]")
     assert sizes == set(SIZES)
+
+
+def test_a_patch_is_told_of_the_shape_that_it_shows():
+    """A patch in which a colour is seen has the facts of a shape there; one that no box reaches has "nothing"."""
+    told = 0
+    for index in range(40):
+        picture = scene_picture(StableRandom(f"patches {index}"))
+        for patch in EVERYWHERE:
+            row, column = (PATCH * place for place in divmod(patch, PATCHES))
+            pixels = picture.canvas.pixels[row : row + PATCH, column : column + PATCH]
+            seen = {colour: int((pixels == rgb).all(-1).sum()) for colour, rgb in COLOURS.items()}
+            colour = picture.facts[f"colour_at_{patch}"]
+            if colour == "nothing":
+                assert max(seen.values()) == 0
+                continue
+            told += 1
+            x1, y1, x2, y2 = (float(picture.facts[f"{corner}_at_{patch}"]) * SIDE for corner in CORNERS)
+            assert x1 < column + PATCH and x2 > column and y1 < row + PATCH and y2 > row
+            shape = picture.facts[f"shape_at_{patch}"]
+            where = f"Which numbers say where the {colour} {shape} lies?"
+            numbers = ", ".join(picture.facts[f"{corner}_at_{patch}"] for corner in CORNERS)
+            assert (where, numbers) in [turn[:2] for turn in picture.turns]
+    assert told > 200
 
 
 def test_the_command(tmp_path, capsys):
