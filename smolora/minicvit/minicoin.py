@@ -30,7 +30,7 @@ from .pictures import (
 )
 from .scenes import COLOURS, SHAPES, SIDE, StableRandom, draw_scene
 
-STEP = 4  # pixels between the places where a shape's box may begin or end
+STEP = PATCH  # pixels between the places where a shape's box may begin or end
 NUMBERS = tuple(f"{place / (SIDE // STEP):.2f}" for place in range(SIDE // STEP + 1))
 SIZES = ((SIDE, SIDE), (SIDE, SIDE - 2 * STEP), (SIDE - 2 * STEP, SIDE))  # width and height of a picture
 PADDING = (122, 116, 104)  # CLIP's mean colour, with which LLaVA pads
@@ -49,14 +49,14 @@ class Placed(NamedTuple):
         return [NUMBERS[place // STEP] for place in self.box]
 
 
-def scene(rng: StableRandom) -> tuple[Canvas, list[Placed]]:
-    """Draw two or three shapes of different colours, none on another."""
+def scene(rng: StableRandom, fewest: int = 2) -> tuple[Canvas, list[Placed]]:
+    """Draw `fewest` to three shapes of different colours, none on another."""
     width, height = rng.choice(SIZES)
     placed: list[Placed] = []
-    for colour in rng.sample(list(COLOURS), rng.between(2, 3)):
+    for colour in rng.sample(list(COLOURS), rng.between(fewest, 3)):
         shape = rng.choice(SHAPES)
         while True:
-            side = STEP * rng.between(3, 4)
+            side = STEP * (1 if placed else rng.between(1, 2))  # three large ones would not fit
             left, top = STEP * rng.below((width - side) // STEP + 1), STEP * rng.below((height - side) // STEP + 1)
             x, y = left + (SIDE - width) // 2, top + (SIDE - height) // 2
             box = x, y, x + side, y + side
@@ -96,21 +96,27 @@ TASKS: dict[str, TaskSpec] = {
 }
 BOX_INSTRUCTION = "Answer with the corners of its box, [x1, y1, x2, y2], in numbers from 0 to 1."
 INSTRUCTIONS = {name: (BOX_INSTRUCTION,) if name == "Grounding" else SINGLE_TYPE[name] for name in TASKS}
-MINICOIN = Benchmark("MiniCoIN", "MiniCoIN 1", TASKS, {"Instructions_Original": INSTRUCTIONS}, numbered=True)
+MINICOIN = Benchmark("MiniCoIN", "MiniCoIN 2", TASKS, {"Instructions_Original": INSTRUCTIONS}, numbered=True)
 
 
 # ---- what its base model learns from
 
 
 CORNERS = ("x1", "y1", "x2", "y2")
-# what each patch is told of the shape that covers most of it: without these, a tower of this size finds no boxes
+# what each patch is told of the shape that covers most of it, and all patches together of each colour's shape: without
+# the first a tower of this size finds no boxes, without the second its language model reads none
 BOX_HEADS = {
     f"{what}_at_{patch}": ProbeHead((*names, "nothing"), (patch,), 1 / len(EVERYWHERE))
     for patch in EVERYWHERE
     for what, names in (("colour", tuple(COLOURS)), ("shape", SHAPES), *((corner, NUMBERS) for corner in CORNERS))
 }
+BOX_HEADS |= {
+    f"{colour}_{what}": ProbeHead((*names, "nothing"), EVERYWHERE)
+    for colour in COLOURS
+    for what, names in (("shape", SHAPES), *((corner, NUMBERS) for corner in CORNERS))
+}
 # how often each kind is drawn
-KIND_WEIGHTS = {"digit": 4, "object": 1, "shape": 1, "grid": 2, "sign": 3, "book": 2, "words": 1, "scene": 3}
+KIND_WEIGHTS = {"digit": 4, "object": 1, "shape": 1, "grid": 2, "sign": 3, "book": 2, "words": 1, "scene": 4}
 KINDS_OF_PICTURES = tuple(kind for kind, weight in KIND_WEIGHTS.items() for _ in range(weight))
 
 
@@ -135,8 +141,11 @@ def draw_picture(rng: StableRandom) -> Picture:
 
 def scene_picture(rng: StableRandom) -> Picture:
     """Draw a scene, padded, with questions on what is where."""
-    canvas, placed = scene(rng)
+    canvas, placed = scene(rng, fewest=1)
     facts = {head: "nothing" for head in BOX_HEADS}
+    for one in placed:
+        facts[f"{one.colour}_shape"] = one.shape
+        facts.update({f"{one.colour}_{corner}": number for corner, number in zip(CORNERS, one.numbers, strict=True)})
     for patch in EVERYWHERE:
         covered, one = max(((_overlap(patch, one.box), one) for one in placed), key=lambda pair: pair[0])
         if covered:
@@ -181,4 +190,4 @@ def _texts() -> Iterator[str]:
 
 
 MINICOIN_PICTURES = Curriculum(MINICOIN.seed, PROBE_HEADS | BOX_HEADS, draw_picture, _texts, numbers=True)
-MINICOIN_BASE = BaseSettings(vision_steps=1200, steps=600)
+MINICOIN_BASE = BaseSettings(vision_steps=2000, steps=600)
