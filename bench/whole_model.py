@@ -21,7 +21,7 @@ import smolora
 from peers import official
 from runs import choose_device
 from smolora.official.llava import llava_config
-from smolora.tuner.model import DEFAULT_TARGETS
+from smolora.tuner.model import TARGETS
 from workload import INSTRUCTION_DIM, SCALING, TRAINED
 
 
@@ -143,7 +143,7 @@ def shared_copy(base: nn.Module) -> nn.Module:
 
 def targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers that adapters are put on, by name."""
-    chosen = re.compile(DEFAULT_TARGETS["llava"])
+    chosen = re.compile(TARGETS["linear"]["llava"])
     return {name: module for name, module in model.named_modules() if chosen.fullmatch(name)}
 
 
@@ -175,7 +175,7 @@ def with_lora(shape: ModelShape, base: nn.Module, float32_adapter: bool = False)
         r=2 * shape.r,
         lora_alpha=SCALING * 2 * shape.r,
         lora_dropout=shape.dropout,
-        target_modules=DEFAULT_TARGETS["llava"],
+        target_modules=TARGETS["linear"]["llava"],
     )
     return get_peft_model(shared_copy(base), config, autocast_adapter_dtype=float32_adapter)
 

@@ -32,6 +32,7 @@ LAYERS = """
     kernels
     config
     peft_compat
+    backbones
     data
     instructions
     io

@@ -22,7 +22,7 @@ from ..io.progress import Progress
 from ..recipe import Recipe
 from .data import GlobalBatches, StageSamples
 from .methods import Method
-from .projector import PROJECTOR
+from .projector import projector_family
 
 MARKER = "complete.json"  # written into a checkpoint once all its other files are on disk
 SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
@@ -216,6 +216,7 @@ class ContinualTrainer(Trainer):
         if self.optimizer is not None or self.recipe.training.projector_learning_rate is None:
             return super().create_optimizer(model)
         model = self.model if model is None else model
+        family = projector_family(self.model, "training.projector_learning_rate")
         decayed = set(self.get_decay_parameter_names(model))
         groups = []
         for projector, rate in ((False, self.args.learning_rate), (True, self.recipe.training.projector_learning_rate)):
@@ -223,7 +224,7 @@ class ContinualTrainer(Trainer):
                 parameters = [
                     p
                     for name, p in model.named_parameters()
-                    if p.requires_grad and (PROJECTOR in name) == projector and (name in decayed) == decays
+                    if p.requires_grad and family.is_in_connector(name) == projector and (name in decayed) == decays
                 ]
                 if parameters:
                     decay = self.args.weight_decay if decays else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -12,6 +12,7 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
+from ..backbones.families import Target, default_targets, no_default
 from ..config import MixtureConfig
 from ..methods import MIXTURES
 from ..methods.base import Mixture
@@ -27,18 +28,7 @@ from .loading import PREFIX, check_names, explain_refused_peft
 from .packing import boundaries
 from .selection import SELECTORS, SelectorLayer, add_selector, read_features
 
-FFN = ("gate_proj", "up_proj", "down_proj")
-DEFAULT_TARGETS = {
-    **{name: list(FFN) for name in ("llama", "mistral", "qwen2", "qwen3")},
-    # not the vision tower
-    "llava": rf"(.*\.)?language_model\..*\.({'|'.join(FFN)})|(.*\.)?multi_modal_projector\.linear_[12]",
-}
-BLOCK_TARGETS = {  # of methods on whole feed-forward blocks
-    **{name: ["mlp"] for name in ("llama", "mistral", "qwen2", "qwen3")},
-    "llava": r"(.*\.)?language_model\..*\.mlp",
-}
-PROJECTOR_TARGETS = {"llava": r"(.*\.)?multi_modal_projector"}
-TARGETS = {"linear": DEFAULT_TARGETS, "block": BLOCK_TARGETS, "projector": PROJECTOR_TARGETS}  # by what is adapted
+TARGETS = {kind: default_targets(kind) for kind in get_args(Target)}  # by what a method adapts, and type of model
 
 
 class MixtureModel(BaseTuner):
@@ -85,6 +75,17 @@ class MixtureModel(BaseTuner):
         add_selector(model, self.mixture, config, adapter_name)  # not before: PEFT freezes a base without tuner layers
         if self._selectors is not None:
             self._selectors.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _prepare_adapter_config(self, peft_config: MixtureConfig, model_config: dict[str, Any]) -> MixtureConfig:
+        """Set the default targets of the model's type.
+
+        Raises:
+            ValueError: they are not given, and the type is not known.
+        """
+        kind = model_config["model_type"]
+        if peft_config.target_modules is None and kind not in self.target_module_mapping:
+            raise ValueError(no_default("target_modules", kind, self.target_module_mapping))
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(
         self,

@@ -11,10 +11,11 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from ...backbones.families import no_default
 from ...recipe import Recipe, TaskRecipe
 from ...recipe.messages import invalid_section
-from ...tuner.model import DEFAULT_TARGETS
-from ..projector import train_projector_in_full
+from ...tuner.model import TARGETS
+from ..projector import projector_family, train_projector_in_full
 from .hooks import Hooks
 
 Options = TypeVar("Options")
@@ -41,7 +42,7 @@ class Adapter(Hooks):
     takes_task_ids: bool = False
     undecayed: ClassVar[tuple[str, ...]] = ()  # parts of the names of parameters that get no weight decay
     refused_add_ons: ClassVar[Mapping[str, str]] = {}  # names of add-ons that mean nothing with it, each with why
-    default_targets: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS  # modules that get adapters, by type of the model
+    default_targets: ClassVar[Mapping[str, str]] = TARGETS["linear"]  # modules that get adapters, by type of the model
     options_class: ClassVar[type] = dict
     options: Any
 
@@ -66,8 +67,13 @@ class Adapter(Hooks):
         Args:
             base: the base model, on its device.
             previous: folder of the adapter to start from; None for a new one.
+
+        Raises:
+            ValueError: the method trains nothing, or the recipe needs a projector that is not known.
         """
         in_full = self.recipe.training.full_projector
+        if self.recipe.training.projector_learning_rate is not None:
+            projector_family(base, "training.projector_learning_rate")
         if previous is not None:
             if in_full:
                 train_projector_in_full(base, None)
@@ -112,7 +118,7 @@ class Adapter(Hooks):
         kind = config.model_type
         if chosen is None and kind not in self.default_targets:
             section = f"methods.{self.name}" if own else "adapter"
-            raise ValueError(f"{section}.target_modules must be given for a model of type {kind!r}")
+            raise ValueError(no_default(f"{section}.target_modules", kind, self.default_targets))
         return chosen or self.default_targets[kind]
 
     def used_options(self) -> dict[str, Any]:

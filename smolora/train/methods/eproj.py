@@ -15,7 +15,7 @@ from ...methods import EprojConfig
 from ...methods.eproj import EprojExperts
 from ...recipe import Recipe
 from ...recipe.schema import SECTION, Natural, Number, Positive, Text
-from ...tuner.model import PROJECTOR_TARGETS
+from ...tuner.model import TARGETS
 from .stage import Stage, StageWork, in_eval_mode
 from .tasked import Tasked, TaskedOptions, alignment_loss, check_one_process
 
@@ -56,7 +56,7 @@ class Eproj(Tasked):
         ("replay", "ewc", "ewc-tir"),
         "a stage trains a projector that no earlier task uses, and those of earlier tasks are frozen",
     )
-    default_targets = PROJECTOR_TARGETS
+    default_targets = TARGETS["projector"]
     options_class = EprojOptions
     options: EprojOptions
 

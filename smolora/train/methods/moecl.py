@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...methods import MoECLConfig
 from ...recipe.schema import SECTION, Flag, Number, Text
 from ...tuner.block import discriminator_loss
-from ...tuner.model import BLOCK_TARGETS
+from ...tuner.model import TARGETS
 from .adapter import baseline_rank
 from .tasked import Tasked, TaskedOptions
 
@@ -41,7 +41,7 @@ class MoECL(Tasked):
     """
 
     name = "moecl"
-    default_targets = BLOCK_TARGETS
+    default_targets = TARGETS["block"]
     options_class = MoECLOptions
     options: MoECLOptions
 

@@ -1,0 +1,61 @@
+"""The table of families selects the layers that it should in transformers' own models, and no others."""
+
+import re
+
+import pytest
+import torch
+import transformers as T
+from peft import get_peft_model
+from torch import nn
+
+import smolora
+from smolora.backbones.families import FAMILIES, PIXTRAL, default_targets, family_of
+from support.backbones import BACKBONES, OPT, TEXT_ONLY
+from support.tiny_llava import tiny_config, tiny_llava
+
+ALL = {**BACKBONES, **TEXT_ONLY}
+
+
+@pytest.fixture(scope="module", params=ALL)
+def built(request):
+    with torch.device("meta"):
+        return ALL[request.param], ALL[request.param].make()
+
+
+def linears(model: nn.Module, pattern: str) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(pattern, name)]
+
+
+def test_default_targets(built):
+    backbone, model = built
+    want = linears(model, backbone.targets)
+    assert want and linears(model, default_targets("linear")[model.config.model_type]) == want
+
+
+def test_the_connector_holds_its_linear_layers(built):
+    backbone, model = built
+    family = family_of(model.config)
+    inside = {name for name, _ in model.named_parameters() if family.is_in_connector(name)}
+    adapted = [name for name in linears(model, backbone.targets) if "language_model" not in name]
+    if family.connector is None:
+        assert not inside
+    else:
+        assert adapted and all(f"{name}.weight" in inside for name in adapted)
+        assert not [name for name in inside if "language_model" in name or ".layers." in name or ".blocks." in name]
+
+
+def test_a_type_that_is_not_known_is_told_the_known_ones():
+    with torch.device("meta"):
+        model = T.OPTForCausalLM(OPT)
+    known = re.escape(", ".join(FAMILIES))
+    with pytest.raises(ValueError, match=rf"target_modules must be given for .* 'opt': names.*Known types are {known}"):
+        get_peft_model(model, tiny_config())
+    with pytest.raises(ValueError, match=r"target_modules must be given.* Known types are (?!.*phi3).*llama"):
+        get_peft_model(model, smolora.MoECLConfig())
+
+
+def test_a_llava_with_pixtrals_tower_gets_its_images_in_one_row():
+    with torch.device("meta"):
+        model = BACKBONES["pixtral"].make()
+    assert model.config.model_type == "llava" and family_of(model.config) is PIXTRAL
+    assert family_of(tiny_llava().config).image_rows == "images"
