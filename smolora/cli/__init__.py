@@ -36,7 +36,9 @@ COMMANDS: dict[str, Command] = {  # their modules have underscores for hyphens
     "make-minicvit": Command("Write MiniCVIT, a small synthetic version of the benchmark.", "minicvit"),
     "make-minicoin": Command("Write MiniCoIN, a small synthetic version of CoIN.", "minicvit"),
     "convert-official": Command("Convert an adapter of the released code to a PEFT adapter, or back."),
-    "assemble": Command("Assemble a LLaVA from a language model, a CLIP vision tower and a projector.", "llava"),
+    "assemble": Command(
+        "Assemble a LLaVA or a MiniGPT-4 from a language model, a vision tower and a projector.", "llava"
+    ),
     "embed": Command("Embed instructions, or show the embeddings of a file."),
     "doctor": Command("Print what this machine can run, and what is wrong with it, for a bug report."),
 }

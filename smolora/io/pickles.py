@@ -12,7 +12,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,13 +21,17 @@ CHUNK = 1 << 24  # bytes read at a time
 ZIP32_LIMIT = 0xFFFFFFFF  # sizes and offsets from here on are stored apart, in 8 bytes each
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     """Read the tensors of a file of `torch.save`, mapped into memory.
+
+    Args:
+        path: the file.
+        entry: where the tensors are in a file that has such an entry; its other entries are ignored.
 
     Raises:
         ValueError: the file is broken, or holds anything but tensors by name.
     """
-    _verify_archive(path)
+    _verify_archive(path, entry)
     try:
         loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
@@ -38,6 +42,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is broken or no checkpoint: {error}") from error
+    loaded = _tensors_of(loaded, entry)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}")
     for name, value in loaded.items():
@@ -48,7 +53,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in loaded.items()}
 
 
-def _verify_archive(path: Path) -> None:
+def _tensors_of(loaded: Any, entry: str | None) -> Any:
+    """Return what a file holds under an entry, or all of it if it has no such entry."""
+    return loaded[entry] if isinstance(loaded, dict) and isinstance(loaded.get(entry), dict) else loaded
+
+
+def _verify_archive(path: Path, entry: str | None) -> None:
     """Read an archive from end to end and compare every record with the archive's directory.
 
     Raises:
@@ -70,7 +80,7 @@ def _verify_archive(path: Path) -> None:
         for record in records:
             fault, end = _check_record(file, record, end)
             if fault is not None:
-                tensor = _find_tensor(path, record, records)
+                tensor = _find_tensor(path, record, records, entry)
                 name = f"{tensor!r} ({record.filename})" if tensor else record.filename
                 raise ValueError(f"{path} is broken: {name} {fault}")
         if end != directory_offset or not _check_end(file, directory_offset, path.stat().st_size, len(records)):
@@ -188,13 +198,14 @@ def _check_end(file: BinaryIO, directory_offset: int, size: int, count: int) -> 
     return tail == expected + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *counts, *places, 0)
 
 
-def _find_tensor(path: Path, record: zipfile.ZipInfo, records: list[zipfile.ZipInfo]) -> str | None:
+def _find_tensor(path: Path, record: zipfile.ZipInfo, records: list[zipfile.ZipInfo], entry: str | None) -> str | None:
     """Find the tensor whose values a broken record holds, by its CRC, for an error message."""
     if record.filename.endswith("data.pkl"):  # holds the names, not a tensor
         return None
     crcs = {r.CRC for r in records}
     try:
-        for name, value in torch.load(path, weights_only=True, map_location="cpu", mmap=True).items():
+        loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        for name, value in _tensors_of(loaded, entry).items():
             crc = zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).numpy().data)
             if crc == record.CRC or crc not in crcs:
                 return name

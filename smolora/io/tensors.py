@@ -89,13 +89,15 @@ def add_checksums(path: str | os.PathLike) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | os.PathLike, entry: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read and verify a safetensors file or a pickle of tensors.
 
     The tensors are mapped into memory: pages are loaded when they are used. Do not write to them.
 
     Args:
         path: `*.safetensors`, or a file of `torch.save` under any other name, read with `weights_only=True`.
+        entry: where the tensors are in a pickle that has such an entry, as training programs write them beside the
+            optimiser's state.
 
     Returns:
         The tensors by name, and the safetensors metadata (empty for a pickle).
@@ -108,7 +110,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     path = Path(path)
     require_file(path)
     if path.suffix != ".safetensors":
-        return read_pickle(path), {}
+        return read_pickle(path, entry), {}
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -75,6 +75,19 @@ def test_a_record_beyond_4_gib(start: int, tmp_path: Path):
         assert pickles._check_record(file, record, start)[0] == "has a broken summary"
 
 
+def test_an_entry_of_a_training_checkpoint(tmp_path: Path):
+    """Tensors beside the optimiser's state; a file without the entry is taken whole, and without the name it is
+    refused."""
+    path = tmp_path / "a.pth"
+    torch.save({"model": tensors(), "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}, "epoch": 3}, path)
+    found, _ = read_tensors(path, "model")
+    assert found.keys() == tensors().keys() and all(torch.equal(found[n], t) for n, t in tensors().items())
+    with pytest.raises(ValueError, match=r"must hold tensors by name, got dict for 'model'"):
+        read_tensors(path)
+    torch.save(tensors(), path)
+    assert read_tensors(path, "model")[0].keys() == tensors().keys()
+
+
 class Bomb:
     def __init__(self, path: Path) -> None:
         self.path = path
