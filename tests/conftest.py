@@ -3,10 +3,11 @@
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+
+from support import interpreter
 
 if not torch.cuda.is_available():  # before any kernel is imported: Triton decides then
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -15,18 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would no
 
 
 def pytest_configure() -> None:
-    """Make Triton's interpreter patch its language once a launch.
-
-    By itself it patches again in every call of a device function, which takes half of the time of these tests.
-    """
-    try:
-        import triton.language as tl
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    patch, both = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-    interpreter._patch_lang = lambda fn: patch(both)
-    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    interpreter.quicken()
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,16 @@ done
 """
 
 
+# no compiler for the CPU: its extension is optional, takes longer than all else here, and is installed before any test
+NO_CPU = {"CC": "false", "CXX": "false"}
+LINKS_NOTHING = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then : > "$2"; fi
+  shift
+done
+"""
+
+
 def script(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -107,7 +117,8 @@ def test_rebuilds_what_changed(tmp_path: Path):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, target)
     log = tmp_path / "log"
     script(tmp_path / "cuda/bin/nvcc", NVCC.format(known=KNOWN, log=log))
-    environment = {**os.environ, "CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": "9.0a", "MAX_JOBS": "1"}
+    environment = {**os.environ, **NO_CPU, "CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    environment["MAX_JOBS"] = "1"
     environment.pop("FORCE_CUDA", None)
 
     def build() -> int:
@@ -158,7 +169,11 @@ def wheel_from_sdist(folder: Path, **environment: str) -> tuple[set[str], Path]:
 def test_sdist_and_wheel(tmp_path: Path):
     """The sdist has every file of the project, and the wheel that comes from it the kernels of both kinds."""
     script(tmp_path / "cuda/bin/nvcc", NVCC.format(known=KNOWN, log=tmp_path / "log"))
-    names, wheel = wheel_from_sdist(tmp_path, CUDA_HOME=str(tmp_path / "cuda"), TORCH_CUDA_ARCH_LIST="9.0a")
+    script(tmp_path / "bin/cc", LINKS_NOTHING)
+    compilers = {"CC": f"{tmp_path}/bin/cc", "CXX": f"{tmp_path}/bin/cc", "LDSHARED": f"{tmp_path}/bin/cc"}
+    names, wheel = wheel_from_sdist(
+        tmp_path, CUDA_HOME=str(tmp_path / "cuda"), TORCH_CUDA_ARCH_LIST="9.0a", **compilers
+    )
     tracked = {str(path.relative_to(tmp_path / "project")) for path in (tmp_path / "project").rglob("*")}
     missing = {name for name in tracked - names if name.split("/")[0] not in (".ci", ".gitignore")}
     assert {name for name in missing if not name.startswith("smolora.egg-info")} == set()
@@ -249,7 +264,7 @@ def failing(tmp_path: Path):
     script(tmp_path / "bin/nvidia-smi", "#!/bin/sh\necho 9.0\n")
     kept = {n: v for n, v in os.environ.items() if n not in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")}
     kept |= {"CUDA_HOME": str(tmp_path / "cuda"), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    kept |= {"CC": "false", "CXX": "false"}  # the extension for the CPU is not asked for here
+    kept |= NO_CPU
 
     def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
