@@ -175,6 +175,8 @@ TABLE_7 = {  # MiniGPT-4, upstream tasks after the last stage
     ),
 }
 
+# the table of upstream tasks after the last stage that each benchmark's runs are beside, by a recipe's `benchmark`
+UPSTREAM_TABLES = {"CVIT": TABLE_1, "CVIT, MiniGPT-4": TABLE_7}
 MATRICES = {"Table 5": ("SeqLoRA", TABLE_5), "Table 6": ("SMoLoRA", TABLE_6)}
 
 ROUNDING = 0.01  # both figures are rounded to two decimals

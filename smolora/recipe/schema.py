@@ -267,7 +267,8 @@ class Recipe:
         tasks: upstream tasks in the order of training.
         downstream: tables of tasks by name ("zero-shot", "few-shot"). A task with a training file is trained from the
             last stage's adapter first; the others are evaluated with that adapter.
-        benchmark: name of the benchmark; None for `name`. The report shows the paper's rows beside "CVIT" only.
+        benchmark: name of the benchmark; None for `name`. The report shows the paper's rows beside "CVIT" (its tables
+            of LLaVA) and "CVIT, MiniGPT-4" (its Table 7).
         setting: type of the instructions, "single" or "multi", for the report.
         prepare: data or models that the recipe makes itself: names of `smolora.train.prepare.PREPARATIONS`, each with
             its options.

@@ -17,7 +17,7 @@ One evaluation without stages (zero-shot, multitask) has one folder for its sing
 
     name          optional, of the recipe
     method        "smolora", "seqlora", ...
-    benchmark     "CVIT", "MiniCVIT", ...; the paper's rows are shown beside runs on "CVIT" only
+    benchmark     "CVIT", "MiniCVIT", ...; the paper's rows are shown beside runs on `evaluate.paper.UPSTREAM_TABLES`
     setting       type of the instructions, "single" or "multi"
     protocol      protocol of the scores, "smolora", "standard" or "coin"
     course        optional, of the stages: "sequential", "one-per-task", "joint" or "none"

@@ -7,7 +7,7 @@ import difflib
 import io
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from .environment import environment
 from .forgetting import Judge
 from .layout import RunFolder
 from .selector import confusion, taken_for, task_source
-from .tables import Table, is_comparable, over_seeds
+from .tables import Table, over_seeds, published
 
 
 class Note(NamedTuple):
@@ -111,7 +111,7 @@ def figure_dots(runs: Sequence[RunFolder], styles: dict[str, palette.Style]) -> 
             if len(known) < len(values):
                 continue
             first = alike[0]
-            row = _paper_row(first) if all(map(is_comparable, runs)) else None
+            row = _paper_row(first, published(runs))
             rows.append(
                 charts.Dots(
                     f"{first.method}, {len(alike)} seeds" if len(alike) > 1 else first.name,
@@ -127,11 +127,11 @@ def figure_dots(runs: Sequence[RunFolder], styles: dict[str, palette.Style]) -> 
     return plots
 
 
-def _paper_row(run: RunFolder) -> paper.Row | None:
-    """The paper's row of a run's method, if it ran the paper's stream."""
-    if tuple(run.tasks) != paper.UPSTREAM:
+def _paper_row(run: RunFolder, table: Mapping[str, Mapping[str, paper.Row]] | None) -> paper.Row | None:
+    """The row of a run's method in a table of the paper, if it ran the paper's stream."""
+    if table is None or tuple(run.tasks) != paper.UPSTREAM:
         return None
-    printed = {method.lower().replace("-", ""): row for method, row in paper.TABLE_1[run.setting].items()}
+    printed = {method.lower().replace("-", ""): row for method, row in table[run.setting].items()}
     return printed.get(run.method)
 
 

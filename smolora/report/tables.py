@@ -50,7 +50,7 @@ def final_table(path: Path, runs: Sequence[RunFolder]) -> Table:
     """The results after the last stage, laid out as the paper's Table 1, with the paper's rows where comparable."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     rows = [(run, {task: run.accuracy(len(run.stages) - 1, task) for task in run.tasks}, run.last) for run in runs]
-    return _beside_the_paper(path, tasks, FIGURES, rows, paper.TABLE_1 if tuple(tasks) == paper.UPSTREAM else None)
+    return _beside_the_paper(path, tasks, FIGURES, rows, published(runs) if tuple(tasks) == paper.UPSTREAM else None)
 
 
 def downstream_tables(folder: Path, runs: Sequence[RunFolder]) -> dict[str, Table]:
@@ -67,7 +67,7 @@ def downstream_tables(folder: Path, runs: Sequence[RunFolder]) -> dict[str, Tabl
             tasks,
             ("AP", "MIF"),
             rows,
-            of_paper if tuple(tasks) == columns else None,
+            of_paper if tuple(tasks) == columns and published([run for run, _ in parts]) is paper.TABLE_1 else None,
         )
     return tables
 
@@ -79,17 +79,17 @@ def _beside_the_paper(
     of_runs: Sequence[tuple[RunFolder, Mapping[str, float | None], Mapping[str, Any]]],
     printed: Mapping[str, Mapping[str, paper.Row]] | None,
 ) -> Table:
-    """A table of runs, grouped by the type of their instructions, below the paper's rows if all runs are comparable.
+    """A table of runs, grouped by the type of their instructions, below the paper's rows.
 
     Args:
         path: path of the CSV file.
         tasks, figures: its columns.
         of_runs: each run with its accuracies by task and its figures by name.
-        printed: the paper's table with these columns, if there is one.
+        printed: the paper's table with these columns, if all runs are comparable with it.
     """
     rows: list[Cells] = []
     for setting in dict.fromkeys(run.setting for run, *_ in of_runs):
-        if printed is not None and all(is_comparable(run) for run, *_ in of_runs):
+        if printed is not None:
             for method, row in printed[setting].items():
                 rows.append([f"{method}, paper", setting, *row.accuracy, *(getattr(row, name) for name in figures)])
         for run, accuracy, values in of_runs:
@@ -161,6 +161,7 @@ def over_seeds(runs: Sequence[RunFolder]) -> list[list[RunFolder]]:
     return groups
 
 
-def is_comparable(run: RunFolder) -> bool:
-    """Whether a run is comparable with the paper's rows."""
-    return run.benchmark == "CVIT" and run.protocol == "smolora"
+def published(runs: Sequence[RunFolder]) -> Mapping[str, Mapping[str, paper.Row]] | None:
+    """Return the paper's table of the upstream tasks that all runs are comparable with, or None."""
+    benchmarks = {run.benchmark if run.protocol == "smolora" else None for run in runs}
+    return paper.UPSTREAM_TABLES.get(str(benchmarks.pop())) if len(benchmarks) == 1 else None

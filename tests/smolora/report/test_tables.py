@@ -32,6 +32,18 @@ def test_the_papers_rows(make_run, tmp_path):
     assert float(rows[-2]["Flickr30k"]) == float(printed["Flickr30k"])
 
 
+def test_the_papers_rows_of_minigpt4(make_run, tmp_path):
+    """Table 7 beside runs on MiniGPT-4, and no table beside runs of both."""
+    settings = {"tasks": list(paper.UPSTREAM), "benchmark": "CVIT, MiniGPT-4", "setting": "multi"}
+    ours = make_run("a", paper.TABLE_6["single"], **settings)
+    of_llava = make_run("b", paper.TABLE_6["single"], tasks=list(paper.UPSTREAM))
+    tables.final_table(tmp_path / "final.csv", read_runs([ours]))
+    rows = read_csv(tmp_path / "final.csv")
+    assert [row["run"] for row in rows] == ["Zero-shot, paper", "SeqLoRA, paper", "SMoLoRA, paper", "smolora"]
+    assert (rows[2]["AP"], rows[2]["BWT"], rows[0]["MAP"]) == ("56.02", "1.84", "")
+    assert "paper" not in str(tables.final_table(tmp_path / "final.csv", read_runs([ours, of_llava])))
+
+
 @pytest.mark.parametrize("change", [{"benchmark": "MiniCVIT"}, {"protocol": "standard"}])
 def test_the_papers_rows_stand_beside_comparable_runs_alone(make_run, tmp_path, change):
     folder = make_run("a", paper.TABLE_6["single"], tasks=list(paper.UPSTREAM), **change)
