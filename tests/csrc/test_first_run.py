@@ -18,6 +18,8 @@ from support.project import ROOT, add_packages, copy_project, empty_environment
 NVCC = cuda_report.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc, and there is none")
 NO_CARD = {"CUDA_VISIBLE_DEVICES": ""}
+# no extension for the CPU, which every test's own installation has compiled; nvcc finds its host compiler by itself
+NO_CPU = {"CC": "false", "CXX": "false"}
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -47,9 +49,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def set_up(project: Path) -> str:
     """What `make gpu-setup` prints."""
-    return run(
-        "make", "gpu-setup", f"PYTHON={sys.executable}", "SEES_GPU=-c pass", "PIP_FLAGS=", cwd=project, FORCE_CUDA="0"
-    )
+    variables = (f"PYTHON={sys.executable}", "SEES_GPU=-c pass", "PIP_FLAGS=")
+    return run("make", "gpu-setup", *variables, cwd=project, FORCE_CUDA="0", **NO_CPU)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,8 @@ def built(project: Path, set_up: str) -> Path:
         CUDA_HOME=str(Path(NVCC).parents[1]),
         FORCE_CUDA="1",
         TORCH_CUDA_ARCH_LIST="9.0",
+        NVCC_APPEND_FLAGS="-Xcicc -O0 -Xptxas -O0",  # no card runs it, and test_static.py compiles it for real
+        **NO_CPU,
     )
     add_packages(python)  # torch, and what else smolora needs to run
     return python

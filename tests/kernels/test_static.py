@@ -134,6 +134,12 @@ for d, k in ((4096, 11008), (11008, 4096)):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_failure_shows():
+    """What these tests run in a process of its own fails them."""
+    done = python("-c", "print('before')\nassert False, 'told'")
+    assert done.returncode == 1 and done.stdout == "before\n" and done.stderr.endswith("AssertionError: told\n")
+
+
 def test_the_report_finds_faults():
     """A tile that is too large spills, and each kind of fault is named."""
     done = python(

@@ -1,5 +1,7 @@
 """The executor of PTX itself: it computes what instructions say, and finds the faults that are planted."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -48,10 +50,19 @@ def test_integers():
         assert torch.equal(got, right), row
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("M", "N"), [(64, 64), (16, 32)])
+def products() -> list:
+    """All combinations of four options of two values: half of them, with every three together, and the rest slow."""
+    options = (ARCHITECTURES, (torch.bfloat16, torch.float16), ((64, 64), (16, 32)), (False, True))
+    made = []
+    for which in itertools.product((0, 1), repeat=4):
+        arch, dtype, (M, N), transposed = (values[i] for values, i in zip(options, which, strict=True))
+        marks = [pytest.mark.slow] * (sum(which) % 2)
+        name = f"{arch}-{dtype}-{M}-{N}-{transposed}"
+        made.append(pytest.param(arch, dtype, M, N, transposed, marks=marks, id=name))
+    return made
+
+
+@pytest.mark.parametrize(("arch", "dtype", "M", "N", "transposed"), products())
 def test_products(arch: int, dtype: torch.dtype, M: int, N: int, transposed: bool):
     """mma.sync and wgmma, their operands in every order, fetched by cp.async; k is no multiple of a step."""
     a, b, c = worker.run(planted.product, arch, dtype, M, N, 88, transposed)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 
@@ -46,6 +47,9 @@ def test_help_imports_no_subcommand():
     assert done.stderr.split() == ["smolora.cli"]
 
 
-def test_python_m():
-    done = subprocess.run([sys.executable, "-m", "smolora.cli", "doctor", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "usage: smolora doctor" in done.stdout
+@pytest.mark.filterwarnings("ignore:'smolora.cli.__main__' found in sys.modules")
+def test_python_m(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["smolora", "doctor", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("smolora.cli", run_name="__main__", alter_sys=True)
+    assert end.value.code == 0 and "usage: smolora doctor" in capsys.readouterr().out

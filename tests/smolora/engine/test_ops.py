@@ -13,11 +13,29 @@ from support.oracle import PARAMETERS, Case, build, run
 BACKENDS = [pytest.param("torch", "cpu")]
 BACKENDS += [pytest.param("triton", "cpu", marks=interpreter)]
 BACKENDS += [pytest.param("triton", "cuda", marks=pytest.mark.gpu)]
-CASES = [plain, plain.but(top_k=2, mask=True, dropout=0.1), plain.but(lengths=(4, 9), router_grad="straight_through")]
+ROUTED = plain.but(top_k=2, mask=True, dropout=0.1)
+PACKED = plain.but(lengths=(4, 9), router_grad="straight_through")
+GIVEN = plain.but(given=True)
+CASES = [plain, ROUTED, PACKED]
 
 
-@pytest.mark.parametrize(("backend", "device"), BACKENDS)
-@pytest.mark.parametrize("case", [*CASES, plain.but(fusion="vu"), plain.but(given=True)], ids=str)
+def on_backends(cases: list[Case], interpreted: list[Case]) -> list:
+    """Each case on each backend; Triton's interpreter takes seconds, and all but `interpreted` are slow there."""
+    return [
+        pytest.param(
+            *param.values,
+            case,
+            marks=[*param.marks, *[pytest.mark.slow] * (param.values == ("triton", "cpu") and case not in interpreted)],
+            id="-".join([*param.values, str(case)]),
+        )
+        for param in BACKENDS
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "case"), on_backends([*CASES, plain.but(fusion="vu"), GIVEN], [ROUTED, PACKED, GIVEN])
+)
 def test_opcheck(case: Case, backend: str, device: str, monkeypatch: pytest.MonkeyPatch):
     """Every operator, with the arguments that a layer calls it with: schema, fakes, and nothing mutated or aliased."""
     layer, batch = build(case, torch.float32, device)
@@ -29,8 +47,7 @@ def test_opcheck(case: Case, backend: str, device: str, monkeypatch: pytest.Monk
         torch.library.opcheck(getattr(torch.ops.smolora, name).default, (*arguments, backend))
 
 
-@pytest.mark.parametrize(("backend", "device"), BACKENDS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "device", "case"), on_backends(CASES, [ROUTED]))
 def test_compile_fullgraph(case: Case, backend: str, device: str):
     """torch.compile traces forward and backward without a break, and gives the same bits; dropout is off, since the
     compiler may draw its seed otherwise."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -106,9 +104,3 @@ def test_two_that_ask_different_tasks_at_once_keep_both_scores(model, encoder, t
         for thread in threads:
             thread.join()
     assert read((tmp_path / "scores.json").read_text()).keys() == set(names)
-
-
-def test_evaluating_by_options_needs_no_package_of_recipes():
-    """`smolora evaluate --model ...` comes with the extra [llava], recipes with [eval]."""
-    code = "import sys; sys.modules['pydantic'] = None; import smolora.cli.evaluate"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -303,8 +303,8 @@ def test_a_locale_without_unicode(tmp_path):
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    for command in (run, report):
-        done = subprocess.run([sys.executable, "-m", "smolora.cli", *command], env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    code = f"from smolora.cli import main\nfor command in {[run, report]}: assert not main(command)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert "café \U0001f600 →" in (tmp_path / "report/report.md").read_text("utf-8")
     assert "café \U0001f600 →" in (tmp_path / "report/cases.csv").read_text("utf-8")
