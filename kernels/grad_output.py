@@ -454,7 +454,7 @@ def grad_output(
     need_importance: bool,
     need_slot_weights: bool,
     need_scores: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     """Backward from g = dL/dy; arguments and results as in `smolora.engine.torch_passes.grad_output`."""
     (T, k), (_, banks, down, r) = g.shape, h.shape
     K = num_slots(ids, B, 0)
@@ -591,4 +591,4 @@ def grad_output(
             GROUP=8,
             **tiles.SMALL,
         )
-    return dh if need_dh else dh.new_empty(0), dB, dI, dweights, dscores
+    return dh if need_dh else dh.new_empty(0), dB, dI, dw if need.dw else dh.new_empty(0), dweights, dscores

@@ -22,7 +22,7 @@ from .methods import (
 )
 from .methods.selector import TaskSelector
 from .routing import Routing
-from .tuner import SMoLoRAModel, discriminator_loss, routing_report
+from .tuner import SMoLoRAModel, discriminator_loss, fit_routers, routing_report
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ __all__ = [
     "TaskSelector",
     "backend_info",
     "discriminator_loss",
+    "fit_routers",
     "reference",
     "routing_report",
     "use_backend",

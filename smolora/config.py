@@ -24,6 +24,12 @@ CHOICES = {
     "fusion": ("adaptive", "mean", "vu", "if"),
     "router_grad": ("none", "straight_through"),
     "keys": ("closed", "trained"),
+    "router_kind": ("random", "prototype", "ridge"),
+    "router_features": ("layer", "vision", "vision+instruction", "hidden"),
+    "experts": ("fixed", "grow"),
+    "shared_experts": ("freeze", "train"),
+    "unseen": ("nearest", "mix", "none"),
+    "importance": ("shared", "expert"),
 }
 
 
@@ -217,6 +223,24 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
         modules_to_save: further modules to train and save.
         default_instruction: row of `instruction_embeddings` that a whole model uses if a call gives no
             `instruction_embeds`; with None such a call raises.
+        vu_router_kind, if_router_kind: "random" (the paper), or computed by `smolora.fit_routers`: "prototype" (the
+            cosine to the means of tasks) or "ridge" (regression of tasks on features, in closed form). See
+            `methods.routers`. A model with computed routers takes `task_ids` in training, and none when it answers.
+        router_features: what a computed VU router sees of a sample, always of the base without adapters: "hidden" (the
+            mean of the last hidden states over the routed tokens), "layer" (the mean of the layer's own input, a router
+            for each layer), "vision" (the pooled output of the vision tower) or "vision+instruction" (that and the
+            instruction embedding). The first two cost a forward of the base once a prompt. A computed IF router sees
+            the instruction embedding.
+        router_ridge: γ of a ridge router, as a share of the mean of the diagonal of C.
+        experts: "fixed", or "grow" to add experts for new tasks, up to `max_experts` in each branch (None: no limit).
+        vu_share, if_share: the least cosine between the mean features of two tasks that share an expert; None: they
+            share one only where none is left.
+        shared_experts: "freeze" (training on a task leaves experts of other tasks as they are) or "train".
+        unseen: what a sample does whose best score is below `unseen_below`: use the "nearest" expert as others do,
+            "mix" its `top_k` nearest ones by a softmax over their scores, or use "none".
+        importance: importance vectors "shared" by the experts of a branch (the paper), or one for each "expert".
+        num_tasks: number of tasks that computed routers know; `smolora.fit_routers` counts them.
+        router_sizes: sizes of the features of the VU routers; None: as the model says.
 
     Attributes:
         instruction_embeddings: (rows, instruction_dim), or None. Saved beside the adapter in
@@ -227,7 +251,7 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
         ValueError: naming the argument, its value and what is allowed.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("instruction", "route_mask")
+    takes: ClassVar[tuple[str, ...]] = ("instruction", "route_mask", "routes", "gates")
 
     num_vu_experts: int = field(default=4, metadata={"help": "number of visual-understanding experts"})
     num_if_experts: int = field(default=4, metadata={"help": "number of instruction-following experts"})
@@ -248,12 +272,41 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
     default_instruction: int | None = field(
         default=None, metadata={"help": "row of the saved instruction embeddings to use where a call gives none"}
     )
+    vu_router_kind: Literal["random", "prototype", "ridge"] = field(
+        default="random", metadata={"help": "how the VU router comes about"}
+    )
+    if_router_kind: Literal["random", "prototype", "ridge"] = field(
+        default="random", metadata={"help": "how the IF router comes about"}
+    )
+    router_features: Literal["layer", "vision", "vision+instruction", "hidden"] = field(
+        default="hidden", metadata={"help": "what a computed VU router sees"}
+    )
+    router_ridge: float = field(default=1e-3, metadata={"help": "strength of ridge regression"})
+    experts: Literal["fixed", "grow"] = field(default="fixed", metadata={"help": "whether new tasks add experts"})
+    max_experts: int | None = field(default=None, metadata={"help": "most experts of a branch that grows"})
+    vu_share: float | None = field(default=None, metadata={"help": "cosine from which tasks share a VU expert"})
+    if_share: float | None = field(default=0.99, metadata={"help": "cosine from which tasks share an IF expert"})
+    shared_experts: Literal["freeze", "train"] = field(
+        default="freeze", metadata={"help": "whether a task trains the experts of other tasks"}
+    )
+    unseen: Literal["nearest", "mix", "none"] = field(
+        default="nearest", metadata={"help": "what a sample that is far from all tasks uses"}
+    )
+    unseen_below: float = field(default=0.5, metadata={"help": "best score of a sample that counts as unseen"})
+    importance: Literal["shared", "expert"] = field(
+        default="shared", metadata={"help": "importance vectors of a branch, or of each expert"}
+    )
+    num_tasks: int = field(default=0, metadata={"help": "number of tasks that computed routers know"})
+    router_sizes: list[int] | None = field(default=None, metadata={"help": "sizes of the VU routers' features"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_vu_experts", "num_if_experts", "top_k", "instruction_dim"):
             check_int(name, getattr(self, name))
-        if self.top_k > min(self.num_vu_experts, self.num_if_experts):
+        for name in ("route_over", "decode_routing", "fusion", "router_grad"):
+            check_choice(name, getattr(self, name), CHOICES[name])
+        self._check_routers()
+        if not self.computes_routes and self.top_k > min(self.num_vu_experts, self.num_if_experts):
             raise ValueError(
                 f"top_k must be at most min(num_vu_experts, num_if_experts) = "
                 f"{min(self.num_vu_experts, self.num_if_experts)}, got {self.top_k}"
@@ -263,8 +316,58 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
             raise ValueError(f"default_instruction must be a row number or None, got {row!r}")
         self.instruction_embeddings: Tensor | None = None
         self.instruction_texts: list[str | list[str] | None] | None = None
-        for name in ("route_over", "decode_routing", "fusion", "router_grad"):
+
+    def _check_routers(self) -> None:
+        """Check the options of computed routers.
+
+        Raises:
+            ValueError: one does not fit; the message names it.
+        """
+        for branch in ("vu", "if"):
+            check_choice(f"{branch}_router_kind", self.router_kind(branch), CHOICES["router_kind"])
+            share = self.share(branch)
+            if share is not None and not (is_number(share) and -1 <= share <= 1):
+                raise ValueError(f"{branch}_share must be a cosine, -1 to 1, or None, got {share!r}")
+        for name in ("router_features", "experts", "shared_experts", "unseen", "importance"):
             check_choice(name, getattr(self, name), CHOICES[name])
+        if not is_number(self.router_ridge) or self.router_ridge <= 0:
+            raise ValueError(f"router_ridge must be a positive finite number, got {self.router_ridge!r}")
+        if not is_number(self.unseen_below):
+            raise ValueError(f"unseen_below must be a finite number, got {self.unseen_below!r}")
+        check_int("num_tasks", self.num_tasks, least=0)
+        if self.max_experts is not None:
+            check_int("max_experts", self.max_experts)
+        changed = {"experts": "fixed", "max_experts": None, "unseen": "nearest"}
+        for name, default in changed.items():
+            if not self.computes_routes and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} must be {default!r} where vu_router_kind and if_router_kind are 'random', got "
+                    f"{getattr(self, name)!r}"
+                )
+
+    def router_kind(self, branch: str) -> str:
+        """Return how the router of a branch, "vu" or "if", comes about."""
+        return str(getattr(self, f"{branch}_router_kind"))
+
+    def share(self, branch: str) -> float | None:
+        """Return the least cosine between tasks that share an expert of a branch."""
+        share: float | None = getattr(self, f"{branch}_share")
+        return share
+
+    def num_experts(self, branch: str) -> int:
+        """Return the number of experts of a branch."""
+        return int(getattr(self, f"num_{branch}_experts"))
+
+    @property
+    def computed_branches(self) -> list[str]:
+        """The branches that the fusion uses and whose router is computed."""
+        used = {"vu": ("vu",), "if": ("if",)}.get(self.fusion, ("vu", "if"))
+        return [branch for branch in used if self.router_kind(branch) != "random"]
+
+    @property
+    def computes_routes(self) -> bool:
+        """Whether a router is computed."""
+        return bool(self.computed_branches)
 
     @classmethod
     def official(cls, **overrides: Any) -> SMoLoRAConfig:
@@ -337,9 +440,14 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
         return self.instruction_embeddings[self.default_instruction]
 
     def needs(self, argument: str) -> bool:
-        return super().needs(argument) and self.fusion != "vu"
+        if argument in ("task", "routes", "gates"):
+            return self.computes_routes
+        return super().needs(argument) and self.fusion != "vu" and self.if_router_kind == "random"
 
     @property
     def routers_learn(self) -> bool:
-        """Whether a gradient reaches the routers; with one chosen expert the gate is the constant 1, and none does."""
-        return self.top_k > 1 or self.router_grad == "straight_through"
+        """Whether a gradient reaches random routers.
+
+        With one chosen expert the gate is the constant 1, and none does. Beside a computed router none does either.
+        """
+        return not self.computes_routes and (self.top_k > 1 or self.router_grad == "straight_through")

@@ -243,10 +243,10 @@ def grad_output(
     need_importance: bool,
     need_slot_weights: bool,
     need_scores: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     (tokens, k), r = g.shape, h.shape[3]
     need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
-    dh, dslot_weights, dscores, u, p = (g.new_empty(0) for _ in range(5))
+    dh, dw, dslot_weights, dscores, u, p = (g.new_empty(0) for _ in range(6))
     dB = [empty_like_if(needed, b) for needed, b in zip(need_B, B, strict=True)]
     dI = [empty_like_if(need_importance, i) for i in importance]
     layout = _layout(tokens, num_seqs, cu_seqlens, ids, B, r)
@@ -305,7 +305,8 @@ def grad_output(
                 dimportance=address(dI[bank]),
                 threads=torch.get_num_threads(),
             )
-    return dh if need_dh else g.new_empty(0), dB, dI, dslot_weights, dscores
+    dw = dw if need.dw else g.new_empty(0)
+    return dh if need_dh else g.new_empty(0), dB, dI, dw, dslot_weights, dscores
 
 
 @_else_torch

@@ -386,14 +386,15 @@ def grad_output(
     need_importance: bool,
     need_slot_weights: bool,
     need_scores: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     """From g = dL/dy (T, k) to rank space, and to the gradients of what lies behind it.
 
     Args:
         trained: bool (E,) of each bank, experts whose B gets a gradient (the others' is zero); none for all.
 
     Returns:
-        dh, dB and dimportance of each bank, dslot_weights and dscores. What is not needed comes back empty.
+        dh, dB and dimportance of each bank, dw (sum of E, r), dslot_weights and dscores. What is not needed comes back
+        empty. dB and dimportance have what w brings to them.
     """
     accurate = accurate_dtype(g.dtype)
     slots = num_slots(ids, B, 0)
@@ -410,22 +411,26 @@ def grad_output(
         p = torch.bmm(g_blocks, up).mul_(scaling).view(*h.shape[:3], slots, h.shape[4])
         w_slots = _slots_of_w(w, ids, B) if mix == "smolora" else None
         grads = MIX[mix].backward(p, h, w_slots, slot_weights, scores, need_slot_weights)
-        dw = grads.dw
+        dw_slots = grads.dw
         dh = blocks.join(grads.dh) if need_dh else dh
         dslot_weights = blocks.gather(grads.slot_weights) if need_slot_weights else dslot_weights
         dscores = blocks.join(grads.scores) if need_scores else dscores
     if need_importance:
-        by_bank = (dw.flatten(2)[..., None] * torch.eye(2, dtype=accurate, device=dw.device)[:, None]).flatten(1, 2)
+        by_bank = (dw_slots.flatten(2)[..., None] * torch.eye(2, dtype=accurate, device=g.device)[:, None]).flatten(
+            1, 2
+        )
         both = scaling * torch.bmm(up, by_bank).sum(0)  # (k, 2)
         dI = [grad.contiguous().to(like.dtype) for grad, like in zip(both.unbind(1), dI, strict=True)]
     used = _span(need_B)
+    if ids is not None:
+        member = _membership(ids, [b.shape[0] for b in B], accurate)
+    if need.dw:
+        dw = torch.cat([_by_expert(of_bank, dw_slots) for of_bank in member])
     if used is None:
-        return dh, dB, dI, dslot_weights, dscores
+        return dh, dB, dI, dw, dslot_weights, dscores
     c = MIX[mix].coefficients(slot_weights, scores, scaling)
     banks = range(len(B))[used]
     live = _live_slots(ids, trained)
-    if ids is not None:
-        member = _membership(ids, [b.shape[0] for b in B], accurate)
     if live is None or len(live):
         scaled = _scaled(h[:, :, used], c[:, :, used] if isinstance(c, Tensor) and c.shape[2] > 1 else c, slots)
         scaled = scaled.view(*h.shape[:2], len(banks), slots, h.shape[4])
@@ -443,11 +448,12 @@ def grad_output(
             own = member[bank][:, :, used]
             grad = _by_expert(own if live is None else own.index_select(3, live), partial)  # (E, r, k)
         if need.dw:
-            grad.addcmul_(_by_expert(member[bank], dw)[..., None], importance[bank].to(accurate), value=scaling)
+            own = dw.split([b.shape[0] for b in B])[bank]
+            grad.addcmul_(own[..., None], importance[bank].to(accurate), value=scaling)
         if trained:
             grad.masked_fill_(~trained[bank][:, None, None], 0)
         dB[bank] = grad.mT.contiguous().to(B[bank].dtype)
-    return dh, dB, dI, dslot_weights, dscores
+    return dh, dB, dI, dw, dslot_weights, dscores
 
 
 def _live_slots(ids: Tensor | None, trained: list[Tensor]) -> Tensor | None:

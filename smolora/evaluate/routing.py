@@ -40,6 +40,8 @@ class RoutingRecorder:
 
     def _hook(self, name: str) -> Any:
         def record(layer: Any, args: Any, output: Any) -> None:
+            if layer.smolora_context.current().is_off:  # features of the base are gathered, to choose experts by
+                return
             for adapter in [] if layer.disable_adapters else layer.active_in_layer():
                 if (name, adapter) not in self._found:
                     self._found[name, adapter] = layer.smolora_experts[adapter].last_routing()

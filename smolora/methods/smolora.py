@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 from ..config import SMoLoRAConfig
+from ..engine.torch_passes import choose
 from ..routing import Routing, TopK
 from ..spec import Bank, Mixed, Router, Slots, accurate_dtype
 from .base import Decision, DropIn, Mixture, MixtureExperts, Prepared
 from .checks import check_ids, check_tensor
 from .released import SMOLORA_NAMES, load_released
+from .routers import ExpertRouters
+from .slices import SlicedParameter
 
 # The branches that a fusion uses, which are also their dropout streams: VU is 0, IF is 1.
 BRANCHES = {"adaptive": (0, 1), "mean": (0, 1), "vu": (0,), "if": (1,)}
 # The fusion logit (VU less IF) where the fusion is not adaptive.
 FIXED_LOGIT = {"mean": 0.0, "vu": float("inf"), "if": -float("inf")}
+NOT_CHOSEN = -1e30  # logit of an expert that was not chosen: finite, since it is multiplied by 0
 
 
 class SMoLoRAExperts(MixtureExperts):
@@ -27,11 +31,17 @@ class SMoLoRAExperts(MixtureExperts):
     Parameters (d inputs, k outputs, M VU and N IF experts, e the size of the embedding):
         vu_A (M, r, d), vu_B (M, k, r), if_A (N, r, d), if_B (N, k, r): the experts; A ~ N(0, 0.01^2), B = 0.
         vu_router (M, d), if_router (N, e): fixed random projections unless they can learn (`top_k` above 1 or
-            `router_grad="straight_through"`).
-        vu_importance (k,), if_importance (k,): the fusion's scores.
+            `router_grad="straight_through"`). A branch whose router is computed has none.
+        vu_importance (k,), if_importance (k,): the fusion's scores; with `importance="expert"` (M, k) and (N, k).
+
+    With computed routers, experts that are not in the batch keep their values under any optimiser.
+
+    Buffers, with computed routers alone:
+        vu_frozen (M,), if_frozen (N,): bool, experts that get no gradient.
 
     Attributes:
         keep_alpha: whether `last_routing()` includes alpha and beta.
+        router_row: which of the VU routers is this layer's, where each layer has one.
     """
 
     config: SMoLoRAConfig
@@ -45,23 +55,36 @@ class SMoLoRAExperts(MixtureExperts):
     vu_importance: Tensor
     if_importance: Tensor
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    vu_frozen: Tensor
+    if_frozen: Tensor
+
+    def __init__(self, in_features: int, out_features: int, config: SMoLoRAConfig, **kwargs: Any) -> None:
+        if config.computes_routes:
+            names = ("A", "B", "importance") if config.importance == "expert" else ("A", "B")
+            self.sliced = tuple(f"{branch}_{name}" for branch in ("vu", "if") for name in names)
+        super().__init__(in_features, out_features, config, **kwargs)
         self.keep_alpha = False
+        self.router_row = 0
+        if config.computes_routes:
+            for branch in ("vu", "if"):
+                frozen = torch.zeros(config.num_experts(branch), dtype=torch.bool, device=self.vu_A.device)
+                self.register_buffer(f"{branch}_frozen", frozen)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         c, d, k = self.config, self.in_features, self.out_features
         M, N = c.num_vu_experts, c.num_if_experts
-        return {
+        own = c.importance == "expert"
+        shapes: dict[str, tuple[int, ...]] = {
             "vu_A": (M, c.r, d),
             "vu_B": (M, k, c.r),
             "if_A": (N, c.r, d),
             "if_B": (N, k, c.r),
             "vu_router": (M, d),
             "if_router": (N, c.instruction_dim),
-            "vu_importance": (k,),
-            "if_importance": (k,),
+            "vu_importance": (M, k) if own else (k,),
+            "if_importance": (N, k) if own else (k,),
         }
+        return {name: s for name, s in shapes.items() if name.removesuffix("_router") not in c.computed_branches}
 
     def trains(self, name: str) -> bool:
         branch, _, kind = name.partition("_")
@@ -78,8 +101,8 @@ class SMoLoRAExperts(MixtureExperts):
         *,
         route_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        routes: TopK | tuple[Tensor | None, Tensor | None] | None = None,
-        gates: tuple[Tensor | None, Tensor | None] | None = None,
+        routes: TopK | Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+        gates: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
     ) -> Prepared:
         """Check a call and translate it for the engine.
 
@@ -92,7 +115,8 @@ class SMoLoRAExperts(MixtureExperts):
                 of an instance means a zero mean, where values are not checked.
             cu_seqlens: int32 (n + 1,), boundaries of the packed instances.
             routes: chosen experts (VU, IF), (n,) or (n, top_k) each, instead of routing; None for an unused branch. Or
-                the result of `last_chosen()`, which includes the gates.
+                the result of `last_chosen()`, which includes the gates. Or what computed routers found, as
+                `ExpertRouters.choose` returns it, with `gates`; where one branch has a random router, that is used.
             gates: weights of the chosen experts (VU, IF), (n, top_k) each, with `routes`; by default 1 / top_k.
 
         Raises:
@@ -105,18 +129,97 @@ class SMoLoRAExperts(MixtureExperts):
             how["mix"] = "smolora"
         elif c.fusion == "mean":
             how["scaling"] = c.scaling / 2
-        chosen = self._as_topk(routes, gates, batch.tokens.num_seqs, accurate_dtype(batch.x.dtype))
-        if chosen is not None:
+        n, accurate = batch.tokens.num_seqs, accurate_dtype(batch.x.dtype)
+        if isinstance(routes, Tensor):
+            assert isinstance(gates, Tensor)  # they come together
+            row = self.router_row if routes.shape[1] > 1 else 0
+            how |= self._found(routes[:, row], gates[:, row].to(accurate), instruction, n)
+        elif (chosen := self._as_topk(routes, gates, n, accurate)) is not None:  # type: ignore[arg-type]
             how["slots"] = Slots(*chosen)
+        elif c.computes_routes:
+            raise ValueError(
+                "routes must be given to a layer whose routers are computed, experts (VU, IF) of each instance; a "
+                "whole model finds them, see smolora.fit_routers"
+            )
         else:
             how |= {"routers": self._in_use(Router(self.vu_router, True), Router(self.if_router, False))}
-            how |= {"instruction": self._instruction(instruction, batch.tokens.num_seqs), "top_k": c.top_k}
+            how |= {"instruction": self._instruction(instruction, n), "top_k": c.top_k}
             if c.routers_learn:
                 how["gate_grad"] = "all" if c.router_grad == "straight_through" else "chosen"
-        banks = self._in_use(
-            Bank(self.vu_A, self.vu_B, 0, self.vu_importance), Bank(self.if_A, self.if_B, 1, self.if_importance)
-        )
-        return Prepared(batch, banks, how)
+        if c.importance == "expert" and c.fusion == "adaptive":
+            how["w"] = self._own_scores(batch.x.dtype)
+        return Prepared(batch, self._in_use(self._bank("vu", 0), self._bank("if", 1)), how)
+
+    def _bank(self, branch: str, stream: int) -> Bank:
+        """Return the experts of a branch."""
+        A, B, importance = (getattr(self, f"{branch}_{name}") for name in ("A", "B", "importance"))
+        trained = ~self.get_buffer(f"{branch}_frozen") if self.config.computes_routes else None
+        return Bank(A, B, stream, importance, trained, trained)
+
+    def _own_scores(self, dtype: torch.dtype) -> Tensor:
+        """Return w = s B^T I of every expert by its own importance vector, (M + N, r); frozen ones get no gradient."""
+        found = []
+        for bank in (self._bank("vu", 0), self._bank("if", 1)):
+            assert bank.importance is not None  # of an adaptive fusion
+            B, importance = (t.to(dtype).to(accurate_dtype(dtype)) for t in (bank.B, bank.importance))
+            # no matrix-vector product: its last bits depend on where in memory B lies
+            w = self.config.scaling * (B * importance[..., None]).sum(1)
+            found.append(w if bank.trained is None else torch.where(bank.trained[:, None], w, w.detach()))
+        return torch.cat(found)
+
+    def _found(self, routes: Tensor, gates: Tensor, instruction: Tensor | None, num_seqs: int) -> dict[str, Any]:
+        """Return the engine's arguments for what computed routers found, routes and gates (n, 2, K)."""
+        c, K = self.config, routes.shape[2]
+        if tuple(routes.shape) != (num_seqs, 2, K):
+            raise ValueError(f"routes must be those of {num_seqs} instances, got shape {tuple(routes.shape)}")
+        used = BRANCHES[c.fusion]
+        if c.if_router_kind == "random" and 1 in used:
+            seen = self._instruction(instruction, num_seqs)
+            assert seen is not None  # the branch is in use
+            ids, weights = choose(seen.to(gates.dtype) @ self.if_router.to(gates.dtype).mT, K)
+            routes = torch.stack([routes[:, 0], ids.to(routes.dtype)], 1)
+            gates = torch.stack([gates[:, 0], weights], 1)
+        elif c.vu_router_kind == "random" and 0 in used:
+            # The engine routes both banks or none: its IF router reads the logarithms of the gates that were found.
+            logits = gates.new_full((num_seqs, c.num_if_experts), NOT_CHOSEN)
+            logits.scatter_(1, routes[:, 1].long(), gates[:, 1].clamp(min=1e-20).log())
+            same = torch.eye(c.num_if_experts, dtype=gates.dtype, device=gates.device)
+            return {"routers": [Router(self.vu_router, True), Router(same, False)], "instruction": logits, "top_k": K}
+        return {"slots": Slots(routes[:, used].contiguous(), gates[:, used].contiguous())}
+
+    # ---- experts for new tasks
+
+    @torch.no_grad()
+    def grow(self) -> None:
+        """Add the experts that the configuration has and the layer does not, as new ones start.
+
+        Grown parameters are new objects, so optimisers are made after it.
+        """
+        for name, shape in self.shapes().items():
+            old = self.get_parameter(name)
+            if tuple(old.shape) == shape:
+                continue
+            new = torch.empty(shape, dtype=old.dtype, device=old.device)
+            self.reset_parameter(name, new)
+            new[: old.shape[0]] = old
+            kind = SlicedParameter if name in self.sliced else torch.nn.Parameter
+            setattr(self, name, kind(new, requires_grad=old.requires_grad))
+        for branch in ("vu", "if"):
+            frozen = self.get_buffer(f"{branch}_frozen")
+            grown = frozen.new_zeros(self.config.num_experts(branch))
+            grown[: len(frozen)] = frozen
+            setattr(self, f"{branch}_frozen", grown)
+
+    @torch.no_grad()
+    def freeze_experts(self, branch: str, frozen: Tensor) -> None:
+        """Set which experts of a branch, "vu" or "if", get no gradient: bool (E,)."""
+        self.get_buffer(f"{branch}_frozen").copy_(frozen)
+
+    def trained_slices(self) -> dict[str, int]:
+        """Return the experts that are not frozen."""
+        masks = {name: self.get_buffer(f"{name.partition('_')[0]}_frozen") for name in self.sliced}
+        # a mask without values freezes nothing
+        return {name: mask.shape[0] if mask.is_meta else int((~mask).sum()) for name, mask in masks.items()}
 
     def _in_use(self, *pair: Any) -> list[Any]:
         """Return the items of a pair (VU, IF) whose branches the fusion uses."""
@@ -245,6 +348,8 @@ class SMoLoRAExperts(MixtureExperts):
             "top_k": c.top_k,
             "fusion": repr(c.fusion),
             "router_grad": repr(c.router_grad),
+            **({"routers": f"{c.vu_router_kind}, {c.if_router_kind}"} if c.computes_routes else {}),
+            **({"importance": repr(c.importance)} if c.importance != "shared" else {}),
         }
 
 
@@ -299,4 +404,5 @@ SMOLORA = Mixture(
     FusedSMoLoRA,
     "SMoLoRA cannot be merged into the base: which experts a sample uses, and their shares alpha and beta, depend on "
     "the sample and the token, so no single weight equals base and adapter; keep the adapter, or unload() it",
+    selector=ExpertRouters.of_adapter,
 )

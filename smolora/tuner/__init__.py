@@ -1,6 +1,7 @@
 """PEFT methods: `peft.get_peft_model(model, config)` with the configuration of any mixture."""
 
 from .block import MixtureBlock, discriminator_loss
+from .fitting import fit_routers
 from .layer import MixtureLayer
 from .linear import MixtureLinear
 from .model import MODELS, MixtureModel, SMoLoRAModel
@@ -15,5 +16,6 @@ __all__ = [
     "MixtureModel",
     "SMoLoRAModel",
     "discriminator_loss",
+    "fit_routers",
     "routing_report",
 ]

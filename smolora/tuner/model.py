@@ -21,12 +21,13 @@ from ..peft_compat import register_peft_type
 from .arguments import check_image_to_sample, token_input
 from .block import layer_class
 from .context import CONTEXT, RoutingContext
+from .features import read_features
 from .install import install, install_image_anchor, remove
 from .layer import MixtureLayer, place_of
 from .linear import MixtureLinear
 from .loading import PREFIX, check_names, explain_refused_peft
 from .packing import boundaries
-from .selection import SELECTORS, SelectorLayer, add_selector, read_features
+from .selection import SELECTORS, SelectorLayer, add_selector
 
 TARGETS = {kind: default_targets(kind) for kind in get_args(Target)}  # by what a method adapts, and type of model
 

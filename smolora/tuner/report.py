@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
+import torch
 from torch import Tensor, nn
 
+from ..methods.routers import ExpertRouters
 from .linear import MixtureLinear
+from .routing_inputs import RoutingInputs
 
 
 class LayerRouting(TypedDict):
@@ -24,6 +27,9 @@ class LayerRouting(TypedDict):
     beta: Tensor  # the IF branch's share (n, S), 1 - alpha
     valid: Tensor | None  # bool (n, S), the tokens that are no padding; None if all are
     cu_seqlens: Tensor | None  # int32 (n + 1,), of rows that are packed: what is (n, S) above is (T,) then
+    tasks: Tensor | None  # int64 (n,), the task of each row, given or found; None unless routers are computed
+    margins: Tensor | None  # (n, 2), by how much the best (VU, IF) expert's score is above the second's, where found
+    task_experts: Tensor | None  # int64 (T, 2), the (VU, IF) experts of each task; -1 for none
 
 
 def routing_report(model: nn.Module, adapter: str | None = None) -> dict[str, LayerRouting]:
@@ -78,7 +84,27 @@ def routing_report(model: nn.Module, adapter: str | None = None) -> dict[str, La
             beta=beta,
             valid=valid if valid is None or bounds is None else valid.flatten(),
             cu_seqlens=bounds,
+            **_of_tasks(model, routing, layer, adapter, last.ids.shape[0]),
         )
     if not report:
         raise RuntimeError("routing_report() needs a forward of the model first")
     return report
+
+
+def _of_tasks(
+    model: nn.Module, routing: RoutingInputs, layer: MixtureLinear, adapter: str, rows: int
+) -> dict[str, Any]:
+    """Return the entries of a layer that computed routers have; None where they are random."""
+    config = layer.experts[adapter].config
+    if not config.computes_routes:
+        return {"tasks": None, "margins": None, "task_experts": None}
+    selectors = {id(m): m for m in model.modules() if isinstance(m, ExpertRouters) and m.config is config}
+    (routers,) = selectors.values()
+    margins = routing.by_row("margins", rows, layer.takes_images)
+    if margins is not None:
+        margins = margins[:, layer.experts[adapter].router_row if margins.shape[1] > 1 else 0]
+    return {
+        "tasks": routing.by_row("task", rows, layer.takes_images),
+        "margins": margins,
+        "task_experts": torch.stack([routers.vu_experts, routers.if_experts], 1),
+    }

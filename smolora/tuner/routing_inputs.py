@@ -119,7 +119,7 @@ class RoutingInputs:
         rows = x.shape[0] if bounds is None else bounds.shape[0] - 1
         for name in config.takes:
             if name != "route_mask" and (config.needs(name) or name == "weights"):
-                found[name] = self._by_row(name, rows, images)
+                found[name] = self.by_row(name, rows, images)
         if "route_mask" in config.takes and not images:
             mask = self._route_mask(config)
             if mask is not None:
@@ -134,7 +134,7 @@ class RoutingInputs:
             mask = _or_else(self.image_tokens & everything, everything, self.cu_seqlens)
         return mask
 
-    def _by_row(self, name: str, rows: int, images: bool) -> Tensor | None:
+    def by_row(self, name: str, rows: int, images: bool) -> Tensor | None:
         """Return what is given of each sample or image, (rows, ...), or what is given for all of them."""
         value = getattr(self.samples, name)
         if value is None:

@@ -22,7 +22,8 @@ MISSING = {
     "instructions, one row a sample, or a vector for all; the adapters route by it, and no default_instruction is "
     "configured",
     "task": "task_ids must be given to the model's forward or generate(): the task of each sample, or one for all; the "
-    "adapters have parameters for each. In eval mode an adapter whose TaskSelector has keys finds them",
+    "adapters have parameters or experts for each. In eval mode an adapter whose selector has keys, or whose routers "
+    "smolora.fit_routers has computed, finds them",
     "experts": "experts must be given to the model's forward or generate(): the numbers of those that each sample uses",
 }
 
@@ -34,6 +35,9 @@ class Samples(NamedTuple):
     task: Tensor | None = None  # int (n,)
     experts: Tensor | None = None  # int (n, c)
     weights: Tensor | None = None  # (n, c)
+    routes: Tensor | None = None  # int (n, routers, 2, K), what computed routers found, and the next two with it
+    gates: Tensor | None = None  # (n, routers, 2, K)
+    margins: Tensor | None = None  # (n, routers, 2)
 
     @property
     def differ(self) -> bool:
@@ -128,7 +132,10 @@ def _task(given: Any, configs: Sequence[MixtureConfig], samples: int | None) -> 
     number = isinstance(given, int) and not isinstance(given, bool)
     if number or (isinstance(given, Tensor) and given.dim() == 0 and not given.is_floating_point()):
         given = torch.as_tensor(given).expand(1 if samples is None else samples)
-    _check_integers("task_ids", given, 1, samples, below=min(c.num_tasks for c in configs), least=0)
+    below = min(c.num_tasks for c in configs)
+    if below == 0:
+        raise ValueError("task_ids must be of tasks that smolora.fit_routers has seen, and it has seen none")
+    _check_integers("task_ids", given, 1, samples, below=below, least=0)
     return given.long()
 
 

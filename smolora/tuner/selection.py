@@ -1,25 +1,24 @@
 """Arguments that a forward was not given, found by the adapter's selector from features of image and text.
 
-`fill_missing` is the only place where a forward or a `generate()` asks a `Selector`. The image features are the pooled
-output of the frozen vision tower, without adapters; the text features are the call's `instruction_embeds`.
+`fill_missing` is the only place where a forward or a `generate()` asks a `Selector`.
 """
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..config import MixtureConfig
+from ..config import MixtureConfig, SMoLoRAConfig, TaskConfig
 from ..methods.base import Mixture
-from ..methods.selector import Features, Selector
+from ..methods.routers import ExpertRouters
+from ..methods.selector import Selector
 from .context import RoutingContext
-from .images import Images, images_of
-from .routing_inputs import RoutingInputs
-from .samples import Samples, check_text
+from .features import image_dim, read_features, read_router_features
+from .layer import MixtureLayer
+from .samples import Samples
 
 SELECTORS = "adapter_selectors"  # attribute of a model with adapters
 
@@ -72,6 +71,8 @@ def add_selector(model: nn.Module, mixture: Mixture, config: Any, adapter_name: 
         return
     if getattr(config, "image_dim", 0) is None:
         config.image_dim = image_dim(model)
+    if isinstance(config, SMoLoRAConfig) and config.computes_routes:
+        _set_up_routers(model, config, adapter_name)
     device = getattr(model, "device", torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device  # of an offloaded base
     selector = mixture.selector(config, device)
@@ -82,11 +83,28 @@ def add_selector(model: nn.Module, mixture: Mixture, config: Any, adapter_name: 
     getattr(model, SELECTORS).add(mixture, adapter_name, selector)
 
 
-def image_dim(model: Any) -> int:
-    """Return the size of a model's image features; 0 for a text model."""
-    vision = getattr(getattr(model, "config", None), "vision_config", None)
-    # Qwen2-VL calls the size of its tower embed_dim, and hidden_size that of the text model
-    return 0 if vision is None else int(getattr(vision, "embed_dim", None) or vision.hidden_size)
+def _set_up_routers(model: nn.Module, config: SMoLoRAConfig, adapter_name: str) -> None:
+    """Set the sizes of what an adapter's VU routers see, and which of them is each layer's.
+
+    Raises:
+        ValueError: the model has no vision tower to see.
+    """
+    found = (module for module in model.modules() if isinstance(module, MixtureLayer))
+    layers = [layer for layer in found if adapter_name in layer.experts]
+    for row, layer in enumerate(layers):
+        layer.experts[adapter_name].router_row = row
+    vision, whole = image_dim(model), getattr(model, "config", None)
+    if "vision" in config.router_features and "vu" in config.computed_branches and not vision:
+        raise ValueError(
+            f"router_features must be 'hidden' or 'layer' for a {type(model).__name__}, which has no vision tower, got "
+            f"{config.router_features!r}"
+        )
+    config.router_sizes = {
+        "layer": [layer.in_features for layer in layers],
+        "vision": [vision],
+        "vision+instruction": [vision + config.instruction_dim],
+        "hidden": [getattr(getattr(whole, "text_config", whole), "hidden_size", 0)],
+    }[config.router_features]
 
 
 # ---- choice
@@ -118,8 +136,9 @@ def fill_missing(
         TypeError, ValueError: the features do not fit, or several active adapters would choose.
     """
     by_task = [config for config in configs if config.needs("task")]
-    if by_task and samples.task is None and all(config.num_tasks == 1 for config in by_task):
+    if by_task and samples.task is None and all(isinstance(c, TaskConfig) and c.num_tasks == 1 for c in by_task):
         return samples._replace(task=torch.zeros(count or 1, dtype=torch.long))
+    samples = _experts_of_tasks(context, samples)
     if context.model.training:
         return samples
     asked = [name for name in active_selectors(context) if _is_asked(context, name, samples)]
@@ -129,11 +148,31 @@ def fill_missing(
         )
     if not asked:
         return samples
-    features = read_features(
-        context, asked[0], inputs, own["instruction_embeds"], count, image_to_sample=image_to_sample, bounds=bounds
-    )
-    found = active_selectors(context)[asked[0]].choose(features)
-    return samples.fill(Samples(**found))
+    selector, text = active_selectors(context)[asked[0]], own["instruction_embeds"]
+    where: dict[str, Any] = {"image_to_sample": image_to_sample, "bounds": bounds}
+    features: Any
+    if isinstance(selector, ExpertRouters):
+        mask, reads = own.get("prompt_mask"), selector.reads
+        features = read_router_features(context, asked[0], inputs, text, count, reads=reads, prompt_mask=mask, **where)
+    else:
+        features = read_features(context, asked[0], inputs, text, count, **where)
+    return samples.fill(Samples(**selector.choose(features)))
+
+
+def _experts_of_tasks(context: RoutingContext, samples: Samples) -> Samples:
+    """Return what is given of each sample, with the experts of given tasks where an adapter computes its routes.
+
+    Raises:
+        ValueError: a task is not fitted, or several active adapters compute their routes.
+    """
+    routers = {name: s for name, s in active_selectors(context).items() if isinstance(s, ExpertRouters)}
+    if len(routers) > 1:
+        raise ValueError(f"one adapter whose routers are computed can be active at a time, got {list(routers)}")
+    if samples.task is None or samples.routes is not None:
+        return samples
+    for selector in routers.values():
+        samples = samples.fill(Samples(**selector.of_tasks(samples.task)))
+    return samples
 
 
 def _is_asked(context: RoutingContext, name: str, samples: Samples) -> bool:
@@ -161,117 +200,3 @@ def active_selectors(context: RoutingContext) -> dict[str, Selector]:
         return {}
     found = {name: layer.find(name) for name in context.active()}
     return {name: selector for name, selector in found.items() if selector is not None}
-
-
-# ---- features
-
-
-@torch.no_grad()
-def read_features(
-    context: RoutingContext,
-    adapter: str,
-    inputs: dict[str, Any],
-    text: Any,
-    count: int | None,
-    *,
-    image_to_sample: Tensor | None = None,
-    bounds: Tensor | None = None,
-) -> Features:
-    """Return the features of a forward's samples.
-
-    Args:
-        adapter: the one whose selector they are for.
-        text: the embeddings of the samples' questions, `instruction_embeds`.
-        inputs, count, image_to_sample, bounds: as for `fill_missing`.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit, or there are neither images nor texts.
-    """
-    if text is not None:
-        check_text(text, context.active()[adapter].instruction_dim, count, packed=bounds is not None)
-        text = text.expand(count or 1, -1) if text.dim() == 1 else text
-    image = None
-    if inputs.get("pixel_values") is not None:
-        images = images_of(
-            context.model,
-            inputs,
-            count != 1,
-            image_to_sample,
-            ids=inputs.get("input_ids"),
-            token=context.image_token,
-            samples=count,
-            cu_seqlens=bounds,
-        )
-        pooled = _pooled(*tower_output(context, inputs), images)
-        owners = images.owners(pooled.shape[0]).to(pooled.device)
-        rows = 1 + int(owners.max()) if count is None else count
-        image = pooled.new_zeros((rows, pooled.shape[1])).index_add_(0, owners, nn.functional.normalize(pooled))
-        image = nn.functional.normalize(image)
-    if image is None and text is None:
-        raise ValueError(
-            "instruction_embeds or pixel_values must be given, by which the adapter finds the task_ids or experts that "
-            "the call lacks, got neither"
-        )
-    return Features(image, text)
-
-
-def tower_output(context: RoutingContext, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """Return last hidden states and pooled output of the vision tower for a forward's images, without adapters.
-
-    Raises:
-        ValueError: as for `run_tower`.
-    """
-    thread = context.thread
-    thread.enter_forward()
-    thread.route_by(RoutingInputs(Samples(), is_off=True))
-    try:
-        return run_tower(context.model, inputs)
-    finally:
-        thread.leave_forward()
-
-
-def run_tower(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-    """Return last hidden states and pooled output of a model's vision tower for a forward's images.
-
-    The model's own `get_image_features` calls the tower, since families differ in how.
-
-    Raises:
-        ValueError: the model has no vision tower that can be told.
-    """
-    tower = model.get_encoder("image")
-    untold = ValueError(
-        f"task_ids (or experts) must be given to a {type(model).__name__}: they would be found by the output of its "
-        "vision tower, which cannot be told"
-    )
-    if tower is model or not hasattr(model, "get_image_features"):
-        raise untold
-    outputs: list[Any] = []
-    caller = threading.get_ident()
-
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == caller:
-            found = (getattr(output, name, None) for name in ("last_hidden_state", "pooler_output"))
-            outputs.append(tuple(found))  # now: the model may put its projector's output in the pooled one's place
-
-    names = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images", "pixel_attention_mask")
-    handle = tower.register_forward_hook(record)
-    try:
-        model.get_image_features(**{name: inputs[name] for name in names if inputs.get(name) is not None})
-    finally:
-        handle.remove()
-    if len(outputs) != 1 or outputs[0][0] is None:
-        raise untold
-    return outputs[0]
-
-
-def _pooled(hidden: Tensor, pooled: Any, images: Images) -> Tensor:
-    """Return the features of each image (or tile), float32 (rows, e): the tower's pooled output, or the mean."""
-    if images.packed is None and isinstance(pooled, Tensor) and pooled.shape == (hidden.shape[0], hidden.shape[-1]):
-        return pooled.float()
-    rows, bounds = images.arrange(hidden)
-    if bounds is None:
-        return rows.float().mean(1)
-    lengths = bounds.diff().to(rows.device)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=rows.device), lengths)
-    total = rows.new_zeros((len(lengths), rows.shape[-1]), dtype=torch.float32).index_add_(0, owner, rows[0].float())
-    return total / lengths[:, None]

@@ -24,6 +24,7 @@ from .lora import LoRA
 from .moecl import MoECL
 from .moelora import MoELoRA
 from .replay import Replay
+from .routed import Routed, SMoLoRAPrototype, SMoLoRARidge
 from .schedules import Joint, NoTraining, OnePerTask, Sequential
 from .smolora import SMoLoRA, SMoLoRAInstruction, SMoLoRAMean, SMoLoRAVisual
 from .stage import Stage, StageWork
@@ -39,6 +40,9 @@ ADAPTERS: dict[str, type[Adapter]] = {
         SMoLoRAVisual,
         SMoLoRAInstruction,
         SMoLoRAMean,
+        SMoLoRARidge,
+        SMoLoRAPrototype,
+        Routed,
         MoELoRA,
         BranchLoRA,
         DMoLE,
@@ -87,6 +91,9 @@ METHODS: dict[str, Parts] = {
     "smolora-vu": Parts("smolora-vu"),
     "smolora-if": Parts("smolora-if"),
     "smolora-mean": Parts("smolora-mean"),
+    "smolora-ridge": Parts("smolora-ridge"),
+    "smolora-prototype": Parts("smolora-prototype"),
+    "routed": Parts("routed"),
 }
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from ...instructions.encoder import InstructionEncoder
 from ...recipe import Recipe
-from ...tuner.selection import image_dim, run_tower
+from ...tuner.features import image_dim, run_tower
 from .stage import StageWork, in_eval_mode, without_adapter
 
 KINDS = ("image", "instruction", "answer")

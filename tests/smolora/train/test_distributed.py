@@ -86,7 +86,17 @@ ZERO3 = (
         ),
         *(
             pytest.param(method, (), id=f"{method}-ddp", marks=pytest.mark.slow)
-            for method in ("moelora", "branchlora", "dmole", "lilora", "moecl", "replay", "ewc", "ewc-tir")
+            for method in (
+                "moelora",
+                "branchlora",
+                "dmole",
+                "lilora",
+                "moecl",
+                "replay",
+                "ewc",
+                "ewc-tir",
+                "smolora-ridge",
+            )
         ),
     ],
 )
