@@ -22,8 +22,8 @@ MISSING = {
     "instructions, one row a sample, or a vector for all; the adapters route by it, and no default_instruction is "
     "configured",
     "task": "task_ids must be given to the model's forward or generate(): the task of each sample, or one for all; the "
-    "adapters have parameters or experts for each. In eval mode an adapter whose selector has keys, or whose routers "
-    "smolora.fit_routers has computed, finds them",
+    "adapters have parameters or experts for each. In eval mode an adapter whose TaskSelector has keys, or whose "
+    "routers smolora.fit_routers has computed, finds them",
     "experts": "experts must be given to the model's forward or generate(): the numbers of those that each sample uses",
 }
 
