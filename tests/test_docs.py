@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from smolora import cli
+from smolora.backbones.families import FAMILIES
 from smolora.evaluate.benchmarks import find_dataset
 from smolora.evaluate.own import FORMATS, METRICS
 from smolora.recipe import load_recipe
@@ -83,6 +84,15 @@ def test_a_whole_model_as_the_page_has_it(tmp_path, monkeypatch):
     grads = {name: p.grad for name, p in names["model"].named_parameters() if p.requires_grad}
     assert any(grad is not None and grad.abs().max() > 0 for grad in grads.values())
     assert names["emb"].shape == (384,) and (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_the_architectures_of_the_page_are_those_of_the_table():
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (`.*?`) \|", page.partition("## Architectures")[2].partition("## Generation")[0], flags=re.M
+    )
+    types = [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
+    assert sorted(types) == sorted(FAMILIES)
 
 
 @pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/recipes.md", "docs/reports.md"])

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 # How the layers of a connector get a forward's images:
 #   images   each image, or each of its tiles, is a row, and all have the same number of tokens
+#   padded   the same, but pixel_values have a dimension for samples, and images of zeros are padding
 #   tiles    each tile is a row, and how many rows and tokens an image has depends on its size (`image_sizes`)
 #   sizes    all images in one row; `image_sizes` tells where each begins
 #   grid     all images in one row; `image_grid_thw` tells where each begins
 #   flat     tiles of the same number of tokens, one after another in one row
 #   samples  each sample is a row, with its images and their tiles in dimensions of their own
-ImageRows = Literal["images", "tiles", "sizes", "grid", "flat", "samples"]
+ImageRows = Literal["images", "padded", "tiles", "sizes", "grid", "flat", "samples"]
 Target = Literal["linear", "block", "projector"]
 
 
@@ -76,7 +77,7 @@ TEXT_OF_OTHER_BLOCKS = Family(TEXT.ffn, None)
 LLAVA = _seeing(PROJECTOR, TWO_LAYERS, "images", maps_patches=True)
 LLAVA_NEXT = _seeing(PROJECTOR, TWO_LAYERS, "tiles", maps_patches=True)
 PIXTRAL = _seeing(PROJECTOR, TWO_LAYERS, "sizes")  # its type is LLaVA's
-IDEFICS3 = _seeing("connector", r"connector\.modality_projection\.proj", "images")
+IDEFICS3 = _seeing("connector", r"connector\.modality_projection\.proj", "padded")
 QWEN2_VL = _seeing(r"visual\.merger", r"visual\.merger\.mlp\.[02]", "grid")
 QWEN3_VL = _seeing(MERGERS, rf"{MERGERS}\.linear_fc[12]", "grid")
 BLIP = Family(

@@ -354,7 +354,7 @@ class BatchGenerator:
         self.recorder.start()
         with plain_generation(self.model):
             sequences = self.model.generate(**inputs, generation_config=self.config)
-        layers = self.recorder.samples(mask, rows)
+        layers = self.recorder.samples(mask)
         end = self.encoder.tokenizer.eos_token_id
         answers = []
         for sequence in sequences[:, ids.shape[1] :].tolist():

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ..routing import Routing
+
 Layers = list[dict[str, Any]]
+
+
+class _Recorded(NamedTuple):
+    """What an adapter of a layer decided in its first forward, over n rows."""
+
+    routing: Routing
+    owners: Tensor | None  # (n,), the sample of each row, -1 of padding; None where row i is sample i
+    lengths: Tensor | None  # (n,), of images that are packed in one row; None if all rows have as many tokens
 
 
 class RoutingRecorder:
@@ -24,7 +35,7 @@ class RoutingRecorder:
         self.layers = {name: module for name, module in model.named_modules() if hasattr(module, "smolora_experts")}
         contexts = (getattr(module, "smolora_context", None) for module in model.modules())
         self._context = next((context for context in contexts if context is not None), None)
-        self._found: dict[tuple[str, str], Any] = {}
+        self._found: dict[tuple[str, str], _Recorded] = {}
 
     def __enter__(self) -> RoutingRecorder:
         self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
@@ -40,11 +51,16 @@ class RoutingRecorder:
 
     def _hook(self, name: str) -> Any:
         def record(layer: Any, args: Any, output: Any) -> None:
-            if layer.smolora_context.current().is_off:  # features of the base are gathered, to choose experts by
-                return
-            for adapter in [] if layer.disable_adapters else layer.active_in_layer():
-                if (name, adapter) not in self._found:
-                    self._found[name, adapter] = layer.smolora_experts[adapter].last_routing()
+            names = [] if layer.disable_adapters else layer.active_in_layer()
+            for adapter in (each for each in names if (name, each) not in self._found):
+                inputs = layer.smolora_context.current()
+                decision = layer.decision(inputs, adapter)
+                if decision is not None:  # None where the base's features are gathered, to choose experts by
+                    mixed, bounds = decision
+                    owners = inputs.images.shown_owners(mixed.ids.shape[0]) if layer.takes_images else None
+                    lengths = None if bounds is None else bounds.diff()
+                    routing = layer.smolora_experts[adapter].routing(mixed)
+                    self._found[name, adapter] = _Recorded(routing, owners, lengths)
 
         return record
 
@@ -70,41 +86,59 @@ class RoutingRecorder:
         last = None if self._context is None else self._context.last
         return None if last is None or last.samples.task is None else last.samples.task.tolist()
 
-    def samples(self, valid: Tensor, image_rows: list[int]) -> list[Layers]:
+    def samples(self, valid: Tensor) -> list[Layers]:
         """The routing of each sample of the batch.
 
         Args:
             valid: (B, S), nonzero except at padding.
-            image_rows: the sample of each image.
 
         Returns:
             For each sample its layers in the model's order: "layer" (with the adapter's name where several are active),
-            "vu" and "if" (chosen experts; None for an unused branch), "alpha" and "beta" (means over its tokens, or in
-            the projector over its image's patches). A sample without an image has no entry for the projector.
+            "vu" and "if" (chosen experts, in a connector those of each image or tile; None for an unused branch),
+            "alpha" and "beta" (means over its tokens, or in a connector over its images' patches). A sample without an
+            image has no entry for the connector.
         """
-        rows: list[Layers] = [[] for _ in range(valid.shape[0])]
-        for name, layer, adapter, label in self._active():
+        count = valid.shape[0]
+        samples: list[Layers] = [[] for _ in range(count)]
+        for name, _, adapter, label in self._active():
             if (name, adapter) not in self._found:
                 continue
-            routing = self._found[name, adapter]
+            routing, owners, lengths = self._found[name, adapter]
             routes = [None if r is None else r.reshape(r.shape[0], -1).tolist() for r in routing.routes]
-            owners = image_rows if layer.takes_images else range(valid.shape[0])
-            shares = {}
-            for share in ("alpha", "beta"):
-                of_token = getattr(routing, share).double().reshape(len(owners), -1)
-                mask = None if layer.takes_images else valid.to(of_token.device).double()
-                mean = of_token.mean(1) if mask is None else (of_token * mask).sum(1) / mask.sum(1)
-                shares[share] = mean.tolist()
-            for row, sample in enumerate(owners):
-                rows[sample].append(
-                    {
-                        "layer": label,
-                        "vu": routes[0] and routes[0][row],
-                        "if": routes[1] and routes[1][row],
-                        **{share: values[row] for share, values in shares.items()},
-                    }
-                )
-        return rows
+            if owners is None:
+                owners, weights = torch.arange(count), valid.flatten().cpu().double()
+            else:
+                weights = None
+            shares = [share for share in (routing.alpha, routing.beta) if share is not None]  # both, of a decision
+            means = [_means(share, owners.cpu(), lengths, weights, count) for share in shares]
+            rows: dict[int, list[int]] = {}
+            for row, sample in enumerate(owners.tolist()):
+                if sample >= 0:
+                    rows.setdefault(sample, []).append(row)
+            for sample, own in rows.items():
+                vu, if_ = (experts and [expert for row in own for expert in experts[row]] for experts in routes)
+                alpha, beta = (mean[sample] for mean in means)
+                samples[sample].append({"layer": label, "vu": vu, "if": if_, "alpha": alpha, "beta": beta})
+        return samples
+
+
+def _means(share: Tensor, owners: Tensor, lengths: Tensor | None, weights: Tensor | None, samples: int) -> list[float]:
+    """Average a share (T,) over the tokens of each sample.
+
+    Args:
+        share: of each token.
+        owners: (n,), the sample of each row, -1 of padding.
+        lengths: (n,), the tokens of each row; None if all have as many.
+        weights: (T,), 0 at padding; None for all.
+        samples: how many there are.
+    """
+    share = share.flatten().cpu().double()
+    repeats = len(share) // len(owners) if lengths is None else lengths.cpu().long()
+    owner = owners.repeat_interleave(repeats)
+    weights = (owner >= 0).double() if weights is None else weights
+    sums = torch.zeros(2, samples, dtype=torch.float64)
+    sums.index_add_(1, owner.clamp(min=0), torch.stack([share * weights, weights]))
+    return (sums[0] / sums[1]).tolist()
 
 
 def tally(samples: Iterable[Layers], experts: Mapping[str, tuple[int, int]]) -> Layers:

@@ -1,8 +1,9 @@
 """The sample that each image of a forward belongs to, for the layers that see images.
 
 Most models give these layers one row for each image, or for each tile, with the same number of tokens. Some cut images
-into tiles whose text has another number of placeholders, and some concatenate all images in one row. The arguments of
-the forward are read before it begins, and what they do not tell is refused.
+into tiles whose text has another number of placeholders, and some concatenate all images in one row; which ones do is
+in `smolora.backbones.families`. The arguments of the forward are read before it begins, and what they do not tell is
+refused.
 """
 
 from __future__ import annotations
@@ -10,16 +11,31 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..backbones.families import ImageRows, family_of
 from .packing import is_capturing, sums
 
-BLANK_TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral", "internvl_vision")  # see `blank_image`
-TILED = ("llava_next", "llava_next_video", "llava_onevision")  # the number of rows of an image depends on its size
+
+def image_rows(model: Any) -> ImageRows:
+    """Return how the layers that see images get them. Of a type that is not known, its arguments tell."""
+    family = family_of(model.config)
+    if family is not None and family.image_rows is not None:
+        return family.image_rows
+    if "image_grid_thw" in encoder_arguments(model):
+        return "grid"
+    return "sizes" if getattr(model.config.vision_config, "model_type", None) == "pixtral" else "images"
+
+
+def encoder_arguments(model: Any) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a model's own method that encodes images, by name; empty if it has none."""
+    encode = getattr(model, "get_image_features", None)
+    return {} if encode is None else dict(inspect.signature(encode).parameters)
 
 
 class Images:
@@ -30,9 +46,13 @@ class Images:
         token: the id of the token that stands for a part of an image; None if unknown.
         samples: n; None if unknown.
         cu_seqlens: of samples that are packed in rows.
-        owner: (images,), the sample of each image; None if unknown.
-        images: how many images there are, if each is a row; None if unknown.
+        given: (images,), the sample of each image, or of each tile; None if it is not given.
+        rows: how the layers get them.
+        count: how many images there are, if each is a row, or tiles that are flattened to one; None if unknown.
+        tiles: how many rows each image has, if that differs.
+        tokens: returns how many placeholders each image has, if that differs.
         pieces: the possible lengths of the images, in positions of a layer, if it gets them in one row.
+        shown: (tiles,), 0 where a row is padding; None for all.
         error: raised by the first layer that gets images.
     """
 
@@ -43,23 +63,32 @@ class Images:
         *,
         samples: int | None = None,
         cu_seqlens: Tensor | None = None,
-        owner: Tensor | None = None,
-        images: int | None = None,
+        given: Tensor | None = None,
+        rows: ImageRows = "images",
+        count: int | None = None,
+        tiles: list[int] | None = None,
+        tokens: Callable[[], list[int]] | None = None,
         pieces: list[list[int]] | None = None,
+        shown: Tensor | None = None,
         error: ValueError | None = None,
     ) -> None:
         self.ids = None if token is None else ids
         self.token = token
         self.samples = samples
         self.samples_at = cu_seqlens
-        self.owner = owner
-        self.images = images
+        self.given = given
+        self.rows = rows
+        self.count = count
+        self.tiles = tiles
+        self.tokens = tokens
+        self.shown = shown
         self.error = error
         self.packed: list[tuple[int, Tensor]] | None = None
         if pieces is not None:
             self.packed = [
                 (sum(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)) for lengths in pieces
             ]
+        self._owner: Tensor | None = None
         self._counts: Tensor | None = None
         self._found: list[int] | None = None
         self._fits: set[int] = set()
@@ -80,9 +109,13 @@ class Images:
             raise ValueError(
                 f"the images of this forward have {' or '.join(str(total) for total, _ in self.packed)} positions by "
                 f"their sizes, but the layer got {positions}, which cannot be told apart: leave it out of "
-                "target_modules (videos and packed vision towers are not supported)"
+                "target_modules (videos are not supported)"
             )
-        if x.dim() < 3 or (x.dim() == 3 and x.shape[0] == 1 and (self.images or 1) > 1):
+        if self.rows == "flat" and x.dim() == 2 and self.count and x.shape[0] % self.count == 0:
+            return x.view(self.count, -1, x.shape[1]), None
+        if self.rows == "samples" and x.dim() > 3:
+            return x.flatten(0, -3), None
+        if x.dim() < 3 or (x.dim() == 3 and x.shape[0] == 1 and (self.count or 1) > 1):
             raise ValueError(
                 f"the layer got images in one row, shape {tuple(x.shape)}, and nothing tells where each begins: leave "
                 "it out of target_modules"
@@ -95,16 +128,19 @@ class Images:
         Raises:
             ValueError: nothing tells it, or the placeholders in the text do not fit the images.
         """
-        if self.owner is not None:
-            if self.owner.shape[0] != rows:
-                raise ValueError(
-                    f"image_to_sample must name the sample of each of the {rows} images, got {self.owner.shape[0]} "
-                    "entries"
-                )
-            return self.owner
-        counts = self.counts
         if self.samples == 1:
             return torch.zeros(rows, dtype=torch.long)
+        self.find_owners()
+        if self._owner is not None:
+            if self._owner.shape[0] != rows:
+                raise ValueError(
+                    f"image_to_sample must name the sample of each of the {rows} images, got {self._owner.shape[0]} "
+                    "entries"
+                )
+            return self._owner
+        counts = self.counts
+        if self.rows == "samples" and self.samples is not None:
+            return torch.arange(self.samples).repeat_interleave(rows // self.samples)
         if counts is None:
             raise ValueError(untold(rows))
         reads = not torch.compiler.is_compiling() and not is_capturing(counts)
@@ -120,6 +156,55 @@ class Images:
         each = counts.sum() // max(rows, 1)
         first = torch.arange(rows, device=counts.device) * each  # an image's first placeholder
         return torch.searchsorted(counts.cumsum(0), first, right=True).clamp_(max=counts.shape[0] - 1)
+
+    def shown_owners(self, rows: int) -> Tensor:
+        """Return what `owners` does, with -1 for rows that are padding."""
+        owners = self.owners(rows)
+        if self.shown is None or self.shown.shape[0] != rows:
+            return owners
+        return owners.masked_fill(self.shown.to(owners.device) == 0, -1)
+
+    def find_owners(self) -> None:
+        """Find the sample of each row where images differ in rows or tokens, or where it is given.
+
+        Raises:
+            ValueError: nothing tells it, or what is given does not fit the images.
+        """
+        if self._owner is not None or (self.given is None and self.tokens is None):
+            return
+        owner = torch.tensor(self._in_order(self.tokens())) if self.given is None else self.given
+        if self.tiles is not None and (self.given is None or owner.shape[0] != sum(self.tiles)):
+            self._check(owner, len(self.tiles), f", or of each of their {sum(self.tiles)} tiles")
+            owner = owner.repeat_interleave(torch.tensor(self.tiles, device=owner.device))
+        elif self.packed is not None:
+            self._check(owner, self.packed[0][1].shape[0] - 1)
+        self._owner = owner
+
+    def _check(self, owner: Tensor, images: int, tiles: str = "") -> None:
+        if owner.shape[0] != images:
+            raise ValueError(
+                f"image_to_sample must name the sample of each of the {images} images{tiles}, got {owner.shape[0]} "
+                "entries"
+            )
+
+    def _in_order(self, tokens: list[int]) -> list[int]:
+        """Assign images to samples in order, given the number of placeholders of each image."""
+        if self.counts is None:
+            raise ValueError(untold(len(tokens)))
+        owner: list[int] = []
+        count = 0
+        for sample, count in enumerate(self.found()):
+            while count > 0 and len(owner) < len(tokens):
+                count -= tokens[len(owner)]
+                owner.append(sample)
+            if count:
+                break
+        if count or len(owner) < len(tokens):
+            raise ValueError(
+                f"{len(tokens)} images of {tokens} tokens do not fit the image tokens in input_ids, {self.found()} in "
+                "each sample: give image_to_sample, the sample of each image"
+            )
+        return owner
 
     @property
     def counts(self) -> Tensor | None:
@@ -156,48 +241,46 @@ def images_of(model: nn.Module, inputs: dict[str, Any], told: bool, given: Tenso
     Raises:
         ValueError: `told`, and nothing tells it.
     """
-    config, plain = model.config, Images(**known, owner=given)
-    pixels, grid, sizes = (inputs.get(name) for name in ("pixel_values", "image_grid_thw", "image_sizes"))
-    if inputs.get("pixel_values_videos") is not None and (grid is not None or (told and given is None)):
+    pixels = inputs.get("pixel_values")
+    rows = image_rows(model)
+    if inputs.get("pixel_values_videos") is not None and (
+        (pixels is not None and rows == "grid") or (told and given is None)
+    ):
         raise ValueError(
             "pixel_values_videos must be left out where a layer that sees images is adapted: nothing tells which "
             "sample a frame belongs to (image_to_sample can, where a frame is a row, and there are no images beside)"
         )
-    if pixels is None:
-        return plain
-    pieces, rows = None, None
-    if grid is not None:
-        merge = getattr(config.vision_config, "spatial_merge_size", 1)
-        patches = [math.prod(size) for size in _values(grid)]
-        pieces = [[n // merge**2 for n in patches], patches]
-        tokens = pieces[0]
-    elif getattr(getattr(config, "vision_config", None), "model_type", None) == "pixtral":
-        if sizes is None:
-            sizes = [pixels.shape[-2:]] * len(pixels)
-        patch, merge = config.vision_config.patch_size, getattr(config, "spatial_merge_size", 1)
-        pieces = [[(h // step) * (w // step) for h, w in _values(sizes)] for step in (patch * merge, patch)]
-        tokens = pieces[0]
-    elif sizes is not None and getattr(config, "model_type", None) in TILED:
-        rows = _tiles(config, sizes, inputs.get("batch_num_images"))
-        if told and given is not None and given.shape[0] == sum(rows):  # of each tile
-            return plain
-        tokens = _tokens_of_tiles(model, sizes, rows) if told and given is None else rows
-    else:
-        images = pixels.shape[0] if isinstance(pixels, Tensor) and pixels.dim() == 4 else None
-        return Images(**known, owner=given, images=images)
-    owner = None
-    if told and given is None:
-        owner = torch.tensor(_in_order(plain, tokens))
-    elif told:
-        if given.shape[0] != len(tokens):
-            raise ValueError(
-                f"image_to_sample must name the sample of each of the {len(tokens)} images"
-                f"{'' if rows is None else f', or of each of their {sum(rows)} tiles'}, got {given.shape[0]} entries"
-            )
-        owner = given
-    if owner is not None and rows is not None:
-        owner = owner.repeat_interleave(torch.tensor(rows, device=owner.device))
-    return Images(**known, owner=owner, pieces=pieces)
+    known = {**known, "given": given, "rows": rows}
+    if pixels is not None:
+        known |= _layout(model, rows, pixels, inputs)
+    elif rows == "flat" and (inputs.get("mm_encoder_outputs") or {}).get("image") is not None:
+        # `generate` runs the tower before the first forward, which runs the connector
+        known["count"] = inputs["mm_encoder_outputs"]["image"].last_hidden_state.shape[0]
+    images = Images(**known)
+    if told:
+        images.find_owners()
+    return images
+
+
+def _layout(model: Any, rows: ImageRows, pixels: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `Images` that depend on how a model gets its images."""
+    vision, sizes = getattr(model.config, "vision_config", None), inputs.get("image_sizes")
+    if rows == "samples":
+        mask = inputs.get("aspect_ratio_mask")
+        return {"samples": pixels.shape[0], "shown": None if mask is None else mask.flatten()}
+    if rows == "grid" and inputs.get("image_grid_thw") is not None:
+        patches = [math.prod(size) for size in _values(inputs["image_grid_thw"])]
+        merged = [n // getattr(vision, "spatial_merge_size", 1) ** 2 for n in patches]
+        return {"pieces": [merged, patches], "tokens": lambda: merged}
+    if rows == "sizes":
+        of_image = _values([pixels.shape[-2:]] * len(pixels) if sizes is None else sizes)
+        patch, merge = vision.patch_size, getattr(model.config, "spatial_merge_size", 1)
+        pieces = [[(h // step) * (w // step) for h, w in of_image] for step in (patch * merge, patch)]
+        return {"pieces": pieces, "tokens": lambda: pieces[0]}
+    if rows == "tiles" and sizes is not None:
+        tiles = tiles_of(model.config, sizes, inputs.get("batch_num_images"))
+        return {"tiles": tiles, "tokens": lambda: _tokens_of_tiles(model, sizes, tiles)}
+    return {"count": pixels.shape[0] if isinstance(pixels, Tensor) and pixels.dim() == 4 else None}
 
 
 def _values(sizes: Any) -> list[list[int]]:
@@ -205,27 +288,7 @@ def _values(sizes: Any) -> list[list[int]]:
     return sizes.tolist() if isinstance(sizes, Tensor) else [list(map(int, size)) for size in sizes]
 
 
-def _in_order(plain: Images, tokens: list[int]) -> list[int]:
-    """Assign images to samples in order, given the number of placeholders of each image."""
-    if plain.counts is None:
-        raise ValueError(untold(len(tokens)))
-    owner: list[int] = []
-    count = 0
-    for sample, count in enumerate(plain.found()):
-        while count > 0 and len(owner) < len(tokens):
-            count -= tokens[len(owner)]
-            owner.append(sample)
-        if count:
-            break
-    if count or len(owner) < len(tokens):
-        raise ValueError(
-            f"{len(tokens)} images of {tokens} tokens do not fit the image tokens in input_ids, {plain.found()} in "
-            "each sample: give image_to_sample, the sample of each image"
-        )
-    return owner
-
-
-def _tiles(config: Any, sizes: Any, per_sample: Any) -> list[int]:
+def tiles_of(config: Any, sizes: Any, per_sample: Any) -> list[int]:
     """Return how many rows each image has, as the model counts them."""
     modeling = importlib.import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
     cut = [True] * len(sizes)
@@ -255,36 +318,3 @@ def _tokens_of_tiles(model: nn.Module, sizes: Any, tiles: list[int]) -> list[int
         **{name: value for name, value in options.items() if name in takes},
     )
     return [feature.shape[0] for feature in features]
-
-
-def takes_blank_image(model: nn.Module) -> bool:
-    """Return whether `blank_image` knows the images that a model takes."""
-    return _takes_grid(model) or model.config.vision_config.model_type in BLANK_TOWERS
-
-
-def blank_image(model: nn.Module, like: Tensor) -> dict[str, Any]:
-    """Return the arguments of `get_image_features` for one small blank image, in like's dtype and on its device."""
-    config, vision = model.config, model.config.vision_config
-    if _takes_grid(model):
-        merge, channels = vision.spatial_merge_size, getattr(vision, "in_channels", 3)
-        patch = channels * vision.temporal_patch_size * vision.patch_size**2
-        grid = torch.tensor([[1, merge, merge]], device=like.device)
-        return {"pixel_values": like.new_zeros((merge**2, patch)), "image_grid_thw": grid}
-    side = vision.image_size
-    if vision.model_type == "pixtral":
-        side = 2 * vision.patch_size * getattr(config, "spatial_merge_size", 1)  # Mistral 3 fails on a single token
-    height, width = side if isinstance(side, list | tuple) else (side, side)
-    size = torch.tensor([[height, width]])
-    shape = (vision.num_channels, height, width)
-    if config.model_type in TILED:
-        (tiles,) = _tiles(config, size, None)
-        shape = (tiles, *shape)
-    inputs = {"pixel_values": like.new_zeros((1, *shape))}
-    if vision.model_type == "pixtral" or config.model_type in TILED:
-        inputs["image_sizes"] = size.to(like.device)
-    return inputs
-
-
-def _takes_grid(model: nn.Module) -> bool:
-    """Return whether a model takes its images as patches in one row, as Qwen2-VL does."""
-    return "image_grid_thw" in inspect.signature(model.get_image_features).parameters

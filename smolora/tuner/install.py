@@ -7,8 +7,7 @@ from torch import nn
 from .context import CONTEXT, RoutingContext
 from .forward import ForwardWrapper, after_forward, before_forward
 from .generate import generate_wrappers, generators
-from .image_anchor import touch_image_adapters
-from .images import takes_blank_image
+from .image_anchor import takes_blank_image, touch_image_adapters
 from .loading import LoadWrapper
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
@@ -73,6 +75,7 @@ class MixtureModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: MixtureConfig = self.peft_config[adapter_name]
         config.check_layers(self.targeted_module_names)
+        _warn_of_experts(model, config, adapted=len(self.targeted_module_names))
         add_selector(model, self.mixture, config, adapter_name)  # not before: PEFT freezes a base without tuner layers
         if self._selectors is not None:
             self._selectors.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -290,6 +293,20 @@ class MixtureModel(BaseTuner):
         places = {name.removeprefix(PREFIX) for name in model.state_dict()}
         check_names(model, adapter_name, remapped, [n for n in remapped if n.removeprefix(PREFIX) not in places])
         return remapped
+
+
+def _warn_of_experts(model: nn.Module, config: MixtureConfig, adapted: int) -> None:
+    """Warn of experts that the target modules name and that are 3-D parameters: no adapter goes on a parameter."""
+    stacks = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and ".experts." in name]
+    named = {name.rpartition(".")[0] for name in stacks if check_target_module_exists(config, name)}
+    if named:
+        shown = (re.sub(r"\.\d+\.", ".*.", name) for name in stacks if name.rpartition(".")[0] in named)
+        warnings.warn(
+            f"the experts of {len(named)} layers stay as they are, since each layer has all of its experts in 3-D "
+            f"parameters, on which no adapter goes: {', '.join(dict.fromkeys(shown))}. The adapters are on {adapted} "
+            "other modules",
+            stacklevel=2,
+        )
 
 
 def _text_decoder(model: Any) -> nn.Module | None:

@@ -36,12 +36,14 @@ def test_the_connector_holds_its_linear_layers(built):
     backbone, model = built
     family = family_of(model.config)
     inside = {name for name, _ in model.named_parameters() if family.is_in_connector(name)}
-    adapted = [name for name in linears(model, backbone.targets) if "language_model" not in name]
+    text = re.compile(r"language_model|text_model")
+    adapted = [name for name in linears(model, backbone.targets) if not text.search(name)]
     if family.connector is None:
         assert not inside
     else:
-        assert adapted and all(f"{name}.weight" in inside for name in adapted)
-        assert not [name for name in inside if "language_model" in name or ".layers." in name or ".blocks." in name]
+        assert inside and all(f"{name}.weight" in inside for name in adapted)
+        assert bool(adapted) == (family.connector_linears is not None)
+        assert not [name for name in inside if text.search(name) or ".layers." in name or ".blocks." in name]
 
 
 def test_a_type_that_is_not_known_is_told_the_known_ones():

@@ -1,17 +1,25 @@
 """Architectures other than LLaVA-1.5: each sample routes in a batch as it does alone, with its own instruction."""
 
+import re
+import warnings
+
 import pytest
 import torch
 import transformers as T
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 import smolora
 from smolora.tuner import MixtureLinear
-from support.backbones import BACKBONES, IMAGE, SIGLIP, TEXT, TEXT_ONLY, TOWER, VOCABULARY, drawn, qformer
+from support.backbones import BACKBONES, IMAGE, TEXT, TEXT_ONLY, VOCABULARY, drawn, qformer
 from support.tiny_llava import embeddings, tiny_config
 
 ALL = {**BACKBONES, **TEXT_ONLY}
-GREEDY = {"max_new_tokens": 5, "do_sample": False}
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
+SIMILAR = ("vipllava", "llava_next_video", "qwen3_vl_moe", "qwen2", "gemma3_text", "qwen3_moe")  # to another one
+FAMILIES = [pytest.param(name, marks=pytest.mark.slow if name in SIMILAR else ()) for name in ALL]
+EXPAND = ("llava", "mistral3", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3", "mllama", "blip2_llama")
+BEAMS = [pytest.param(name, marks=() if name in EXPAND else pytest.mark.slow) for name in ALL if name != "llama4"]
+WITHOUT_IMAGES = [param for param in FAMILIES if param.values[0] in BACKBONES]
 
 
 def rows_for(name):
@@ -19,50 +27,138 @@ def rows_for(name):
     backbone, last = ALL[name], ALL[name].kinds - 1
     if name in TEXT_ONLY:
         return [(5, []), (9, []), (3, [])]
-    rows = [(5, [(0, 1)]), (9, [(last, 2)]), (3, [(0, 3)])]
-    return rows if backbone.needs_image else [*rows, (4, []), (6, [(last, 5), (0, 6)])]
+    rows, several = [(5, [(0, 1)]), (9, [(last, 2)]), (3, [(0, 3)])], (6, [(last, 5), (0, 6)])
+    if backbone.whole_samples:
+        return [*rows, several]
+    return rows if backbone.needs_image else [*rows, (4, []), several]
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_batch_is_as_one_by_one(name):
-    """Logits, and greedy tokens with and without a cache and of beams."""
-    model, backbone, rows = ALL[name].adapted(), ALL[name], rows_for(name)
-    e, whole = embeddings(len(rows)) * 2, ALL[name].batch(rows)
-    with torch.no_grad():
-        got = model(**whole, instruction_embeds=e).logits
-        other = model(**whole, instruction_embeds=e.flip(0)).logits
-        for i, row in enumerate(rows):
-            want = model(**backbone.batch([row]), instruction_embeds=e[i : i + 1]).logits[0]
-            torch.testing.assert_close(got[i, -len(want) :], want, rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(got[:2], other[:2], atol=1e-2), "instructions change nothing: the test shows nothing"
-    for options in ({}, {"use_cache": False}, {"num_beams": 2}):
-        if "num_beams" in options and not hasattr(T.GenerationMixin, "_expand_multimodal_outputs"):
-            rows = [row for row in rows if len(row[1]) < 2]  # older transformers mix up a sample's images
-            e, whole = e[: len(rows)], backbone.batch(rows)
-        tokens = model.generate(**whole, instruction_embeds=e, **GREEDY, **options)[:, -5:]
-        for i, row in enumerate(rows):
-            want = model.generate(**backbone.batch([row]), instruction_embeds=e[i : i + 1], **GREEDY, **options)
-            assert torch.equal(tokens[i], want[0, -5:]), (options, i)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_training_gives_every_adapter_the_gradients_of_one_by_one(name):
-    model, backbone, rows = ALL[name].adapted().train(), ALL[name], rows_for(name)
-    e, count = embeddings(len(rows)) * 2, 2 * len(rows)
+def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model(**backbone.batch(rows, answer=2), instruction_embeds=e).loss.backward()
-    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return model.train()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_is_as_one_by_one(name):
+    """Logits, and greedy tokens, of a batch with a cache and of samples without one."""
+    model, backbone, rows = ALL[name].adapted(), ALL[name], rows_for(name)
+    e, whole = embeddings(len(rows)) * 2, ALL[name].batch(rows)
+    singles = [backbone.batch([row]) for row in rows]
+    with torch.no_grad():
+        got = model(**whole, instruction_embeds=e).logits
+        other = model(**whole, instruction_embeds=e.flip(0)).logits
+        for i, single in enumerate(singles):
+            want = model(**single, instruction_embeds=e[i : i + 1]).logits[0]
+            torch.testing.assert_close(got[i, -len(want) :], want, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(got[:2], other[:2], atol=1e-2), "instructions change nothing: the test shows nothing"
+    tokens = model.generate(**whole, instruction_embeds=e, **GREEDY)[:, -4:]
+    for i, single in enumerate(singles):
+        want = model.generate(**single, instruction_embeds=e[i : i + 1], use_cache=False, **GREEDY)
+        assert torch.equal(tokens[i], want[0, -4:]), i
+
+
+@pytest.mark.parametrize("name", BEAMS)
+def test_beams_are_those_of_one_by_one(name):
+    """Llama 4 has none: transformers does not repeat its images."""
+    model, backbone, rows = ALL[name].adapted(), ALL[name], rows_for(name)
+    if not hasattr(T.GenerationMixin, "_expand_multimodal_outputs"):
+        rows = [row for row in rows if len(row[1]) < 2]  # older transformers mix up a sample's images
+    e, options = embeddings(len(rows)) * 2, {**GREEDY, "num_beams": 2}
+    tokens = model.generate(**backbone.batch(rows), instruction_embeds=e, **options)[:, -4:]
+    for i, row in enumerate(rows):
+        want = model.generate(**backbone.batch([row]), instruction_embeds=e[i : i + 1], **options)
+        assert torch.equal(tokens[i], want[0, -4:]), i
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_gives_every_adapter_the_gradients_of_one_by_one(name):
+    """Also where layers are recomputed, after a forward with other instructions; at the base there is none."""
+    model, backbone, rows = without_dropout(ALL[name].adapted()), ALL[name], rows_for(name)
+    e, count, whole = embeddings(len(rows)) * 2, 2 * len(rows), ALL[name].batch(rows, answer=2)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    model(**whole, instruction_embeds=e).loss.backward()
+    got = {n: p.grad.clone() for n, p in trained.items()}
+    routed = {n.rpartition(".")[0] for n, grad in got.items() if grad.any()}
+    assert routed == {n.rpartition(".")[0] for n in trained} and all(
+        p.grad is None for n, p in model.named_parameters() if n not in trained
+    )
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = model(**whole, instruction_embeds=e).loss
+    with torch.no_grad():
+        model(**whole, instruction_embeds=e.flip(0))
+    loss.backward()
+    for parameter, grad in got.items():
+        torch.testing.assert_close(trained[parameter].grad, grad, rtol=1e-4, atol=1e-5)
+    model.gradient_checkpointing_disable()
     model.zero_grad()
     for i, row in enumerate(rows):
         loss = model(**backbone.batch([row], answer=2), instruction_embeds=e[i : i + 1]).loss
         (loss * 2 / count).backward()
-    if name in ("qwen2_moe",):
+    if "moe" in name:
         return  # its loss has a part over the experts' use in the whole batch
     for parameter, grad in got.items():
-        want = dict(model.named_parameters())[parameter].grad
+        want = trained[parameter].grad
         assert (grad - want).abs().max() <= 1e-3 * want.abs().max() + 1e-6, parameter
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_routes_as_inference_and_a_saved_adapter_as_itself(name, tmp_path):
+    """By the prompt, whatever the answer is."""
+    model, rows = ALL[name].adapted(), rows_for(name)
+    e, whole = embeddings(len(rows)) * 2, ALL[name].batch(rows, answer=2)
+    width = whole["input_ids"].shape[1]
+    prompt = {k: v[:, :-2] if v.shape[:2] == (len(rows), width) else v for k, v in whole.items() if k != "labels"}
+    with torch.no_grad():
+        logits = model(**whole, instruction_embeds=e).logits
+        training = smolora.routing_report(model)
+        model(**prompt, instruction_embeds=e)
+    inference = smolora.routing_report(model)
+    assert training.keys() == inference.keys() == set(model.targeted_module_names)
+    for layer, row in training.items():
+        for branch in ("vu_logits", "if_logits"):
+            torch.testing.assert_close(row[branch], inference[layer][branch], rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    base = model.unload()
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**whole, instruction_embeds=e).logits, logits)
+
+
+TOWERS = (
+    "pixtral",
+    "mistral3",
+    "llava_next",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "glm4v",
+    "idefics3",
+    "llama4",
+    "mllama",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("pixtral", "qwen2_5_vl", "mllama") else pytest.param(n, marks=pytest.mark.slow) for n in TOWERS]
+)
+def test_layers_of_the_tower_too(name):
+    """Where a target names them: its rows are told apart as the connector's are."""
+    with torch.device("meta"):
+        layers = [n for n, m in ALL[name].make().named_modules() if isinstance(m, torch.nn.Linear)]
+    tower = [n for n in layers if re.search(r"visual|vision_tower|vision_model", n)]
+    model, backbone, rows = ALL[name].adapted(target_modules=tower), ALL[name], rows_for(name)
+    e = embeddings(len(rows)) * 2
+    with torch.no_grad():
+        got = model(**backbone.batch(rows), instruction_embeds=e).logits
+        for i, row in enumerate(rows):
+            want = model(**backbone.batch([row]), instruction_embeds=e[i : i + 1]).logits[0]
+            torch.testing.assert_close(got[i, -len(want) :], want, rtol=1e-3, atol=1e-3)
+    if any(images for _, images in rows):
+        with torch.no_grad(), model.disable_adapter():
+            assert not torch.allclose(model(**backbone.batch(rows)).logits, got, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
@@ -87,7 +183,10 @@ def test_tiles_are_of_their_image(name):
             model(inputs_embeds=embeds, **rest, instruction_embeds=e, image_to_sample=torch.tensor([0, 1, 1]))
 
 
-@pytest.mark.parametrize("name", [name for name, backbone in BACKBONES.items() if not backbone.needs_image])
+@pytest.mark.parametrize(
+    "name",
+    [each for each in WITHOUT_IMAGES if not BACKBONES[each.values[0]].needs_image and each.values[0] != "gemma3"],
+)
 def test_a_batch_without_images_trains_the_image_adapters(name):
     """By a gradient of zero, from a blank image that changes nothing else, and every module runs: processes that train
     together wait for each other in each."""
@@ -102,7 +201,9 @@ def test_a_batch_without_images_trains_the_image_adapters(name):
     loss.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
-    images = [p for n, p in model.named_parameters() if p.requires_grad and "language_model" not in n]
+    seen = {n for n, m in model.named_modules() if isinstance(m, MixtureLinear) and m.takes_images}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    images = [p for n, p in trained.items() if n.partition(".smolora_experts.")[0] in seen]
     assert images and not any(p.grad.any() for p in images)
     layers = {n for n, m in model.named_modules() if isinstance(m, MixtureLinear)}
     assert layers <= ran
@@ -156,38 +257,14 @@ def test_an_image_in_a_packed_row_routes_by_itself(name):
     torch.testing.assert_close(found[0], torch.cat(found[1:]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_packed_row_that_nothing_tells_apart_is_refused_by_name():
-    """What merges patches has rows of its own, which image sizes tell."""
+def test_what_merges_patches_has_rows_of_its_own():
+    """Image sizes tell them."""
     backbone = BACKBONES["mistral3"]
-    backbone = type(backbone)(**{**vars(backbone), "targets": r".*patch_merger\.merging_layer"})
     with torch.no_grad():
-        backbone.adapted()(**backbone.batch([(5, [(0, 1)])]), instruction_embeds=embeddings(1))
-    model = get_peft_model(
-        T.Llama4ForConditionalGeneration(llama4()), tiny_config(target_modules=r"multi_modal_projector\.linear_1")
-    ).eval()
-    ids = torch.tensor([[5, *[IMAGE] * 4, 9, 10]] * 2)
-    with pytest.raises(ValueError, match=r"multi_modal_projector\.linear_1: the layer got images in one row"):
-        model(input_ids=ids, pixel_values=drawn(0, 2, 3, 56, 56), instruction_embeds=embeddings(2))
-
-
-def llama4():
-    text = dict(TEXT, head_dim=16, intermediate_size_mlp=64, num_local_experts=4, moe_layers=[1])
-    vision = dict(
-        TOWER,
-        image_size=56,
-        intermediate_size=128,
-        vision_output_dim=64,
-        projector_input_dim=64,
-        projector_output_dim=64,
-        pixel_shuffle_ratio=0.5,
-    )
-    return T.Llama4Config(
-        vision_config=vision,
-        text_config={**text, "attention_chunk_size": 128},
-        image_token_index=IMAGE,
-        boi_token_index=5,
-        eoi_token_index=6,
-    )
+        model = backbone.adapted(target_modules=r".*patch_merger\.merging_layer")
+        model(**backbone.batch([(5, [(0, 1)])]), instruction_embeds=embeddings(1))
+        (row,) = smolora.routing_report(model).values()
+    assert row["cu_seqlens"].tolist() == [0, 4]
 
 
 @pytest.mark.parametrize("where", ["qwen2_5_vl", "llava_onevision"])
@@ -251,9 +328,24 @@ def test_a_row_of_several_images_that_nothing_tells_apart():
     """A model of a kind that nobody has looked at: refused where it hands its images over together."""
     from smolora.tuner.images import Images
 
-    images = Images(torch.tensor([[IMAGE] * 4] * 2), IMAGE, images=2)
+    images = Images(torch.tensor([[IMAGE] * 4] * 2), IMAGE, count=2)
     assert images.arrange(torch.zeros(2, 4, 8))[1] is None
     for shape in ((1, 8, 8), (8, 8)):
         with pytest.raises(ValueError, match=r"images in one row.*target_modules"):
             images.arrange(torch.zeros(shape))
-    assert SIGLIP.image_size == TOWER["image_size"]
+
+
+def test_experts_in_stacked_parameters_are_named():
+    """Whether the default names them or the caller: other layers get adapters, and nothing would tell."""
+    with torch.device("meta"):
+        qwen, llama = TEXT_ONLY["qwen3_moe"].make, TEXT_ONLY["llama"].make
+        shown = (
+            r"experts of 1 layers .* model\.layers\.\*\.mlp\.experts\.gate_up_proj, .*\.down_proj.* on 3 other modules"
+        )
+        for targets in (None, ["gate_proj", "up_proj", "down_proj"]):
+            with pytest.warns(UserWarning, match=shown):
+                get_peft_model(qwen(), tiny_config(target_modules=targets))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            get_peft_model(qwen(), tiny_config(target_modules=["q_proj", "v_proj"]))
+            get_peft_model(llama(), tiny_config())
