@@ -22,6 +22,7 @@ from transformers import CLIPImageProcessorPil
 
 from report import environment, results_folder
 from small_llava import embed_questions, small_adapter, small_llava, small_tokenizer, write_questions
+from smolora.backbones.llava import Llava
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import PromptEncoder
 from smolora.evaluate.generate import AnswerJob, GenerationSettings, generate_answers
@@ -102,7 +103,7 @@ def measure(preset: Preset, folder: Path, rounds: int, new_tokens: int) -> dict[
     encoder = PromptEncoder.for_model(small_tokenizer(), model.config)
     size = preset.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    transform = ImageTransform(processor)
+    backbone = Llava(encoder, ImageTransform(processor))
     questions = write_questions(folder, preset.questions, side=preset.side)
     ways = {
         "one by one": GenerationSettings(max_new_tokens=new_tokens, token_budget=1, image_workers=0),
@@ -115,7 +116,7 @@ def measure(preset: Preset, folder: Path, rounds: int, new_tokens: int) -> dict[
             output = folder / f"{way.replace(' ', '-')}-{number}.jsonl"
             start = time.perf_counter()
             job = AnswerJob("VQAv2", questions, folder, output, "random")
-            generate_answers(model, encoder, transform, job, embed=embed_questions, settings=settings)
+            generate_answers(model, backbone, job, embed=embed_questions, settings=settings)
             if number:
                 seconds[way].append(time.perf_counter() - start)
             answers[way] = [json.loads(line)["text"] for line in output.read_text().splitlines()]

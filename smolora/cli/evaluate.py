@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText
 
+from ..backbones.load import BACKBONES, load_backbone
 from ..backends import check_backend, use_backend
 from ..config import MixtureConfig, SMoLoRAConfig
 from ..data.format import Skipped, read_questions
-from ..data.images import ImageTransform
-from ..data.prompts import PromptEncoder
 from ..evaluate.benchmarks import datasets_of
 from ..evaluate.datasets import PROTOCOLS
 from ..evaluate.generate import Embed, GenerationSettings, process_state
@@ -39,6 +38,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 OPTION_TO_RECIPE_KEY = {
     "model": "model.path",
     "dtype": "model.dtype",
+    "prompt": "model.prompt",
     "annotations": "data.annotations",
     "images": "data.images",
     "instruction": "instructions.embed",
@@ -64,6 +64,7 @@ class Request(NamedTuple):
 
     model: str
     dtype: str
+    prompt: str | None
     tasks: list[Task]
     embed: Callable[[Any], Mapping[str, Embed]]  # by task, for an adapter of this configuration
     instructions: str  # how they are embedded, as a part of the run's identity
@@ -82,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ask the questions of a recipe (see recipes/); the options below override parts of it",
     )
     add("overrides", nargs="*", metavar="key=value", help="further changes to the recipe: data.root=DIR, ...")
-    add("--model", type=path_argument, help="the base: a LLaVA of transformers, with its tokenizer and image processor")
+    add(
+        "--model",
+        type=path_argument,
+        help="the base: a model that takes images, with its tokenizer and image processor",
+    )
     add("--adapter", type=path_argument, help="folder of a PEFT adapter on it")
     add(
         "--task",
@@ -113,6 +118,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the sentence encoder (default: the packaged all-MiniLM-L6-v2)",
     )
     add("--dtype", choices=DTYPES, help="of the base (default: as its folder has it)")
+    add(
+        "--prompt",
+        choices=sorted(BACKBONES),
+        help="how the base is spoken to: LLaVA-1.5's prompt as released, or its own chat template (default: what its "
+        "folder fits)",
+    )
     add(
         "--device",
         choices=("cuda", "cpu"),
@@ -157,12 +168,14 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     request = request_from_options(args) if args.recipe is None else request_from_recipe(args)
     if not Path(request.model, "config.json").is_file():
-        raise ValueError(f"--model must be the folder of a LLaVA, got {request.model}, which has no config.json")
+        raise ValueError(f"--model must be the folder of a model, got {request.model}, which has no config.json")
     check_backend(request.backend)
     check_tasks(request.tasks, request.protocol, skip_broken=args.skip_broken)
     state = process_state(on_cpu=args.device == "cpu")
+    backbone = load_backbone(request.model, request.prompt)
+    if request.padding == "released":
+        backbone.cropping()  # refuses before anything is loaded
     model = AutoModelForImageTextToText.from_pretrained(request.model, dtype=request.dtype)
-    encoder = PromptEncoder.for_model(AutoTokenizer.from_pretrained(request.model), model.config)
     embed = None
     if args.adapter:
         try:
@@ -178,8 +191,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     with use_backend(request.backend):
         scores = evaluate_tasks(
             model.to(state.device).eval(),
-            encoder,
-            ImageTransform.from_pretrained(request.model),
+            backbone,
             request.tasks,
             output=args.output,
             model_id=args.model_id or folder_name(args.adapter or request.model),
@@ -246,6 +258,7 @@ def request_from_options(args: argparse.Namespace) -> Request:
     return Request(
         str(options.model),
         options.dtype,
+        options.prompt,
         tasks,
         embed,
         f"{options.instruction}, encoder {options.encoder}",
@@ -298,6 +311,7 @@ def request_from_recipe(args: argparse.Namespace) -> Request:
     return Request(
         recipe.model.path,
         recipe.model.dtype,
+        recipe.model.prompt,
         tasks,
         embed,
         "saved" if saved else str(recipe.instructions),

@@ -3,7 +3,13 @@
 Errors name the file and the record: the index in a JSON list (from 0), or the line of a JSON-lines file (from 1).
 
 `<image>` at the head of a record's text, or as its last line, is the place of its image. Anywhere else it is text, and
-so are `</s>`, `<s>` and all other special tokens.
+so are `</s>`, `<s>` and all other special tokens. Where a record has several images or turns, every `<image>` in what
+the user says is the place of one.
+
+    train.json   {"image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}
+    test.json    {"question_id", "image", "text", "answer"}, with the turns before the question in "history"
+
+Both may begin with a turn from "system", and "image" is a path, a list of paths, or left out.
 """
 
 from __future__ import annotations
@@ -49,23 +55,104 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_refu
 _RECORDS = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_mark_duplicates)
 
 
+class Message(NamedTuple):
+    """A turn of a conversation: its role ("system", "user" or "assistant"), and its texts, with None for an image."""
+
+    role: str
+    parts: tuple[str | None, ...]
+
+    @property
+    def text(self) -> str:
+        """Its text without images, those parts in lines of their own."""
+        return "\n".join(part for part in self.parts if part is not None)
+
+
+class Dialogue(NamedTuple):
+    """A whole conversation, and the images of its messages in order."""
+
+    messages: tuple[Message, ...]
+    images: tuple[str, ...]
+
+
 class Question(NamedTuple):
-    """A record of a test file: `{"question_id", "image", "text": "question\\ninstruction", "answer"}`."""
+    """A record of a test file: `{"question_id", "image", "text": "question\\ninstruction", "answer"}`.
+
+    "image" may be a list of several, and "history" may hold the turns before the question.
+    """
 
     index: int  # type: ignore[assignment]  # in the file
     question_id: int | str
     text: str
-    image: str | None = None
+    image: str | None = None  # the first one
     answer: str | tuple[str, ...] | None = None  # several references, one, or none in the file
+    dialogue: Dialogue | None = None  # where there is more than a question about an image or none
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Its images in order."""
+        return _images(self)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation up to the question."""
+        return (ask(self.text, self.image is not None),) if self.dialogue is None else self.dialogue.messages
 
 
 class Conversation(NamedTuple):
-    """A record of a training file: a question, with or without an image, and its answer."""
+    """A record of a training file: a question, with or without an image, and its answer; or several turns.
+
+    Of several turns, `text` and `answer` are the last ones.
+    """
 
     index: int  # type: ignore[assignment]
     text: str  # without the image token
     answer: str
-    image: str | None = None
+    image: str | None = None  # the first one
+    dialogue: Dialogue | None = None  # where there is more than a question about an image or none
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Its images in order."""
+        return _images(self)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The whole conversation."""
+        if self.dialogue is not None:
+            return self.dialogue.messages
+        return ask(self.text, self.image is not None), Message("assistant", (self.answer,))
+
+
+def ask(text: str, image: bool = False) -> Message:
+    """The user's message with a question, after its image if it has one."""
+    return Message("user", (None, text) if image else (text,))
+
+
+def instruction_source(record: Question | Conversation, where: str) -> str:
+    """Return the text of a record that its instruction is in.
+
+    Args:
+        record: the record.
+        where: "system" for its system message, anything else for the last question.
+
+    Raises:
+        ValueError: it has no system message.
+    """
+    if where != "system":
+        return record.text
+    first = record.messages[0]
+    if first.role != "system":
+        raise ValueError(
+            f"record {record.index} must have a system message, in which instructions.where 'system' finds its "
+            "instruction, got none"
+        )
+    return first.text
+
+
+def _images(record: Question | Conversation) -> tuple[str, ...]:
+    if record.dialogue is not None:
+        return record.dialogue.images
+    return () if record.image is None else (record.image,)
 
 
 class Skipped(NamedTuple):
@@ -146,7 +233,13 @@ def _own_id(record: Any, seen: Collection[str]) -> int | str | None:
 
 def _question(index: int, record: Any, where: str) -> Question:
     record = _object(record, where)
-    question_id, image, text = _question_id(record, where), _image(record, where), _text(record, "text", where)
+    question_id, images, text = _question_id(record, where), _paths(record, where), _text(record, "text", where)
+    before = record.get("history")
+    if before or len(images) > 1:
+        dialogue = _dialogue(_turns(before, where, "history", least=1) if before else [], text, images, where)
+        question = dialogue.messages[-1].text
+        return Question(index, question_id, question, next(iter(images), None), _references(record, where), dialogue)
+    image = next(iter(images), None)
     text, places = _strip_image(text, image is not None)
     if places and image is None:
         raise ValueError(f"{where}: text has the place of an image, {IMAGE_TOKEN}, and there is no image")
@@ -171,7 +264,7 @@ def _strip_image(text: str, image: bool) -> tuple[str, int]:
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Read the samples of a training file (`train.json`): a human turn, then the answer.
+    """Read the samples of a training file (`train.json`): a human turn, then the answer, or several of both.
 
     Raises:
         ValueError: a record is malformed.
@@ -180,15 +273,15 @@ def read_conversations(path: Path) -> list[Conversation]:
     for index, record in _records(path):
         where = f"{path}: record {index}"
         record = _object(record, where)
-        image = _image(record, where)
-        turns = record.get("conversations")
-        if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError(f"{where}: conversations must be a list of two turns, got {_shorten(turns)}")
-        if [turn.get("from") for turn in turns] != ["human", "gpt"]:
-            raise ValueError(
-                f"{where}: conversations must be from 'human', then 'gpt', got {[turn.get('from') for turn in turns]}"
-            )
-        value, answer = (_text(_object(turn, where), "value", where) for turn in turns)
+        images = _paths(record, where)
+        *earlier, (_, value), (_, answer) = _turns(record.get("conversations"), where, "conversations")
+        image = next(iter(images), None)
+        if earlier or len(images) > 1:
+            dialogue = _dialogue(earlier, value, images, where)
+            messages = (*dialogue.messages, Message("assistant", (answer,)))
+            text = dialogue.messages[-1].text
+            samples.append(Conversation(index, text, answer, image, dialogue._replace(messages=messages)))
+            continue
         text, places = _strip_image(value, image is not None)
         tokens = value.count(IMAGE_TOKEN)
         if not places and tokens == 1 and image is not None:  # within a line; the released code accepts it there
@@ -203,6 +296,48 @@ def read_conversations(path: Path) -> list[Conversation]:
             raise ValueError(f"{where}: the human turn must hold a question, got {_shorten(value)}")
         samples.append(Conversation(index, text, answer, image))
     return samples
+
+
+def _turns(turns: Any, where: str, key: str, least: int = 2) -> list[tuple[str, str]]:
+    """Read at least so many turns of 'human' and 'gpt', in turn, with one of 'system' before them or none.
+
+    Returns:
+        Who speaks in each, and the text.
+    """
+    if not isinstance(turns, list) or len(turns) < least or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{where}: {key} must be a list of {least} turns or more, got {_shorten(turns)}")
+    speakers = [turn.get("from") for turn in turns]
+    own = speakers[speakers[:1] == ["system"] :]
+    if own != ["human", "gpt"] * (len(own) // 2):
+        raise ValueError(
+            f"{where}: {key} must be from 'human', then 'gpt', and so on, after one turn from 'system' or "
+            f"none, got {speakers}"
+        )
+    return [(str(turn["from"]), _text(_object(turn, where), "value", where)) for turn in turns]
+
+
+def _dialogue(before: list[tuple[str, str]], question: str, images: tuple[str, ...], where: str) -> Dialogue:
+    """The conversation up to a question. `<image>` is the place of an image; without any they come first."""
+    asked = [text for speaker, text in (*before, ("human", question)) if speaker == "human"]
+    places = sum(text.count(IMAGE_TOKEN) for text in asked)
+    if places not in (0, len(images)):
+        raise ValueError(
+            f"{where}: {IMAGE_TOKEN} must occur once for each of {len(images)} images, or not at all, got {places}"
+        )
+    messages: list[Message] = []
+    left = [None] * (len(images) - places)
+    for speaker, text in (*before, ("human", question)):
+        if speaker != "human":
+            messages.append(Message("system" if speaker == "system" else "assistant", (text,)))
+            continue
+        parts: list[str | None] = [*left]
+        for number, piece in enumerate(text.split(IMAGE_TOKEN)):
+            parts += [None] * (number > 0) + [piece.strip()] * bool(piece.strip())
+        if not any(parts):
+            raise ValueError(f"{where}: each human turn must hold a question, got {_shorten(text)}")
+        messages.append(Message("user", tuple(parts)))
+        left = []
+    return Dialogue(tuple(messages), images)
 
 
 def read_answers(path: Path, *, unique: bool = True) -> list[Answer]:
@@ -276,11 +411,19 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     return _check_unicode(value, key, where)
 
 
-def _image(record: dict[str, Any], where: str) -> str | None:
+def _paths(record: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The paths of a record's images."""
+    if record.get("video") is not None:
+        raise ValueError(
+            f"{where}: a video cannot be used, as reading one needs torchvision: give its frames as a list in image"
+        )
     value = record.get("image")
-    if value is not None and (not isinstance(value, str) or not value):
-        raise ValueError(f"{where}: image must be a path, or be left out, got {_shorten(value)}")
-    return value and _check_unicode(value, "image", where)
+    if value is None:
+        return ()
+    paths = value if isinstance(value, list) else [value]
+    if not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(f"{where}: image must be a path or a list of paths, or be left out, got {_shorten(value)}")
+    return tuple(_check_unicode(path, "image", where) for path in paths)
 
 
 def _references(record: dict[str, Any], where: str) -> str | tuple[str, ...] | None:

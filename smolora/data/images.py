@@ -6,6 +6,8 @@ of floats are scaled to 8 bits; LLaVA reads them as white.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +31,28 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         BrokenImageError: there is no such file, it is not a complete image, or its white level is unknown.
     """
+    with _opened(path) as image:
+        if image.mode == "F" or image.mode.startswith("I"):
+            return _to_8_bits(image).convert("RGB")
+        return image.convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image file, without decoding it.
+
+    Raises:
+        BrokenImageError: there is no such file, or it is no image.
+    """
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image file; what fails until it is closed is a `BrokenImageError`."""
     try:
         with Image.open(path) as image:
-            if image.mode == "F" or image.mode.startswith("I"):
-                image = _to_8_bits(image)
-            return image.convert("RGB")
+            yield image
     except FileNotFoundError as error:
         raise BrokenImageError(f"there is no image {path}") from error
     except UnidentifiedImageError as error:

@@ -1,6 +1,6 @@
 """Prompts of LLaVA-1.5 (vicuna_v1) as token ids, the same for training and evaluation.
 
-    A chat between ... questions. USER: <image>\\n{text} ASSISTANT: {answer}</s>
+    A chat between ... questions. USER: <image>\\n{text} ASSISTANT: {answer}</s>USER: {text} ASSISTANT: {answer}</s>
 
 The pieces before and after the image are tokenised separately, and the sequence starts with one BOS. An image is one
 placeholder id until `PromptEncoder.expand` repeats it for each of its features. Special tokens are not recognised in
@@ -9,13 +9,14 @@ questions and answers: `<image>`, `</s>` and `<s>` in them are tokenised as text
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..instructions.texts import IMAGE_TOKEN
+from .format import Message, ask
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -32,6 +33,7 @@ CHAT_TEMPLATE = (
     "{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+OPENING = f"{SYSTEM} USER: "
 IGNORED_LABEL = -100
 
 
@@ -70,7 +72,8 @@ class PromptEncoder:
         reserved = {*tokenizer.all_special_ids, self.pad_token_id, image_token_id}
         self._reserved = reserved - {tokenizer.unk_token_id}  # which a text may have
         self._spelled = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._reserved))]
-        self._opening = self._tokens(f"{SYSTEM} USER: ")
+        self._opening: list[int] = []
+        self._opening = self._tokens(OPENING)  # of every prompt with an image
 
     @classmethod
     def for_model(cls, tokenizer: Any, config: Any) -> PromptEncoder:
@@ -87,15 +90,32 @@ class PromptEncoder:
         Raises:
             ValueError: the tokenizer cannot encode the text without a special token.
         """
-        return self._encode(text, image)
+        return self.conversation([ask(text, image)])
+
+    def conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Encode a conversation that ends with a question; each image is a single placeholder.
+
+        Raises:
+            ValueError: the tokenizer cannot encode a text without a special token.
+        """
+        return self._encode(messages)
 
     def sample(self, text: str, answer: str, image: bool) -> Sample:
         """Encode a question with its answer; only the answer and EOS have labels."""
-        prompt = self.prompt(text, image)
-        # tokenised in one piece, as released; the ids that the prompt alone shares are not the answer
-        ids = [*self._encode(text, image, f" {answer}"), self.tokenizer.eos_token_id]
-        start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
-        return Sample(ids, [IGNORED_LABEL] * start + ids[start:])
+        return self.answered([ask(text, image), Message("assistant", (answer,))])
+
+    def answered(self, messages: Sequence[Message]) -> Sample:
+        """Encode a conversation that ends with an answer; only answers and the EOS after each have labels."""
+        # tokenised in one piece with its question, as released; the ids that the prompt alone shares are not the answer
+        ids = self._encode(messages)
+        labels = [IGNORED_LABEL] * len(ids)
+        for place, message in enumerate(messages):
+            if message.role == "assistant":
+                prompt = self._encode(messages[:place])
+                start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
+                end = ids.index(self.tokenizer.eos_token_id, start) + 1
+                labels[start:end] = ids[start:end]
+        return Sample(ids, labels)
 
     def is_short(self, text: str, answer: str, image: bool, limit: int) -> bool:
         """Return whether a sample certainly fits into `limit` ids and can be encoded, without encoding it.
@@ -128,16 +148,37 @@ class PromptEncoder:
         """Decode generated ids to text, stripped, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def _encode(self, text: str, image: bool, answer: str = "") -> list[int]:
-        prompt = prompt_text(text, image) + answer
-        if image:
-            after = prompt.removeprefix(f"{SYSTEM} USER: {IMAGE_TOKEN}")
-            ids = [*self._opening, self.image_token_id, *self._tokens(after)]
-        else:
-            ids = self._tokens(prompt)
-        return [self.tokenizer.bos_token_id, *ids]
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        """Encode a conversation; the text between two images, or after an EOS, is tokenised as one piece."""
+        ids = [self.tokenizer.bos_token_id]
+        piece = ""
+        for part in self._written(messages):
+            if isinstance(part, str):
+                piece += part
+            else:
+                ids += [*self._tokens(piece), part]
+                piece = ""
+        return [*ids, *self._tokens(piece)]
+
+    def _written(self, messages: Sequence[Message]) -> Iterator[str | int]:
+        """Yield what is written: texts, and the ids of image and EOS."""
+        own = messages[0].role == "system"
+        yield (messages[0].text if own else SYSTEM) + " "
+        for message in messages[own:]:
+            if message.role == "assistant":
+                yield f" {message.text}"
+                yield self.tokenizer.eos_token_id
+            else:
+                yield "USER: "
+                for place, part in enumerate(message.parts):
+                    if place:
+                        yield "\n"
+                    yield self.image_token_id if part is None else part
+                yield " ASSISTANT:"
 
     def _tokens(self, text: str) -> list[int]:
+        if text == OPENING and self._opening:
+            return self._opening
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         read = self._reserved.intersection(ids)
         if read:  # an added token that is not marked as special, or a part of the vocabulary itself

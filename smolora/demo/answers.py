@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from ..backends import use_backend
 from ..data.format import Question
-from ..data.images import ImageTransform
 from ..evaluate.benchmarks import find_dataset
-from ..evaluate.generate import BatchGenerator, Embed, GenerationSettings
+from ..evaluate.generate import BatchGenerator, BatchImages, Embed, GenerationSettings
 from ..evaluate.instructions import TaskInstructions
 from ..evaluate.routing import Layers, RoutingRecorder
 from ..recipe import TaskRecipe
@@ -54,15 +53,18 @@ def _reply(run: DemoRun, models: StageModels, stage: Stage, task: TaskRecipe, qu
     dataset = find_dataset(task.benchmark_name, evaluation.protocol)
     settings = GenerationSettings(max_new_tokens=evaluation.max_new_tokens or dataset.max_new_tokens)
     square = evaluation.padding == "all" or dataset.released_square
-    prompt = training.encoder.prompt(query.text, query.image is not None)
-    pixels = None if query.image is None else ImageTransform(training.transform.processor, square=square)(query.image)
+    backbone = training.backbone if square else training.backbone.cropping()
     question = Question(0, 0, query.text, None if query.image is None else str(query.image))
+    prompt = backbone.prompt(question.messages)
+    images = BatchImages.read(backbone, [[] if query.image is None else [query.image]])
+    if images.faults[0] is not None:
+        raise images.faults[0]
     with models.lock, use_backend(run.recipe.backend):
         model = models.get(run, stage)
         with RoutingRecorder(model) as recorder:
             embed, told = _embed(run, task, query.text), training.method.adapter.answers_as(task)
-            generator = BatchGenerator(model, training.encoder, embed, told, settings, recorder)
-            (text,), routing, tasks = generator([question], [prompt], [pixels])
+            generator = BatchGenerator(model, backbone, embed, told, settings, recorder)
+            (text,), routing, tasks = generator([question], [prompt], images)
             layers, experts = routing[0] if routing else [], dict(recorder.experts)
     scoring = dataset.scoring(evaluation.protocol)
     rule = scoring.follows_format if query.item is not None else form_rule(run.recipe, task, query.text)

@@ -32,9 +32,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig
 
 from ..arguments import is_int
-from ..data.format import Question, Skipped, read_json, read_questions
-from ..data.images import BrokenImageError, ImageTransform
-from ..data.prompts import PromptEncoder, pad
+from ..backbones.base import Backbone, ImageInput
+from ..data.format import Question, Skipped, instruction_source, read_json, read_questions
+from ..data.images import BrokenImageError
+from ..data.prompts import pad
 from ..instructions.texts import IMAGE_TOKEN
 from ..io.files import atomic_write_text, has_file, locked, write_json
 from ..io.progress import Progress
@@ -42,6 +43,7 @@ from .routing import RoutingRecorder, summary, tally
 from .score import skipped_path
 from .shards import AnswerShards, check_same_run
 
+# embeds the instructions of questions; its attribute `where`, if it has one, tells which text of each it is given
 Embed = Callable[[Sequence[str]], Tensor]
 
 
@@ -101,8 +103,8 @@ def read_answerable_questions(
     skipped: list[Skipped] = []
     questions = []
     for question in read_questions(file, broken=skipped if skip_broken else None):
-        path = _image_path(question, images)
-        if path is None or has_file(path):
+        path = next((path for path in _image_paths(question, images) if not has_file(path)), None)
+        if path is None:
             questions.append(question)
             continue
         reason = f"{file}: record {question.index}: there is no image {_shortened(str(path))}"
@@ -145,8 +147,7 @@ def process_state(*, on_cpu: bool) -> PartialState:
 
 def generate_answers(
     model: nn.Module,
-    encoder: PromptEncoder,
-    transform: ImageTransform,
+    backbone: Backbone,
     job: AnswerJob,
     *,
     embed: Embed | None = None,
@@ -155,9 +156,8 @@ def generate_answers(
     """Answer all questions of a test file. A second call continues where the first one was stopped.
 
     Args:
-        model: a LLaVA, with or without adapters, in eval mode and on its device.
-        encoder: makes its prompts.
-        transform: makes its images.
+        model: a model, with or without adapters, in eval mode and on its device.
+        backbone: makes its prompts and images.
         job: the test file and the answers file.
         embed: makes instruction embeddings (n, e) of n questions, for a model that takes `instruction_embeds`.
         settings: settings of the generation.
@@ -173,7 +173,7 @@ def generate_answers(
     settings = settings or GenerationSettings()
     state = process_state(on_cpu=all(parameter.device.type == "cpu" for parameter in model.parameters()))
     with _exclusive(job.output, state):
-        return _answer_all(model, encoder, transform, job, embed, settings, state)
+        return _answer_all(model, backbone, job, embed, settings, state)
 
 
 def _exclusive(output: Path, state: PartialState) -> AbstractContextManager[None]:
@@ -191,15 +191,14 @@ def _exclusive(output: Path, state: PartialState) -> AbstractContextManager[None
 
 def _answer_all(
     model: nn.Module,
-    encoder: PromptEncoder,
-    transform: ImageTransform,
+    backbone: Backbone,
     job: AnswerJob,
     embed: Embed | None,
     settings: GenerationSettings,
     state: PartialState,
 ) -> dict[str, Any]:
     state.wait_for_everyone()  # the main process has the lock
-    run = _run_settings(job, settings, transform, model, embed is not None)
+    run = _run_settings(job, settings, backbone, model, embed is not None)
     if job.output.exists():
         info = read_json(_info_path(job.output))
         check_same_run(info["run"], run, job.output)
@@ -207,8 +206,8 @@ def _answer_all(
             AnswerShards(job.output, run).remove()  # left by a run that was killed between its last two steps
         return info
     questions, skipped = read_answerable_questions(job.questions, job.images, skip_broken=settings.skip_broken)
-    questions, prompts = _tokenised(job, questions, skipped, encoder, settings)
-    plan = plan_batches([encoder.length(prompt) for prompt in prompts], settings.token_budget)
+    questions, prompts, lengths = _tokenised(job, questions, skipped, backbone, settings)
+    plan = plan_batches(lengths, settings.token_budget)
     # a plan can differ with equal settings: by another tokenizer, or an image that was missing before
     parts = AnswerShards(job.output, {**run, "plan": hashlib.sha256(json.dumps([prompts, plan]).encode()).hexdigest()})
     done = parts.read()
@@ -225,25 +224,23 @@ def _answer_all(
             hidden=not state.is_main_process,
         ) as progress,
     ):
-        answerer = BatchGenerator(model, encoder, embed, job.task_id, settings, recorder)
-        for batch, pixels in _load_images(mine, plan, questions, job.images, transform, settings):
+        answerer = BatchGenerator(model, backbone, embed, job.task_id, settings, recorder)
+        for batch, read in _load_images(mine, plan, questions, job.images, backbone, settings):
             chosen, broken = [], []
-            for position, image in zip(plan[batch], pixels, strict=True):
-                if isinstance(image, BrokenImageError):
+            for position, fault in zip(plan[batch], read.faults, strict=True):
+                if fault is not None:
                     question = questions[position]
-                    reason = f"{job.questions}: record {question.index}: {image}"
+                    reason = f"{job.questions}: record {question.index}: {fault}"
                     if not settings.skip_broken:
                         raise ValueError(reason)
                     broken.append(Skipped(question.index, question.question_id, reason))
                 else:
-                    chosen.append((position, image))
-            answers, layers, tasks = answerer(
-                [questions[p] for p, _ in chosen], [prompts[p] for p, _ in chosen], [image for _, image in chosen]
-            )
+                    chosen.append(position)
+            answers, layers, tasks = answerer([questions[p] for p in chosen], [prompts[p] for p in chosen], read)
             write(
                 {
                     "batch": batch,
-                    "answers": [[p, text] for (p, _), text in zip(chosen, answers, strict=True)],
+                    "answers": [[p, text] for p, text in zip(chosen, answers, strict=True)],
                     "skipped": broken,
                     "tally": tally(layers, recorder.experts),
                     "routes": layers if settings.routes_per_sample else [],
@@ -270,14 +267,17 @@ def _tokenised(
     job: AnswerJob,
     questions: Sequence[Question],
     skipped: list[Skipped],
-    encoder: PromptEncoder,
+    backbone: Backbone,
     settings: GenerationSettings,
-) -> tuple[list[Question], list[list[int]]]:
-    """Tokenise the questions. Those that cannot be tokenised raise an error, or are added to `skipped`."""
-    asked, prompts = [], []
+) -> tuple[list[Question], list[list[int]], list[int]]:
+    """Tokenise the questions; also returns their lengths with images. Those that cannot be tokenised, or have an image
+    that had to be looked at and is broken, raise an error, or are added to `skipped`.
+    """
+    asked, prompts, lengths = [], [], []
     for question in questions:
         try:
-            prompts.append(encoder.prompt(question.text, question.image is not None))
+            prompt = backbone.prompt(question.messages)
+            length = backbone.length(prompt, _image_paths(question, job.images))
         except ValueError as error:
             reason = f"{job.questions}: record {question.index}: {error}"
             if not settings.skip_broken:
@@ -285,15 +285,48 @@ def _tokenised(
             skipped.append(Skipped(question.index, question.question_id, reason))
         else:
             asked.append(question)
-    return asked, prompts
+            prompts.append(prompt)
+            lengths.append(length)
+    return asked, prompts, lengths
+
+
+class BatchImages(NamedTuple):
+    """The images of a batch's samples; of those with a fault none is here.
+
+    Attributes:
+        ids: of each sample without a fault, for each of its images the ids that stand for it.
+        tensors: the images' tensors, joined.
+        faults: for each sample what is wrong with an image, or None.
+    """
+
+    ids: list[list[list[int]]]
+    tensors: dict[str, Tensor]
+    faults: list[BrokenImageError | None]
+
+    @classmethod
+    def read(cls, backbone: Backbone, samples: Sequence[Sequence[Path]]) -> BatchImages:
+        """Read the images of each sample."""
+        images: list[ImageInput] = []
+        ids: list[list[list[int]]] = []
+        faults: list[BrokenImageError | None] = []
+        for paths in samples:
+            try:
+                own = [backbone.read(path) for path in paths]
+            except BrokenImageError as error:
+                faults.append(error)
+                continue
+            faults.append(None)
+            ids.append([image.ids for image in own])
+            images += own
+        return cls(ids, backbone.join(images), faults)
 
 
 class BatchGenerator:
     """Generates the answers to batches greedily.
 
     Args:
-        model: a LLaVA, with or without adapters, in eval mode and on its device.
-        encoder: makes its prompts.
+        model: a model, with or without adapters, in eval mode and on its device.
+        backbone: makes its inputs, and reads its answers.
         embed: makes instruction embeddings (n, e) of n questions, for a model that takes `instruction_embeds`.
         task_id: the task of all questions, for a model that is told.
         settings: settings of the generation.
@@ -303,34 +336,34 @@ class BatchGenerator:
     def __init__(
         self,
         model: nn.Module,
-        encoder: PromptEncoder,
+        backbone: Backbone,
         embed: Embed | None,
         task_id: int | None,
         settings: GenerationSettings,
         recorder: RoutingRecorder,
     ) -> None:
-        self.model, self.encoder, self.embed, self.recorder = model, encoder, embed, recorder
+        self.model, self.backbone, self.embed, self.recorder = model, backbone, embed, recorder
         self.task_id = task_id
         self.config = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            bos_token_id=encoder.tokenizer.bos_token_id,
-            eos_token_id=encoder.tokenizer.eos_token_id,
-            pad_token_id=encoder.pad_token_id,
+            bos_token_id=backbone.tokenizer.bos_token_id,
+            eos_token_id=backbone.stop_token_ids,
+            pad_token_id=backbone.pad_token_id,
         )
 
     @torch.inference_mode()
     def __call__(
-        self, questions: Sequence[Question], prompts: Sequence[list[int]], images: Sequence[Tensor | None]
+        self, questions: Sequence[Question], prompts: Sequence[list[int]], images: BatchImages
     ) -> tuple[list[str], list[list[dict[str, Any]]], list[int] | None]:
         """Answer a batch.
 
         Args:
             questions: n questions.
-            prompts: their tokens, from `PromptEncoder.prompt`.
-            images: the pixels (3, height, width) of each, or None.
+            prompts: their tokens, from `Backbone.prompt`.
+            images: their images.
 
         Returns:
             The n answers, the routing of each sample as `RoutingRecorder.samples` gives it, and the samples' tasks as
@@ -341,13 +374,14 @@ class BatchGenerator:
         # parameters of an offloaded base are on the meta device; accelerate moves the inputs itself
         there = (p.device for p in self.model.parameters() if p.is_floating_point() and not p.is_meta)
         device = next(there, torch.device("cpu"))
-        ids, mask = pad([self.encoder.expand(p) for p in prompts], self.encoder.pad_token_id, left=True)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        rows = [row for row, image in enumerate(images) if image is not None]
-        if rows:
-            inputs["pixel_values"] = torch.stack([images[row] for row in rows]).to(self.model.dtype)
+        expanded = [self.backbone.expand(p, own) for p, own in zip(prompts, images.ids, strict=True)]
+        ids, mask = pad(expanded, self.backbone.pad_token_id, left=True)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **self.backbone.token_inputs(ids)}
+        for name, tensor in images.tensors.items():
+            inputs[name] = tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
         if self.embed is not None:
-            inputs["instruction_embeds"] = self.embed([question.text for question in questions])
+            where = getattr(self.embed, "where", "last_line")
+            inputs["instruction_embeds"] = self.embed([instruction_source(question, where) for question in questions])
         if self.task_id is not None:
             inputs["task_ids"] = torch.full((len(questions),), self.task_id)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
@@ -355,10 +389,7 @@ class BatchGenerator:
         with plain_generation(self.model):
             sequences = self.model.generate(**inputs, generation_config=self.config)
         layers = self.recorder.samples(mask)
-        end = self.encoder.tokenizer.eos_token_id
-        answers = []
-        for sequence in sequences[:, ids.shape[1] :].tolist():
-            answers.append(self.encoder.decode(sequence[: sequence.index(end)] if end in sequence else sequence))
+        answers = [self.backbone.decode(sequence) for sequence in sequences[:, ids.shape[1] :].tolist()]
         return answers, layers, self.recorder.tasks()
 
 
@@ -382,30 +413,19 @@ def plain_generation(model: nn.Module) -> Iterator[None]:
 # ---- images
 
 
-class _BatchImages(Dataset):
-    """The decoded images of each batch."""
+class _Batches(Dataset):
+    """The images of each batch. Those of one are few tensors, since each tensor sent between processes costs a file
+    descriptor.
+    """
 
-    def __init__(self, batches: list[list[Path | None]], transform: ImageTransform) -> None:
-        self.batches, self.transform = batches, transform
+    def __init__(self, batches: list[list[list[Path]]], backbone: Backbone) -> None:
+        self.batches, self.backbone = batches, backbone
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, list[BrokenImageError | bool]]:
-        """The images of a batch as one tensor, because each tensor sent between processes costs a file descriptor.
-
-        Returns:
-            (n, 3, height, width), or None without images; and for each sample whether it has an image, or the error.
-        """
-        pixels, found = [], []
-        for path in self.batches[index]:
-            try:
-                if path is not None:
-                    pixels.append(self.transform(path))
-                found.append(path is not None)
-            except BrokenImageError as error:
-                found.append(error)
-        return torch.stack(pixels) if pixels else None, found
+    def __getitem__(self, index: int) -> BatchImages:
+        return BatchImages.read(self.backbone, self.batches[index])
 
 
 def _load_images(
@@ -413,20 +433,22 @@ def _load_images(
     plan: list[list[int]],
     questions: Sequence[Question],
     folder: Path,
-    transform: ImageTransform,
+    backbone: Backbone,
     settings: GenerationSettings,
-) -> Iterator[tuple[int, list[Tensor | BrokenImageError | None]]]:
+) -> Iterator[tuple[int, BatchImages]]:
     """Iterate over the batches with their images, which other processes decode ahead."""
-    paths = [[_image_path(questions[p], folder) for p in plan[batch]] for batch in batches]
+    paths = [[_image_paths(questions[p], folder) for p in plan[batch]] for batch in batches]
     workers = min(settings.image_workers, len(batches)) if any(map(any, paths)) else 0
-    loader = DataLoader(_BatchImages(paths, transform), batch_size=None, num_workers=workers)
-    for batch, (pixels, found) in zip(batches, loader, strict=True):
-        images = iter(() if pixels is None else pixels)
-        yield batch, [next(images) if place is True else place or None for place in found]
+    loader = DataLoader(_Batches(paths, backbone), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    yield from zip(batches, loader, strict=True)
 
 
-def _image_path(question: Question, folder: Path) -> Path | None:
-    return None if question.image is None else folder / question.image
+def _as_it_is(batch: BatchImages) -> BatchImages:
+    return batch
+
+
+def _image_paths(question: Question, folder: Path) -> list[Path]:
+    return [folder / image for image in question.images]
 
 
 # ---- files
@@ -496,7 +518,7 @@ def _info_path(output: Path) -> Path:
 
 
 def _run_settings(
-    job: AnswerJob, settings: GenerationSettings, transform: ImageTransform, model: nn.Module, embedded: bool
+    job: AnswerJob, settings: GenerationSettings, backbone: Backbone, model: nn.Module, embedded: bool
 ) -> dict[str, Any]:
     """The settings that the answers depend on."""
     return {
@@ -504,7 +526,7 @@ def _run_settings(
         "questions": hashlib.sha256(job.questions.read_bytes()).hexdigest(),
         "model_id": job.model_id,
         "weights": weights_digest(model),
-        "square_images": transform.square,
+        **backbone.settings(),
         "instruction_embeds": embedded,
         "instructions": job.instructions,
         **({} if job.task_id is None else {"task_id": job.task_id}),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import SMoLoRAConfig, TaskConfig
 from ..data.format import Question
 from ..instructions.encoder import InstructionEncoder
-from ..instructions.texts import instruction_of, known_instructions
+from ..instructions.texts import instruction_of, known_instructions, marked_instruction
 from ..io.embeddings import INSTRUCTION_FILE, read_instruction_embeddings
 from .benchmarks import find_dataset
 from .generate import Embed
@@ -34,20 +34,32 @@ class TaskInstructions:
         encoder: the sentence encoder.
         templates: known instructions, to find the one that a prompt ends with; see `instruction_of`.
         mean_of: instructions whose mean every prompt gets; None for each prompt's own.
+        where: what of a prompt is its instruction, see `InstructionRecipe`. "system" is for prompts that are system
+            messages.
     """
 
     def __init__(
-        self, encoder: InstructionEncoder, templates: Sequence[str], mean_of: Sequence[str] | None = None
+        self,
+        encoder: InstructionEncoder,
+        templates: Sequence[str],
+        mean_of: Sequence[str] | None = None,
+        where: str = "last_line",
     ) -> None:
-        self.encoder, self.templates, self.mean_of = encoder, templates, mean_of
+        self.encoder, self.templates, self.mean_of, self.where = encoder, templates, mean_of, where
 
     def table(self, prompts: Sequence[str]) -> tuple[Tensor, list[int]]:
         """The distinct embeddings of prompts, (rows, e), and each prompt's row."""
         if self.mean_of is not None:
             return self.encoder.encode(self.mean_of).mean(0, keepdim=True), [0] * len(prompts)
-        found = [instruction_of(prompt, self.templates) for prompt in prompts]
+        found = [self._found(prompt) for prompt in prompts]
         rows = {text: row for row, text in enumerate(dict.fromkeys(found))}
         return self.encoder.encode(list(rows)), [rows[text] for text in found]
+
+    def _found(self, prompt: str) -> str:
+        """The instruction of a prompt."""
+        if self.where == "last_line":
+            return instruction_of(prompt, self.templates)
+        return marked_instruction(prompt) if self.where == "marked" else prompt.strip()
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """The embedding of each prompt, (n, e)."""
@@ -117,7 +129,7 @@ def recipe_instructions(recipe: Recipe) -> dict[str, TaskInstructions]:
     )
     mean = settings.embed == "task_mean"
     return {
-        task.name: TaskInstructions(encoder, encoder.templates, task.instructions if mean else None)
+        task.name: TaskInstructions(encoder, encoder.templates, task.instructions if mean else None, settings.where)
         for task in recipe.all_tasks
     }
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 from accelerate import PartialState
 from torch import nn
 
-from ..data.images import ImageTransform
-from ..data.prompts import PromptEncoder
+from ..backbones.base import Backbone
 from ..io.files import locked, read_text, write_json
 from .benchmarks import find_dataset, question_files
 from .datasets import Files
@@ -105,8 +104,7 @@ def check_tasks(tasks: Sequence[Task], protocol: str, *, skip_broken: bool = Fal
 
 def evaluate_tasks(
     model: nn.Module,
-    encoder: PromptEncoder,
-    transform: ImageTransform,
+    backbone: Backbone,
     tasks: Sequence[Task],
     *,
     output: Path,
@@ -122,9 +120,8 @@ def evaluate_tasks(
     """Answer and score test sets. A second call continues where the first one was stopped; see `generate_answers`.
 
     Args:
-        model: a LLaVA, with or without adapters, in eval mode and on its device.
-        encoder: makes its prompts.
-        transform: makes its images.
+        model: a model, with or without adapters, in eval mode and on its device.
+        backbone: makes its prompts and images.
         tasks: the test sets, each with a name of its own.
         output: folder for answers and scores.
         model_id: name of the model in the answers.
@@ -158,8 +155,7 @@ def evaluate_tasks(
         answers = output / "answers" / f"{task.name}.jsonl"
         generate_answers(
             model,
-            encoder,
-            ImageTransform(transform.processor, square=padding == "all" or dataset.released_square),
+            backbone if padding == "all" or dataset.released_square else backbone.cropping(),
             AnswerJob(task.dataset, task.questions, task.images, answers, model_id, instructions, task.task_id),
             embed=None if embed is None else embed[task.name],
             settings=replace(settings, max_new_tokens=max_new_tokens or dataset.max_new_tokens),

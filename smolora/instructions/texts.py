@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 IMAGE_TOKEN = "<image>"  # the place of an image in a text
+MARKS = "<instruction>", "</instruction>"  # of the instruction in a prompt, where a recipe says so
 TURNS = ("USER:", "ASSISTANT:")  # in the prompt of a conversation; the data has the user's text alone
 
 _LETTER = "Answer with the option's letter from the given choices directly."
@@ -114,6 +115,20 @@ def instruction_of(prompt: str, templates: Iterable[str] = ()) -> str:
         if len(template) > len(best) and len(head) < len(text) and (not head or head[-1].isspace()):
             best = template
     return best or text.rpartition("\n")[2].strip()
+
+
+def marked_instruction(prompt: str) -> str:
+    """Return the part of a prompt between <instruction> and </instruction>.
+
+    Raises:
+        ValueError: it has no such part, or several.
+    """
+    start, end = MARKS
+    if (prompt.count(start), prompt.count(end)) == (1, 1):
+        marked = prompt.partition(start)[2].partition(end)[0].strip()
+        if marked:
+            return marked
+    raise ValueError(f"a prompt must mark its instruction by {start} and {end}, each once, got {prompt!r}")
 
 
 def _without_images(text: str) -> str:

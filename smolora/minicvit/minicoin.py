@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from ..instructions.texts import SINGLE_TYPE
 from . import tasks
-from .base_model import BaseSettings
 from .drawing import Canvas
 from .files import Benchmark, DrawnSample, TaskSpec
+from .kinds import BaseSettings
 from .pictures import (
     EVERYWHERE,
     PATCH,

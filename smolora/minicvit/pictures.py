@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from ..data.format import Message, ask
 from ..data.prompts import PromptEncoder
 from ..instructions.texts import MULTI_TYPE, SINGLE_TYPE
 from . import scenes, tasks
@@ -235,17 +236,31 @@ MINICVIT_PICTURES = Curriculum(MINICVIT.seed, PROBE_HEADS, draw_picture, vocabul
 def converse(
     picture: Picture, encoder: PromptEncoder, rng: StableRandom, turns: int = 3
 ) -> tuple[list[int], list[int]]:
-    """Write a conversation of at most `turns` turns.
+    """Write a conversation of at most `turns` turns in Vicuna's style, each turn after a space.
 
     Returns:
         Token ids, and labels that are ignored except on the answers.
     """
     ids: list[int] = []
     labels: list[int] = []
-    for question, answer, sentence in rng.sample(picture.turns, min(turns, len(picture.turns))):
-        said = sentence.format(answer) if rng.chance(50) else f"{answer}, as you can see."
+    for question, said in _turns(picture, rng, turns):
         sample = encoder.expand_sample(encoder.sample(question, said, picture.canvas is not None and not ids))
         skip = 2 if ids else 0  # only the first turn has BOS and the system sentence, one token each
         ids += sample.input_ids[skip:]
         labels += sample.labels[skip:]
     return ids, labels
+
+
+def dialogue(picture: Picture, rng: StableRandom, turns: int = 3) -> list[Message]:
+    """Write a conversation of at most `turns` turns as messages."""
+    messages: list[Message] = []
+    for question, said in _turns(picture, rng, turns):
+        first = ask(question, picture.canvas is not None and not messages)
+        messages += [first, Message("assistant", (said,))]
+    return messages
+
+
+def _turns(picture: Picture, rng: StableRandom, turns: int) -> Iterator[tuple[str, str]]:
+    """Draw questions and answers about a picture."""
+    for question, answer, sentence in rng.sample(picture.turns, min(turns, len(picture.turns))):
+        yield question, sentence.format(answer) if rng.chance(50) else f"{answer}, as you can see."

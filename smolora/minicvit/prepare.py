@@ -1,20 +1,22 @@
 """Preparation of recipes on a benchmark in small: its data, and the base model aligned on its kinds of pictures.
 
-    prepare: {minicvit: {data: DIR, base: DIR, tasks: [NAME, ...]}}
-    prepare: {minicoin: {data: DIR, base: DIR, tasks: [NAME, ...]}}
+    prepare: {minicvit: {data: DIR, base: DIR, tasks: [NAME, ...], backbone: KIND}}
+    prepare: {minicoin: {data: DIR, base: DIR, tasks: [NAME, ...], backbone: KIND}}
 
 Both are made once and kept for later runs.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..extras import require_extra
 from ..io.files import user_path
-from .base_model import BaseSettings, make_base
+from .base_model import make_base
 from .files import Benchmark
+from .kinds import KINDS, BaseSettings
 from .minicoin import MINICOIN, MINICOIN_BASE, MINICOIN_PICTURES
 from .pictures import MINICVIT_PICTURES, Curriculum
 from .tasks import MINICVIT
@@ -26,6 +28,7 @@ class Options(NamedTuple):
     data: Path
     base: Path
     tasks: list[str]
+    backbone: str
 
 
 class Preparation(NamedTuple):
@@ -51,7 +54,7 @@ class Preparation(NamedTuple):
             ValueError: an option is unknown, or has a wrong value.
         """
         require_extra("minicvit", user=f"prepare.{self.name}")
-        data, base, tasks = self._options(options)
+        data, base, tasks, _ = self._options(options)
         paths: dict[Path, int | None] = {base: None, data / "images": None, data / "annotations": None}
         for tree in self.benchmark.settings:
             for name in tasks:
@@ -66,15 +69,15 @@ class Preparation(NamedTuple):
         Raises:
             ValueError: an option is unknown or has a wrong value, or the base's folder holds something else.
         """
-        data, base, tasks = self._options(options)
+        data, base, tasks, backbone = self._options(options)
         self.benchmark.make(data, tasks)
-        make_base(base, self.base, self.curriculum)
+        make_base(base, replace(self.base, backbone=backbone), self.curriculum)
 
     def _options(self, options: dict[str, Any]) -> Options:
         prefix, known = f"prepare.{self.name}", self.benchmark.tasks
-        unknown = sorted(options.keys() - {"data", "base", "tasks"})
+        unknown = sorted(options.keys() - {"data", "base", "tasks", "backbone"})
         if unknown:
-            raise ValueError(f"{prefix} has data, base and tasks, got {', '.join(unknown)} too")
+            raise ValueError(f"{prefix} has data, base, tasks and backbone, got {', '.join(unknown)} too")
         folders = []
         for name in ("data", "base"):
             if not isinstance(options.get(name), str) or not options[name]:
@@ -86,8 +89,11 @@ class Preparation(NamedTuple):
         tasks = options.get("tasks", list(known))
         if not isinstance(tasks, list) or not tasks or not all(task in known for task in tasks):
             raise ValueError(f"{prefix}.tasks must be a list of {', '.join(known)}, got {tasks!r}")
+        backbone = options.get("backbone", self.base.backbone)
+        if not isinstance(backbone, str) or backbone not in KINDS:
+            raise ValueError(f"{prefix}.backbone must be one of {', '.join(KINDS)}, got {backbone!r}")
         data, base = folders
-        return Options(data, base, tasks)
+        return Options(data, base, tasks, backbone)
 
 
 minicvit = Preparation("minicvit", MINICVIT, BaseSettings(), MINICVIT_PICTURES)

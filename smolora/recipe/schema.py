@@ -102,15 +102,18 @@ MethodChoice = Annotated[
 
 @dataclass(frozen=True, config=SECTION)
 class ModelRecipe:
-    """The base LLaVA.
+    """The base model.
 
     Args:
         path: folder of the model, with its tokenizer and image processor.
         dtype: data type of the weights and of the computation. Adapters stay float32.
+        prompt: how it is spoken to: "vicuna_v1" (LLaVA-1.5 as released) or "chat" (its own chat template and
+            processor); None for the one that fits the folder, see `smolora.backbones.load.load_backbone`.
     """
 
     path: PathText
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    prompt: Literal["vicuna_v1", "chat"] | None = None
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -133,6 +136,9 @@ class InstructionRecipe:
     """The embeddings that route the instruction-following experts.
 
     Args:
+        where: what of a conversation is the instruction. "last_line" of the last question (or the task's
+            `instructions` that it ends with), "system" (the system message), "user" (the last question as a whole), or
+            "marked" (the part of it between <instruction> and </instruction>, which stay in the prompt).
         embed: "sample" embeds each sample's own instruction. "task_mean" takes the mean over its task's `instructions`,
             as the released multi-type setting does.
         encoder: folder of a sentence-transformers model; None for the packaged all-MiniLM-L6-v2.
@@ -140,6 +146,7 @@ class InstructionRecipe:
     """
 
     embed: Literal["sample", "task_mean"] = "sample"
+    where: Literal["last_line", "system", "user", "marked"] = "last_line"
     encoder: PathText | None = None
     normalize: Flag = False
 

@@ -10,20 +10,34 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ..data.format import Conversation, read_conversations
-from ..data.images import BrokenImageError, ImageTransform
-from ..data.prompts import IGNORED_LABEL, PromptEncoder, Sample, pad
+from ..backbones.base import Backbone, ImageInput
+from ..backbones.load import load_backbone
+from ..data.format import Conversation, instruction_source, read_conversations
+from ..data.images import BrokenImageError
+from ..data.prompts import IGNORED_LABEL, Sample, pad
 from ..evaluate.instructions import QuestionTexts, TaskInstructions
 from ..recipe import Recipe, TaskRecipe
 from .methods import Stage
 
 
+def recipe_backbone(recipe: Recipe) -> Backbone:
+    """Load the backbone of a recipe's base model.
+
+    Raises:
+        ValueError: `model.prompt` or `evaluation.padding` does not fit the model.
+    """
+    backbone = load_backbone(recipe.model.path, recipe.model.prompt)
+    if recipe.evaluation.padding == "released":
+        backbone.cropping()
+    return backbone
+
+
 class TrainingSample(NamedTuple):
-    """A sample whose image is not read yet."""
+    """A sample whose images are not read yet: each is one placeholder in its ids."""
 
     input_ids: list[int]
     labels: list[int]
-    image: Path | None
+    images: tuple[Path, ...]
     instruction: Tensor | None  # (e,)
     task_id: int | None
     record: str  # its file and index
@@ -35,13 +49,13 @@ class TaskSamples(Dataset):
     Args:
         recipe: the recipe.
         task: a task with a training file.
-        encoder: makes ids and labels.
+        backbone: makes ids and labels.
         instructions: embeds the task's instructions or questions; None for a model that takes no embeddings.
         chosen: indices of records, in this order; None for all.
         task_id: the task's id, for a model that takes `task_ids`.
 
     Raises:
-        ValueError: a record is malformed, or `training.max_length` cuts off its image or all of its answer. The message
+        ValueError: a record is malformed, or `training.max_length` cuts off an image or all answers. The message
             names file and index.
     """
 
@@ -49,7 +63,7 @@ class TaskSamples(Dataset):
         self,
         recipe: Recipe,
         task: TaskRecipe,
-        encoder: PromptEncoder,
+        backbone: Backbone,
         instructions: TaskInstructions | QuestionTexts | None,
         chosen: Sequence[int] | None = None,
         task_id: int | None = None,
@@ -57,7 +71,7 @@ class TaskSamples(Dataset):
         self.task_id = task_id
         self.file = recipe.train_file(task)
         self.images = recipe.images(task)
-        self.encoder = encoder
+        self.backbone = backbone
         self.max_length = recipe.training.max_length
         everything = read_conversations(self.file)
         self.samples = everything if chosen is None else [everything[index] for index in chosen]
@@ -66,7 +80,12 @@ class TaskSamples(Dataset):
         self._check()
         self.table: Tensor | None = None
         if instructions is not None:
-            self.table, self.rows = instructions.table([sample.text for sample in self.samples])
+            where = getattr(instructions, "where", "last_line")
+            try:
+                texts = [instruction_source(sample, where) for sample in self.samples]
+                self.table, self.rows = instructions.table(texts)
+            except ValueError as error:
+                raise ValueError(f"{self.file}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -77,58 +96,81 @@ class TaskSamples(Dataset):
         return TrainingSample(
             ids,
             labels,
-            None if sample.image is None else self.images / sample.image,
+            self._images(sample),
             None if self.table is None else self.table[self.rows[index]],
             self.task_id,
-            f"{self.file}: record {sample.index}",
+            self._record(sample),
         )
 
+    def _images(self, sample: Conversation) -> tuple[Path, ...]:
+        return tuple(self.images / image for image in sample.images)
+
+    def _record(self, sample: Conversation) -> str:
+        return f"{self.file}: record {sample.index}"
+
     def _encode(self, sample: Conversation) -> Sample:
-        """Tokenise a sample, and cut it at `max_length`."""
-        limit, record = self.max_length, f"{self.file}: record {sample.index}"
+        """Tokenise a sample."""
         try:
-            ids, labels = self.encoder.expand_sample(
-                self.encoder.sample(sample.text, sample.answer, sample.image is not None)
-            )
+            return self.backbone.sample(sample.messages)
         except ValueError as error:
-            raise ValueError(f"{record}: {error}") from error
-        if self.encoder.image_token_id in ids[limit:]:
-            raise ValueError(f"{record}: its image does not fit into training.max_length {limit}")
-        if all(label == IGNORED_LABEL for label in labels[:limit]):
-            raise ValueError(
-                f"{record}: training.max_length {limit} cuts off all of its answer, it has {len(ids)} tokens"
-            )
-        return Sample(ids[:limit], labels[:limit])
+            raise ValueError(f"{self._record(sample)}: {error}") from error
 
     def _check(self) -> None:
         """Check that all samples can be trained on. Only those that may be too long are tokenised."""
         faults = []
         for sample in self.samples:
-            if not self.encoder.is_short(sample.text, sample.answer, sample.image is not None, self.max_length):
+            images = self._images(sample)
+            if not self.backbone.is_short(sample.messages, images, self.max_length):
                 try:
-                    self._encode(sample)
+                    encoded = self._encode(sample)
+                    lengths = [[self.backbone.feature_token_id] * self.backbone.image_length(image) for image in images]
+                    cut(self.backbone.expand_sample(encoded, lengths), self.backbone.feature_token_id, self.max_length)
                 except ValueError as error:
-                    faults.append(str(error))
+                    where = self._record(sample)
+                    faults.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
         if faults:
             raise ValueError(faults[0] + (f" (and {len(faults) - 1} more of that file)" if len(faults) > 1 else ""))
 
     def lengths(self) -> list[int]:
         """Estimate the length of each sample by its words: sorting by length needs no exact count."""
-        features = self.encoder.image_features
         return [
-            len(sample.text.split()) + len(sample.answer.split()) + features * (sample.image is not None)
+            sum(len(message.text.split()) for message in sample.messages)
+            + sum(self.backbone.image_length(image) for image in self._images(sample))
             for sample in self.samples
         ]
 
+    def most_image_tokens(self) -> int:
+        """Return the most ids that stand for the images of a sample."""
+        return max(sum(map(self.backbone.image_length, self._images(sample))) for sample in self.samples)
 
-def check_samples(recipe: Recipe, stages: Iterable[Stage], encoder: PromptEncoder) -> None:
+
+def cut(sample: Sample, feature_token_id: int, limit: int) -> Sample:
+    """Cut an expanded sample at the end.
+
+    Raises:
+        ValueError: that cuts off an image or all answers.
+    """
+    ids, labels = sample
+    if feature_token_id in ids[limit:]:
+        raise ValueError(f"its image does not fit into training.max_length {limit}")
+    if all(label == IGNORED_LABEL for label in labels[:limit]):
+        raise ValueError(f"training.max_length {limit} cuts off all of its answer, it has {len(ids)} tokens")
+    return Sample(ids[:limit], labels[:limit])
+
+
+def check_samples(recipe: Recipe, stages: Iterable[Stage], backbone: Backbone) -> int:
     """Check the samples of all stages before the first one begins.
+
+    Returns:
+        The most ids that stand for the images of a sample.
 
     Raises:
         ValueError: as `TaskSamples` does.
     """
+    most = 0
     for task in {task.name: task for stage in stages for task in stage.train}.values():
-        TaskSamples(recipe, task, encoder, None)
+        most = max(most, TaskSamples(recipe, task, backbone, None).most_image_tokens())
+    return most
 
 
 class StageSamples(Dataset):
@@ -204,38 +246,55 @@ def epoch_samples(own: int, extra: int, halves: bool) -> int:
 
 
 class Collator:
-    """Collates samples into a batch, padded on the right. An image that several of them share is decoded once.
+    """Collates samples into a batch, padded on the right. An image that several of them share is read once.
 
     Args:
-        transform: makes pixels of an image.
-        pad_token_id: token id for the padding.
+        backbone: reads images and joins them.
+        max_length: samples are cut to this many tokens.
         dtype: data type of the pixels.
     """
 
-    def __init__(self, transform: ImageTransform, pad_token_id: int, dtype: torch.dtype) -> None:
-        self.transform, self.pad_token_id, self.dtype = transform, pad_token_id, dtype
+    def __init__(self, backbone: Backbone, max_length: int, dtype: torch.dtype) -> None:
+        self.backbone, self.max_length, self.dtype = backbone, max_length, dtype
 
     def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
-        """input_ids, attention_mask, labels (B, S), pixel_values (images, 3, height, width), and for a model that takes
-        them instruction_embeds (B, e) and task_ids (B,).
+        """input_ids, attention_mask, labels (B, S), the images' tensors (for a LLaVA pixel_values, (images, 3, height,
+        width)), and for a model that takes them instruction_embeds (B, e) and task_ids (B,).
 
         Raises:
-            ValueError: an image is missing or broken. The message names the record.
+            ValueError: an image is missing or broken, or does not fit into a sample. The message names the record.
         """
-        ids, mask = pad([sample.input_ids for sample in samples], self.pad_token_id, left=False)
-        labels, _ = pad([sample.labels for sample in samples], IGNORED_LABEL, left=False)
-        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        pixels: dict[Path, Tensor] = {}
+        backbone, images = self.backbone, self._read(samples)
+        whole = []
         for sample in samples:
-            if sample.image is not None and sample.image not in pixels:
-                try:
-                    pixels[sample.image] = self.transform(sample.image).to(self.dtype)
-                except BrokenImageError as error:
-                    raise ValueError(f"{sample.record}: {error}") from error
-        if pixels:
-            batch["pixel_values"] = torch.stack([pixels[s.image] for s in samples if s.image is not None])
+            ids_of = [images[path].ids for path in sample.images]
+            try:
+                expanded = backbone.expand_sample(Sample(sample.input_ids, sample.labels), ids_of)
+                whole.append(cut(expanded, backbone.feature_token_id, self.max_length))
+            except ValueError as error:
+                raise ValueError(f"{sample.record}: {error}") from error
+        ids, mask = pad([sample.input_ids for sample in whole], backbone.pad_token_id, left=False)
+        labels, _ = pad([sample.labels for sample in whole], IGNORED_LABEL, left=False)
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch |= backbone.join(images[path] for sample in samples for path in sample.images)
+        batch |= backbone.token_inputs(ids)
         if samples[0].instruction is not None:
             batch["instruction_embeds"] = torch.stack([s.instruction for s in samples if s.instruction is not None])
         if samples[0].task_id is not None:
             batch["task_ids"] = torch.tensor([s.task_id for s in samples])
         return batch
+
+    def _read(self, samples: Sequence[TrainingSample]) -> dict[Path, ImageInput]:
+        """Read the images of the samples, with pixels in the data type."""
+        images: dict[Path, ImageInput] = {}
+        for sample in samples:
+            for path in sample.images:
+                if path not in images:
+                    try:
+                        ids, tensors = self.backbone.read(path)
+                    except BrokenImageError as error:
+                        raise ValueError(f"{sample.record}: {error}") from error
+                    images[path] = ImageInput(
+                        ids, {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+                    )
+        return images

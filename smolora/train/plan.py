@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..backends import check_backend
 from ..data.format import Conversation, Question, read_conversations, read_questions
-from ..data.prompts import PromptEncoder
 from ..evaluate.benchmarks import find_dataset
 from ..evaluate.datasets import Files
 from ..io.files import has_file
 from ..recipe import Recipe, TaskRecipe
 from ..tuner.counts import num_trainable
-from .data import check_samples, epoch_samples
+from .data import check_samples, epoch_samples, recipe_backbone
 from .look import look_at, sentence
 from .methods import Method, Stage
 from .prepare import planned
@@ -55,9 +54,12 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     if checker.missing:
         raise ValueError("\n".join(["there is no", *(f"  {line}" for line in checker.missing)]))
     stages = [*method.course.stages(), *method.course.downstream()]
+    image_tokens = 0
     if Path(recipe.model.path).is_dir():
+        backbone = recipe_backbone(recipe)
         trained = [stage for stage in stages if all(recipe.train_file(task).is_file() for task in stage.train)]
-        check_samples(recipe, trained, _encoder(recipe))
+        most = check_samples(recipe, trained, backbone)
+        image_tokens = backbone.image_tokens or most
     plan["stages"] = [_stage(stage, counts, recipe, method) for stage in method.course.stages()]
     plan["downstream"] = [_stage(stage, counts, recipe, method) for stage in method.course.downstream()]
     plan["data"] = checker.looks
@@ -65,14 +67,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     for stage in stages:
         accumulation(recipe.of_stage(stage.train), devices)
     plan["devices"], plan["accumulation"] = devices, accumulation(recipe, devices)
-    plan["memory"] = _memory(recipe, method, devices) if Path(recipe.model.path).is_dir() else None
+    plan["memory"] = _memory(recipe, method, devices, image_tokens) if Path(recipe.model.path).is_dir() else None
     return plan
-
-
-def _encoder(recipe: Recipe) -> PromptEncoder:
-    path = recipe.model.path
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return PromptEncoder.for_model(tokenizer, AutoConfig.from_pretrained(path, local_files_only=True))
 
 
 def _stage(stage: Stage, counts: dict[str, tuple[int, int]], recipe: Recipe, method: Method) -> dict[str, Any]:
@@ -153,14 +149,15 @@ class _Checker:
         there: dict[str, bool] = {}
         absent = []
         for record in records:
-            if record.image is not None:
-                if record.image not in there:
-                    there[record.image] = has_file(folder / record.image)
-                if not there[record.image]:
-                    absent.append(record)
+            for image in record.images:
+                if image not in there:
+                    there[image] = has_file(folder / image)
+                if not there[image]:
+                    absent.append((record, image))
+                    break
         if absent and self._makes(folder) is None:
             more = f", and {len(absent) - 1} more of that file" if len(absent) > 1 else ""
-            self.missing.append(f"{folder / str(absent[0].image)} ({file}: record {absent[0].index}{more})")
+            self.missing.append(f"{folder / absent[0][1]} ({file}: record {absent[0][0].index}{more})")
 
     def _makes(self, path: Path) -> int | None:
         """Number of records of a path that the recipe makes, 0 if it has none; None if it does not make it."""
@@ -171,8 +168,12 @@ class _Checker:
         return self.planned[path.resolve()] or 0
 
 
-def _memory(recipe: Recipe, method: Method, devices: int) -> dict[str, Any]:
-    """Estimate the memory of a device that holds the whole model. Activations follow a rule of thumb."""
+def _memory(recipe: Recipe, method: Method, devices: int, image_tokens: int) -> dict[str, Any]:
+    """Estimate the memory of a device that holds the whole model. Activations follow a rule of thumb.
+
+    Args:
+        image_tokens: tokens that stand for the images of a sample.
+    """
     config = AutoConfig.from_pretrained(recipe.model.path, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -185,7 +186,7 @@ def _memory(recipe: Recipe, method: Method, devices: int) -> dict[str, Any]:
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) - base
         held = method.memory(model) + ADAPTER_BYTES * frozen
     text, training = config.text_config, recipe.training
-    tokens = training.per_device_batch_size * min(training.max_length, _image_tokens(config) + 128)
+    tokens = training.per_device_batch_size * min(training.max_length, image_tokens + 128)
     size = BYTES[recipe.model.dtype]
     # a decoder layer saves about 8 tensors of hidden size and 3 of FFN size per token for backward
     layer = tokens * size * (8 * text.hidden_size + 3 * text.intermediate_size)
@@ -206,10 +207,6 @@ def _memory(recipe: Recipe, method: Method, devices: int) -> dict[str, Any]:
         "total_gib": sum(parts.values()),
         "assumes": f"{tokens} tokens a device at a time; sharding of {devices} device(s) not counted",
     }
-
-
-def _image_tokens(config: Any) -> int:
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
 
 def print_plan(plan: dict[str, Any]) -> None:

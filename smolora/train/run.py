@@ -15,12 +15,10 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, set_seed
+from transformers import AutoModelForImageTextToText, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..backends import use_backend
-from ..data.images import ImageTransform
-from ..data.prompts import PromptEncoder
 from ..evaluate.generate import GenerationSettings, process_state
 from ..evaluate.instructions import recipe_instructions, recipe_questions
 from ..evaluate.score import Score
@@ -29,7 +27,7 @@ from ..io.files import atomic_write_text, fsync_tree, locked, write_json
 from ..io.progress import say
 from ..recipe import Recipe, TaskRecipe, load_recipe
 from ..tuner.counts import num_trainable
-from .data import Collator, StageSamples, TaskSamples, check_samples, epoch_samples
+from .data import Collator, StageSamples, TaskSamples, check_samples, epoch_samples, recipe_backbone
 from .kept import check_sums, write_checksums
 from .methods import Method, Stage, StageWork
 from .paths import RunPaths, read, read_if_exists
@@ -139,7 +137,7 @@ class TrainingRun:
         self.state.wait_for_everyone()
         self.load_processors()
         stages = self.stages
-        check_samples(self.recipe, stages, self.encoder)
+        check_samples(self.recipe, stages, self.backbone)
         with use_backend(self.recipe.backend):
             for number, stage in enumerate(stages):
                 if main:
@@ -156,12 +154,8 @@ class TrainingRun:
 
     def load_processors(self) -> None:
         """Load tokenizer, image processor and sentence encoder."""
-        path = self.recipe.model.path
         self.dtype = getattr(torch, self.recipe.model.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        self.encoder = PromptEncoder.for_model(tokenizer, config)
-        self.transform = ImageTransform.from_pretrained(path)
+        self.backbone = recipe_backbone(self.recipe)
         sources = {None: None, "instruction": recipe_instructions, "question": recipe_questions}
         source = sources[self.method.adapter.text]
         self.texts = None if source is None else source(self.recipe)
@@ -189,7 +183,7 @@ class TrainingRun:
         config.use_cache = False
         self.method.freeze(model, stage)
         samples = self.stage_samples(stage, kept)
-        collate = Collator(self.transform, self.encoder.pad_token_id, self.dtype)
+        collate = Collator(self.backbone, self.recipe.training.max_length, self.dtype)
         own = StageSamples([self._task_samples(task) for task in stage.train])
         checkpoints = self.paths.checkpoints(stage)
         resume = self._last_checkpoint(checkpoints)
@@ -279,7 +273,7 @@ class TrainingRun:
     def _task_samples(self, task: TaskRecipe, indices: list[int] | None = None) -> TaskSamples:
         texts = None if self.texts is None else self.texts[task.name]
         task_id = self.recipe.task_id(task) if self.method.adapter.takes_task_ids else None
-        return TaskSamples(self.recipe, task, self.encoder, texts, indices, task_id)
+        return TaskSamples(self.recipe, task, self.backbone, texts, indices, task_id)
 
     # ---- evaluation
 
@@ -305,8 +299,7 @@ class TrainingRun:
         model = adapter.load(self.base_model(), self.paths.evaluated_adapter(stage)).eval()
         evaluate_tasks(
             model,
-            self.encoder,
-            self.transform,
+            self.backbone,
             tasks,
             output=folder,
             model_id=f"{self.recipe.name}/{stage.name}",

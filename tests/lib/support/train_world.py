@@ -113,5 +113,5 @@ def make_world(root: Path, *, train: int = 12, ask: int = 4, dtype: str = "float
 def work_of(run: TrainingRun, stage: Stage, kept: tuple[Path, ...] = (), batch_size: int = 5) -> StageWork:
     """A stage's data as its hooks are given it, for a run whose processors are loaded."""
     samples = StageSamples([run._task_samples(task) for task in stage.train])
-    collate = Collator(run.transform, run.encoder.pad_token_id, run.dtype)
+    collate = Collator(run.backbone, run.recipe.training.max_length, run.dtype)
     return StageWork(stage, kept, samples, collate, batch_size, run.state)

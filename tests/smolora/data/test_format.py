@@ -7,7 +7,17 @@ import re
 
 import pytest
 
-from smolora.data.format import Conversation, Question, read_answers, read_conversations, read_json, read_questions
+from smolora.data.format import (
+    Conversation,
+    Message,
+    Question,
+    ask,
+    instruction_source,
+    read_answers,
+    read_conversations,
+    read_json,
+    read_questions,
+)
 
 
 def write(path, content):
@@ -39,8 +49,16 @@ def test_questions(tmp_path):
         ({"text": "q"}, "record 1: question_id must be a number or a string, got None", None),
         ({"question_id": True, "text": "q"}, "question_id must be a number or a string, got True", None),
         ({"question_id": 1}, "record 1: text must be a string, got None", 1),
-        ({"question_id": 1, "text": "q", "image": 3}, "image must be a path, or be left out, got 3", 1),
-        ({"question_id": 1, "text": "q", "image": ""}, "image must be a path, or be left out, got ''", 1),
+        (
+            {"question_id": 1, "text": "q", "image": 3},
+            "image must be a path or a list of paths, or .*, got 3",
+            1,
+        ),
+        (
+            {"question_id": 1, "text": "q", "image": ""},
+            "image must be a path or a list of paths, or .*, got ''",
+            1,
+        ),
         ({"question_id": 1, "text": "q", "answer": []}, "answer must be a string or a list of strings", 1),
         ({"question_id": 1, "text": "q", "answer": [1]}, "answer must be a string or a list of strings", 1),
         ({"question_id": "0", "text": "q"}, "record 1: question_id 0 is that of record 0 too", None),
@@ -172,9 +190,9 @@ def test_conversations(tmp_path):
 @pytest.mark.parametrize(
     ("record", "match"),
     [
-        ({}, "record 0: conversations must be a list of two turns, got None"),
-        ({"conversations": turns("q")[:1]}, "conversations must be a list of two turns"),
-        ({"conversations": turns("q")[::-1]}, r"must be from 'human', then 'gpt', got \['gpt', 'human'\]"),
+        ({}, "record 0: conversations must be a list of 2 turns or more, got None"),
+        ({"conversations": turns("q")[:1]}, "conversations must be a list of 2 turns or more"),
+        ({"conversations": turns("q")[::-1]}, r"must be from 'human', then 'gpt', .*, got \['gpt', 'human'\]"),
         ({"conversations": turns("<image>\nq")}, "<image> must occur once with an image and never without, got 1"),
         ({"conversations": turns("q"), "image": "a"}, "got 0 with image 'a'"),
         ({"conversations": turns("q", None)}, "value must be a string, got None"),
@@ -190,6 +208,65 @@ def test_broken_conversations_are_named(tmp_path, record, match):
     with pytest.raises(ValueError, match=match) as error:
         read_conversations(path)
     assert str(path) in str(error.value)
+
+
+SYSTEM = {"from": "system", "value": "Be short."}
+
+
+def test_several_turns_and_images(tmp_path):
+    records = [
+        {"image": ["a", "b"], "conversations": turns("one <image> two <image>\nwhich?", "a")},
+        {"image": ["a", "b"], "conversations": turns("which?", "a")},
+        {"image": "a", "conversations": [SYSTEM, *turns("<image>\nwhat?", "dog"), *turns("sure?\nBriefly.", "yes")]},
+        {"conversations": [SYSTEM, *turns("what?", "<image> is text")]},
+    ]
+    first, second, third, fourth = read_conversations(write(tmp_path / "train.json", records))
+    assert first.messages == (Message("user", ("one", None, "two", None, "which?")), Message("assistant", ("a",)))
+    assert (first.images, first.image, first.text, first.answer) == (("a", "b"), "a", "one\ntwo\nwhich?", "a")
+    assert second.messages[0] == Message("user", (None, None, "which?"))
+    assert third.messages == (
+        Message("system", ("Be short.",)),
+        ask("what?", True),
+        Message("assistant", ("dog",)),
+        ask("sure?\nBriefly."),
+        Message("assistant", ("yes",)),
+    )
+    assert (third.images, third.text, third.answer) == (("a",), "sure?\nBriefly.", "yes")
+    assert fourth.images == () and fourth.messages[2].text == "<image> is text"
+    assert [instruction_source(r, "system") for r in (third, fourth)] == ["Be short."] * 2
+    assert instruction_source(third, "user") == "sure?\nBriefly."
+    with pytest.raises(ValueError, match="record 0 must have a system message"):
+        instruction_source(first, "system")
+
+
+def test_turns_before_a_question(tmp_path):
+    before = [SYSTEM, *turns("<image>\nwhat?", "dog")]
+    records = [
+        {"question_id": 1, "image": "a", "text": "sure?", "history": before, "answer": "yes"},
+        {"question_id": 2, "image": ["a", "b"], "text": "which?"},
+    ]
+    first, second = read_questions(write(tmp_path / "val.json", records))
+    assert [message.role for message in first.messages] == ["system", "user", "assistant", "user"]
+    assert (first.text, first.images, first.messages[3]) == ("sure?", ("a",), ask("sure?"))
+    assert second.messages == (Message("user", (None, None, "which?")),) and second.images == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("record", "match"),
+    [
+        ({"conversations": [*turns("q"), *turns("q")[:1]]}, "must be from 'human', then 'gpt'"),
+        ({"conversations": [*turns("q"), SYSTEM]}, "must be from 'human', then 'gpt'"),
+        ({"conversations": [SYSTEM, SYSTEM]}, "must be from 'human', then 'gpt'"),
+        ({"conversations": turns("<image> q"), "image": ["a", "b"]}, "once for each of 2 images, or not at all, got 1"),
+        ({"conversations": turns("q") + turns("<image> q")}, "once for each of 0 images, or not at all, got 1"),
+        ({"conversations": turns("q") + turns(" ")}, "each human turn must hold a question, got ' '"),
+        ({"conversations": turns("q"), "image": ["a", 1]}, "image must be a path or a list of paths"),
+        ({"conversations": turns("q"), "video": "a.mp4"}, "a video cannot be used, as reading one needs torchvision"),
+    ],
+)
+def test_broken_dialogues_are_named(tmp_path, record, match):
+    with pytest.raises(ValueError, match=f"record 0: .*{match}"):
+        read_conversations(write(tmp_path / "train.json", [record]))
 
 
 def test_answers_skip_blank_lines(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import small_llava
+from smolora.backbones.llava import Llava
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import PromptEncoder
 from smolora.evaluate.generate import AnswerJob, generate_answers
@@ -35,13 +36,9 @@ def model():
 
 
 @pytest.fixture(scope="session")
-def encoder(model):
-    return IdEncoder.for_model(small_llava.small_tokenizer(), model.config)
-
-
-@pytest.fixture(scope="session")
-def transform(base_folder):
-    return ImageTransform.from_pretrained(base_folder)
+def backbone(model, base_folder):
+    encoder = IdEncoder.for_model(small_llava.small_tokenizer(), model.config)
+    return Llava(encoder, ImageTransform.from_pretrained(base_folder))
 
 
 @pytest.fixture(scope="session")
@@ -76,25 +73,25 @@ def released(tmp_path_factory):
 
 
 @pytest.fixture
-def generate(model, encoder, transform, tmp_path):
+def generate(model, backbone, tmp_path):
     """Answers a test file into `tmp_path / name`."""
 
     def run(questions, name="answers.jsonl", settings=BATCHED, embed=small_llava.embed_questions, model=model, **job):
         job = {"dataset": "VQAv2", "model_id": "small", **job}
         output = tmp_path / name
         job = AnswerJob(questions=questions, images=questions.parent, output=output, **job)
-        generate_answers(model, encoder, transform, job, embed=embed, settings=settings)
+        generate_answers(model, backbone, job, embed=embed, settings=settings)
         return output
 
     return run
 
 
 @pytest.fixture(scope="module")
-def whole(model, encoder, transform, questions, tmp_path_factory):
+def whole(model, backbone, questions, tmp_path_factory):
     """The answers of an uninterrupted run in one process."""
     output = tmp_path_factory.mktemp("whole") / "whole.jsonl"
     job = AnswerJob("VQAv2", questions, questions.parent, output, "small")
-    generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+    generate_answers(model, backbone, job, embed=small_llava.embed_questions, settings=BATCHED)
     return output
 
 

@@ -137,7 +137,7 @@ def test_home_in_an_option(base_folder, released, tmp_path, monkeypatch, capsys,
         (["--task", "vqa"], "dataset must be one of .*got 'vqa'; did you mean VQAv2"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--token-budget", "0"], "token_budget must be an integer of at least 1, got 0"),
-        (["--model", "nope"], "--model must be the folder of a LLaVA, got nope"),
+        (["--model", "nope"], "--model must be the folder of a model, got nope"),
         (["--adapter", "nope"], "--adapter must be the folder of a PEFT adapter .*got nope"),
         pytest.param(
             ["--device", "cuda"],

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import small_llava
+from smolora.backbones.llava import Llava
 from smolora.data.format import read_answers
 from smolora.data.prompts import PromptEncoder
 from smolora.evaluate.generate import AnswerJob, GenerationSettings, answer_id, generate_answers, plan_batches
@@ -40,13 +41,13 @@ def test_batched_equals_one_by_one_token_for_token(generate, questions, whole):
         assert layer["alpha"] == pytest.approx(alone["alpha"], abs=1e-5)
 
 
-def test_answers_are_those_of_generate_alone(whole, questions, model, encoder, transform):
+def test_answers_are_those_of_generate_alone(whole, questions, model, backbone):
     """Against a hand-written loop without padding, sorting or workers."""
     records = json.loads(questions.read_text())
     for record, line in zip(records, read(whole), strict=True):
         image = questions.parent / record["image"] if "image" in record else None
-        ids = encoder.expand(encoder.prompt(record["text"], image is not None))
-        pixels = {} if image is None else {"pixel_values": transform(image)[None]}
+        ids = backbone.encoder.expand(backbone.encoder.prompt(record["text"], image is not None))
+        pixels = {} if image is None else {"pixel_values": backbone.transform(image)[None]}
         with torch.no_grad():
             sequence = model.generate(
                 input_ids=torch.tensor([ids]),
@@ -174,34 +175,34 @@ def test_killed_again_and_again(whole, generate, questions, tmp_path):
     assert not parts.exists() and before > 3
 
 
-def test_a_finished_run_is_not_done_again(model, questions, whole, encoder, transform, count_batches):
+def test_a_finished_run_is_not_done_again(model, questions, whole, backbone, count_batches):
     before, calls = whole.stat().st_mtime_ns, count_batches()
     job = AnswerJob("VQAv2", questions, questions.parent, whole, "small")
-    found = generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+    found = generate_answers(model, backbone, job, embed=small_llava.embed_questions, settings=BATCHED)
     assert found == info(whole) and whole.stat().st_mtime_ns == before and not calls
 
 
-def test_a_finished_run_needs_no_lock(model, questions, whole, encoder, transform):
+def test_a_finished_run_needs_no_lock(model, questions, whole, backbone):
     """It is read, also where nothing may be written."""
     job = AnswerJob("VQAv2", questions, questions.parent, whole, "small")
     with locked(whole.with_name(whole.name + ".lock"), "whole"):
-        found = generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+        found = generate_answers(model, backbone, job, embed=small_llava.embed_questions, settings=BATCHED)
     assert found == info(whole)
 
 
-def test_the_lock_of_a_run_that_was_killed_at_its_end_is_removed(model, questions, whole, encoder, transform):
+def test_the_lock_of_a_run_that_was_killed_at_its_end_is_removed(model, questions, whole, backbone):
     lock = whole.with_name(whole.name + ".lock")
     lock.write_text("process 1 on nowhere\n")
     job = AnswerJob("VQAv2", questions, questions.parent, whole, "small")
-    found = generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+    found = generate_answers(model, backbone, job, embed=small_llava.embed_questions, settings=BATCHED)
     assert found == info(whole) and not lock.exists()
 
 
-def test_other_weights_under_the_same_name_are_another_run(questions, whole, encoder, transform):
+def test_other_weights_under_the_same_name_are_another_run(questions, whole, backbone):
     job = AnswerJob("VQAv2", questions, questions.parent, whole, "small")
     other = small_llava.small_adapter(small_llava.small_llava(), seed=2)
     with pytest.raises(ValueError, match=r"belongs to another run .weights"):
-        generate_answers(other, encoder, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+        generate_answers(other, backbone, job, embed=small_llava.embed_questions, settings=BATCHED)
 
 
 def test_another_plan_is_not_continued(generate, broken, count_batches):
@@ -291,10 +292,10 @@ def test_nothing_is_merged_unless_every_batch_is_in(whole, generate, questions, 
         ("small", GenerationSettings(max_new_tokens=6, token_budget=200), "max_new_tokens 5, now 6"),
     ],
 )
-def test_another_run_is_not_continued(model, encoder, transform, questions, whole, model_id, settings, match):
+def test_another_run_is_not_continued(model, backbone, questions, whole, model_id, settings, match):
     job = AnswerJob("VQAv2", questions, questions.parent, whole, model_id)
     with pytest.raises(ValueError, match=rf"whole\.jsonl belongs to another run .*{match}"):
-        generate_answers(model, encoder, transform, job, embed=small_llava.embed_questions, settings=settings)
+        generate_answers(model, backbone, job, embed=small_llava.embed_questions, settings=settings)
 
 
 @pytest.fixture
@@ -434,24 +435,24 @@ def test_what_people_have_in_a_record_is_named_before_anything_is_asked_or_liste
     assert score("VQAv2", [broken.parent], output).skipped == 1
 
 
-def test_a_text_that_cannot_be_tokenised_is_named_or_listed(model, transform, broken, tmp_path):
+def test_a_text_that_cannot_be_tokenised_is_named_or_listed(model, backbone, broken, tmp_path):
     """An image token that its tokenizer does not mark as special."""
     tokenizer = small_llava.small_tokenizer()
     tokenizer.add_tokens(["<picture>"])
-    other = PromptEncoder(tokenizer, tokenizer.convert_tokens_to_ids("<picture>"), 4)
+    other = Llava(PromptEncoder(tokenizer, tokenizer.convert_tokens_to_ids("<picture>"), 4), backbone.transform)
     repair(broken)
     records = [{**record, "image": None} for record in json.loads(broken.read_text())]
     records[3]["text"] = "Is it <picture>?"
     broken.write_text(json.dumps(records))
     job = AnswerJob("VQAv2", broken, broken.parent, tmp_path / "a.jsonl", "m")
     with pytest.raises(ValueError, match=r"record 3: a text must not hold '<picture>'"):
-        generate_answers(model, other, transform, job, embed=small_llava.embed_questions, settings=BATCHED)
+        generate_answers(model, other, job, embed=small_llava.embed_questions, settings=BATCHED)
     settings = replace(BATCHED, skip_broken=True)
-    found = generate_answers(model, other, transform, job, embed=small_llava.embed_questions, settings=settings)
+    found = generate_answers(model, other, job, embed=small_llava.embed_questions, settings=settings)
     assert (found["count"], found["skipped"]) == (5, 1)
 
 
-def test_placeholders_in_questions_are_answered_as_text(generate, questions, model, transform, encoder):
+def test_placeholders_in_questions_are_answered_as_text(generate, questions):
     """With a picture and without; at the head of a question with a picture it is the picture's place."""
     records = json.loads(questions.read_text())[-4:]  # three without an image
     records[0]["text"] = f"<image>\n{records[0]['text']}"

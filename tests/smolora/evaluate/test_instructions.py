@@ -9,7 +9,7 @@ import torch
 
 import smolora
 from smolora.data.format import Question
-from smolora.evaluate.instructions import question_instructions, saved_instructions
+from smolora.evaluate.instructions import TaskInstructions, question_instructions, saved_instructions
 from smolora.evaluate.tasks import Task
 from smolora.instructions.encoder import InstructionEncoder
 from smolora.instructions.texts import MULTI_TYPE
@@ -78,3 +78,13 @@ def test_saved_rows_are_refused(tmp_path):
         saved_instructions(smolora.SMoLoRAConfig(), tmp_path, [task("GQA", "GQA", tmp_path)])
     with pytest.raises(ValueError, match="embeddings of size 384, the adapter's instruction_dim is 12"):
         saved_instructions(smolora.SMoLoRAConfig(instruction_dim=12), tmp_path, [])
+
+
+def test_where_the_instruction_is():
+    """In a prompt's last line, all of it, or what it marks; a system message comes in place of the prompt."""
+    encoder = InstructionEncoder()
+    prompt = "<instruction>Be short.</instruction>\nWhat?"
+    expected = {"last_line": "What?", "user": prompt, "system": prompt, "marked": "Be short."}
+    for where, text in expected.items():
+        found = TaskInstructions(encoder, (), where=where)([prompt])
+        assert torch.equal(found, encoder.encode([text])), where

@@ -16,12 +16,12 @@ from smolora.evaluate.tasks import Task, check_tasks, evaluate_tasks
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 
 
-def test_released_padding(model, encoder, transform, tmp_path):
+def test_released_padding(model, backbone, tmp_path):
     """Without padding four tasks' images are cut; the others' are not touched."""
     squares = {}
 
-    def answer(model, encoder, transform, job, **options):
-        squares[job.dataset] = transform.square
+    def answer(model, backbone, job, **options):
+        squares[job.dataset] = backbone.transform.square
         shutil.copy(GOLDEN / job.dataset / "answers.jsonl", job.output)
 
     names = ["ScienceQA", "TextVQA", "Flickr30k", "ImageNet", "GQA", "VQAv2", "Places365"]
@@ -32,9 +32,7 @@ def test_released_padding(model, encoder, transform, tmp_path):
     for padding, cut in (("released", {"ScienceQA", "ImageNet", "VQAv2", "Places365"}), ("all", set())):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tasks, "generate_answers", answer)
-            scores = evaluate_tasks(
-                model, encoder, transform, benchmark, output=tmp_path, model_id="m", padding=padding
-            )
+            scores = evaluate_tasks(model, backbone, benchmark, output=tmp_path, model_id="m", padding=padding)
         assert {task for task, square in squares.items() if not square} == cut
         assert list(scores) == names
 
@@ -57,12 +55,12 @@ def test_all_is_checked_before_anything_is_asked(released, tmp_path):
         check_tasks(benchmark, "official")
 
 
-def test_unknown_padding(model, encoder, transform, tmp_path):
+def test_unknown_padding(model, backbone, tmp_path):
     with pytest.raises(ValueError, match="padding must be one of 'all', 'released', got 'none'"):
-        evaluate_tasks(model, encoder, transform, [], output=tmp_path, model_id="m", padding="none")
+        evaluate_tasks(model, backbone, [], output=tmp_path, model_id="m", padding="none")
 
 
-def test_tasks_are_checked(released, model, encoder, transform, tmp_path):
+def test_tasks_are_checked(released, model, backbone, tmp_path):
     questions = released / "VQAv2" / "val.json"
     with pytest.raises(ValueError, match=r"mine: the questions of ImageNet must be in a file named test\.json.*got .*"):
         Task("mine", "ImageNet", questions, released, [released])
@@ -72,13 +70,13 @@ def test_tasks_are_checked(released, model, encoder, transform, tmp_path):
         Task("mine", "VQAv2", tmp_path / "elsewhere" / "val.json", released, [released])
     task = Task("mine", "VQAv2", questions, released, [released])
     with pytest.raises(ValueError, match=r"tasks must have different names, got \['mine', 'mine'\]"):
-        evaluate_tasks(model, encoder, transform, [task, task], output=tmp_path, model_id="m")
+        evaluate_tasks(model, backbone, [task, task], output=tmp_path, model_id="m")
 
 
-def test_two_that_ask_different_tasks_at_once_keep_both_scores(model, encoder, transform, tmp_path):
+def test_two_that_ask_different_tasks_at_once_keep_both_scores(model, backbone, tmp_path):
     """One on each GPU, into one folder: the scores of one are not lost to the other's."""
 
-    def answer(model, encoder, transform, job, **options):
+    def answer(model, backbone, job, **options):
         shutil.copy(GOLDEN / job.dataset / "answers.jsonl", job.output)
 
     names = ["TextVQA", "Flickr30k", "GQA", "VQAv2", "OCRVQA", "Places365"]
@@ -93,7 +91,7 @@ def test_two_that_ask_different_tasks_at_once_keep_both_scores(model, encoder, t
 
     def ask(name):
         benchmark = [Task.of_benchmark(name, [GOLDEN], tmp_path)]
-        evaluate_tasks(model, encoder, transform, benchmark, output=tmp_path, model_id="m")
+        evaluate_tasks(model, backbone, benchmark, output=tmp_path, model_id="m")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "generate_answers", answer)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from smolora.instructions.texts import instruction_of
+from smolora.instructions.texts import instruction_of, marked_instruction
 
 CAPTION = "What is happening in the presented picture?\nPlease describe it in one complete sentence."
 OBJECT = "What is the object in the image?\nAnswer the question using a single word or phrase."
@@ -60,3 +60,10 @@ def test_no_instruction(prompt: str):
 def test_prompt_of_another_type():
     with pytest.raises(ValueError, match="prompt must be a string, got NoneType"):
         instruction_of(None)
+
+
+def test_a_marked_instruction():
+    assert marked_instruction("What?\n<instruction> In one word. </instruction> Thanks") == "In one word."
+    for prompt in ("What?", "<instruction></instruction>", "<instruction>a</instruction><instruction>b</instruction>"):
+        with pytest.raises(ValueError, match="a prompt must mark its instruction by <instruction>"):
+            marked_instruction(prompt)

@@ -14,8 +14,10 @@ from smolora.data.images import ImageTransform
 from smolora.data.prompts import SYSTEM, PromptEncoder
 from smolora.io.files import atomic_folder, write_json
 from smolora.minicvit import base_model
-from smolora.minicvit.base_model import BaseSettings, make_base, make_model, make_tokenizer
+from smolora.minicvit.base_model import make_base
 from smolora.minicvit.drawing import png
+from smolora.minicvit.kinds import BaseSettings, make_model, make_tokenizer
+from smolora.minicvit.pictures import MINICVIT_PICTURES
 from smolora.minicvit.scenes import SIDE
 from smolora.minicvit.tasks import MINICVIT
 
@@ -34,7 +36,7 @@ TINY = BaseSettings(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return make_tokenizer(MINICVIT_PICTURES)
 
 
 @pytest.fixture(scope="module")

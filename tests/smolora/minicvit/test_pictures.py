@@ -4,7 +4,7 @@ import pytest
 
 from smolora.data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder
 from smolora.instructions.texts import MULTI_TYPE, SINGLE_TYPE
-from smolora.minicvit.base_model import make_tokenizer
+from smolora.minicvit.kinds import make_tokenizer
 from smolora.minicvit.minicoin import INSTRUCTIONS, MINICOIN, MINICOIN_PICTURES
 from smolora.minicvit.pictures import MINICVIT_PICTURES, converse
 from smolora.minicvit.scenes import StableRandom

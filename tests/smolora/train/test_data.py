@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from smolora.backbones.llava import Llava
 from smolora.data.prompts import SYSTEM, PromptEncoder
 from smolora.train.data import Collator, GlobalBatches, StageSamples, TaskSamples
 from smolora.train.run import TrainingRun
@@ -25,15 +26,15 @@ def loaded(short):
 
 
 def collate(run, samples, places):
-    collator = Collator(run.transform, run.encoder.pad_token_id, run.dtype)
+    collator = Collator(run.backbone, run.recipe.training.max_length, run.dtype)
     return collator([samples[place] for place in places])
 
 
 def test_batch(loaded):
     run = loaded()
-    samples = TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, run.texts["Flickr30k"])
+    samples = TaskSamples(run.recipe, run.recipe.tasks[1], run.backbone, run.texts["Flickr30k"])
     batch = collate(run, samples, [0, 1, 5])
-    tokenizer = run.encoder.tokenizer
+    tokenizer = run.backbone.tokenizer
     assert {key: tuple(value.shape[:1]) for key, value in batch.items()} == {key: (3,) for key in batch}
     assert batch["pixel_values"].shape == (3, 3, 28, 28) and batch["instruction_embeds"].shape == (3, 384)
     for row, place in enumerate((0, 1, 5)):
@@ -53,10 +54,10 @@ def test_batch(loaded):
 
 def test_shared_images_are_read_once(loaded, monkeypatch):
     run = loaded()
-    samples = TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, run.texts["Flickr30k"])
+    samples = TaskSamples(run.recipe, run.recipe.tasks[1], run.backbone, run.texts["Flickr30k"])
     read = []
-    transform = run.transform
-    run.transform = lambda path: read.append(path) or transform(path)
+    transform = run.backbone.transform
+    run.backbone.transform = lambda path: read.append(path) or transform(path)
     collate(run, samples, [0, 1, 5])
     assert len(read) == 2
 
@@ -65,56 +66,57 @@ def test_instructions(loaded):
     run = loaded()
     first, second = run.recipe.tasks
     encode = run.texts[first.name].encoder.encode
-    embedded = TaskSamples(run.recipe, first, run.encoder, run.texts[first.name])[0].instruction
+    embedded = TaskSamples(run.recipe, first, run.backbone, run.texts[first.name])[0].instruction
     torch.testing.assert_close(embedded, encode(OBJECT))  # both of its lines
     assert torch.equal(run.texts[second.name]([f"x\n{SENTENCE}"])[0], encode(SENTENCE))
     mean = loaded("instructions.embed=task_mean", f"tasks.0.instructions=['{OBJECT!s}', 'Name it.']".replace("\n", " "))
     task = mean.recipe.tasks[0]
     instructions = mean.texts[task.name]
     expected = instructions.encoder.encode(task.instructions).mean(0)
-    assert torch.equal(TaskSamples(mean.recipe, task, mean.encoder, instructions)[3].instruction, expected)
+    assert torch.equal(TaskSamples(mean.recipe, task, mean.backbone, instructions)[3].instruction, expected)
     assert torch.equal(instructions(["a", "b"]), expected.expand(2, -1))
 
 
 def test_a_broken_image_names_its_record(loaded, tmp_path):
     run = loaded()
-    samples = TaskSamples(run.recipe, run.recipe.tasks[0], run.encoder, None)
-    broken = samples[2]._replace(image=tmp_path / "none.png")
+    samples = TaskSamples(run.recipe, run.recipe.tasks[0], run.backbone, None)
+    broken = samples[2]._replace(images=(tmp_path / "none.png",))
     with pytest.raises(ValueError, match=r"train.json: record 2: there is no image"):
-        Collator(run.transform, 0, torch.float32)([broken])
+        Collator(run.backbone, 2048, torch.float32)([broken])
 
 
 def test_long_samples_are_cut_at_the_end(loaded):
     whole = loaded()
-    full = TaskSamples(whole.recipe, whole.recipe.tasks[1], whole.encoder, None)[0]
-    answer = sum(label != -100 for label in full.labels)
-    kept = len(full.input_ids) - answer + 2
+    full = collate(whole, TaskSamples(whole.recipe, whole.recipe.tasks[1], whole.backbone, None), [0])
+    answer = int((full["labels"] != -100).sum())
+    kept = full["input_ids"].shape[1] - answer + 2
     run = loaded(f"training.max_length={kept}")
-    cut = TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, None)[0]
-    assert len(cut.input_ids) == kept and cut.input_ids == full.input_ids[:kept]
-    assert sum(label != -100 for label in cut.labels) == 2 < answer
+    cut = collate(run, TaskSamples(run.recipe, run.recipe.tasks[1], run.backbone, None), [0])
+    assert cut["input_ids"].shape == (1, kept) and torch.equal(cut["input_ids"], full["input_ids"][:, :kept])
+    assert int((cut["labels"] != -100).sum()) == 2 < answer
     with pytest.raises(
         ValueError, match=r"record 0: training.max_length 60 cuts off all of its answer, it has \d+ tokens"
     ):
         run = loaded("training.max_length=60")
-        TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, None)
+        TaskSamples(run.recipe, run.recipe.tasks[1], run.backbone, None)
     with pytest.raises(ValueError, match=r"record 0: its image does not fit into training.max_length 20"):
         run = loaded("training.max_length=20")
-        TaskSamples(run.recipe, run.recipe.tasks[1], run.encoder, None)[0]
+        TaskSamples(run.recipe, run.recipe.tasks[1], run.backbone, None)[0]
 
 
 def test_a_text_that_cannot_be_tokenised_names_its_record(loaded, tmp_path):
     """An image token that its tokenizer does not mark as special, and one record that has it."""
     run = loaded()
-    tokenizer = run.encoder.tokenizer
+    tokenizer = run.backbone.tokenizer
     tokenizer.add_tokens(["<picture>"])
     encoder = PromptEncoder(tokenizer, tokenizer.convert_tokens_to_ids("<picture>"), 4)
+    backbone = Llava(encoder, run.backbone.transform)
     content = json.loads(run.recipe.train_file(run.recipe.tasks[0]).read_text())
     content[7]["conversations"][1]["value"] = "It is <picture>."
     (tmp_path / "train.json").write_text(json.dumps(content))
     task = dataclasses.replace(run.recipe.tasks[0], train=str(tmp_path / "train.json"))
     with pytest.raises(ValueError, match=r"train.json: record 7: a text must not hold '<picture>'"):
-        TaskSamples(run.recipe, task, encoder, None)
+        TaskSamples(run.recipe, task, backbone, None)
 
 
 def test_order():
@@ -137,8 +139,8 @@ def test_order():
 
 def test_samples_of_several_tasks(loaded):
     run = loaded()
-    parts = [TaskSamples(run.recipe, task, run.encoder, None) for task in run.recipe.tasks]
-    parts.append(TaskSamples(run.recipe, run.recipe.tasks[0], run.encoder, None, [7]))
+    parts = [TaskSamples(run.recipe, task, run.backbone, None) for task in run.recipe.tasks]
+    parts.append(TaskSamples(run.recipe, run.recipe.tasks[0], run.backbone, None, [7]))
     samples = StageSamples(parts)
     assert len(samples) == len(samples.lengths) == 25
     assert samples[24] == parts[0][7] and samples[12] == parts[1][0]

@@ -185,7 +185,7 @@ def test_what_is_frozen_is_what_was_used_most(finished, world):
     recipe = load_recipe(world, ["method=branchlora", *SMALL])
     run = TrainingRun(dataclasses.replace(recipe, output=str(finished.parent / "other")))
     run.load_processors()
-    samples, collate = run._task_samples(recipe.tasks[0]), Collator(run.transform, run.encoder.pad_token_id, run.dtype)
+    samples, collate = run._task_samples(recipe.tasks[0]), Collator(run.backbone, recipe.training.max_length, run.dtype)
     model = run.method.adapter.load(run.base_model(), finished / STAGES[0] / "adapter").eval()
     usage = [torch.zeros(4, dtype=torch.long) for _ in adapted(model)]
     with torch.no_grad():

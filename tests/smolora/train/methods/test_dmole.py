@@ -120,8 +120,8 @@ def test_answers_outside_of_the_trainer(whole):
         samples = run._task_samples(task)
         texts_of_task = [sample.text for sample in samples.samples]
         embeds = texts[task.name](texts_of_task)
-        pixels = torch.stack([run.transform(recipe.images(task) / sample.image) for sample in samples.samples])
-        prompts = [run.encoder.expand(run.encoder.prompt(text, True)) for text in texts_of_task]
+        pixels = torch.stack([run.backbone.transform(recipe.images(task) / sample.image) for sample in samples.samples])
+        prompts = [run.backbone.encoder.expand(run.backbone.encoder.prompt(text, True)) for text in texts_of_task]
         inputs = {"input_ids": torch.tensor(prompts), "pixel_values": pixels, "instruction_embeds": embeds}
         features = model.base_model.sample_features(**inputs)
         experts = router.experts(features)
