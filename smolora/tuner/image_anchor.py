@@ -111,7 +111,7 @@ def encode_blank(model: Any, image: dict[str, Any]) -> Any:
     inner, rows = getattr(model, "model", model), image_rows(model)
     if rows == "samples":
         return inner.multi_modal_projector(inner.vision_model(**image).last_hidden_state)
+    if rows == "flat":  # older transformers' get_image_features wants an argument that it does not use
+        return inner.multi_modal_projector(inner.vision_model(**image).last_hidden_state.flatten(0, -2))
     features = model.get_image_features(**image)
-    if rows == "flat":
-        return inner.multi_modal_projector(features.last_hidden_state.flatten(0, -2))
     return [getattr(features, "pooler_output", features), getattr(features, "deepstack_features", None)]
