@@ -414,7 +414,7 @@ BROKEN = [
     {"image": "images/\ud83d.png"},
     {"image": "data:image/png;base64," + "A" * 9000},
     {"image": "a\0b"},
-    {"image": ["images/0.png"]},
+    {"image": ["images/0.png", 3]},
 ]
 
 
