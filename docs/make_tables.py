@@ -4,7 +4,8 @@
 
 A result's file is named after its setting, method and seed, with what a run changes of the recipe in between:
 `single-branchlora-0.json`, `minicoin-branchlora-keys=trained-0.json`. A table is written between two comments that name
-it. Methods stand in the order of `smolora train --method`, options below them; seeds are averaged.
+it. Methods stand in the order of `smolora train --method`, and seeds are averaged. Rows with options have the tables
+"ablation" and "options" to themselves.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ FILE = re.compile(r"(?P<setting>[a-z]+)-(?P<method>[a-z-]+?)(?:-(?P<options>[^-]
 Results = Mapping[str, Any]
 Groups = Mapping[str, Sequence[Results]]  # the runs of a row, one a seed, by the row's name
 
+# BranchLoRA's ablation in its paper's order: what is added, and the row that has it
+ABLATION = {
+    "moelora": "moelora",
+    "+ shared A": "branchlora, top_k=8,freeze=false,routers=shared",
+    "+ top-k": "branchlora, freeze=false,routers=shared",
+    "+ freezing": "branchlora, routers=shared",
+    "+ a router and keys per task": "branchlora",
+}
+
 
 def main() -> None:
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
@@ -37,10 +47,21 @@ def with_tables(page: str) -> str:
     """A page with the tables that its comments name."""
     return re.sub(
         r"(<!-- table: (\w+) (\w+) -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}\n{TABLES[found[3]](groups(found[2]))}\n\n{found[4]}",
+        lambda found: f"{found[1]}\n{TABLES[found[3]](rows_of(found[2], found[3]))}\n\n{found[4]}",
         page,
         flags=re.DOTALL,
     )
+
+
+def rows_of(setting: str, kind: str) -> Groups:
+    """The rows of a table."""
+    found = groups(setting)
+    if kind == "ablation":
+        return {name: found[row] for name, row in ABLATION.items() if row in found}
+    if kind == "options":
+        shown = {name for name in found if ", " in name and name not in ABLATION.values()}
+        return {name: runs for name, runs in found.items() if name in shown | {row.split(", ")[0] for row in shown}}
+    return {name: runs for name, runs in found.items() if ", " not in name}
 
 
 def groups(setting: str) -> Groups:
@@ -51,7 +72,7 @@ def groups(setting: str) -> Groups:
         parts = FILE.fullmatch(path.name)
         if parts is None:
             raise ValueError(f"{path} must be named SETTING-METHOD[-OPTIONS]-SEED.json")
-        name = " ".join(filter(None, (parts["method"], parts["options"])))
+        name = ", ".join(filter(None, (parts["method"], parts["options"])))
         results = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault((order.index(parts["method"]), name), []).append(results)
     return {name: found[place, name] for place, name in sorted(found)}
@@ -68,11 +89,10 @@ def spread(values: Sequence[float | None]) -> str:
 
 
 def row_name(name: str, runs: Sequence[Results]) -> str:
-    """A row's method, with its options, its seeds if they are several, and whether it is told the task."""
-    method, _, options = name.partition(" ")
+    """A row's name, with its seeds if they are several, and whether it is told the task."""
     notes = [f"{len(runs)} seeds"] if len(runs) > 1 else []
     notes += ["task given"] if runs[0]["task_source"] == "given" else []
-    return method + (f", {options}" if options else "") + (f" ({', '.join(notes)})" if notes else "")
+    return name + (f" ({', '.join(notes)})" if notes else "")
 
 
 def rows(found: Groups, header: Sequence[str], cells: Callable[[Results], Iterable[float | None]]) -> str:
@@ -157,7 +177,7 @@ def cost(found: Groups) -> str:
 
 TABLES: dict[str, Callable[[Groups], str]] = {
     table.__name__: table for table in (final, own, selector, coin, downstream, cost)
-}
+} | {"ablation": final, "options": final}
 
 if __name__ == "__main__":
     main()
