@@ -127,7 +127,7 @@ def align(base: Base, pictures: Pictures, settings: BaseSettings) -> dict[str, f
 
     def loss() -> Tensor:
         chosen = [rng.choice(pictures.all) for _ in range(settings.batch)]
-        written = [base.converse(picture, rng) for picture in chosen]
+        written = [base.converse(picture, rng, pictures.curriculum.turns) for picture in chosen]
         ids, mask = pad([sample.input_ids for sample in written], base.pad_token_id, left=False)
         labels, _ = pad([sample.labels for sample in written], IGNORED_LABEL, left=False)
         seen = pictures.inputs_of([picture for picture in chosen if picture.canvas is not None])

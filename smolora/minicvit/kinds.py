@@ -106,8 +106,8 @@ class Base(ABC):
         """Return a picture's arguments of the model's forward."""
 
     @abstractmethod
-    def converse(self, picture: Picture, rng: StableRandom) -> Sample:
-        """Write a conversation about a picture; only answers have labels."""
+    def converse(self, picture: Picture, rng: StableRandom, turns: int) -> Sample:
+        """Write a conversation of at most `turns` turns about a picture; only answers have labels."""
 
     def token_inputs(self, ids: Tensor) -> dict[str, Tensor]:
         """Return the arguments of the forward that follow from the ids."""
@@ -138,8 +138,8 @@ class LlavaBase(Base):
     def read(self, image: Image.Image) -> dict[str, Tensor]:
         return {"pixel_values": self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"]}
 
-    def converse(self, picture: Picture, rng: StableRandom) -> Sample:
-        return Sample(*converse(picture, self.encoder, rng))
+    def converse(self, picture: Picture, rng: StableRandom, turns: int) -> Sample:
+        return Sample(*converse(picture, self.encoder, rng, turns))
 
     def tower(self) -> nn.Module:
         return self.model.model.vision_tower
@@ -156,8 +156,8 @@ class ChatBase(Base):
     def read(self, image: Image.Image) -> dict[str, Tensor]:
         return self.backbone.process(image).tensors
 
-    def converse(self, picture: Picture, rng: StableRandom) -> Sample:
-        sample = self.backbone.sample(dialogue(picture, rng))
+    def converse(self, picture: Picture, rng: StableRandom, turns: int) -> Sample:
+        sample = self.backbone.sample(dialogue(picture, rng, turns))
         places = [[self.backbone.image_token_id] * TOKENS]
         return self.backbone.expand_sample(sample, places)
 

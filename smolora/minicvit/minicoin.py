@@ -48,6 +48,11 @@ class Placed(NamedTuple):
         """The box's numbers as they are written."""
         return [NUMBERS[place // STEP] for place in self.box]
 
+    @property
+    def written(self) -> str:
+        """The box without its brackets."""
+        return ", ".join(self.numbers)
+
 
 def scene(rng: StableRandom, fewest: int = 2) -> tuple[Canvas, list[Placed]]:
     """Draw `fewest` to three shapes of different colours, none on another."""
@@ -77,7 +82,7 @@ def grounding(rng: StableRandom, held_out: bool) -> DrawnSample:
     canvas, placed = scene(rng)
     asked = rng.choice(placed)
     question = rng.choice(["Where is the {} {}?", "Which part of the picture has the {} {}?"])
-    box = f"[{', '.join(asked.numbers)}]"
+    box = f"[{asked.written}]"
     height, width, _ = canvas.pixels.shape
     more = {"answer_bbox": box, "size": [width, height]}
     return DrawnSample(question.format(asked.colour, asked.shape), box, canvas, more=more)
@@ -103,10 +108,10 @@ MINICOIN = Benchmark("MiniCoIN", "MiniCoIN 2", TASKS, {"Instructions_Original": 
 
 
 CORNERS = ("x1", "y1", "x2", "y2")
-# what each patch is told of the shape that covers most of it, and all patches together of each colour's shape: without
-# the first a tower of this size finds no boxes, without the second its language model reads none
+# What each patch is told of the shape that covers most of it, and all patches together of each colour's shape. Without
+# the first a tower of this size finds no boxes, and its language model cannot look them up where a colour is.
 BOX_HEADS = {
-    f"{what}_at_{patch}": ProbeHead((*names, "nothing"), (patch,), 1 / len(EVERYWHERE))
+    f"{what}_at_{patch}": ProbeHead((*names, "nothing"), (patch,), 4 / len(EVERYWHERE))
     for patch in EVERYWHERE
     for what, names in (("colour", tuple(COLOURS)), ("shape", SHAPES), *((corner, NUMBERS) for corner in CORNERS))
 }
@@ -116,7 +121,7 @@ BOX_HEADS |= {
     for what, names in (("shape", SHAPES), *((corner, NUMBERS) for corner in CORNERS))
 }
 # how often each kind is drawn
-KIND_WEIGHTS = {"digit": 4, "object": 1, "shape": 1, "grid": 2, "sign": 3, "book": 2, "words": 1, "scene": 4}
+KIND_WEIGHTS = {"digit": 4, "object": 1, "shape": 1, "grid": 2, "sign": 3, "book": 2, "words": 1, "scene": 10}
 KINDS_OF_PICTURES = tuple(kind for kind, weight in KIND_WEIGHTS.items() for _ in range(weight))
 
 
@@ -152,10 +157,16 @@ def scene_picture(rng: StableRandom) -> Picture:
             said = dict(zip(CORNERS, one.numbers, strict=True), colour=one.colour, shape=one.shape)
             facts.update({f"{what}_at_{patch}": name for what, name in said.items()})
     picture = Picture(padded(canvas), **facts)
+    # what is said of a shape comes right after its colour: a model of this size learns first to look up the last word
+    picture.ask(
+        "Describe the picture.",
+        " and ".join(f"{one.colour} {one.shape}" for one in placed),
+        f"I see {' and '.join(f'a {one.shape} in {one.colour} {one.written}' for one in placed)}.",
+    )
     for one in placed:
-        name, (x1, y1, x2, y2) = f"{one.colour} {one.shape}", one.numbers
-        picture.ask(f"Which numbers say where the {name} lies?", f"{x1}, {y1}, {x2}, {y2}", "It lies at {}.")
-        picture.ask(f"Which shape is {one.colour}?", one.shape, "It is a {}.")
+        name = f"{one.colour} {one.shape}"
+        picture.ask(f"Which numbers say where the {name} lies?", one.written, f"The {one.shape} in {one.colour} {{}}.")
+        picture.ask(f"Which shape is {one.colour}?", one.shape, f"It is a {one.colour} {{}}.")
     return picture
 
 
@@ -189,5 +200,5 @@ def _texts() -> Iterator[str]:
             yield f" {question}\n{question} {sentence}"
 
 
-MINICOIN_PICTURES = Curriculum(MINICOIN.seed, PROBE_HEADS | BOX_HEADS, draw_picture, _texts, numbers=True)
-MINICOIN_BASE = BaseSettings(vision_steps=2000, steps=600)
+MINICOIN_PICTURES = Curriculum(MINICOIN.seed, PROBE_HEADS | BOX_HEADS, draw_picture, _texts, numbers=True, turns=6)
+MINICOIN_BASE = BaseSettings(vision_steps=2000, steps=700)

@@ -25,6 +25,7 @@ class Curriculum(NamedTuple):
         draw: draws a picture.
         texts: yields texts with every word that the tokenizer gets.
         numbers: numbers of two decimals, such as 0.25, are single tokens.
+        turns: most turns of a conversation about a picture.
     """
 
     seed: str
@@ -32,6 +33,7 @@ class Curriculum(NamedTuple):
     draw: Callable[[StableRandom], Picture]
     texts: Callable[[], Iterator[str]]
     numbers: bool = False
+    turns: int = 3
 
 
 class ProbeHead(NamedTuple):
@@ -233,9 +235,7 @@ def vocabulary_texts() -> Iterator[str]:
 MINICVIT_PICTURES = Curriculum(MINICVIT.seed, PROBE_HEADS, draw_picture, vocabulary_texts)
 
 
-def converse(
-    picture: Picture, encoder: PromptEncoder, rng: StableRandom, turns: int = 3
-) -> tuple[list[int], list[int]]:
+def converse(picture: Picture, encoder: PromptEncoder, rng: StableRandom, turns: int) -> tuple[list[int], list[int]]:
     """Write a conversation of at most `turns` turns in Vicuna's style, each turn after a space.
 
     Returns:
@@ -251,7 +251,7 @@ def converse(
     return ids, labels
 
 
-def dialogue(picture: Picture, rng: StableRandom, turns: int = 3) -> list[Message]:
+def dialogue(picture: Picture, rng: StableRandom, turns: int) -> list[Message]:
     """Write a conversation of at most `turns` turns as messages."""
     messages: list[Message] = []
     for question, said in _turns(picture, rng, turns):

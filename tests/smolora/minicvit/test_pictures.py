@@ -53,7 +53,7 @@ def test_conversations_are_known_and_only_answers_are_learned(world, encoders):
     system = encoder.tokenizer.convert_tokens_to_ids(SYSTEM)
     for index in range(80):
         picture = curriculum.draw(StableRandom(f"test {index}"))
-        ids, labels = converse(picture, encoder, StableRandom(f"turns {index}"))
+        ids, labels = converse(picture, encoder, StableRandom(f"turns {index}"), 3)
         assert encoder.tokenizer.unk_token_id not in ids
         assert (ids.count(system), ids.count(encoder.tokenizer.bos_token_id)) == (1, 1)
         assert ids.count(encoder.image_token_id) == (16 if picture.canvas is not None else 0)
