@@ -46,18 +46,22 @@ class Style(NamedTuple):
 
 
 def method_slots(methods: Sequence[str]) -> dict[str, int]:
-    """The place of each method in the palette. One that `METHODS` lacks takes a place that no other method has."""
+    """The place of each method in the palette. One that `METHODS` lacks takes a place that no other method has.
+
+    Places after the last colour stand for the same colours with other markers.
+    """
     slots = {method: METHODS.index(method) for method in methods if method in METHODS}
     free = [slot for slot in range(len(LIGHT)) if slot not in slots.values()]
     for method in dict.fromkeys(methods):
         if method not in slots:
-            slots[method] = free.pop(0) if free else len(slots) % len(LIGHT)
+            slots[method] = free.pop(0) if free else len(slots)
     return slots
 
 
 def method_style(slot: int, run: int = 0) -> Style:
     """The style of a method's run, counted from 0."""
-    return Style(f"method-{slot}", DASHES[run % len(DASHES)], MARKERS[slot])
+    turn, colour = divmod(slot, len(LIGHT))
+    return Style(f"method-{colour}", DASHES[run % len(DASHES)], MARKERS[(colour + turn) % len(MARKERS)])
 
 
 def run_styles(runs: Sequence[RunFolder]) -> dict[str, Style]:

@@ -282,6 +282,9 @@ def test_a_method_has_one_place_in_the_palette():
     slots = palette.method_slots(["replay", "smolora", "ewc", "seqlora"])
     assert (slots["smolora"], slots["seqlora"]) == (0, 1) and len(set(slots.values())) == 4
     assert palette.method_slots(["seqlora"])["seqlora"] == 1
+    many = palette.method_slots([*palette.METHODS, *(f"method {number}" for number in range(20))])
+    styles = {palette.method_style(slot) for slot in many.values()}
+    assert len(styles) == len(many) and len({style.colour for style in styles}) == len(palette.LIGHT)
 
 
 # ---- a browser
