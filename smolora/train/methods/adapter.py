@@ -57,6 +57,22 @@ class Adapter(Hooks):
                 f"adapter.target_modules {chosen!r}"
             )
 
+    def check_unused(self, why: str, *keys: str) -> None:
+        """Check that options without an effect are left at their defaults.
+
+        Args:
+            why: when they have none, such as "where keys are 'closed'".
+            keys: their names.
+
+        Raises:
+            ValueError: one has another value.
+        """
+        defaults = self.options_class()
+        for key in keys:
+            value = getattr(self.options, key)
+            if value != getattr(defaults, key):
+                raise ValueError(f"methods.{self.name}.{key} has no effect {why}: leave it out, got {value!r}")
+
     def config(self, base: nn.Module) -> PeftConfig | None:
         """The configuration of a new adapter; None for a method without adapters."""
         raise NotImplementedError  # there is no default

@@ -56,6 +56,9 @@ class BranchLoRA(Adapter):
     """One A, N branches B, and a router and keys for each task, which answer without a task id.
 
     A branch has 1/N of the baselines' rank, as in CoIN an expert of moelora has, and the same scaling.
+
+    Raises:
+        ValueError: the rank is no multiple of N; more branches than N are chosen or frozen; or an option has no effect.
     """
 
     name = "branchlora"
@@ -67,8 +70,15 @@ class BranchLoRA(Adapter):
         self.has_tasks = self.options.routers == "task"
         self.takes_task_ids = self.has_tasks
         self.text = "question" if self.has_tasks else None
+        options = self.options
+        if options.routers == "shared":
+            self.check_unused("where routers are 'shared', which have no keys", "keys", "alignment")
+        if options.keys == "closed":
+            self.check_unused("where keys are 'closed'", "alignment")
+        if not self.frozen_each():
+            self.check_unused("where no branch is frozen", "freeze_pool")
         rank, _ = baseline_rank(recipe)
-        N, options = self.branches(), self.options
+        N = self.branches()
         if rank % N:
             raise ValueError(f"baseline.rank must be a multiple of the {N} branches of branchlora, got {rank}")
         for key, value in (("top_k", options.top_k), ("freeze", self.frozen_each())):

@@ -47,7 +47,8 @@ class Eproj(Tasked):
     A stage trains its task's projector alone, so that only a wrong choice forgets.
 
     Raises:
-        ValueError: as for `Tasked`; or the recipe trains the projector in full, or keys that are not used.
+        ValueError: as for `Tasked`; the recipe trains the projector in full, or keys that are not used; or an option
+            has no effect.
     """
 
     name = "eproj"
@@ -70,6 +71,8 @@ class Eproj(Tasked):
             raise ValueError(
                 "methods.eproj.keys must be 'closed' where task is 'oracle', which uses none, got 'trained'"
             )
+        if self.options.keys == "closed":
+            self.check_unused("where keys are 'closed'", "key_steps", "key_learning_rate", "pull")
 
     def config(self, base: nn.Module) -> PeftConfig:
         return EprojConfig(

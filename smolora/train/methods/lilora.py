@@ -50,6 +50,8 @@ class LiLoRA(Tasked):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
+        if self.options.regulariser == "freeze":
+            self.check_unused("where regulariser is 'freeze'", "regulariser_weight")
         self._before: tuple[int, int, list[Tensor]] | None = None  # this task, the one before, and the B it left
 
     def has(self, name: str) -> bool:

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...methods import MoECLConfig
+from ...recipe import Recipe
 from ...recipe.schema import SECTION, Flag, Number, Text
 from ...tuner.block import discriminator_loss
 from ...tuner.model import TARGETS
@@ -44,6 +45,11 @@ class MoECL(Tasked):
     default_targets = TARGETS["block"]
     options_class = MoECLOptions
     options: MoECLOptions
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        if not self.options.discriminator_weight:
+            self.check_unused("where discriminator_weight is 0", "double_softmax")
 
     def config(self, base: nn.Module) -> PeftConfig:
         rank, alpha = baseline_rank(self.recipe)

@@ -91,6 +91,24 @@ def test_options_are_taken_as_they_are_written(short, override):
 
 
 @pytest.mark.parametrize(
+    ("method", "options", "unused"),
+    [
+        ("branchlora", "{alignment: 2}", "alignment"),
+        ("branchlora", "{routers: shared, keys: trained}", "keys"),
+        ("branchlora", "{routers: shared, alignment: 0.5}", "alignment"),
+        ("branchlora", "{freeze: false, freeze_pool: tunable}", "freeze_pool"),
+        ("eproj", "{pull: 0.2}", "pull"),
+        ("eproj", "{key_steps: 10}", "key_steps"),
+        ("lilora", "{regulariser_weight: 2}", "regulariser_weight"),
+        ("moecl", "{discriminator_weight: 0, double_softmax: false}", "double_softmax"),
+    ],
+)
+def test_options_without_an_effect_are_refused(short, method, options, unused):
+    with pytest.raises(ValueError, match=rf"methods\.{method}\.{unused} has no effect where .* leave it out, got"):
+        Method(short(f"method={method}", f"methods.{method}={options}"))
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("methods.lilora.task=given", r"methods\.lilora\.task"),
