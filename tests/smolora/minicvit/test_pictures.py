@@ -70,7 +70,10 @@ def test_no_instruction_occurs_in_the_alignment(world):
     _, curriculum, tables = WORLDS[world]
     turns = [turn for n in range(200) for turn in curriculum.draw(StableRandom(f"{n}")).turns]
     said = " ".join(f"{question} {sentence}" for question, _, sentence in turns)
-    assert all("{}" in sentence and sentence.endswith(".") for _, _, sentence in turns)
+    assert all(
+        ("{}" in sentence or question == "Describe the picture.") and sentence.endswith(".")
+        for question, _, sentence in turns
+    )
     assert not any(answer.startswith("[") for _, answer, _ in turns)
     for table in tables:
         for instructions in table.values():
