@@ -9,8 +9,9 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kTokens = 64;    // a block of tokens
-constexpr int64_t kFew = 8;        // tokens whose rows of x fit into L1 together
+constexpr int64_t kFew = 24;       // tokens whose columns of y a task writes before the next ones
 constexpr int64_t kColumns = 128;  // a block of columns of x or g; kTokens rows of it fit into L2
+constexpr int64_t kPitch = kColumns + 16;  // of a block's rows: powers of two compete for the same cache sets
 constexpr int64_t kStrip = 512;    // columns of y that a task writes
 constexpr int64_t kGroups = 8;     // split-k of p: groups of columns of g, each with a partial p
 
@@ -25,17 +26,17 @@ T* scratch(int64_t size) {
   return reinterpret_cast<T*>((address + 63) / 64 * 64);
 }
 
-// Copies a block (rows, count) of a wide array, zero-padded to kColumns, so that its rows do not compete for the same
-// cache sets. Prefetches the next block, which has `more` rows.
-template <class T>
-INLINE void copy_block(const T* from, int64_t from_row, int64_t rows, int64_t count, int64_t more, T* to) {
-  for (int64_t row = 0; row < rows; ++row, from += from_row, to += kColumns) {
-    if (row < more) {
-      const char* next = reinterpret_cast<const char*>(from + rows * from_row);
-      for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(next + i, 0, 2);
+// Copies a block (rows, count) of a wide array, zero-padded to kColumns.
+template <class T, int Bytes>
+INLINE void copy_block(const T* from, int64_t from_row, int64_t rows, int64_t count, T* to) {
+  constexpr int kSize = Vector<T, Bytes>::kSize;
+  for (int64_t row = 0; row < rows; ++row, from += from_row, to += kPitch) {
+    if (count == kColumns) {
+      for (int64_t i = 0; i < kColumns; i += kSize) store<T, Bytes>(to + i, load<T, Bytes>(from + i));
+    } else {
+      std::copy_n(from, count, to);
+      std::fill(to + count, to + kColumns, T(0));
     }
-    std::copy_n(from, count, to);
-    std::fill(to + count, to + kColumns, T(0));
   }
 }
 
@@ -50,11 +51,13 @@ INLINE void shrink_task_body(const Down<T>& job, int64_t task) {
   int64_t seq = 0;
   for (int64_t token = first; token < last;) {
     while (at.ids != nullptr && at.end(seq) <= token) ++seq;
-    const int64_t end = std::min({token + kFew, last, at.ids == nullptr ? last : at.end(seq)}), rows = end - token;
+    // as many tokens as a tile has rows: their rows of x fit into L1 together
+    const int64_t end = std::min({token + kTileRows<Bytes>, last, at.ids == nullptr ? last : at.end(seq)});
+    const int64_t rows = end - token;
     for (int64_t bank = 0; bank < at.banks; ++bank) {
       const T* x = job.x + token * job.d;
       if (job.threshold) {
-        T* kept = scratch<T, 0>(kFew * width);
+        T* kept = scratch<T, 0>(kTileRows<Bytes> * width);
         keep_mask(kept, token, rows, 0, blocks, job.streams[bank], job.seed, job.threshold);
         for (int64_t row = 0; row < rows; ++row) {
           for (int64_t i = 0; i < job.d; ++i) kept[row * width + i] *= x[row * job.d + i];
@@ -65,7 +68,7 @@ INLINE void shrink_task_body(const Down<T>& job, int64_t task) {
         T* h = job.h + token * at.columns() + (bank * at.slots + slot) * at.rank;
         // an empty slot (-1) reads expert 0: its weight is 0
         const T* A = job.A[bank] + std::max<int64_t>(at.expert(seq, bank, slot), 0) * at.rank * job.d;
-        dot_rows<T, Bytes, 8>(rows, at.rank, job.d, x, width, A, job.d, scale, h, at.columns());
+        dot_rows<T, Bytes, kTileRows<Bytes>>(rows, at.rank, job.d, x, width, A, job.d, scale, h, at.columns());
       }
     }
     token = end;
@@ -81,10 +84,10 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
   const int64_t first = task * kColumns, count = std::min(kColumns, job.d - first);
   const int64_t used = at.columns(), per_bank = at.slots * at.rank;
   const int64_t seqs = at.ids == nullptr ? 1 : at.seqs;
-  T* A = scratch<T, 1>(used * kColumns);        // (b K r, columns)
+  T* A = scratch<T, 1>(used * kPitch);          // (b K r, columns)
   T* sums = scratch<T, 2>(used * kColumns);     // dA of a sequence
   T* mask = scratch<T, 3>(kTokens * kColumns);  // dropout mask of a bank
-  T* kept = scratch<T, 4>(kTokens * kColumns);  // x after dropout
+  T* kept = scratch<T, 4>(kTokens * kPitch);    // x after dropout
   T* part = scratch<T, 5>(kTokens * kColumns);  // dx of a bank
   bool need_A = false;
   for (int64_t bank = 0; bank < at.banks; ++bank) {
@@ -106,8 +109,8 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
       const int64_t slot = row / at.rank, bank = slot / at.slots;
       const int64_t expert = std::max<int64_t>(at.expert(seq, bank, slot % at.slots), 0);
       const T* from = job.A[bank] + (expert * at.rank + row % at.rank) * job.d + first;
-      std::copy(from, from + count, A + row * kColumns);
-      std::fill(A + row * kColumns + count, A + (row + 1) * kColumns, T(0));
+      std::copy(from, from + count, A + row * kPitch);
+      std::fill(A + row * kPitch + count, A + row * kPitch + kColumns, T(0));
     }
     if (live) std::fill(sums, sums + used * kColumns, T(0));
     for (int64_t token = begin; token < end; token += kTokens) {
@@ -122,8 +125,8 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
         if (job.dx != nullptr) {
           T* dx = job.dx + token * job.d + first;
           const bool direct = !job.threshold && count == kColumns;
-          multiply<T, Bytes>(rows, padded(count, kTile), per_bank, dh_bank, used, 1, A + bank * per_bank * kColumns,
-                             kColumns, direct ? dx : part, direct ? job.d : kColumns, direct && bank > 0);
+          multiply<T, Bytes>(rows, padded(count, kTile), per_bank, dh_bank, used, 1, A + bank * per_bank * kPitch,
+                             kPitch, direct ? dx : part, direct ? job.d : kColumns, direct && bank > 0);
           for (int64_t row = 0; row < rows && !direct; ++row) {
             T* to = dx + row * job.d;
             T* from = part + row * kColumns;
@@ -140,12 +143,12 @@ INLINE void grad_down_task_body(const Down<T>& job, int64_t task) {
         if (job.dA[bank] == nullptr || !live) continue;
         const T* x = job.x + token * job.d + first;
         if (job.threshold || bank == 0 || job.dA[0] == nullptr) {
-          copy_block(x, job.d, rows, count, bank == 0 ? std::min(kTokens, end - token - rows) : 0, kept);
+          copy_block<T, Bytes>(x, job.d, rows, count, kept);
         }
         for (int64_t row = 0; row < rows && job.threshold; ++row) {
-          for (int64_t i = 0; i < count; ++i) kept[row * kColumns + i] *= mask[row * mask_row + i];
+          for (int64_t i = 0; i < count; ++i) kept[row * kPitch + i] *= mask[row * mask_row + i];
         }
-        multiply<T, Bytes>(per_bank, padded(count, kTile), rows, dh_bank, 1, used, kept, kColumns,
+        multiply<T, Bytes>(per_bank, padded(count, kTile), rows, dh_bank, 1, used, kept, kPitch,
                            sums + bank * per_bank * kColumns, kColumns, true);
       }
     }
@@ -194,8 +197,8 @@ INLINE void expand_task_body(const Up<T>& job, int64_t task) {
         for (int64_t row = 0; row < rows && job.bias != nullptr; ++row) {
           std::copy_n(job.bias + first + c, inside, out + row * out_row);
         }
-        tile_rows<T, Bytes, kTileRows<Bytes>>(rows, used, job.u + token * used, used, 1, B + c * used, kTile, out,
-                                              out_row, job.bias != nullptr);
+        multiply<T, Bytes>(rows, kTile, used, job.u + token * used, used, 1, B + c * used, kTile, out, out_row,
+                           job.bias != nullptr);
         for (int64_t row = 0; row < rows && !direct; ++row) std::copy_n(part + row * kTile, inside, y + row * job.k);
       }
     }
@@ -214,7 +217,7 @@ INLINE void grad_up_task_body(const Up<T>& job, int64_t task) {
   T* sums = scratch<T, 2>(kColumns * stride);  // dB of a sequence
   T* u = scratch<T, 3>(kTokens * stride);
   T* p = scratch<T, 4>(kTokens * stride);
-  T* g = scratch<T, 5>(kTokens * kColumns);
+  T* g = scratch<T, 5>(kTokens * kPitch);
   std::fill(u, u + kTokens * stride, T(0));
   bool written = false;
   for (int64_t piece = pieces * task / kGroups; piece < pieces * (task + 1) / kGroups; ++piece) {
@@ -246,13 +249,12 @@ INLINE void grad_up_task_body(const Up<T>& job, int64_t task) {
       if (need_B && live) std::fill(sums, sums + count * stride, T(0));
       for (int64_t token = begin; token < end; token += kTokens) {
         const int64_t rows = std::min(kTokens, end - token);
-        const int64_t more = std::min(kTokens, end - token - rows);
-        copy_block(job.g + token * job.k + first, job.k, rows, count, more, g);
+        copy_block<T, Bytes>(job.g + token * job.k + first, job.k, rows, count, g);
         if (job.p != nullptr) {
           T* mine = job.partial_p + (task * at.tokens + token) * used;
           const bool direct = used == stride;
           T* out = direct ? mine : p;
-          multiply<T, Bytes>(rows, stride, count, g, kColumns, 1, B, stride, out, stride, direct && written);
+          multiply<T, Bytes>(rows, stride, count, g, kPitch, 1, B, stride, out, stride, direct && written);
           for (int64_t i = 0; i < rows * used && !direct; ++i) {
             const T value = p[i / used * stride + i % used];
             mine[i] = written ? mine[i] + value : value;
@@ -264,7 +266,7 @@ INLINE void grad_up_task_body(const Up<T>& job, int64_t task) {
             for (int64_t row = 0; row < rows; ++row) std::copy_n(right + row * used, used, u + row * stride);
             right = u;
           }
-          multiply<T, Bytes>(count, stride, rows, g, 1, kColumns, right, stride, sums, stride, true);
+          multiply<T, Bytes>(count, stride, rows, g, 1, kPitch, right, stride, sums, stride, true);
         }
       }
       for (int64_t slot = 0; slot < at.banks * at.slots && need_B && live; ++slot) {

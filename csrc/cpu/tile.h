@@ -11,7 +11,7 @@ template <class T, int Bytes>
 constexpr int64_t kWidth = kVectors * int64_t(Bytes / sizeof(T));  // columns of a tile
 
 template <int Bytes>
-constexpr int kTileRows = Bytes == 64 ? 8 : 4;
+constexpr int kTileRows = Bytes == 64 ? 8 : Bytes == 32 ? 6 : 4;  // the sums of a tile stay in registers
 
 INLINE int64_t padded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
@@ -38,14 +38,22 @@ INLINE void tile(int64_t inner, const T* left, int64_t row, int64_t step, const 
   }
 }
 
+// Rows of a tile below one of Rows, for what is left of a product's rows.
+template <int Rows>
+constexpr int kFewer = Rows == 6 ? 4 : Rows / 2;
+
 template <class T, int Bytes, int Rows>
-INLINE void tile_rows(int64_t rows, int64_t inner, const T* left, int64_t row, int64_t step, const T* right,
-                      int64_t right_row, T* out, int64_t out_row, bool add) {
+INLINE void tile_rows(int64_t rows, int64_t columns, int64_t inner, const T* left, int64_t row, int64_t step,
+                      const T* right, int64_t right_row, T* out, int64_t out_row, bool add) {
   for (; rows >= Rows; rows -= Rows, left += Rows * row, out += Rows * out_row) {
-    tile<T, Bytes, Rows>(inner, left, row, step, right, right_row, out, out_row, add);
+    for (int64_t c = 0; c < columns; c += kWidth<T, Bytes>) {
+      tile<T, Bytes, Rows>(inner, left, row, step, right + c, right_row, out + c, out_row, add);
+    }
   }
   if constexpr (Rows > 1) {
-    if (rows) tile_rows<T, Bytes, Rows / 2>(rows, inner, left, row, step, right, right_row, out, out_row, add);
+    if (rows) {
+      tile_rows<T, Bytes, kFewer<Rows>>(rows, columns, inner, left, row, step, right, right_row, out, out_row, add);
+    }
   }
 }
 
@@ -54,9 +62,7 @@ INLINE void tile_rows(int64_t rows, int64_t inner, const T* left, int64_t row, i
 template <class T, int Bytes>
 INLINE void multiply(int64_t rows, int64_t columns, int64_t inner, const T* left, int64_t row, int64_t step,
                      const T* right, int64_t right_row, T* out, int64_t out_row, bool add) {
-  for (int64_t c = 0; c < columns; c += kWidth<T, Bytes>) {
-    tile_rows<T, Bytes, kTileRows<Bytes>>(rows, inner, left, row, step, right + c, right_row, out + c, out_row, add);
-  }
+  tile_rows<T, Bytes, kTileRows<Bytes>>(rows, columns, inner, left, row, step, right, right_row, out, out_row, add);
 }
 
 // out[m, j] = left[m] . right[j] for Rows rows of left and Columns of right
@@ -97,7 +103,9 @@ INLINE void dot_rows(int64_t rows, int64_t columns, int64_t inner, const T* left
     }
   }
   if constexpr (Rows > 1) {
-    if (rows) dot_rows<T, Bytes, Rows / 2>(rows, columns, inner, left, left_row, right, right_row, scale, out, out_row);
+    if (rows) {
+      dot_rows<T, Bytes, kFewer<Rows>>(rows, columns, inner, left, left_row, right, right_row, scale, out, out_row);
+    }
   }
 }
 
