@@ -33,7 +33,8 @@ def test_what_is_planned_is_made(tmp_path, monkeypatch):
     [
         ({"base": "b"}, "prepare.minicvit.data must be a folder, got None"),
         ({"data": "d", "base": 3}, "prepare.minicvit.base must be a folder, got 3"),
-        ({"data": "d", "base": "b", "task": []}, "has data, base and tasks, got task too"),
+        ({"data": "d", "base": "b", "task": []}, "has data, base, tasks and backbone, got task too"),
+        ({"data": "d", "base": "b", "backbone": "opt"}, "prepare.minicvit.backbone must be one of llava, .* got 'opt'"),
         ({"data": "d", "base": "b", "tasks": ["GQB"]}, r"tasks must be a list of ScienceQA, .* got \['GQB'\]"),
     ],
 )
