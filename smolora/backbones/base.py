@@ -39,6 +39,7 @@ class Backbone(ABC):
         feature_token_id: stands for each feature of an image in its ids.
         pad_token_id: fills a batch.
         stop_token_ids: the ids that end an answer.
+        stop_texts: texts that end an answer, each of any number of ids.
         image_tokens: how many ids stand for any image; None if that depends on the image.
     """
 
@@ -48,6 +49,7 @@ class Backbone(ABC):
     feature_token_id: int
     pad_token_id: int
     stop_token_ids: list[int]
+    stop_texts: tuple[str, ...] = ()
     image_tokens: int | None = None
 
     @classmethod
@@ -87,9 +89,12 @@ class Backbone(ABC):
         return False
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode a generated answer up to the first id that ends it, stripped, without special tokens."""
+        """Decode a generated answer up to the first id or text that ends it, stripped, without special tokens."""
         end = next((place for place, token in enumerate(ids) if token in self.stop_token_ids), len(ids))
-        return self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
+        for stop in self.stop_texts:
+            text = text.partition(stop)[0]
+        return text.strip()
 
     # ---- images
 

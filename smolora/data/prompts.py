@@ -49,6 +49,48 @@ def prompt_text(text: str, image: bool) -> str:
     return f"{SYSTEM} USER: {IMAGE_TOKEN}\n{text} ASSISTANT:" if image else f"{SYSTEM} USER: {text} ASSISTANT:"
 
 
+class PlainText:
+    """A tokenizer of texts in which nothing is read as a special token.
+
+    Args:
+        tokenizer: the language model's; needs `bos_token_id` and `eos_token_id`.
+        image_token_id: the placeholder of an image.
+
+    Attributes:
+        pad_token_id: fills a batch; EOS where the tokenizer has none of its own.
+
+    Raises:
+        ValueError: the tokenizer has no BOS or no EOS.
+    """
+
+    def __init__(self, tokenizer: Any, image_token_id: int) -> None:
+        for name in ("bos_token_id", "eos_token_id"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(f"the tokenizer must have a {name}, got None")
+        self.tokenizer = tokenizer
+        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        reserved = {*tokenizer.all_special_ids, self.pad_token_id, image_token_id}
+        self._reserved = reserved - {tokenizer.unk_token_id}  # which a text may have
+        self._spelled = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._reserved))]
+
+    def is_certain(self, *texts: str) -> bool:
+        """Return whether texts can certainly be tokenised, without doing it."""
+        return not any(token in text for token in self._spelled for text in texts)
+
+    def tokens(self, text: str) -> list[int]:
+        """Tokenise a text.
+
+        Raises:
+            ValueError: the tokenizer cannot encode it without a special token.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        read = self._reserved.intersection(ids)
+        if read:  # an added token that is not marked as special, or a part of the vocabulary itself
+            token = self.tokenizer.convert_ids_to_tokens(min(read))
+            raise ValueError(f"a text must not hold {token!r}, which this tokenizer cannot read as text, got {text!r}")
+        return ids
+
+
 class PromptEncoder:
     """Encoder of questions and answers to token ids.
 
@@ -62,18 +104,12 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Any, image_token_id: int, image_features: int) -> None:
-        for name in ("bos_token_id", "eos_token_id"):
-            if getattr(tokenizer, name) is None:
-                raise ValueError(f"the tokenizer must have a {name}, got None")
+        self.plain = PlainText(tokenizer, image_token_id)
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.image_features = image_features
-        self.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        reserved = {*tokenizer.all_special_ids, self.pad_token_id, image_token_id}
-        self._reserved = reserved - {tokenizer.unk_token_id}  # which a text may have
-        self._spelled = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._reserved))]
-        self._opening: list[int] = []
-        self._opening = self._tokens(OPENING)  # of every prompt with an image
+        self.pad_token_id = self.plain.pad_token_id
+        self._opening = self.plain.tokens(OPENING)  # of every prompt with an image
 
     @classmethod
     def for_model(cls, tokenizer: Any, config: Any) -> PromptEncoder:
@@ -123,7 +159,7 @@ class PromptEncoder:
         The bound counts a token for every byte.
         """
         prompt = prompt_text(text, image) + answer
-        plain = not any(token in text or token in answer for token in self._spelled)
+        plain = self.plain.is_certain(text, answer)
         return plain and len(prompt.encode()) + image * self.image_features + 8 <= limit  # 8: spaces, BOS and EOS
 
     def expand(self, ids: Sequence[int]) -> list[int]:
@@ -177,14 +213,7 @@ class PromptEncoder:
                 yield " ASSISTANT:"
 
     def _tokens(self, text: str) -> list[int]:
-        if text == OPENING and self._opening:
-            return self._opening
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        read = self._reserved.intersection(ids)
-        if read:  # an added token that is not marked as special, or a part of the vocabulary itself
-            token = self.tokenizer.convert_ids_to_tokens(min(read))
-            raise ValueError(f"a text must not hold {token!r}, which this tokenizer cannot read as text, got {text!r}")
-        return ids
+        return self._opening if text == OPENING else self.plain.tokens(text)
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -344,6 +344,7 @@ class BatchGenerator:
     ) -> None:
         self.model, self.backbone, self.embed, self.recorder = model, backbone, embed, recorder
         self.task_id = task_id
+        self.reads_text = {"tokenizer": backbone.tokenizer} if backbone.stop_texts else {}
         self.config = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
@@ -351,6 +352,7 @@ class BatchGenerator:
             use_cache=True,
             bos_token_id=backbone.tokenizer.bos_token_id,
             eos_token_id=backbone.stop_token_ids,
+            stop_strings=list(backbone.stop_texts) or None,
             pad_token_id=backbone.pad_token_id,
         )
 
@@ -387,7 +389,7 @@ class BatchGenerator:
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         self.recorder.start()
         with plain_generation(self.model):
-            sequences = self.model.generate(**inputs, generation_config=self.config)
+            sequences = self.model.generate(**inputs, generation_config=self.config, **self.reads_text)
         layers = self.recorder.samples(mask)
         answers = [self.backbone.decode(sequence) for sequence in sequences[:, ids.shape[1] :].tolist()]
         return answers, layers, self.recorder.tasks()

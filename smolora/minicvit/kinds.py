@@ -12,6 +12,10 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessorPil,
     CLIPImageProcessorPil,
     GotOcr2ImageProcessorPil,
     InternVLConfig,
@@ -27,9 +31,11 @@ from transformers import (
 )
 
 from ..backbones.chat import Chat, without_video
+from ..backbones.minigpt4 import MiniGPT4
 from ..data.prompts import SYSTEM, PromptEncoder, Sample
 from ..instructions.texts import IMAGE_TOKEN
 from ..official.llava import llava_config
+from ..official.minigpt4 import chat_template
 from .pictures import PATCH, Curriculum, Picture, converse, dialogue
 from .scenes import SIDE, StableRandom
 
@@ -37,6 +43,7 @@ NUMBER_OR_MARK = r"▁?[01]\.[0-9]{2}|[^\w\s▁]"
 GRID = SIDE // PATCH  # patches along a side
 MERGED = 2  # patches along a side that Qwen2.5-VL and InternVL make one image token of
 TOKENS = (GRID // MERGED) ** 2  # theirs for a picture
+QUERIES = 16  # of MiniGPT-4 for a picture
 SPECIAL = ("<pad>", "<s>", "</s>", IMAGE_TOKEN, "<unk>")
 TURN, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
@@ -273,10 +280,64 @@ class InternVLBase(ChatBase):
         return self.tower()(inputs["pixel_values"]).last_hidden_state[:, 1:]
 
 
+class MiniGPT4Base(Base):
+    """A small MiniGPT-4: a ViT, a Q-Former, a projection, a Llama. The Q-Former is trained as the projection is."""
+
+    def __init__(self, settings: BaseSettings, curriculum: Curriculum) -> None:
+        self.tokenizer = make_minigpt4_tokenizer(curriculum)
+        config = Blip2Config(
+            vision_config={
+                "image_size": SIDE,
+                "patch_size": PATCH,
+                "hidden_size": settings.vision_hidden,
+                "intermediate_size": 2 * settings.vision_hidden,
+                "num_hidden_layers": settings.vision_layers,
+                "num_attention_heads": 4,
+            },
+            qformer_config={
+                "hidden_size": settings.hidden,
+                "intermediate_size": 2 * settings.hidden,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "cross_attention_frequency": 1,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+            text_config={"model_type": "llama", **settings.text(self.tokenizer), "tie_word_embeddings": False},
+            num_query_tokens=QUERIES,
+            image_token_index=self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        )
+        self.model = initialised(Blip2ForConditionalGeneration, config, settings.seed)
+        for drawn in (self.model.query_tokens, *self.model.vision_model.embeddings.parameters(recurse=False)):
+            nn.init.normal_(drawn, std=0.5)  # from zeros, all queries would stay the same
+        images = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+        self.processor = Blip2Processor(images, self.tokenizer, num_query_tokens=None)
+        self.backbone = MiniGPT4(self.tokenizer, images, config.image_token_index, QUERIES)
+        self.pad_token_id = self.backbone.pad_token_id
+
+    def read(self, image: Image.Image) -> dict[str, Tensor]:
+        return self.backbone.process(image).tensors
+
+    def converse(self, picture: Picture, rng: StableRandom) -> Sample:
+        return self.backbone.expand_sample(
+            self.backbone.sample(dialogue(picture, rng)), [[self.backbone.image_token_id] * QUERIES]
+        )
+
+    def token_inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        return {} if (ids == self.backbone.image_token_id).any() else self.backbone.join([])
+
+    def tower(self) -> nn.Module:
+        return self.model.vision_model
+
+    def patches(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.tower()(inputs["pixel_values"]).last_hidden_state[:, 1:]
+
+
 KINDS: dict[str, Callable[[BaseSettings, Curriculum], Base]] = {
     "llava": LlavaBase,
     "qwen2_5_vl": QwenBase,
     "internvl": InternVLBase,
+    "minigpt4": MiniGPT4Base,
 }
 
 
@@ -320,16 +381,10 @@ def make_chat_tokenizer(
         picture: what the template writes for a picture.
         names: the tokenizer's attributes for some of the special tokens.
     """
-    split = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split("\n", behavior="isolated"),
-            pre_tokenizers.Metaspace(prepend_scheme="always", split=True),
-            _marks(curriculum),
-        ]
-    )
     texts = ["system\nuser\nassistant\n", *curriculum.texts()]
+    marks = ("<pad>", TURN, END, "<unk>", *special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=_word_level(split, texts, ("<pad>", TURN, END, "<unk>", *special), "always"),
+        tokenizer_object=_word_level(_lines_of_words(curriculum), texts, marks, "always"),
         pad_token="<pad>",
         eos_token=END,
         unk_token="<unk>",
@@ -337,6 +392,35 @@ def make_chat_tokenizer(
         padding_side="left",
         model_max_length=512,
         chat_template=TEMPLATE.replace("PICTURE", picture),
+    )
+
+
+def make_minigpt4_tokenizer(curriculum: Curriculum) -> PreTrainedTokenizerFast:
+    """Make a tokenizer for MiniGPT-4's prompt, whose marks are text. A word is the same token at the start of a piece
+    and within one.
+    """
+    texts = ["###Human: <Img>", "</Img> ###Assistant: ", *curriculum.texts()]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_word_level(_lines_of_words(curriculum), texts, SPECIAL, "always"),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        padding_side="left",
+        model_max_length=512,
+        chat_template=chat_template(QUERIES),
+    )
+
+
+def _lines_of_words(curriculum: Curriculum) -> pre_tokenizers.PreTokenizer:
+    """Split a text into words, each with a space before it, and marks."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", behavior="isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="always", split=True),
+            _marks(curriculum),
+        ]
     )
 
 

@@ -70,6 +70,11 @@ CHAT_TEMPLATE = (
 )
 
 
+def chat_template(queries: int) -> str:
+    """Return the released prompt as a chat template, with an image token for each of an image's queries."""
+    return CHAT_TEMPLATE.replace("IMAGE", IMAGE_TOKEN * queries)
+
+
 def _name_on_disk(name: str) -> str | None:
     """Return the name in a Blip2 of a tensor of the released files; None for a buffer of the language model."""
     for pattern, replacement in NAMES:
@@ -193,7 +198,7 @@ def assemble_minigpt4(
     processor: Any = BlipImageProcessorPil(size={"height": side, "width": side})  # CLIP's mean and deviation
     if tokenizer is not None:
         # a Blip2Processor keeps no template, and with a number of queries it puts their tokens before the text
-        tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", IMAGE_TOKEN * config.num_query_tokens)
+        tokenizer.chat_template = chat_template(config.num_query_tokens)
         processor = Blip2Processor(processor, tokenizer, num_query_tokens=None)
     with atomic_folder(output) as folder:
         write_model(folder, tensors, config, processor, shard_bytes)

@@ -107,13 +107,14 @@ class ModelRecipe:
     Args:
         path: folder of the model, with its tokenizer and image processor.
         dtype: data type of the weights and of the computation. Adapters stay float32.
-        prompt: how it is spoken to: "vicuna_v1" (LLaVA-1.5 as released) or "chat" (its own chat template and
-            processor); None for the one that fits the folder, see `smolora.backbones.load.load_backbone`.
+        prompt: how it is spoken to: "vicuna_v1" (LLaVA-1.5 as released), "minigpt4" (MiniGPT-4 with Vicuna, as
+            released) or "chat" (its own chat template and processor); None for the one that fits the folder, see
+            `smolora.backbones.load.load_backbone`.
     """
 
     path: PathText
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    prompt: Literal["vicuna_v1", "chat"] | None = None
+    prompt: Literal["vicuna_v1", "minigpt4", "chat"] | None = None
 
 
 @dataclass(frozen=True, config=SECTION)

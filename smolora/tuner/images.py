@@ -146,6 +146,8 @@ class Images:
         reads = not torch.compiler.is_compiling() and not is_capturing(counts)
         if rows and reads and rows not in self._fits:
             found = self.found()
+            if self.is_blank(rows):
+                return torch.zeros(rows, dtype=torch.long)
             each, rest = divmod(sum(found), rows)
             if rest or not each or any(count % each for count in found):
                 raise ValueError(
@@ -160,9 +162,17 @@ class Images:
     def shown_owners(self, rows: int) -> Tensor:
         """Return what `owners` does, with -1 for rows that are padding."""
         owners = self.owners(rows)
+        if self.is_blank(rows):
+            return torch.full_like(owners, -1)
         if self.shown is None or self.shown.shape[0] != rows:
             return owners
         return owners.masked_fill(self.shown.to(owners.device) == 0, -1)
+
+    def is_blank(self, rows: int) -> bool:
+        """Return whether the only image is one that no text shows, for a model that cannot do without, as BLIP-2."""
+        if rows != 1 or self.given is not None or self.counts is None:
+            return False
+        return not torch.compiler.is_compiling() and not is_capturing(self.counts) and not any(self.found())
 
     def find_owners(self) -> None:
         """Find the sample of each row where images differ in rows or tokens, or where it is given.

@@ -10,52 +10,34 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoProcessor,
     Blip2Config,
     Blip2ForConditionalGeneration,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
     BlipImageProcessorPil,
-    PreTrainedTokenizerFast,
 )
 
 from smolora import cli
 from smolora.official import minigpt4
-from smolora.official.minigpt4 import assemble_minigpt4, released_config
-
-GOLDEN = Path(__file__).parents[2] / "golden"
-LANGUAGE, PARTS = GOLDEN / "llava" / "language", GOLDEN / "minigpt4"
-VISION, QFORMER, PROJECTOR = PARTS / "eva_vit.pth", PARTS / "blip2_qformer.pth", PARTS / "pretrained_minigpt4.pth"
-WORDS = 96  # the golden language model's vocabulary
-QUERIES = 5
-SIZES = Blip2Config(
-    vision_config=Blip2VisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=28,
-        patch_size=7,
-    ),
-    qformer_config=Blip2QFormerConfig(
-        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, hidden_dropout_prob=0.0
-    ),
-    num_query_tokens=QUERIES,
+from smolora.official.minigpt4 import released_config
+from support.minigpt4 import (
+    LANGUAGE,
+    PARTS,
+    PROJECTOR,
+    QFORMER,
+    QUERIES,
+    SIZES,
+    VISION,
+    WORDS,
+    assemble_golden,
+    with_tokenizer,
 )
-
-
-def assemble(output: Path, **parts: Path) -> dict[str, list[str]]:
-    """The golden parts, or others in their place."""
-    parts = {"language": LANGUAGE, "vision": VISION, "qformer": QFORMER, "projector": PROJECTOR, **parts}
-    return assemble_minigpt4(**parts, output=output, sizes=SIZES)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assembled") / "minigpt4"
-    assemble(folder)
+    assemble_golden(folder)
     return folder
 
 
@@ -159,7 +141,7 @@ def test_the_last_file_counts(tmp_path: Path):
     state = torch.load(PROJECTOR, weights_only=True)
     state["model"]["query_tokens"] = torch.ones(1, QUERIES, 24)
     torch.save(state, tmp_path / "p.pth")
-    assemble(tmp_path / "out", projector=tmp_path / "p.pth")
+    assemble_golden(tmp_path / "out", projector=tmp_path / "p.pth")
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["query_tokens"], torch.ones(1, QUERIES, 24))
 
 
@@ -171,7 +153,7 @@ def test_tied_embeddings(tmp_path: Path):
     save_file(state, tmp_path / "language" / "model.safetensors")
     config = json.loads((LANGUAGE / "config.json").read_text())
     (tmp_path / "language" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    assemble(tmp_path / "out", language=tmp_path / "language")
+    assemble_golden(tmp_path / "out", language=tmp_path / "language")
     assert "language_model.lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     model = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert torch.equal(model.language_model.lm_head.weight[:WORDS], state["model.embed_tokens.weight"])
@@ -180,21 +162,10 @@ def test_tied_embeddings(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------ processor
 
 
-def with_tokenizer(folder: Path, more: int = 0) -> Path:
-    """The golden language model with a tokenizer of characters, and tokens beyond its embeddings."""
-    shutil.copytree(LANGUAGE, folder)
-    characters = ["<unk>", "<s>", "</s>", "\n", *map(chr, range(32, 124)), *map(str, range(10, 10 + more))]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(characters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(folder)
-    return folder
-
-
 def test_processor(tmp_path: Path):
     """The released prompt with an image token a query, and the released evaluation's pixels: plain bicubic resizing,
     CLIP's mean and deviation."""
-    assemble(tmp_path / "out", language=with_tokenizer(tmp_path / "language"))
+    assemble_golden(tmp_path / "out", language=with_tokenizer(tmp_path / "language"))
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     template = partial(processor.tokenizer.apply_chat_template, tokenize=False)
     chat = [
@@ -223,7 +194,7 @@ def test_processor(tmp_path: Path):
 
 def test_larger_tokenizer(tmp_path: Path):
     with pytest.raises(ValueError, match=r"language: .* has a tokenizer of 98 tokens, and embeddings of 96"):
-        assemble(tmp_path / "out", language=with_tokenizer(tmp_path / "language", more=2))
+        assemble_golden(tmp_path / "out", language=with_tokenizer(tmp_path / "language", more=2))
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
@@ -272,7 +243,7 @@ def test_broken_parts(argument: str, source: Path, name: str, change, words: lis
     """By name, before anything is written."""
     part = changed(tmp_path / "part.pth", source, name, change)
     with pytest.raises(ValueError) as raised:
-        assemble(tmp_path / "out", **{argument: part})
+        assemble_golden(tmp_path / "out", **{argument: part})
     assert all(word in str(raised.value) for word in words), str(raised.value)
     assert [p.name for p in tmp_path.iterdir()] == ["part.pth"]
 
@@ -284,7 +255,7 @@ def test_flipped_bits(tmp_path: Path):
     raw[place] ^= 1
     (tmp_path / "p.pth").write_bytes(raw)
     with pytest.raises(ValueError, match=r"'llama_proj\.bias'"):
-        assemble(tmp_path / "out", projector=tmp_path / "p.pth")
+        assemble_golden(tmp_path / "out", projector=tmp_path / "p.pth")
 
 
 def test_wrong_language_models(tmp_path: Path):
@@ -300,7 +271,7 @@ def test_wrong_language_models(tmp_path: Path):
     ):
         (tmp_path / "language" / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(ValueError, match=words):
-            assemble(tmp_path / "out", language=tmp_path / "language")
+            assemble_golden(tmp_path / "out", language=tmp_path / "language")
 
 
 def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -313,10 +284,10 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture):
         assert cli.main(["assemble", *map(str, [*shared, *more])]) == 1
         assert words in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
-        assemble(tmp_path / "out", vision=tmp_path / "none.pth")
+        assemble_golden(tmp_path / "out", vision=tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"qformer: .* lacks 'qformer.encoder.* and .* more"):
-        assemble(tmp_path / "out", qformer=PROJECTOR)
+        assemble_golden(tmp_path / "out", qformer=PROJECTOR)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "there").touch()
     with pytest.raises(FileExistsError, match="output must be a new or empty folder"):
-        assemble(tmp_path / "out")
+        assemble_golden(tmp_path / "out")
