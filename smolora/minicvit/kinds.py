@@ -318,10 +318,9 @@ class MiniGPT4Base(Base):
     def read(self, image: Image.Image) -> dict[str, Tensor]:
         return self.backbone.process(image).tensors
 
-    def converse(self, picture: Picture, rng: StableRandom) -> Sample:
-        return self.backbone.expand_sample(
-            self.backbone.sample(dialogue(picture, rng)), [[self.backbone.image_token_id] * QUERIES]
-        )
+    def converse(self, picture: Picture, rng: StableRandom, turns: int) -> Sample:
+        sample = self.backbone.sample(dialogue(picture, rng, turns))
+        return self.backbone.expand_sample(sample, [[self.backbone.image_token_id] * QUERIES])
 
     def token_inputs(self, ids: Tensor) -> dict[str, Tensor]:
         return {} if (ids == self.backbone.image_token_id).any() else self.backbone.join([])
