@@ -398,7 +398,12 @@ def make_minigpt4_tokenizer(curriculum: Curriculum) -> PreTrainedTokenizerFast:
     """Make a tokenizer for MiniGPT-4's prompt, whose marks are text. A word is the same token at the start of a piece
     and within one.
     """
-    texts = ["###Human: <Img>", "</Img> ###Assistant: ", *curriculum.texts()]
+    texts = [
+        "###Human: <Img>",
+        "Human: ",
+        "</Img> ###Assistant: ",
+        *curriculum.texts(),
+    ]  # a second turn has no ### before
     return PreTrainedTokenizerFast(
         tokenizer_object=_word_level(_lines_of_words(curriculum), texts, SPECIAL, "always"),
         pad_token="<pad>",

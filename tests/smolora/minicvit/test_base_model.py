@@ -3,13 +3,14 @@
 import json
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from smolora.backbones.load import load_backbone
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import SYSTEM, PromptEncoder
 from smolora.io.files import atomic_folder, write_json
@@ -17,8 +18,8 @@ from smolora.minicvit import base_model
 from smolora.minicvit.base_model import make_base
 from smolora.minicvit.drawing import png
 from smolora.minicvit.kinds import BaseSettings, make_model, make_tokenizer
-from smolora.minicvit.pictures import MINICVIT_PICTURES
-from smolora.minicvit.scenes import SIDE
+from smolora.minicvit.pictures import MINICVIT_PICTURES, dialogue
+from smolora.minicvit.scenes import SIDE, StableRandom
 from smolora.minicvit.tasks import MINICVIT
 
 TINY = BaseSettings(
@@ -67,6 +68,23 @@ def test_it_is_an_ordinary_checkpoint(base):
     assert torch.equal(inputs["pixel_values"][0], pixels)
     assert inputs["input_ids"][0].tolist() in (ids[0].tolist(), ids[0, 1:].tolist())  # BOS is the prompt encoder's
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(("kind", "style"), [("qwen2_5_vl", "chat"), ("internvl", "chat"), ("minigpt4", "minigpt4")])
+def test_other_kinds_speak_in_their_own_style(kind, style, tmp_path):
+    folder = make_base(tmp_path / kind, replace(TINY, backbone=kind))
+    backbone, model = load_backbone(folder), AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert backbone.style == style
+    rng = StableRandom("a picture")
+    picture = next(one for one in iter(lambda: MINICVIT_PICTURES.draw(rng), None) if one.canvas is not None)
+    path = tmp_path / "picture.png"
+    path.write_bytes(png(picture.canvas.pixels))
+    shown = backbone.read(path)
+    sample = backbone.expand_sample(backbone.sample(dialogue(picture, rng, 2)), [shown.ids])
+    assert backbone.tokenizer.unk_token_id not in sample.input_ids
+    ids, labels = torch.tensor([sample.input_ids]), torch.tensor([sample.labels])
+    inputs = {**backbone.join([shown]), **backbone.token_inputs(ids)}
+    assert model(input_ids=ids, labels=labels, **inputs).loss.isfinite()
 
 
 def test_training_changed_it_all_and_the_report_says_how(base, tokenizer):
