@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import subprocess
@@ -40,6 +41,7 @@ def _main(arguments: tuple[str, ...], out: int, err: int) -> int:
     os.dup2(out, 1), os.dup2(err, 2)
     os.chdir(BENCH)
     sys.path.insert(0, str(BENCH))
+    multiprocessing.set_start_method("fork", force=True)  # the worker's would start its program again
     status: int | str | None = 0
     try:
         if arguments[0] == "-c":
