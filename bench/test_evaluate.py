@@ -22,8 +22,8 @@ def test_row(tmp_path):
 def test_different_answers_are_not_reported(tmp_path, monkeypatch):
     generate = evaluate.generate_answers
 
-    def other(model, encoder, transform, job, **options):
-        generate(model, encoder, transform, job, **options)
+    def other(model, backbone, job, **options):
+        generate(model, backbone, job, **options)
         if "batched" in job.output.name:
             job.output.write_text(job.output.read_text().replace('"text": "', '"text": "x'))
 
