@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
     for name, (train, test, images) in tasks.items():
         write_task(args.folder / name, train, test)
         metric, form = metric_and_format(test)
-        drafts.append(Draft(name, images, metric, form, instructions_in([*train, *test]), len(train), len(test)))
+        drafts.append(Draft(name, images, metric, form, instructions_in([*train, *test]), train, test))
     text = recipe_text(args.recipe.stem, str(args.model), str(args.folder), drafts)
     atomic_write_text(args.recipe, text)
     load_recipe(args.recipe)
     for draft in drafts:
         print(
-            f"{draft.name}: {draft.train} to train with, {draft.test} to test with; metric {draft.metric}, "
-            f"format {draft.format or '-'}; {len(draft.instructions) or 'no'} instruction(s)"
+            f"{draft.name}: {len(draft.train)} to train with, {len(draft.test)} to test with{draft.most}; "
+            f"metric {draft.metric}, format {draft.format or '-'}; {len(draft.instructions) or 'no'} instruction(s)"
         )
     print(f"wrote {args.recipe}; next: smolora train {args.recipe} --dry-run")
     return 0
@@ -124,7 +124,7 @@ def _read_task(
     home = train[0].parent
     folders = [home, home / "images", home.parent, Path(".")] if args.images is None else [args.images]
     images = find_images([*samples, *tested], folders)
-    inside = any(sample.picture is not None and sample.picture.content is not None for sample in samples)
+    inside = any(picture.content is not None for sample in samples for picture in sample.pictures)
     return samples, tested, str(args.folder / name / "images" if inside else images)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..instructions.texts import IMAGE_TOKEN
 from ..io.files import atomic_file, has_file, write_json
-from .fields import Fields, Sample, read_sample
+from .fields import Fields, Picture, Sample, read_sample
 from .tables import Record
 
 
@@ -40,8 +41,8 @@ def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tupl
     if not 0 < fraction < 1:
         raise ValueError(f"test fraction must lie between 0 and 1, got {fraction}")
     groups: dict[str, list[int]] = {}
-    for index, sample in enumerate(samples):
-        groups.setdefault(group_of(sample), []).append(index)
+    for index, name in enumerate(groups_of(samples)):
+        groups.setdefault(name, []).append(index)
     if len(groups) < 2:
         raise ValueError("a split needs samples of two pictures, or two questions without one")
     order = sorted(groups)
@@ -55,13 +56,35 @@ def split_samples(samples: Sequence[Sample], fraction: float, seed: int) -> tupl
     return train, [samples[index] for index in sorted(chosen)]
 
 
-def group_of(sample: Sample) -> str:
-    """What the samples that stay together share: the picture, or the question of one without a picture."""
-    if sample.picture is None:
-        return f"question {sample.question}"
-    if sample.picture.content is not None:
-        return f"bytes {_digest(sample.picture.content)}"
-    return f"path {sample.picture.path}"
+def groups_of(samples: Sequence[Sample]) -> list[str]:
+    """The name of the group of each sample. Those that share a picture, or all questions without one, stay together.
+
+    Samples of several pictures join the groups of these. A group has the first of the names of what is shared in it.
+    """
+    parent: dict[str, str] = {}
+
+    def first(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    shared = [_shared(sample) for sample in samples]
+    for names in shared:
+        for name in names[1:]:
+            low, high = sorted((first(names[0]), first(name)))
+            parent[high] = low
+    return [first(names[0]) for names in shared]
+
+
+def _shared(sample: Sample) -> list[str]:
+    """What no other part may have of a sample: its pictures, or the questions of one without pictures."""
+    if not sample.pictures:
+        earlier = [text for speaker, text in sample.before if speaker == "human"]
+        return ["\n".join(["question", *earlier, sample.question])]
+    return [
+        f"path {picture.path}" if picture.content is None else f"bytes {_digest(picture.content)}"
+        for picture in sample.pictures
+    ]
 
 
 def _digest(content: bytes) -> str:
@@ -69,14 +92,17 @@ def _digest(content: bytes) -> str:
 
 
 def find_images(samples: Sequence[Sample], folders: Sequence[Path]) -> Path:
-    """Find the folder that the samples' image paths are relative to: the first that has the first sample's image.
+    """Find the folder that the samples' image paths are relative to: the first that has the first image.
 
     Raises:
-        ValueError: none has it.
+        ValueError: none has it, or there are both paths and images that stand in the records.
     """
-    paths = [s.picture.path for s in samples if s.picture is not None and s.picture.content is None]
+    pictures = [picture for sample in samples for picture in sample.pictures]
+    paths = [picture.path for picture in pictures if picture.content is None]
     if not paths:
         return folders[0]
+    if len(paths) < len(pictures):
+        raise ValueError(f"images must all be paths or all stand in the records, got {paths[0]!r} beside bytes")
     for folder in folders:
         if has_file(folder / str(paths[0])):
             return folder
@@ -94,28 +120,37 @@ def write_task(folder: Path, train: Sequence[Sample], test: Sequence[Sample]) ->
 
 
 def _conversation(folder: Path, sample: Sample) -> dict[str, Any]:
-    image = _image(folder, sample)
-    value = sample.question if not image else f"<image>\n{sample.question}"
+    images = _images(folder, sample)
+    value = f"{IMAGE_TOKEN}\n{sample.question}" if len(sample.pictures) == 1 and not sample.before else sample.question
     answer = Counter(sample.answers).most_common(1)[0][0]
-    return {**image, "conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]}
+    return {**images, "conversations": _turns([*sample.before, ("human", value), ("gpt", answer)])}
 
 
 def _question(folder: Path, index: int, sample: Sample) -> dict[str, Any]:
     answer = sample.answers[0] if len(sample.answers) == 1 else list(sample.answers)
-    return {"question_id": index, **_image(folder, sample), "text": sample.question, "answer": answer}
+    history = {"history": _turns(sample.before)} if sample.before else {}
+    images = _images(folder, sample)
+    return {"question_id": index, **images, **history, "text": sample.question, "answer": answer}
 
 
-def _image(folder: Path, sample: Sample) -> dict[str, str]:
-    """The image of a record, by its path. Bytes are written to a file that is named by them."""
-    if sample.picture is None:
-        return {}
-    content = sample.picture.content
-    if content is None:
-        return {"image": str(sample.picture.path)}
-    ending = Path(sample.picture.path or "").suffix.lower() or ".png"  # Pillow goes by the content
-    path = folder / "images" / f"{_digest(content)[:32]}{ending}"
+def _turns(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"from": speaker, "value": text} for speaker, text in turns]
+
+
+def _images(folder: Path, sample: Sample) -> dict[str, str | list[str]]:
+    """The images of a record, by their paths."""
+    paths = [_path(folder, picture) for picture in sample.pictures]
+    return {} if not paths else {"image": paths[0] if len(paths) == 1 else paths}
+
+
+def _path(folder: Path, picture: Picture) -> str:
+    """The path of an image. Bytes are written to a file that is named by them."""
+    if picture.content is None:
+        return str(picture.path)
+    ending = Path(picture.path or "").suffix.lower() or ".png"  # Pillow goes by the content
+    path = folder / "images" / f"{_digest(picture.content)[:32]}{ending}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
-            temporary.write_bytes(content)
-    return {"image": path.name}
+            temporary.write_bytes(picture.content)
+    return path.name

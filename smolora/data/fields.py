@@ -10,6 +10,11 @@ from .tables import Record
 
 CONVERSATIONS = ("conversations", "messages", "conversation")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}  # as the benchmark's files name them
+UNREADABLE = {
+    **dict.fromkeys(("video", "videos"), "as reading one needs torchvision: give its frames as a list of images"),
+    **dict.fromkeys(("audio", "audios"), "as no model here hears"),
+}
 NAMES = {  # the names that people give to a field, the usual first
     "image": ("image", "images", "image_path", "image_file", "file_name", "filename", "img", "picture", "path"),
     "question": ("question", "text", "query", "prompt", "problem", "input", "instruction"),
@@ -39,11 +44,21 @@ class Picture(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A question about an image or none, and its answers."""
+    """A question and its answers, with the images and the turns before it.
 
-    question: str  # with its instruction as the last line, without the image token
+    Of a question about one image or none, with no turn before it, the image token is left out. Otherwise it may stand
+    in what the user says, once for each image.
+    """
+
+    question: str  # with its instruction as the last line
     answers: tuple[str, ...]
-    picture: Picture | None
+    pictures: tuple[Picture, ...] = ()
+    before: tuple[tuple[str, str], ...] = ()  # who speaks in each turn, "system", "human" or "gpt", and the text
+
+    @property
+    def text(self) -> str:
+        """The question without the places of images."""
+        return "\n".join(piece.strip() for piece in self.question.split(IMAGE_TOKEN) if piece.strip())
 
 
 def guess_fields(records: Sequence[Record], given: dict[str, str] | None = None) -> tuple[dict[str, str], list[str]]:
@@ -85,9 +100,12 @@ def guess_fields(records: Sequence[Record], given: dict[str, str] | None = None)
 
 
 def _has_answer(turns: Any) -> bool:
-    return isinstance(turns, list) and any(
-        isinstance(turn, dict) and ROLES.get(str(turn.get("from", turn.get("role")))) == "assistant" for turn in turns
-    )
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    return isinstance(last, dict) and _role(last) == "assistant"
+
+
+def _role(turn: dict[str, Any]) -> str | None:
+    return ROLES.get(str(turn.get("from", turn.get("role"))))
 
 
 def read_sample(record: Record, fields: Fields, where: str) -> Sample:
@@ -99,28 +117,42 @@ def read_sample(record: Record, fields: Fields, where: str) -> Sample:
         where: file and record, for errors.
 
     Raises:
-        ValueError: a field is missing or has another form, there are several images, or a conversation has more
-            than one question and its answer.
+        ValueError: a field is missing or has another form, the places of images are not as many as the images, a
+            conversation is not of user and assistant in turn, or there is a video or sound.
     """
+    for name in UNREADABLE:
+        if record.get(name):
+            raise ValueError(f"{where}: {name} cannot be used, {UNREADABLE[name]}, got {record[name]!r:.80}")
     pictures = [] if fields.image is None else _pictures(record.get(fields.image), f"{where}: {fields.image}")
-    content = record.get(fields.question)
+    content, history = record.get(fields.question), record.get("history")
+    if isinstance(content, str) and isinstance(history, list) and history:  # of the benchmark's test file
+        content = [*history, {"from": "human", "value": content}]
+    before: list[tuple[str, str]] = []
+    answers: tuple[str, ...] = ()
     if isinstance(content, list):
-        parts, answers, inside = _conversation(content, f"{where}: {fields.question}")
+        before, parts, answers, inside = _conversation(content, f"{where}: {fields.question}")
         pictures = pictures or inside
     else:
-        parts, answers = [_text(content, f"{where}: {fields.question}")], ()
+        parts = [_text(content, f"{where}: {fields.question}")]
     if fields.answer is not None:
         answers = _answers(record.get(fields.answer), f"{where}: {fields.answer}")
     if not answers:
         raise ValueError(f"{where}: has no answer")
     if fields.instruction is not None:
         parts.append(_text(record.get(fields.instruction), f"{where}: {fields.instruction}"))
-    if len(pictures) > 1:
-        raise ValueError(f"{where}: a sample has one image or none, got {len(pictures)}")
-    question = "\n".join(part for part in (part.replace(IMAGE_TOKEN, "").strip() for part in parts) if part)
-    if not question:
-        raise ValueError(f"{where}: must hold a question")
-    return Sample(question, answers, pictures[0] if pictures else None)
+    asked = [*(text for speaker, text in before if speaker == "human"), "\n".join(parts)]
+    places = sum(text.count(IMAGE_TOKEN) for text in asked)
+    if places not in (0, len(pictures)):
+        raise ValueError(
+            f"{where}: {IMAGE_TOKEN} must occur once for each of {len(pictures)} images, or not at all, got {places}"
+            + ("" if pictures else " (--image names the field of the images)")
+        )
+    if not all(text.replace(IMAGE_TOKEN, "").strip() for text in asked):
+        raise ValueError(f"{where}: must hold a question{' in each turn of the user' if before else ''}")
+    if not before and len(pictures) < 2:
+        parts = [part.replace(IMAGE_TOKEN, "") for part in parts]
+    question = "\n".join(part for part in map(str.strip, parts) if part)
+    return Sample(question, answers, tuple(pictures), tuple(before))
 
 
 def _text(value: Any, where: str) -> str:
@@ -153,31 +185,46 @@ def _pictures(value: Any, where: str) -> list[Picture]:
     raise ValueError(f"{where} must be a path, bytes, or a list of one, got {value!r:.80}")
 
 
-def _conversation(turns: list[Any], where: str) -> tuple[list[str], tuple[str, ...], list[Picture]]:
-    """The question and what the system says after it, the answer, and the images that stand in the turns."""
-    texts: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
+def _conversation(
+    turns: list[Any], where: str
+) -> tuple[list[tuple[str, str]], list[str], tuple[str, ...], list[Picture]]:
+    """The turns before the last question, the parts of that, its answer if there is one, and the images in the turns.
+
+    What the system says before a conversation of one question is its instruction, and follows the question.
+    """
+    said: list[tuple[str, str]] = []
     pictures: list[Picture] = []
     for turn in turns:
-        role = ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+        role = _role(turn) if isinstance(turn, dict) else None
         if role is None:
             raise ValueError(f"{where} must be turns of {', '.join(ROLES)}, got {turn!r:.80}")
         value = turn.get("value", turn.get("content"))
         parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
-        said = []
+        texts = []
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text":
-                said.append(_text(part.get("text"), f"{where}: {role}"))
+                texts.append(_text(part.get("text"), f"{where}: {role}"))
             elif kind in ("image", "image_url"):
+                if role != "user":
+                    raise ValueError(f"{where} must have images in the user's turns alone, got one of the {role}")
                 source = part.get("image", part.get("image_url", part.get("path")))
                 url = source.get("url") if isinstance(source, dict) and "url" in source else source
                 pictures += _pictures(url, f"{where}: image")  # None: its place; the path is in a field of its own
+                texts.append(IMAGE_TOKEN)
             else:
-                raise ValueError(f"{where} must have parts of type text or image, got {part!r:.80}")
-        texts[role].append("\n".join(said))
-    if len(texts["user"]) != 1 or len(texts["assistant"]) > 1:
+                reason = f" (no {kind}, {UNREADABLE[kind]})" if kind in UNREADABLE else ""
+                raise ValueError(f"{where} must have parts of type text or image{reason}, got {part!r:.80}")
+        said.append((SPEAKERS[role], "\n".join(texts)))
+    speakers = [speaker for speaker, _ in said]
+    if [speaker for speaker in speakers if speaker != "system"] in (["human"], ["human", "gpt"]):
+        asked = [text for wanted in ("human", "system") for speaker, text in said if speaker == wanted]
+        return [], asked, tuple(text for speaker, text in said if speaker == "gpt"), pictures
+    own = speakers[speakers[:1] == ["system"] :]
+    if own != (["human", "gpt"] * len(own))[: len(own)] or not own:
         raise ValueError(
-            f"{where} must be one question and its answer, got {len(texts['user'])} of the user and "
-            f"{len(texts['assistant'])} of the assistant"
+            f"{where} must be of the user, then the assistant, and so on, after one turn of the system or none, got "
+            f"{', '.join(speakers) or 'no turn'}"
         )
-    return [*texts["user"], *texts["system"]], tuple(texts["assistant"]), pictures
+    last = len(said) - (2 if speakers[-1] == "gpt" else 1)
+    return said[:last], [said[last][1]], tuple(text for _, text in said[last + 1 :]), pictures

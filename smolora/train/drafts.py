@@ -26,8 +26,17 @@ class Draft(NamedTuple):
     metric: str
     format: str | None
     instructions: list[str]
-    train: int
-    test: int
+    train: list[Sample]
+    test: list[Sample]
+
+    @property
+    def most(self) -> str:
+        """The most images and questions of a sample, where one has several, as an addition to its counts."""
+        samples = [*self.train, *self.test]
+        images = max(len(sample.pictures) for sample in samples)
+        turns = max(1 + sum(speaker == "human" for speaker, _ in sample.before) for sample in samples)
+        parts = [f"{images} images"] * (images > 1) + [f"{turns} questions"] * (turns > 1)
+        return f", up to {' and '.join(parts)} each" if parts else ""
 
 
 def metric_and_format(samples: Sequence[Sample]) -> tuple[str, str | None]:
@@ -68,7 +77,7 @@ def instructions_in(samples: Sequence[Sample]) -> list[str]:
 
     The only line of a question is one if several questions have it.
     """
-    lines = Counter(sample.question.rpartition("\n")[2].strip() for sample in samples)
+    lines = Counter(sample.text.rpartition("\n")[2].strip() for sample in samples)
     repeated = [line for line, count in lines.most_common(MOST_INSTRUCTIONS) if count > 1]
     return repeated if sum(lines[line] for line in repeated) >= SHARE * len(samples) else []
 
@@ -81,7 +90,7 @@ def recipe_text(name: str, model: str, folder: str, drafts: Sequence[Draft]) -> 
         f"name: {_scalar(name)}",
         "",
         "model:",
-        f"  path: {_scalar(model)}  # a folder with a LLaVA of transformers",
+        f"  path: {_scalar(model)}  # a folder with a vision-language model of transformers",
         "  dtype: bfloat16  # or float32, without a GPU that has bfloat16",
         "",
         "data:",
@@ -104,8 +113,9 @@ def recipe_text(name: str, model: str, folder: str, drafts: Sequence[Draft]) -> 
         "tasks:",
     ]
     for draft in drafts:
+        counts = f"{len(draft.train)} training samples, {len(draft.test)} questions{draft.most}"
         lines += [
-            f"  - name: {_scalar(draft.name)}  # {draft.train} training samples, {draft.test} questions",
+            f"  - name: {_scalar(draft.name)}  # {counts}",
             f"    train: {_scalar(f'{draft.name}/train.json')}",
             f"    test: {_scalar(f'{draft.name}/test.json')}",
             f"    images: {_scalar(draft.images)}",

@@ -26,12 +26,12 @@ def look_at(train: Sequence[Conversation], test: Sequence[Question], images: Pat
     Returns:
         "pictures", the number of different ones; "without_picture", samples without one; "question_words" and
         "answer_words", the median and the most of all samples; "in_both", questions of the test that are training
-        samples too, with the same text and picture; "pictures_in_both", pictures that both have by path; "looked_at",
+        samples too, with the same turns and pictures; "pictures_in_both", pictures that both have by path; "looked_at",
         pictures that were opened, evenly spread; "broken", those of them that cannot be read.
     """
-    trained = {(sample.text, sample.image) for sample in train}
-    shown = {sample.image for sample in train if sample.image is not None}
-    asked = {question.image for question in test if question.image is not None}
+    trained = {(sample.messages[:-1], sample.images) for sample in train}
+    shown = {image for sample in train for image in sample.images}
+    asked = {image for question in test for image in question.images}
     answers = [sample.answer for sample in train]
     for question in test:
         answers += [question.answer] if isinstance(question.answer, str) else question.answer or ()
@@ -39,10 +39,10 @@ def look_at(train: Sequence[Conversation], test: Sequence[Question], images: Pat
     chosen = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
     return {
         "pictures": len(shown | asked),
-        "without_picture": sum(image is None for image in (*(s.image for s in train), *(q.image for q in test))),
+        "without_picture": sum(not images for images in (*(s.images for s in train), *(q.images for q in test))),
         "question_words": _words([*(sample.text for sample in train), *(question.text for question in test)]),
         "answer_words": _words(answers),
-        "in_both": sum((question.text, question.image) in trained for question in test),
+        "in_both": sum((question.messages, question.images) in trained for question in test),
         "pictures_in_both": len(shown & asked),
         "looked_at": len(chosen),
         "broken": [path for path in chosen if _is_broken(Path(path))],

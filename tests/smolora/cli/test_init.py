@@ -15,6 +15,15 @@ from smolora.recipe import load_recipe
 from support.train_world import WORD, draw
 
 COLOURS = ("red", "green", "blue", "white")
+QUICK = (
+    "model.dtype=float32",
+    "training.batch_size=10",
+    "training.per_device_batch_size=10",
+    "training.workers=0",
+    "evaluation.workers=0",
+    "evaluation.max_new_tokens=2",
+    "adapter={r: 2, lora_alpha: 4, num_vu_experts: 2, num_if_experts: 2}",
+)
 
 
 def pictures(folder, count):
@@ -97,6 +106,56 @@ def test_three_files_become_a_recipe_that_plans(tmp_path, capsys):
     assert look["broken"] == [] and look["answer_words"] == [1, 1]
 
 
+def several(folder):
+    """ShareGPT's conversations of two turns and two pictures, and JSON lines of one question about two pictures."""
+    pictures(folder, 12)
+    names = [[f"images/{index}.png", f"images/{(index + 1) % 12}.png"] for index in range(0, 12, 2)]
+    turns = [
+        {
+            "images": own,
+            "conversations": [
+                {"from": "human", "value": f"<image>\nWhich colour?\n{WORD}"},
+                {"from": "gpt", "value": COLOURS[0]},
+                {"from": "human", "value": f"And <image>?\n{WORD}"},
+                {"from": "gpt", "value": COLOURS[1]},
+            ],
+        }
+        for own in names
+    ]
+    (folder / "turns.json").write_text(json.dumps(turns))
+    pairs = [{"images": own, "question": f"Which is red?\n{WORD}", "answer": "the first"} for own in names]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return [str(folder / name) for name in ("turns.json", "pairs.jsonl")]
+
+
+def test_several_images_and_turns_are_planned_as_they_are(tmp_path, capsys):
+    assert init(tmp_path, *several(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "turns: 5 to train with, 1 to test with, up to 2 images and 2 questions each; metric exact" in shown
+    assert "pairs: 5 to train with, 1 to test with, up to 2 images each; metric exact" in shown
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert [task.instructions for task in recipe.tasks] == [[WORD], [WORD]]
+    (question,) = read_questions(recipe.test_file(recipe.tasks[0]))
+    assert len(question.images) == 2 and [message.role for message in question.messages] == [
+        "user",
+        "assistant",
+        "user",
+    ]
+    save_base(tmp_path / "base", small_llava())
+    assert main(["train", str(tmp_path / "mine.yaml"), "--dry-run", "--json"]) == 0
+    look = json.loads(capsys.readouterr().out)["data"]["turns"]
+    assert look["pictures"] == 12 and look["pictures_in_both"] == 0
+
+
+@pytest.mark.slow
+def test_several_images_and_turns_are_trained_and_asked(tmp_path):
+    assert init(tmp_path, *several(tmp_path)) == 0
+    save_base(tmp_path / "base", small_llava())
+    assert main(["train", str(tmp_path / "mine.yaml"), f"output={tmp_path / 'run'}", *QUICK]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [len(row) for row in results["matrix"]] == [1, 2]
+
+
 def test_a_field_that_cannot_be_told_is_named_or_asked(tmp_path, capsys, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(json.dumps({"frage": f"Q{i}", "antwort": "ja"}) for i in range(5)))
@@ -163,18 +222,8 @@ def test_from_three_files_to_a_report(tmp_path, capsys):
     """What docs/own_tasks.md says, on tiny data; the recipe is changed on the command line alone."""
     assert init(tmp_path, *three_files(tmp_path)) == 0
     save_base(tmp_path / "base", small_llava())
-    quick = [
-        f"output={tmp_path / 'run'}",
-        "model.dtype=float32",
-        "training.batch_size=10",
-        "training.per_device_batch_size=10",
-        "training.workers=0",
-        "evaluation.workers=0",
-        "evaluation.max_new_tokens=2",
-        "tasks.scene.metric=[rougeL, contains]",
-        "adapter={r: 2, lora_alpha: 4, num_vu_experts: 2, num_if_experts: 2}",
-    ]
-    assert main(["train", str(tmp_path / "mine.yaml"), *quick]) == 0
+    own = [f"output={tmp_path / 'run'}", "tasks.scene.metric=[rougeL, contains]"]
+    assert main(["train", str(tmp_path / "mine.yaml"), *own, *QUICK]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [len(row) for row in results["matrix"]] == [1, 2, 3] and None not in results["mif"][-1]
     scores = json.loads(next((tmp_path / "run").glob("stage-3*/scores.json")).read_text())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smolora.data.format import Conversation, Question
+from smolora.data.format import Conversation, Dialogue, Message, Question
 from smolora.train.look import LOOKED_AT, look_at, sentence
 from support.train_world import draw
 
@@ -32,6 +32,22 @@ def test_duplicates_and_broken_pictures_are_found(tmp_path):
     line = sentence("x", look)
     for part in ("3 pictures", "1 questions are training", "1 of 3 pictures looked at are broken", "2.png"):
         assert part in line
+
+
+def test_all_pictures_and_turns_count(tmp_path):
+    """A second picture of a question may be a training sample's, and a question after other turns is another one."""
+    both = Message("user", (None, None, "What?"))
+    train = [
+        Conversation(0, "What?", "a", "0.png", Dialogue((both, Message("assistant", ("a",))), ("0.png", "1.png"))),
+        Conversation(1, "Sure?", "b"),
+    ]
+    later = Dialogue((both, Message("assistant", ("a",)), Message("user", ("Sure?",))), ("2.png", "1.png"))
+    test = [
+        Question(0, 0, "Sure?", "2.png", "b", later),
+        Question(1, 1, "What?", "0.png", "a", Dialogue((both,), ("0.png", "1.png"))),
+    ]
+    look = look_at(train, test, tmp_path)
+    assert [look[key] for key in ("pictures", "pictures_in_both", "in_both", "without_picture")] == [3, 2, 1, 1]
 
 
 def test_many_pictures_are_looked_at_here_and_there(tmp_path):
