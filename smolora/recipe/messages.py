@@ -56,6 +56,8 @@ def invalid_section(error: ValidationError, section: type, name: str) -> str:
         return f"{key} must be positive, got {value}"
     if kind == "greater_than_equal":
         return f"{key} must be at least {context['ge']}, got {value}"
+    if kind == "less_than_equal":
+        return f"{key} must be at most {context['le']}, got {value}"
     if kind == "string_unicode":
         return f"{key} must be a text, got {shortened(value)} with {surrogate(value)}"
     if kind in EXPECTATIONS:

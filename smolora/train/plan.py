@@ -34,9 +34,10 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         "name", "method", "output"; "stages" and "downstream", each a list of "name", "train" and "test" (samples of the
-        stage's own files), "extra" (samples that the method adds), "asked" (questions after it), "steps"; "makes",
-        paths that the recipe makes itself; "devices", "accumulation"; "data", what `look_at` finds in each task whose
-        files are there; "memory", an estimate (None while there is no base model).
+        stage's own files), "extra" (samples that the method adds), "asked" (questions after it), "steps"; "config",
+        sections of the recipe as the method uses them; "makes", paths that the recipe makes itself; "devices",
+        "accumulation"; "data", what `look_at` finds in each task whose files are there; "memory", an estimate (None
+        while there is no base model).
 
     Raises:
         ValueError: paths are missing (the message names all), records are malformed or too long, the batch does not fit
@@ -62,6 +63,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         image_tokens = backbone.image_tokens or most
     plan["stages"] = [_stage(stage, counts, recipe, method) for stage in method.course.stages()]
     plan["downstream"] = [_stage(stage, counts, recipe, method) for stage in method.course.downstream()]
+    plan["config"] = method.settings()
     plan["data"] = checker.looks
     plan["makes"] = [str(path) for path in checker.made]
     for stage in stages:
@@ -224,6 +226,9 @@ def print_plan(plan: dict[str, Any]) -> None:
         left, right = row[:2], row[2:]
         cells = [cell.ljust(width) for cell, width in zip(left, widths, strict=False)]
         print("  ".join([*cells, *(cell.rjust(width) for cell, width in zip(right, widths[2:], strict=True))]).rstrip())
+    for section in ("adapter", "baseline"):
+        if values := [f"{key} {value}" for key, value in plan["config"][section].items() if value is not None]:
+            print(f"{section}: {', '.join(values)}")
     for name, look in plan["data"].items():
         print(sentence(name, look))
     for path in plan["makes"]:

@@ -12,8 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from ...backbones.families import no_default
+from ...config import SMoLoRAConfig
 from ...recipe import Recipe, TaskRecipe
 from ...recipe.messages import invalid_section
+from ...recipe.schema import ADAPTER_KEYS
 from ...tuner.model import TARGETS
 from ..projector import projector_family, train_projector_in_full
 from .hooks import Hooks
@@ -159,6 +161,12 @@ class NoAdapter(Adapter):
 
     def settings(self) -> dict[str, Any]:
         return {"adapter": {}, "baseline": {}}
+
+
+def adapter_section(config: SMoLoRAConfig) -> dict[str, Any]:
+    """Return the section `adapter` of a recipe that gives a configuration."""
+    values = {key: getattr(config, key) for key in ADAPTER_KEYS}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
 
 def baseline_rank(recipe: Recipe) -> tuple[int, float]:

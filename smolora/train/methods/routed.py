@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from ...config import MAX_RANK
 from ...io.files import write_json
 from ...methods.routers import ExpertRouters, TaskExperts
-from ...recipe.schema import ADAPTER_KEYS, SECTION, Count, Number, Positive
+from ...methods.smolora import BRANCHES
+from ...recipe import Recipe
+from ...recipe.schema import SECTION, Count, Number, Positive
 from ...tuner import fit_routers
 from ...tuner.layer import MixtureLayer
-from .adapter import NEW_PARAMETERS, Adapter, baseline_rank
+from .adapter import NEW_PARAMETERS, Adapter, adapter_section, baseline_rank
 from .stage import StageWork
+
+RANKS_AT_ONCE = 4  # float32 numbers of B that a kernel loads at once, where the rank is a multiple of it
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -24,6 +30,9 @@ class RouterOptions:
     """Options of an adapter with computed routers, which `SMoLoRAConfig` explains.
 
     Args:
+        r: rank of an expert; None for the largest with which a stage trains no more than SMoLoRA, see
+            `task_expert_rank`.
+        lora_alpha: its alpha; None for the one that gives the recipe's scaling, lora_alpha / r.
         features: what the VU router sees, `router_features`.
         ridge: strength of ridge regression, `router_ridge`.
         vu_share, if_share: cosines from which tasks share an expert.
@@ -33,6 +42,8 @@ class RouterOptions:
         importance: importance vectors of each "expert", or "shared" by those of a branch.
     """
 
+    r: Annotated[Count, Field(le=MAX_RANK)] | None = None
+    lora_alpha: Positive | None = None
     features: Literal["layer", "vision", "vision+instruction", "hidden"] = "hidden"
     ridge: Positive = 1e-3
     vu_share: Number | None = None
@@ -42,6 +53,21 @@ class RouterOptions:
     unseen: Literal["nearest", "mix", "none"] = "nearest"
     unseen_below: Number = 0.5
     importance: Literal["expert", "shared"] = "expert"
+
+
+def task_expert_rank(recipe: Recipe) -> int:
+    """Return the rank of experts of which a stage trains one in each branch, at SMoLoRA's cost.
+
+    SMoLoRA trains all experts of the recipe in each stage, r (M + N) (d + k) numbers in a layer of d inputs and k
+    outputs. Here it is the largest rank R with which 2 R (d + k) and the importance vectors, 2 k, are no more than
+    that, whatever d and k are; rounded down to a multiple of 4, which kernels read best, and at most 128.
+    """
+    config = recipe.adapter_config()
+    branches = BRANCHES[config.fusion]
+    experts = sum((config.num_vu_experts, config.num_if_experts)[branch] for branch in branches)
+    largest = config.r * experts // len(branches) - (config.fusion == "adaptive")  # k / (d + k) is below 1
+    rounded = largest // RANKS_AT_ONCE * RANKS_AT_ONCE
+    return min(rounded or max(largest, 1), MAX_RANK)
 
 
 class SMoLoRARidge(Adapter):
@@ -64,7 +90,10 @@ class SMoLoRARidge(Adapter):
     def changes(self) -> dict[str, Any]:
         """How the adapter's configuration differs from the recipe's."""
         o = self.options
+        rank, alpha = self.rank()
         return {
+            "r": rank,
+            "lora_alpha": alpha,
             "vu_router_kind": self.kind,
             "if_router_kind": self.kind,
             "num_vu_experts": 1,
@@ -86,12 +115,20 @@ class SMoLoRARidge(Adapter):
             },
         }
 
+    def rank(self) -> tuple[int, float]:
+        """Rank and alpha of an expert."""
+        rank = self.options.r or task_expert_rank(self.recipe)
+        return rank, self.options.lora_alpha or self.recipe.adapter_config().scaling * rank
+
     def config(self, base: nn.Module) -> PeftConfig:
         return self.recipe.adapter_config(target_modules=self.targets(base), **self.changes())
 
+    def used_options(self) -> dict[str, Any]:
+        rank, alpha = self.rank()
+        return {**super().used_options(), "r": rank, "lora_alpha": alpha}
+
     def settings(self) -> dict[str, Any]:
-        config = self.recipe.adapter_config(**self.changes())
-        adapter = {key: getattr(config, key) for key in ADAPTER_KEYS}
+        adapter = adapter_section(self.recipe.adapter_config(**self.changes()))
         return {"adapter": adapter, "baseline": {}, "methods": {self.name: self.used_options()}}
 
     @property
@@ -150,9 +187,15 @@ class Routed(SMoLoRARidge):
     options_class = RoutedOptions
     options: RoutedOptions  # type: ignore[assignment]
 
+    def rank(self) -> tuple[int, float]:
+        return baseline_rank(self.recipe)
+
+    def used_options(self) -> dict[str, Any]:
+        return Adapter.used_options(self)  # its rank is no option
+
     def changes(self) -> dict[str, Any]:
         o = self.options
-        rank, alpha = baseline_rank(self.recipe)
+        rank, alpha = self.rank()
         return {
             "fusion": "vu",
             "r": rank,

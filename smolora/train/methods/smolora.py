@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from torch import nn
 
-from ...recipe.schema import ADAPTER_KEYS
-from .adapter import Adapter
+from .adapter import Adapter, adapter_section
 
 
 class SMoLoRA(Adapter):
@@ -22,8 +21,7 @@ class SMoLoRA(Adapter):
         return self.recipe.adapter_config(target_modules=self.targets(base), **self._changes())
 
     def settings(self) -> dict[str, Any]:
-        config = self.recipe.adapter_config(**self._changes())
-        return {"adapter": {key: getattr(config, key) for key in ADAPTER_KEYS}, "baseline": {}}
+        return {"adapter": adapter_section(self.recipe.adapter_config(**self._changes())), "baseline": {}}
 
     def _changes(self) -> dict[str, str]:
         return {} if self.fusion is None else {"fusion": self.fusion}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from small_llava import small_llava
 from smolora.train.methods import Method
+from smolora.train.plan import make_plan, print_plan
 from smolora.train.run import TrainingRun
 
 METHODS = ("smolora-ridge", "smolora-prototype", "routed")
@@ -52,12 +54,71 @@ def test_options(short):
     assert (routed.vu_router_kind, routed.fusion, routed.r) == ("prototype", "vu", 16)
 
 
+@pytest.mark.parametrize("method", ["smolora-ridge", "smolora-prototype"])
+@pytest.mark.parametrize(
+    ("adapter", "rank", "alpha"),
+    [
+        ({"r": 8, "lora_alpha": 16, "num_vu_experts": 4, "num_if_experts": 4}, 28, 56),  # MiniCVIT's
+        ({"r": 16, "lora_alpha": 32, "num_vu_experts": 4, "num_if_experts": 4}, 60, 120),  # CVIT's
+        ({"r": 16, "lora_alpha": 32, "num_vu_experts": 16, "num_if_experts": 16}, 128, 256),  # above the largest rank
+        ({"r": 4, "lora_alpha": 2, "num_vu_experts": 3, "num_if_experts": 2}, 8, 4),  # 10 - 1, rounded
+        ({"r": 1, "lora_alpha": 1, "num_vu_experts": 3, "num_if_experts": 3}, 2, 2),  # below 4, not rounded
+        ({"r": 1, "lora_alpha": 1, "num_vu_experts": 1, "num_if_experts": 1}, 1, 1),  # no less than 1
+        (
+            {"r": 8, "lora_alpha": 8, "num_vu_experts": 2, "num_if_experts": 2, "fusion": "mean"},
+            16,
+            16,
+        ),  # no vectors
+        ({"r": 8, "lora_alpha": 8, "num_vu_experts": 3, "num_if_experts": 2, "fusion": "if"}, 16, 16),  # one branch
+    ],
+)
+def test_experts_have_the_rank_of_smoloras_cost(short, method, adapter, rank, alpha):
+    """A stage trains no more numbers than SMoLoRA's experts have, where a rank of at least 1 allows it."""
+    recipe = dataclasses.replace(short(f"method={method}"), adapter=adapter)
+    chosen = Method(recipe)
+    config = chosen.adapter.config(small_llava())
+    assert (config.r, config.lora_alpha) == (rank, alpha)
+    settings = chosen.settings()
+    assert (settings["adapter"]["r"], settings["methods"][method]["r"]) == (rank, rank)
+    assert (settings["adapter"]["lora_alpha"], settings["methods"][method]["lora_alpha"]) == (alpha, alpha)
+    if rank == 1:
+        return
+    layers = [(32, 96)] * 4 + [(96, 32)] * 2 + [(32, 32)] * 2  # of the small model, d and k
+    branches = {"vu": 1, "if": 1}.get(config.fusion, 2)
+    experts = {"vu": adapter["num_vu_experts"], "if": adapter["num_if_experts"]}.get(
+        config.fusion, adapter["num_vu_experts"] + adapter["num_if_experts"]
+    )
+    model = chosen.adapter.start(small_llava(), None)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    importance = branches * (config.fusion == "adaptive")
+    assert trained == sum(branches * rank * (d + k) + importance * k for d, k in layers)
+    assert trained <= adapter["r"] * experts * sum(d + k for d, k in layers)
+
+
+def test_a_recipe_sets_rank_and_alpha_itself(short, capsys):
+    o = "methods.smolora-ridge"
+    for overrides, expected in (
+        ((f"{o}.r=6",), (6, 12)),
+        ((f"{o}.lora_alpha=3",), (4, 3)),
+        ((f"{o}.r=6", f"{o}.lora_alpha=3"), (6, 3)),
+    ):
+        recipe = short("method=smolora-ridge", *overrides)
+        config = Method(recipe).adapter.config(small_llava())
+        assert (config.r, config.lora_alpha) == expected
+        plan = make_plan(recipe)
+        assert (plan["config"]["adapter"]["r"], plan["config"]["adapter"]["lora_alpha"]) == expected
+        print_plan(plan)
+        assert "adapter: r {}, lora_alpha {:.1f}, ".format(*expected) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("method={adapter: smolora-ridge, schedule: [joint]}", "must be 'sequential' for the adapter 'smolora-ridge'"),
         ("method={adapter: routed, schedule: [ewc]}", "must not have 'ewc' for the adapter 'routed'"),
         ("methods.smolora-ridge.features=text", r"methods.smolora-ridge.features must be .*got 'text'"),
+        ("methods.smolora-ridge.r=129", "methods.smolora-ridge.r must be at most 128, got 129"),
+        ("methods.smolora-ridge.lora_alpha=0", r"methods.smolora-ridge.lora_alpha must be .*got 0"),
         ("methods.smolora-ridge.ridge=0", r"methods.smolora-ridge.ridge must be .*got 0"),
     ],
 )
