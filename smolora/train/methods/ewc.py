@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +15,7 @@ from ...recipe import Recipe
 from ...recipe.schema import SECTION, Count, Number
 from ...tuner.counts import num_trainable
 from .add_on import AddOn
-from .fisher import Tensors, add_pull, joined, negative_log_likelihood, squared_gradients, token_mean, trained
+from .fisher import Tensors, add_pull, joined, squared_gradients, trained
 from .stage import StageWork, strided
 
 
@@ -30,8 +29,8 @@ class EWCOptions:
             the mean pull per unit of drift; "raw" takes it as it is, far smaller after training than at its start.
         samples: training samples of a task whose gradients are squared, at even distances in its file, or all where it
             has fewer.
-        fisher: "sample" squares the gradient of each sample's -log p(answer); "batch" that of the mean loss of batches
-            of `training.per_device_batch_size` samples, as Prism does, which is smaller by about that size.
+        fisher: "sample" squares the gradient of each sample's -log p(answer); "batch" that of the mean loss over the
+            tokens of `training.batch_size` samples, as Prism does, which is smaller by about that size.
     """
 
     weight: Annotated[Number, Field(ge=0)] = 1.0
@@ -95,6 +94,8 @@ class EWC(AddOn):
 
     def after_stage(self, model: nn.Module, work: StageWork, folder: Path) -> None:
         """Add the task's Fisher information to that of earlier tasks."""
+        if work.stage.is_downstream:
+            return
         fisher = self.fisher(model, work)
         if work.process.is_main_process:
             importance, anchor = joined(self.past(work), fisher, _on_cpu(trained(model)))
@@ -138,13 +139,9 @@ class EWC(AddOn):
         """
         self._importance, self._anchor = {}, {}  # their memory is free for the sums
         options, chosen = self.options, strided(len(work), self.options.samples)
-        if options.fisher == "sample":
-            one_by_one = dataclasses.replace(work, batch_size=1)
-            sums = squared_gradients(model, one_by_one.batches(chosen), negative_log_likelihood)
-            count = len(chosen)
-        else:
-            sums = squared_gradients(model, work.batches(chosen), token_mean)
-            count = -(-len(chosen) // work.batch_size)
+        size = 1 if options.fisher == "sample" else self.recipe.training.batch_size
+        sums = squared_gradients(model, work.groups(chosen, size), per_token=options.fisher == "batch")
+        count = -(-len(chosen) // size)
         fisher = _on_cpu({name: work.total(total) / count for name, total in sums.items()})
         mean = sum(float(part.double().sum()) for part in fisher.values()) / num_trainable(model)
         if not 0 < mean < float("inf"):

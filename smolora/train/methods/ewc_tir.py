@@ -76,6 +76,8 @@ class EWCTIR(EWC):
 
     def after_stage(self, model: nn.Module, work: StageWork, folder: Path) -> None:
         """Keep the largest importances so far, the tasks that they are of, and the tasks' vectors."""
+        if work.stage.is_downstream:
+            return
         fisher = self.fisher(model, work)
         if not work.process.is_main_process:
             return

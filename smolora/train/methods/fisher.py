@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,31 +20,18 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def negative_log_likelihood(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """-log p(y | x) of a batch's answers, summed over their tokens."""
-    labels = batch["labels"][:, 1:]  # the first token is predicted by nothing
-    return model(**batch).loss * (labels != IGNORED_LABEL).sum()
-
-
-def token_mean(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss that is trained on, the mean over the tokens of a batch's answers."""
-    loss: Tensor = model(**batch).loss
-    return loss
-
-
 def squared_gradients(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] = negative_log_likelihood,
+    model: nn.Module, groups: Iterable[Sequence[Mapping[str, Any]]], per_token: bool = False
 ) -> Tensors:
-    """Sum the squares of a loss's gradients over batches.
+    """Sum the squares of the gradients of groups of samples.
 
-    Of batches of one sample and the loss -log p(y | x), the mean is the diagonal of the empirical Fisher information.
+    Of groups of one sample, with -log p(y | x) as the loss, the mean is the diagonal of the empirical Fisher
+    information.
 
     Args:
         model: the model, used in eval mode.
-        batches: arguments of its forward.
-        loss: of a batch.
+        groups: the batches of each group, arguments of the model's forward.
+        per_token: a group's loss is the mean of -log p over the tokens of its answers; otherwise the sum.
 
     Returns:
         float32 sums, by name and in the shape of each parameter that trains. No gradient counts as 0.
@@ -52,11 +39,20 @@ def squared_gradients(
     parameters = trained(model)
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     with in_eval_mode(model), torch.enable_grad():
-        for batch in batches:
-            gradients = torch.autograd.grad(loss(model, batch), list(parameters.values()), allow_unused=True)
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                if gradient is not None:
-                    total += gradient.float().square()
+        for batches in groups:
+            of_group: Tensors = {}
+            tokens = 0
+            for batch in batches:
+                count = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())  # the first token is predicted by nothing
+                loss = model(**batch).loss * count
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                for name, gradient in zip(parameters, found, strict=True):
+                    if gradient is not None:
+                        before = of_group.get(name)
+                        of_group[name] = gradient.float() if before is None else before + gradient
+                tokens += count
+            for name, gradient in of_group.items():
+                sums[name] += (gradient / tokens if per_token else gradient).square()
     return sums
 
 

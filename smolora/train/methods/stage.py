@@ -43,6 +43,11 @@ class Stage:
         return 0 if self.starts_from is None else self.starts_from.number + 1
 
     @property
+    def is_downstream(self) -> bool:
+        """Whether it is a downstream task's, from which no stage starts."""
+        return self.table is not None
+
+    @property
     def lineage(self) -> list[Stage]:
         """The trained stages that its adapter goes through before it, oldest first."""
         before = self.starts_from
@@ -88,8 +93,26 @@ class StageWork:
         indices = range(len(self)) if chosen is None else chosen
         starts = range(0, len(indices), self.batch_size)
         for start in starts[self.process.process_index :: self.process.num_processes]:
-            batch = self.collate([self.samples[index] for index in indices[start : start + self.batch_size]])
-            yield {name: tensor.to(self.process.device) for name, tensor in batch.items()}
+            yield self._batch(indices[start : start + self.batch_size])
+
+    def groups(self, chosen: Sequence[int], size: int) -> Iterator[list[dict[str, Any]]]:
+        """Iterate over this process's share of groups of samples, whose size depends on no device.
+
+        Args:
+            chosen: indices of samples, in this order.
+            size: samples of a group; the last has what is left.
+
+        Yields:
+            The batches of a group, as in `batches`.
+        """
+        starts = range(0, len(chosen), size)
+        for start in starts[self.process.process_index :: self.process.num_processes]:
+            group = chosen[start : start + size]
+            yield [self._batch(group[i : i + self.batch_size]) for i in range(0, len(group), self.batch_size)]
+
+    def _batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        batch = self.collate([self.samples[index] for index in indices])
+        return {name: tensor.to(self.process.device) for name, tensor in batch.items()}
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
         """Find something out before the first step; a stage that goes on from a checkpoint reads what was found.

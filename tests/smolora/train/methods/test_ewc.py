@@ -93,6 +93,26 @@ def test_scales_and_batches(world, tmp_path):
     assert 0 < total[2] < total[1] / 2
 
 
+def test_no_batch_of_a_device_shows_in_fisher_information(world, tmp_path):
+    """Groups of `batch` have training.batch_size samples, taken through the model in any number of batches."""
+    options = ('methods.ewc={"scale": "raw", "fisher": "batch"}', "training.batch_size=4")
+    found = []
+    for at_once in (4, 1):
+        run, hooks, model = begin(world, *options, f"training.per_device_batch_size={at_once}")
+        work = dataclasses.replace(work_of(run, run.method.course.stages()[0]), batch_size=at_once)
+        found.append(hooks.fisher(model, work))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6 * float(value.max()))
+        assert value.any()
+
+
+def test_a_downstream_stage_keeps_nothing(world, tmp_path):
+    run, hooks, model = begin(world)
+    work = work_of(run, dataclasses.replace(run.method.course.stages()[0], table="downstream-few-shot"))
+    hooks.after_stage(model, work, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_later_stage_is_pulled_to_what_earlier_ones_kept(world, tmp_path):
     """Hooks of a new process read the file; the pull has its scale, and depends on the first task's data."""
     options = 'methods.ewc={"weight": 3.0}'

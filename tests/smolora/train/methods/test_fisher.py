@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from smolora.methods.slices import SlicedParameter
-from smolora.train.methods.fisher import add_pull, joined, squared_gradients, token_mean
+from smolora.train.methods.fisher import add_pull, joined, squared_gradients
 from support.project import GOLDEN
+
+HALVES = (slice(0, 1), slice(1, None))  # of a batch, of different sizes
 
 
 class Golden:
@@ -69,7 +71,11 @@ def test_fisher_information_is_that_of_released_code(golden):
         net.load(golden.named(f"anchor.{task}."))
         inputs = golden.named(f"task{task}.")
         batches = [{name: value[batch] for name, value in inputs.items()} for batch in range(count)]
-        found = squared_gradients(net, batches, token_mean)
+        found = squared_gradients(net, [[batch] for batch in batches], per_token=True)
+        halves = [[{name: value[half] for name, value in batch.items()} for half in HALVES] for batch in batches]
+        in_parts = squared_gradients(net, halves, per_token=True)
+        for name, value in found.items():
+            torch.testing.assert_close(in_parts[name], value)
         assert all(value.dtype == torch.float32 for value in found.values())
         assert not found["lora_unused"].any()
         wanted = golden.named(f"fisher.{task}.")
