@@ -154,7 +154,7 @@ def test_an_encoder_that_is_not_there_is_told_at_once(short):
 
 
 def test_a_copy_is_damped(world, tmp_path, monkeypatch):
-    """Largest importance and its task; damped by the similarity of that task, for the stage or, as released, for good."""
+    """The largest importance and its task, damped by that task's similarity for a stage or, as released, for good."""
     run, model = begin(world)
     first, second = run.method.course.stages()
     third = dataclasses.replace(run.method.course.downstream()[-1], table=None)
