@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 # How the layers of a connector get a forward's images:
@@ -19,7 +19,7 @@ from typing import Any, Literal
 #   flat     tiles of the same number of tokens, one after another in one row
 #   samples  each sample is a row, with its images and their tiles in dimensions of their own
 ImageRows = Literal["images", "padded", "tiles", "sizes", "grid", "flat", "samples"]
-Target = Literal["linear", "block", "projector"]
+Target = Literal["linear", "block", "projector", "attention"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Family:
         image_rows: how those get images; None for a text model.
         maps_patches: whether the connector is one module that maps each patch by itself, (images, patches, d) to
             (images, patches, k).
+        attention: the linear layers of the attention of language model and vision tower; None where there is no tower
+            that shows its output.
+        tower_size: the field of `vision_config` with the size of the vision tower's last hidden states.
     """
 
     ffn: str
@@ -44,17 +47,20 @@ class Family:
     connector_linears: str | None = None
     image_rows: ImageRows | None = None
     maps_patches: bool = False
+    attention: str | None = None
+    tower_size: str = "hidden_size"
 
     def is_in_connector(self, name: str) -> bool:
         """Return whether a parameter or module is in the connector, by its name in the model."""
         return self.connector is not None and re.search(rf"(^|\.)({self.connector})\.", f"{name}.") is not None
 
     def targets(self, kind: Target) -> str | None:
-        """Return the modules that methods on linear layers, blocks or a projector adapt by default; None if none."""
+        """Return the modules that methods on a kind of target adapt by default; None if there are none."""
         chosen = {
             "linear": "|".join(part for part in (self.ffn, self.connector_linears) if part),
             "block": self.blocks,
             "projector": self.connector if self.maps_patches else None,
+            "attention": self.attention,
         }[kind]
         return None if chosen is None else rf"(.*\.)?({chosen})"
 
@@ -63,10 +69,21 @@ EXPERTS = r"((shared_)?experts?\.)?"
 LAYERS = "(gate_proj|up_proj|down_proj|gate_up_proj)"
 
 
+# of Llama and its kin, or of OPT, or of Qwen3.5's layers without softmax
+TEXT_ATTENTION = r"(language_model|text_model)\..*\.(self_attn\.(q|k|v|o|out)_proj|linear_attn\.(in_proj_qkv|out_proj))"
+# of CLIP, SigLIP and their kin, or of InternVL's tower, or of BLIP's
+TOWER_ATTENTION = (
+    r"(vision_tower|vision_model)\..*\.(self_attn|attention)\.((q|k|v|o|out)_proj|projection_layer|qkv|projection)"
+)
+GRID_ATTENTION = r"visual\.blocks\.\d+\.attn\.(qkv|proj)"
+
+
 def _seeing(connector: str, linears: str | None, rows: ImageRows, *, blocks: bool = True, **more: Any) -> Family:
     """A model with a language model in it. Other modules of it may have feed-forward blocks with the same names."""
     text = r"(language_model|text_model)\.(.*\.)?(mlp|feed_forward)"
-    return Family(rf"{text}\.{EXPERTS}{LAYERS}", text if blocks else None, connector, linears, rows, **more)
+    tower = GRID_ATTENTION if rows == "grid" else TOWER_ATTENTION
+    options = {"attention": f"{TEXT_ATTENTION}|{tower}", **more}
+    return Family(rf"{text}\.{EXPERTS}{LAYERS}", text if blocks else None, connector, linears, rows, **options)
 
 
 PROJECTOR = "multi_modal_projector"
@@ -78,7 +95,7 @@ LLAVA = _seeing(PROJECTOR, TWO_LAYERS, "images", maps_patches=True)
 LLAVA_NEXT = _seeing(PROJECTOR, TWO_LAYERS, "tiles", maps_patches=True)
 PIXTRAL = _seeing(PROJECTOR, TWO_LAYERS, "sizes")  # its type is LLaVA's
 IDEFICS3 = _seeing("connector", r"connector\.modality_projection\.proj", "padded")
-QWEN2_VL = _seeing(r"visual\.merger", r"visual\.merger\.mlp\.[02]", "grid")
+QWEN2_5_VL = _seeing(r"visual\.merger", r"visual\.merger\.mlp\.[02]", "grid")
 QWEN3_VL = _seeing(MERGERS, rf"{MERGERS}\.linear_fc[12]", "grid")
 BLIP = Family(
     rf"language_model\.(.*\.)?(mlp\.{LAYERS}|fc[12])",  # of Llama and Vicuna, or of OPT
@@ -86,6 +103,7 @@ BLIP = Family(
     "language_projection",
     "language_projection",
     "images",
+    attention=f"{TEXT_ATTENTION}|{TOWER_ATTENTION}",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -94,10 +112,17 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llava", "vipllava", "internvl"), LLAVA),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), LLAVA_NEXT),
     "mistral3": PIXTRAL,
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), QWEN2_VL),
+    "qwen2_vl": replace(QWEN2_5_VL, tower_size="embed_dim"),  # its hidden_size is the text model's
+    "qwen2_5_vl": QWEN2_5_VL,
     **dict.fromkeys(("qwen3_vl", "qwen3_5"), QWEN3_VL),
     "qwen3_vl_moe": _seeing(MERGERS, rf"{MERGERS}\.linear_fc[12]", "grid", blocks=False),
-    "glm4v": _seeing(r"visual\.merger", r"visual\.merger\.(proj|gate_proj|up_proj|down_proj)", "grid", blocks=False),
+    "glm4v": _seeing(
+        r"visual\.merger",
+        r"visual\.merger\.(proj|gate_proj|up_proj|down_proj)",
+        "grid",
+        blocks=False,
+        tower_size="out_hidden_size",
+    ),
     **dict.fromkeys(("idefics3", "smolvlm"), IDEFICS3),
     "paligemma": _seeing(PROJECTOR, rf"{PROJECTOR}\.linear", "images", maps_patches=True),
     "gemma3": _seeing(PROJECTOR, None, "images"),  # its projector's weight is a parameter of its own
@@ -106,8 +131,9 @@ FAMILIES: dict[str, Family] = {
         rf"{PROJECTOR}\.linear_1|vision_model\.vision_adapter\.mlp\.fc[12]",
         "flat",
         blocks=False,
+        tower_size="vision_output_dim",
     ),
-    "mllama": _seeing(PROJECTOR, PROJECTOR, "samples"),
+    "mllama": _seeing(PROJECTOR, PROJECTOR, "samples", attention=None),
     **dict.fromkeys(("blip-2", "instructblip"), BLIP),
 }
 
@@ -120,7 +146,7 @@ def family_of(config: Any) -> Family | None:
 
 
 def default_targets(kind: Target) -> dict[str, str]:
-    """Return what methods on linear layers, blocks or a projector adapt by default, by type of model."""
+    """Return what methods on a kind of target adapt by default, by type of model."""
     found = {name: family.targets(kind) for name, family in FAMILIES.items()}
     return {name: targets for name, targets in found.items() if targets is not None}
 

@@ -14,21 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones.families import family_of
 from ..config import MixtureConfig
 from ..methods.routers import RouterFeatures
 from ..methods.selector import Features
 from .arguments import CACHE_NAMES, read_masks, token_input
 from .context import RoutingContext
-from .images import Images, images_of
+from .images import Images, encoder_arguments, images_of
 from .routing_inputs import RoutingInputs
 from .samples import Samples, check_text
+
+ENCODER_ARGUMENTS = (  # of a forward, that some model's `get_image_features` takes
+    "pixel_values",
+    "image_sizes",
+    "image_grid_thw",
+    "batch_num_images",
+    "pixel_attention_mask",
+    "qformer_input_ids",
+    "qformer_attention_mask",
+)
 
 
 def image_dim(model: Any) -> int:
     """Return the size of a model's image features; 0 for a text model."""
-    vision = getattr(getattr(model, "config", None), "vision_config", None)
-    # Qwen2-VL calls the size of its tower embed_dim, and hidden_size that of the text model
-    return 0 if vision is None else int(getattr(vision, "embed_dim", None) or vision.hidden_size)
+    config = getattr(model, "config", None)
+    vision, family = getattr(config, "vision_config", None), family_of(config)
+    return 0 if vision is None else int(getattr(vision, "hidden_size" if family is None else family.tower_size))
 
 
 @torch.no_grad()
@@ -90,6 +101,12 @@ def tower_output(context: RoutingContext, inputs: dict[str, Any]) -> tuple[Tenso
         return run_tower(context.model, inputs)
 
 
+def vision_tower(model: Any) -> nn.Module | None:
+    """Return the module whose output `run_tower` returns; None where there is none, or it cannot be told."""
+    tower = model.get_encoder("image")
+    return None if tower is model or not hasattr(model, "get_image_features") else tower
+
+
 def run_tower(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
     """Return last hidden states and pooled output of a model's vision tower for a forward's images.
 
@@ -98,12 +115,12 @@ def run_tower(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
     Raises:
         ValueError: the model has no vision tower that can be told.
     """
-    tower = model.get_encoder("image")
+    tower = vision_tower(model)
     untold = ValueError(
         f"task_ids (or experts) must be given to a {type(model).__name__}: they would be found by the output of its "
         "vision tower, which cannot be told"
     )
-    if tower is model or not hasattr(model, "get_image_features"):
+    if tower is None:
         raise untold
     outputs: list[Any] = []
     caller = threading.get_ident()
@@ -113,10 +130,13 @@ def run_tower(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
             found = (getattr(output, name, None) for name in ("last_hidden_state", "pooler_output"))
             outputs.append(tuple(found))  # now: the model may put its projector's output in the pooled one's place
 
-    names = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images", "pixel_attention_mask")
+    given = {name: inputs[name] for name in ENCODER_ARGUMENTS if inputs.get(name) is not None}
+    strategy = encoder_arguments(model).get("vision_feature_select_strategy")
+    if strategy is not None and strategy.default is strategy.empty:  # older transformers' Llama 4, which ignores it
+        given[strategy.name] = "full"
     handle = tower.register_forward_hook(record)
     try:
-        model.get_image_features(**{name: inputs[name] for name in names if inputs.get(name) is not None})
+        model.get_image_features(**given)
     finally:
         handle.remove()
     if len(outputs) != 1 or outputs[0][0] is None:

@@ -19,6 +19,8 @@ from ...methods.autoencoder_router import AutoencoderRouter
 from ...methods.selector import Features
 from ...recipe.schema import SECTION, Count, Number, Text
 from ...tuner import MixtureLinear
+from ...tuner.features import vision_tower
+from ...tuner.model import TARGETS
 from ...tuner.placement import place_experts
 from .adapter import NEW_PARAMETERS, Adapter, baseline_rank
 from .allocation import allocate, expert_budget, gradient_scores
@@ -26,17 +28,14 @@ from .stage import Stage, StageWork, drawn, in_eval_mode, without_adapter
 
 Share = Annotated[Number, Field(gt=0, le=1)]
 
-# the attention's projections, of language model and vision tower
-ATTENTION = {"llava": r"(.*\.)?(language_model|vision_tower)\..*\.self_attn\.(q|k|v|o|out)_proj"}
-
 
 @dataclass(frozen=True, config=SECTION)
 class DMoLEOptions:
     """Options of D-MoLE.
 
     Args:
-        target_modules: the layers that are scored and may get experts; None for the attention's projections q, k, v and
-            o of language model and vision tower.
+        target_modules: the layers that are scored and may get experts; None for the linear layers of the attention of
+            language model and vision tower.
         budget: share of these layers that get an expert for a task.
         vision_share: share of the experts that the vision tower gets at least.
         scored_share: share of a task's training samples whose gradients score the layers.
@@ -75,7 +74,7 @@ class DMoLE(Adapter):
         "replay": "a stage uses its own experts for all of its samples, so older ones would train the wrong experts",
         **NEW_PARAMETERS,
     }
-    default_targets = ATTENTION
+    default_targets = TARGETS["attention"]
     options_class = DMoLEOptions
     options: DMoLEOptions
     _experts: tuple[int, ...]  # that the stage's samples use
@@ -85,8 +84,14 @@ class DMoLE(Adapter):
         """The configuration of a new adapter, with an estimate of the first task's experts: all layers score alike.
 
         Raises:
-            ValueError: the budget leaves language model or vision tower without an expert.
+            ValueError: the model has no vision tower whose output can be told, by which experts are found, or the
+                budget leaves language model or vision tower without an expert.
         """
+        if vision_tower(base) is None:
+            raise ValueError(
+                f"method must not be {self.name} for a {type(base).__name__}: its experts are found by the output of a "
+                "vision tower, which this model has not or does not show; take smolora or another method"
+            )
         rank, alpha = baseline_rank(self.recipe)
         config = RoutedLoRAConfig(
             r=rank,

@@ -10,6 +10,7 @@ from torch import nn
 
 import smolora
 from smolora.backbones.families import FAMILIES, PIXTRAL, default_targets, family_of
+from smolora.tuner.features import vision_tower
 from support.backbones import BACKBONES, OPT, TEXT_ONLY
 from support.tiny_llava import tiny_config, tiny_llava
 
@@ -30,6 +31,19 @@ def test_default_targets(built):
     backbone, model = built
     want = linears(model, backbone.targets)
     assert want and linears(model, default_targets("linear")[model.config.model_type]) == want
+
+
+def test_attention(built):
+    """Every linear layer of the attention of language model and tower; of Qwen3.5's without softmax not the gates."""
+    _, model = built
+    targets, tower = default_targets("attention"), vision_tower(model)
+    if tower is None:
+        assert model.config.model_type not in targets
+        return
+    inside = {id(module) for part in (model.get_decoder(), tower) for module in part.modules()}
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
+    want = [name for name in names if re.search(r"attn|attention", name) and not re.search(r"\.in_proj_[abz]$", name)]
+    assert linears(model, targets[model.config.model_type]) == want != []
 
 
 def test_the_connector_holds_its_linear_layers(built):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +18,13 @@ from transformers import AutoModelForImageTextToText
 from smolora.evaluate.instructions import recipe_questions
 from smolora.methods.autoencoder_router import AutoencoderRouter
 from smolora.recipe import Recipe, load_recipe
-from smolora.train.methods import StageWork
+from smolora.train.methods import Method, StageWork
 from smolora.train.methods.dmole import DMoLE
 from smolora.train.plan import make_plan
 from smolora.train.run import TrainingRun
-from support.train_world import work_of
+from support.backbones import BACKBONES, TEXT_ONLY
+from support.chat_models import save_chat
+from support.train_world import make_world, work_of
 
 STAGES = ("stage-1-ImageNet", "stage-2-Flickr30k")
 OPTIONS = (
@@ -204,6 +207,60 @@ def test_the_dry_run_counts_and_checks(short):
         make_plan(short("method=dmole", "methods.dmole.budget=0.05"))
     with pytest.raises(ValueError, match=r"got 0.5 of 8 and 0 scored layers"):
         make_plan(short("method=dmole", r"methods.dmole.target_modules=.*language_model.*\.self_attn\.[qkvo]_proj"))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    """The recipe of a world with a small Qwen2.5-VL."""
+    folder = tmp_path_factory.mktemp("qwen")
+    path = make_world(folder, train=6, ask=3)
+    shutil.rmtree(folder / "base")
+    save_chat(folder / "base", "qwen2_5_vl")
+    return path
+
+
+def test_a_qwen_is_scored_and_its_features_are_seen(qwen, tmp_path):
+    """Its attention, of the tower with q, k and v in one layer: a gradient reaches all, and features fit the router."""
+    recipe = load(qwen, tmp_path)
+    run = TrainingRun(recipe)
+    run.load_processors()
+    stage = run.method.course.stages()[0]
+    model, method = run.method.adapter.start(run.base_model(), None), run.method.adapter
+    work = work_of(run, stage)
+    scores, features = method._scores(model, work), method._features(model, work)
+    tower = {name for name in scores if ".visual." in name}
+    assert {name.rpartition(".")[2] for name in tower} == {"qkv", "proj"}
+    assert {name.rpartition(".")[2] for name in scores.keys() - tower} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert len(scores) == 6 and all(score > 0 for score in scores.values())
+    router = model.base_model.selector()
+    assert features.image.shape == (6, router.image_dim) and features.image.any(1).all()
+    plan = make_plan(recipe)
+    assert plan["memory"]["trainable_parameters"] == sum(
+        p.numel() for p in model.parameters() if p.requires_grad and p.numel() > 1
+    )
+
+
+@pytest.mark.slow
+def test_experts_of_a_qwen(qwen, tmp_path):
+    """Two tasks; experts of both parts, and the router finds each task."""
+    recipe = load(qwen, tmp_path)
+    results = TrainingRun(recipe)()
+    assert [len(row) for row in results["matrix"]] == [1, 2]
+    for number, stage in enumerate(STAGES):
+        chosen = [name for name, experts in settings(tmp_path, stage)["placement"].items() if number in experts]
+        assert len(chosen) == 3 and 0 < sum(".visual." in name for name in chosen) < 3
+    second = results["selected"][1]
+    assert all(counts[place] >= 2 for place, counts in enumerate(second.values())), second
+
+
+@pytest.mark.parametrize("name", ["mllama", "qwen3"])
+def test_a_model_whose_tower_is_not_shown_is_refused(short, name):
+    """Whatever the target modules are, since it would fail after the first stage."""
+    adapter = Method(short("method=dmole", "methods.dmole.target_modules=[q_proj]")).adapter
+    with torch.device("meta"):
+        base = {**BACKBONES, **TEXT_ONLY}[name].make()
+    with pytest.raises(ValueError, match=r"method must not be dmole for a \w+: .* take smolora or another method"):
+        adapter.config(base)
 
 
 @pytest.mark.parametrize(
