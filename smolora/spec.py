@@ -27,8 +27,8 @@ class Bank(NamedTuple):
     A: Tensor  # (E, r, d), or (1, r, d)
     B: Tensor  # (E, k, r)
     stream: int = 0  # of the dropout mask
-    importance: Tensor | None = None  # (k,), the scores' vector I of Eq. 8; mix "smolora" needs it
-    trained: Tensor | None = None  # bool (E,): experts whose B gets a gradient; None: all
+    importance: Tensor | None = None  # the scores' I of Eq. 8, which mix "smolora" needs: (k,), or (E, k), each its own
+    trained: Tensor | None = None  # bool (E,): experts whose B and own I get a gradient; None: all
     trained_A: Tensor | None = None  # as A has rows, bool (E,) or (1,): those that get a gradient; None: all
 
 

@@ -12,8 +12,9 @@ In rank space these products have the columns (b, K, r) of `torch_passes`, and K
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ def route_shrink(
     w = x.new_empty((0, r))
     if mix == "smolora":
         w = x.new_empty((sum(b.shape[0] for b in B), r))
-        for b, i, own in zip(B, importance, w.split([b.shape[0] for b in B]), strict=True):
+        for b, i, own in _by_importance(B, importance, w):
             function("scores", x.dtype)(
                 shape=tuple(b.shape),
                 scaling=scaling,
@@ -158,6 +159,25 @@ def route_shrink(
     token_logits = x.new_empty((tokens, 0)) if token_router is None else x @ token_router.mT
     mean = mean if need_mean else x.new_empty((0, 0))
     return h, w, routed_ids, slot_weights, logits, mean, token_logits, x.new_empty(0, dtype=torch.int32)
+
+
+def _by_importance(
+    B: list[Tensor], importance: list[Tensor], w: Tensor, *more: Sequence[Tensor | None]
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """Yield B, I and w of the experts that share an I, and their parts of what else there is a bank: each bank's, or
+    those of one expert, (1, k, r), (k,) and (1, r)."""
+    for b, i, own, *rest in zip(B, importance, w.split([b.shape[0] for b in B]), *more, strict=True):
+        if i.dim() == 1:
+            yield b, i, own, *rest
+            continue
+        for e in range(b.shape[0]):
+            # what nobody needs is empty
+            yield (
+                b[e : e + 1],
+                i[e],
+                own[e : e + 1],
+                *(t[e : e + 1] if t is not None and t.numel() else t for t in rest),
+            )
 
 
 def _mixed(
@@ -293,18 +313,23 @@ def grad_output(
             dw=address(dw),
             dslot_weights=address(dslot_weights),
         )
-        for bank, own in enumerate(dw.split([b.shape[0] for b in B]) if need.dw else ()):
-            function("grad_scores", g.dtype)(
-                shape=tuple(B[bank].shape),
-                scaling=scaling,
-                B=address(B[bank]),
-                importance=address(importance[bank]),
-                dw=address(own),
-                trained=address(trained[bank]) if trained else 0,
-                dB=address(dB[bank]),
-                dimportance=address(dI[bank]),
-                threads=torch.get_num_threads(),
-            )
+        if need.dw:
+            learns = trained or [None] * len(B)
+            for b, i, own, t, grad_b, grad_i in _by_importance(B, importance, dw, learns, dB, dI):
+                function("grad_scores", g.dtype)(
+                    shape=tuple(b.shape),
+                    scaling=scaling,
+                    B=address(b),
+                    importance=address(i),
+                    dw=address(own),
+                    trained=address(t),
+                    dB=address(grad_b),
+                    dimportance=address(grad_i),
+                    threads=torch.get_num_threads(),
+                )
+            if trained and need_importance and importance[0].dim() == 2:
+                for grad_i, t in zip(dI, trained, strict=True):
+                    grad_i.masked_fill_(~t[:, None], 0)
     dw = dw if need.dw else g.new_empty(0)
     return dh if need_dh else g.new_empty(0), dB, dI, dw, dslot_weights, dscores
 
@@ -393,9 +418,33 @@ def decodes(backend: str, x: Tensor, banks: Sequence[Bank], tokens: Tokens, slot
     return all(
         _has_shape(bank.A, x.dtype, (1 if common else bank.B.shape[0], r, d))
         and _has_shape(bank.B, x.dtype, (bank.B.shape[0], k, r))
-        and (bank.importance is None or _has_shape(bank.importance, x.dtype, (k,)))
+        and (
+            bank.importance is None
+            or _has_shape(bank.importance, x.dtype, (k,))
+            or (slots.ids.shape[2] == 1 and _has_shape(bank.importance, x.dtype, (bank.B.shape[0], k)))
+        )
         for bank in banks
     )
+
+
+def _equal_importance(banks: Sequence[Bank], ids: Tensor) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield runs of sequences that score by the same vectors: the first, the end, and the vector's address a bank."""
+    if all(bank.importance is None or bank.importance.dim() == 1 for bank in banks):
+        yield 0, len(ids), [address(bank.importance) for bank in banks]
+        return
+    first = 0
+    for experts, run in groupby(ids[:, :, 0].tolist()):
+        end = first + len(list(run))
+        yield first, end, [_own_address(bank, expert) for bank, expert in zip(banks, experts, strict=True)]
+        first = end
+
+
+def _own_address(bank: Bank, expert: int) -> int:
+    """Return where the importance vector of an expert lies; the compiled code refuses an expert that is none."""
+    I = bank.importance
+    assert I is not None  # mix "smolora" needs it
+    own = I.dim() == 2 and 0 <= expert < I.shape[0]
+    return I.data_ptr() + (expert * I.shape[1] * I.element_size() if own else 0)
 
 
 def decode(
@@ -419,18 +468,22 @@ def decode(
         y = torch.nn.functional.linear(x, weight, bias)
     ids, slot_weights = slots
     scores = x.new_empty(n) if mix == "smolora" else None
-    found = function("decode", x.dtype)(
-        x.data_ptr(),
-        y.data_ptr(),
-        ids.data_ptr(),
-        address(slot_weights),
-        [(bank.A.data_ptr(), bank.B.data_ptr(), address(bank.importance), bank.B.shape[0]) for bank in banks],
-        address(scores),
-        (n, d, k, r, ids.shape[2]),
-        banks[0].A.shape[0] == 1,
-        scaling,
-        torch.get_num_threads(),
-    )
+    found, compiled_decode, size = 0, function("decode", x.dtype), x.element_size()
+    slots_of_one = len(banks) * ids.shape[2]
+    for first, end, importance in _equal_importance(banks, ids):
+        run = compiled_decode(
+            x.data_ptr() + first * d * size,
+            y.data_ptr() + first * k * size,
+            ids.data_ptr() + first * slots_of_one * ids.element_size(),
+            0 if slot_weights is None else slot_weights.data_ptr() + first * slots_of_one * size,
+            [(b.A.data_ptr(), b.B.data_ptr(), i, b.B.shape[0]) for b, i in zip(banks, importance, strict=True)],
+            0 if scores is None else scores.data_ptr() + first * size,
+            (end - first, d, k, r, ids.shape[2]),
+            banks[0].A.shape[0] == 1,
+            scaling,
+            torch.get_num_threads(),
+        )
+        found = max(found, run)
     if found == OUT_OF_RANGE:
         check_ids(ids, [bank.B for bank in banks])
     if found == EMPTY and slot_weights is not None and mix == "weighted":

@@ -449,6 +449,8 @@ def decodes(
     one_token = x.shape[0] == num_seqs and cu_seqlens is None and 0 < num_seqs <= MAX_DECODE_SEQS
     if not one_token or threshold or torch.is_grad_enabled() or any(router.weight.dim() != 2 for router in routers):
         return False
+    if any(bank.importance is not None and bank.importance.dim() != 1 for bank in banks):
+        return False
     experts, r, limits = sum(bank.B.shape[0] for bank in banks), banks[0].B.shape[2], cuda_build.extension
     return (
         experts <= MAX_DECODE_EXPERTS

@@ -278,6 +278,13 @@ def _dense_router(router: Router) -> Router:
     return router._replace(weight=router.weight.contiguous())
 
 
+def _own_scores(bank: Bank, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return w = s B^T I (E, r) of a bank under autograd; experts that are not trained get no gradient through it."""
+    assert bank.importance is not None  # mix "smolora" needs it
+    w = torch_passes.score_weights(bank.B, bank.importance, scaling, dtype)
+    return w if bank.trained is None else torch.where(bank.trained[:, None], w, w.detach())
+
+
 def mixture_linear(
     x: Tensor,
     banks: Sequence[Bank],
@@ -316,6 +323,7 @@ def mixture_linear(
         gate_grad: the softmax whose gradient the routers get, "chosen" or "all"; None for none.
         instruction: (n, e), contiguous, for routers that do not read x.
         w: (sum of E, r), in the place of s B^T I of the banks, for scores of another origin; it may need a gradient.
+            "triton" and "cuda" get it where experts have an I of their own.
         dropout: of the input of A. Routers see x without it.
 
     Returns:
@@ -330,6 +338,8 @@ def mixture_linear(
         slots = Slots(*(None if each is None else each.contiguous() for each in slots))
     if bias is not None:
         bias = bias.contiguous()
+    if mix == "smolora" and w is None and backend != "torch" and any(bank.importance.dim() == 2 for bank in banks):
+        w = torch.cat([_own_scores(bank, scaling, x.dtype) for bank in banks])
     if backend == "cuda":
         given_ids = None if slots is None else slots.ids
         K = num_slots(given_ids, [bank.B for bank in banks], top_k)

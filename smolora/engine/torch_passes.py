@@ -239,6 +239,14 @@ def _accumulate(base: Tensor | None, left: Tensor, right: Tensor, blocks: Blocks
 # --------------------------------------------------------------------------------------------------------- the passes
 
 
+def score_weights(B: Tensor, importance: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return w = s B^T I (E, r) of a bank from parameters that are rounded to `dtype`."""
+    accurate = accurate_dtype(dtype)
+    rounded, I = B.to(dtype).to(accurate), importance.to(dtype).to(accurate)
+    # no matrix-vector product: its last bits depend on where in memory B lies
+    return scaling * (rounded * I[..., None]).sum(1)
+
+
 def route_shrink(
     x: Tensor,
     num_seqs: int,
@@ -272,7 +280,7 @@ def route_shrink(
         instruction: (n, e), for routers that do not read x.
         ids: (n, b, K), given slots; None with `routers`, or for all experts in order.
         A, B: of each bank, (E, r, d) or (1, r, d), and (E, k, r).
-        importance: (k,) of each bank for mix "smolora", else none.
+        importance: (k,) or (E, k) of each bank for mix "smolora", else none.
         routers: of each bank, (E, d) or (E, e), or (tasks, E, d) with `router_rows`; none where slots are given.
         router_reads_x: of each router, whether it reads the mean of x.
         router_rows: int64 (n,), the task of each sequence.
@@ -326,9 +334,7 @@ def route_shrink(
     h = blocks.join(h).reshape(x.shape[0], len(A), down_slots(A, num_slots(chosen_ids, B, 0)), A[0].shape[1])
     w = x.new_empty((0, A[0].shape[1]), dtype=accurate)
     if mix == "smolora":
-        rounded = [(b.to(x.dtype).to(accurate), i.to(x.dtype).to(accurate)) for b, i in zip(B, importance, strict=True)]
-        # no matrix-vector product: its last bits depend on where in memory B lies
-        w = scaling * torch.cat([(b * i[:, None]).sum(1) for b, i in rounded])
+        w = torch.cat([score_weights(b, i, scaling, x.dtype) for b, i in zip(B, importance, strict=True)])
     routed_ids = chosen_ids if routers else x.new_empty(0, dtype=torch.int32)
     mean = mean if need_mean else x.new_empty((0, 0), dtype=accurate)
     masks = x.new_empty(0, dtype=torch.int32)
@@ -390,7 +396,8 @@ def grad_output(
     """From g = dL/dy (T, k) to rank space, and to the gradients of what lies behind it.
 
     Args:
-        trained: bool (E,) of each bank, experts whose B gets a gradient (the others' is zero); none for all.
+        trained: bool (E,) of each bank, experts whose B gets a gradient (the others' is zero), and whose I where each
+            has its own; none for all.
 
     Returns:
         dh, dB and dimportance of each bank, dw (sum of E, r), dslot_weights and dscores. What is not needed comes back
@@ -415,7 +422,8 @@ def grad_output(
         dh = blocks.join(grads.dh) if need_dh else dh
         dslot_weights = blocks.gather(grads.slot_weights) if need_slot_weights else dslot_weights
         dscores = blocks.join(grads.scores) if need_scores else dscores
-    if need_importance:
+    own_importance = bool(importance) and importance[0].dim() == 2
+    if need_importance and not own_importance:
         by_bank = (dw_slots.flatten(2)[..., None] * torch.eye(2, dtype=accurate, device=g.device)[:, None]).flatten(
             1, 2
         )
@@ -426,6 +434,12 @@ def grad_output(
         member = _membership(ids, [b.shape[0] for b in B], accurate)
     if need.dw:
         dw = torch.cat([_by_expert(of_bank, dw_slots) for of_bank in member])
+    if need_importance and own_importance:
+        for bank, own in enumerate(dw.split([b.shape[0] for b in B])):
+            grad = scaling * torch.bmm(B[bank].to(g.dtype).to(accurate), own[..., None])[..., 0]  # (E, k)
+            if trained:
+                grad.masked_fill_(~trained[bank][:, None], 0)
+            dI[bank] = grad.to(dI[bank].dtype)
     if used is None:
         return dh, dB, dI, dw, dslot_weights, dscores
     c = MIX[mix].coefficients(slot_weights, scores, scaling)
@@ -449,7 +463,8 @@ def grad_output(
             grad = _by_expert(own if live is None else own.index_select(3, live), partial)  # (E, r, k)
         if need.dw:
             own = dw.split([b.shape[0] for b in B])[bank]
-            grad.addcmul_(own[..., None], importance[bank].to(accurate), value=scaling)
+            I = importance[bank].to(accurate)
+            grad.addcmul_(own[..., None], I[:, None] if own_importance else I, value=scaling)
         if trained:
             grad.masked_fill_(~trained[bank][:, None, None], 0)
         dB[bank] = grad.mT.contiguous().to(B[bank].dtype)

@@ -145,8 +145,6 @@ class SMoLoRAExperts(MixtureExperts):
             how |= {"instruction": self._instruction(instruction, n), "top_k": c.top_k}
             if c.routers_learn:
                 how["gate_grad"] = "all" if c.router_grad == "straight_through" else "chosen"
-        if c.importance == "expert" and c.fusion == "adaptive":
-            how["w"] = self._own_scores(batch.x.dtype)
         return Prepared(batch, self._in_use(self._bank("vu", 0), self._bank("if", 1)), how)
 
     def _bank(self, branch: str, stream: int) -> Bank:
@@ -154,17 +152,6 @@ class SMoLoRAExperts(MixtureExperts):
         A, B, importance = (getattr(self, f"{branch}_{name}") for name in ("A", "B", "importance"))
         trained = ~self.get_buffer(f"{branch}_frozen") if self.config.computes_routes else None
         return Bank(A, B, stream, importance, trained, trained)
-
-    def _own_scores(self, dtype: torch.dtype) -> Tensor:
-        """Return w = s B^T I of every expert by its own importance vector, (M + N, r); frozen ones get no gradient."""
-        found = []
-        for bank in (self._bank("vu", 0), self._bank("if", 1)):
-            assert bank.importance is not None  # of an adaptive fusion
-            B, importance = (t.to(dtype).to(accurate_dtype(dtype)) for t in (bank.B, bank.importance))
-            # no matrix-vector product: its last bits depend on where in memory B lies
-            w = self.config.scaling * (B * importance[..., None]).sum(1)
-            found.append(w if bank.trained is None else torch.where(bank.trained[:, None], w, w.detach()))
-        return torch.cat(found)
 
     def _found(self, routes: Tensor, gates: Tensor, instruction: Tensor | None, num_seqs: int) -> dict[str, Any]:
         """Return the engine's arguments for what computed routers found, routes and gates (n, 2, K)."""

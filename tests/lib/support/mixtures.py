@@ -29,6 +29,7 @@ class MixCase:
     K: int = 2  # slots of each bank; 0: every expert has one
     mix: str = "weighted"
     shared: bool = False  # one A for all B
+    own: bool = False  # an importance vector for each expert, of mix "smolora"
     weights: str = "seq"  # of mix "weighted": "one", "seq" (a slot and sequence) or "token" (T, K)
     routed: bool = False  # routers choose; else ids are given, or with K = 0 all experts have a slot
     reads_x: bool = True  # the first bank's router; a second bank's reads the instruction
@@ -93,7 +94,7 @@ def build_call(case: MixCase) -> Call:
         named[f"A{bank}"] = draw(1 if c.shared else E, c.r, c.d, scale=c.d**-0.5)
         named[f"B{bank}"] = draw(E, c.k, c.r, scale=c.r**-0.5)
         if c.mix == "smolora":
-            named[f"I{bank}"] = draw(c.k, scale=c.k**-0.5)
+            named[f"I{bank}"] = draw(*((E, c.k) if c.own else (c.k,)), scale=c.k**-0.5)
         if c.frozen:
             given[f"trained{bank}"] = torch.arange(E) % 2 == 1
     owner = torch.repeat_interleave(torch.arange(n), torch.tensor(lengths, dtype=torch.int64))
@@ -223,13 +224,14 @@ def naive_call(call: Call) -> dict[str, Tensor]:
     for i in range(n):
         start, end = bounds[i], bounds[i + 1]
         x_i = x[start:end]
-        outs = []
+        outs, scores = [], []
         for bank, E in enumerate(c.E):
-            A, B = named[f"A{bank}"], named[f"B{bank}"]
+            A, B, I = named[f"A{bank}"], named[f"B{bank}"], named.get(f"I{bank}")
             if "trained0" in given:
                 learns = given[f"trained{bank}"][:, None, None]
                 B = torch.where(learns, B, B.detach())
                 A = A if c.shared else torch.where(learns, A, A.detach())
+                I = torch.where(learns[:, 0], I, I.detach()) if c.own else I
             if c.routed:
                 router = named[f"router{bank}"]
                 router = router[given["rows"][i]] if c.tasks else router
@@ -249,7 +251,7 @@ def naive_call(call: Call) -> dict[str, Tensor]:
             if c.threshold:
                 factor = dropout_factor(SEED, *x.shape, bank, c.threshold / 256)
                 kept = x_i * factor[start:end].to(x.dtype)
-            out = x.new_zeros(end - start, c.k)
+            out, score = x.new_zeros(end - start, c.k), x.new_zeros(end - start)
             for j, e in enumerate(ids.tolist()):
                 if e < 0:
                     continue
@@ -260,10 +262,11 @@ def naive_call(call: Call) -> dict[str, Tensor]:
                 elif "token_weights" in named:
                     weight = named["token_weights"][start:end, j, None]
                 out = out + 1.5 * weight * expert
+                score = score if I is None else score + 1.5 * weight * expert @ (I[e] if c.own else I)
             outs.append(out)
+            scores.append(score)
         if c.mix == "smolora":
-            score = torch.stack([o @ named[f"I{bank}"] for bank, o in enumerate(outs)], -1)
-            share = torch.softmax(score, -1)
+            share = torch.softmax(torch.stack(scores, -1), -1)
             outs = [o * share[:, bank, None] for bank, o in enumerate(outs)]
         outputs.append(sum(outs))
     y = torch.cat(outputs) if outputs else x.new_zeros(0, c.k)
@@ -309,6 +312,8 @@ MIX_OPTIONS = [
     smolora.but(gate_grad="all"),
     smolora.but(routed=False, K=2, E=(4, 4)),
     smolora.but(shared=True, K=2, gate_grad="chosen", threshold=26),  # shared A under the fusion too
+    smolora.but(own=True, routed=False, E=(4, 3)),  # an importance vector for each expert
+    smolora.but(own=True, frozen=True, K=2, E=(3, 5), gate_grad="chosen", threshold=64),  # frozen ones keep theirs
     plain.but(frozen=True, empty=True, threshold=64),  # frozen, empty and training slots, with dropout
 ]
 

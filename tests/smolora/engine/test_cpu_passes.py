@@ -60,6 +60,7 @@ LARGE = [  # more than one block of tokens and of columns, and more than one til
     fused.but(n=2, S=70, d=257, k=131, r=12, K=2, gate_grad="chosen", threshold=26),
     fused.but(lengths=(3, 0, 200, 65), d=140, k=400, r=4, threshold=64),
     fused.but(n=3, S=70, d=33, k=140, r=3, frozen=True),  # importance learns from frozen experts too
+    fused.but(n=3, S=70, d=33, k=290, r=3, E=(3, 6), own=True, frozen=True),
     plain.but(n=2, S=130, d=150, k=1300, r=5, K=3, empty=True, frozen=True, threshold=26),
     plain.but(n=2, S=130, d=150, k=200, r=40, shared=True, K=3, empty=True),
     plain.but(lengths=(70, 1, 129), d=200, k=150, mix="softmax", K=0, E=(3,), threshold=64),
@@ -98,7 +99,9 @@ def test_any_case(case: Case):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "case", [fused, plain.but(mix="softmax", K=0, threshold=64), plain.but(shared=True, K=3)], ids=str
+    "case",
+    [fused, fused.but(own=True, frozen=True), plain.but(mix="softmax", K=0, threshold=64), plain.but(shared=True, K=3)],
+    ids=str,
 )
 def test_parity_of_each_pass(case: MixCase):
     """The same tensors through a compiled pass and the torch pass of its name."""
@@ -184,6 +187,9 @@ STEPS = [
     fused.but(S=1, n=2, routed=False, r=128, d=70, k=300, K=2),
     fused.but(S=1, n=2, routed=False, shared=True, K=2, r=24),
     fused.but(S=1, n=0, routed=False),
+    fused.but(S=1, n=5, routed=False, own=True, E=(3, 5), r=12, d=41, k=57),
+    fused.but(S=1, n=6, routed=False, own=True, E=(2, 1), k=300),  # runs of equal experts
+    fused.but(S=1, n=0, routed=False, own=True),
 ]
 
 
@@ -262,6 +268,11 @@ def test_what_is_decoded_compiled(monkeypatch: pytest.MonkeyPatch):
         assert not decodes(slots=Slots(slots.ids.long(), slots.weights))
         assert not decodes(slots=Slots(slots.ids[:4], slots.weights))
         assert not decodes(slots=Slots(slots.ids, slots.weights.double()))
+        own = banks[0]._replace(importance=torch.zeros(banks[0].B.shape[:2]))
+        assert not decodes(banks=[own])  # several slots
+        one = Slots(slots.ids[:, :, :1].contiguous(), slots.weights[:, :, :1].contiguous())
+        assert decodes(banks=[own], slots=one)
+        assert not decodes(banks=[own._replace(importance=own.importance[1:])], slots=one)
         assert not decodes(banks=banks * 2) and not decodes(banks=[Bank(banks[0].A[:, :4], banks[0].B)])
         assert not decodes(x=call.x.expand(5, -1).mT.contiguous().mT)
     monkeypatch.setattr(compiled, "module", None)
@@ -270,9 +281,10 @@ def test_what_is_decoded_compiled(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("wrong", [-2, 5, 2**31 - 1])
-def test_an_expert_that_does_not_exist(wrong: int):
-    call = build_call(STEP).to("cpu", torch.float32)
-    call.given["ids"][3, 0, 1] = wrong
+@pytest.mark.parametrize("case", [STEP, fused.but(S=1, n=5, routed=False, own=True, E=(5, 5))], ids=str)
+def test_an_expert_that_does_not_exist(case: MixCase, wrong: int):
+    call = build_call(case).to("cpu", torch.float32)
+    call.given["ids"][3, 0, -1] = wrong
     with pytest.raises(ValueError, match=r"ids of bank 0 must lie in 0 to 4, got .*" + str(wrong)):
         step(call)
 

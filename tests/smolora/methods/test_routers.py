@@ -224,6 +224,38 @@ def test_importance_of_experts(backend: str, request):
             assert (ours[1] == 0).all() and ours[0].abs().max() > 1e-3, name
 
 
+def test_one_token_follows_every_change_of_the_weights():
+    """Whatever changes B or an importance vector, and by whichever way, the next token is scored by the new values."""
+    layer = expert_layer()
+    v, i = torch.tensor([0, 2, 2, 1]), torch.tensor([1, 0, 0, 1])
+    x = torch.randn(4, 1, 10, dtype=torch.float64)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    other = {
+        name: torch.randn_like(value) * 0.4 for name, value in layer.state_dict().items() if value.is_floating_point()
+    }
+
+    def step() -> None:
+        layer.train()(x, routes=(v, i)).square().sum().backward()
+        optimizer.step()
+        layer.eval()
+
+    def edit() -> None:
+        layer.vu_importance.data[2] += 1  # which no version counter sees
+        layer.if_B.data.mul_(2)
+
+    def replace() -> None:
+        layer.if_importance = nn.Parameter(-layer.if_importance.detach())
+
+    seen = []
+    for change in (layer.eval, step, lambda: layer.load_state_dict({**layer.state_dict(), **other}), edit, replace):
+        change()
+        with torch.no_grad():
+            y = layer(x, routes=(v, i))
+            torch.testing.assert_close(y, dense(layer, x, v, i), rtol=0, atol=1e-11)
+        assert not any((y - before).abs().max() < 1e-3 for before in seen)
+        seen.append(y)
+
+
 def test_experts_that_are_not_used_or_frozen_keep_their_bits():
     """Under weight decay and momentum; a frozen expert works on, and x gets its gradient through it."""
     layer = expert_layer(shared_experts="freeze")

@@ -96,6 +96,8 @@ ZERO3 = (
                 "ewc",
                 "ewc-tir",
                 "smolora-ridge",
+                "smolora-prototype",
+                "routed",
             )
         ),
     ],

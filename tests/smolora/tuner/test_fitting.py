@@ -152,8 +152,12 @@ def test_a_text_model_routes_by_hidden_states():
         adapted(tiny_llama(), router_features="vision")
 
 
-def test_the_report_shows_tasks_and_experts():
+@pytest.mark.parametrize("reload", [False, True])
+def test_the_report_shows_tasks_and_experts(reload: bool, tmp_path):
     model = stream()
+    if reload:
+        model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(tiny_llava(), tmp_path)
     logits(model, 2)
     for layer in smolora.routing_report(model).values():
         assert layer["vu_experts"].tolist() == layer["if_experts"].tolist() == [2, 2, 2]
