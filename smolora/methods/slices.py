@@ -23,7 +23,8 @@ class SlicedParameter(nn.Parameter):
 def slices_with_gradient(parameter: Tensor) -> Tensor:
     """Return which slices of a parameter have a nonzero gradient, bool (slices, 1, ...) in its number of dimensions."""
     assert parameter.grad is not None
-    moves = (parameter.grad != 0).reshape(parameter.shape[0], -1).any(1)
+    # four times as fast on a CPU as any(); a NaN is the largest, and not 0
+    moves = parameter.grad.reshape(parameter.shape[0], -1).abs().amax(1) != 0
     return moves.view(-1, *(1,) * (parameter.dim() - 1))
 
 
@@ -32,20 +33,28 @@ _before: WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Tensor, Tensor, Ten
 
 @torch.no_grad()
 def _remember(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """Save the values before an optimiser's step, and which slices have a gradient."""
+    """Save the values before an optimiser's step, and which slices have a gradient, or the numbers of those without."""
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(parameter, SlicedParameter) and parameter.grad is not None and parameter.numel():
-                kept.append((parameter, slices_with_gradient(parameter), parameter.detach().clone()))
+                moves, value = slices_with_gradient(parameter), parameter.detach()
+                if value.device.type == "cpu":  # reading the mask waits for no device: save what stays, and no more
+                    stays = (~moves).flatten().nonzero()[:, 0]
+                    kept.append((parameter, stays, value.index_select(0, stays)))
+                else:
+                    kept.append((parameter, moves, value.clone()))
     _before[optimizer] = kept
 
 
 @torch.no_grad()
 def _restore(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """Restore the slices without a gradient after the step."""
-    for parameter, moves, value in _before.pop(optimizer, ()):
-        parameter.copy_(torch.where(moves, parameter, value))
+    for parameter, slices, value in _before.pop(optimizer, ()):
+        if slices.dtype == torch.bool:
+            parameter.copy_(torch.where(slices, parameter, value))
+        else:
+            parameter.index_copy_(0, slices, value)
 
 
 register_optimizer_step_pre_hook(_remember)
