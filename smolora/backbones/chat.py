@@ -13,7 +13,10 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, GenerationConfig
+from transformers import GenerationConfig
+
+# not from the package itself, which in older transformers hides it where torchvision is missing
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
 

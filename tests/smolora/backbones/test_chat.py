@@ -65,6 +65,14 @@ def test_what_ends_an_answer(backbone):
     assert own.tokenizer.convert_ids_to_tokens(own.stop_token_ids) == ["<|im_end|>"]
 
 
+def shown(tensor):
+    """Without the rows of zeros that pad the images of a sample, for a model that takes (samples, images, ...)."""
+    if tensor.dim() < 4 or tensor.shape[1] == 3:
+        return tensor
+    rows = tensor.flatten(0, 1)
+    return rows[rows.flatten(1).any(1)]
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_ids_and_tensors_are_those_of_the_processor(backbone, pictures, count):
     """In one call for the whole conversation, which expands and joins by itself."""
@@ -89,7 +97,7 @@ def test_ids_and_tensors_are_those_of_the_processor(backbone, pictures, count):
     found = {**backbone.join(read), **backbone.token_inputs(torch.tensor([ids]))}
     assert found.keys() == expected.keys() - {"input_ids", "attention_mask", "token_type_ids"}
     for name, value in found.items():
-        assert torch.equal(value, expected[name]), name
+        assert torch.equal(shown(value), shown(expected[name])), name
     assert backbone.length(backbone.prompt(messages), pictures[:count]) == len(ids)
 
 
@@ -109,7 +117,7 @@ def test_labels_of_placeholders(backbone, pictures):
     image = backbone.read(pictures[0])
     ids, labels = backbone.expand_sample(sample, [image.ids])
     assert len(ids) == len(labels) == len(sample.input_ids) + len(image.ids) - 1
-    assert ids.count(backbone.feature_token_id) == 4
+    assert ids.count(backbone.feature_token_id) == (20 if backbone.image_token == "<image>" else 4)
     assert [label for label in labels if label != IGNORED_LABEL] == [
         label for label in sample.labels if label != IGNORED_LABEL
     ]

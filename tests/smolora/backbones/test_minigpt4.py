@@ -16,8 +16,7 @@ from smolora.backbones.load import load_backbone
 from smolora.backbones.minigpt4 import MiniGPT4
 from smolora.data.format import Message, Question, ask
 from smolora.data.prompts import IGNORED_LABEL, pad
-from smolora.evaluate.generate import BatchGenerator, BatchImages, GenerationSettings
-from smolora.evaluate.routing import RoutingRecorder
+from support.answers import answered
 from support.backbones import BACKBONES
 from support.minigpt4 import QUERIES, assemble_golden, with_tokenizer
 
@@ -141,20 +140,6 @@ def test_which_folder(folder: Path, backbone: MiniGPT4):
 # ---- answers
 
 
-def answers(model, backbone: MiniGPT4, questions: list[Question], paths: dict[str, Path], embed=None) -> list[str]:
-    """Answer questions in one batch."""
-    return answered(model, backbone, questions, paths, embed)[0]
-
-
-def answered(model, backbone: MiniGPT4, questions: list[Question], paths: dict[str, Path], embed=None):
-    recorder = RoutingRecorder(model)
-    with recorder:
-        generator = BatchGenerator(model, backbone, embed, None, GenerationSettings(max_new_tokens=24), recorder)
-        prompts = [backbone.prompt(question.messages) for question in questions]
-        images = BatchImages.read(backbone, [[paths[name] for name in question.images] for question in questions])
-        return generator(questions, prompts, images)
-
-
 def four_questions(pictures: list[Path]) -> list[Question]:
     """Two with a picture, two without."""
     first, second = (path.name for path in pictures)
@@ -204,15 +189,15 @@ def test_answers_of_a_batch_are_those_of_single_questions(folder: Path, backbone
     """With images, without, and batches without any; an answer ends at a text of several tokens."""
     model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     questions, paths = four_questions(pictures), {path.name: path for path in pictures}
-    alone = [answers(model, backbone, [question], paths)[0] for question in questions]
-    assert answers(model, backbone, questions, paths) == alone and len(set(alone)) > 2
-    assert answers(model, backbone, questions[1::2], paths) == alone[1::2]
+    alone = [answered(model, backbone, [question], paths)[0][0] for question in questions]
+    assert answered(model, backbone, questions, paths)[0] == alone and len(set(alone)) > 2
+    assert answered(model, backbone, questions[1::2], paths)[0] == alone[1::2]
     stops = tuple(text[5:8] for text in alone)
     seen = []
     model.language_model.register_forward_pre_hook(lambda *_: seen.append(1))
     backbone.stop_texts, before = stops, backbone.stop_texts
     try:
-        stopped = answers(model, backbone, questions, paths)
+        stopped = answered(model, backbone, questions, paths)[0]
     finally:
         backbone.stop_texts = before
     for text, found in zip(alone, stopped, strict=True):
