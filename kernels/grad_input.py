@@ -32,7 +32,7 @@ from .primitives import (
     trained_columns,
     zero_tile,
 )
-from .products import sum_chunks
+from .products import chunks_at_once, sum_chunks
 
 
 @triton.jit
@@ -399,7 +399,7 @@ def grad_input(
             K=K,
             Z=Z,
             BLOCK=1024,
-            GROUP=8,
+            GROUP=chunks_at_once(ids, K),
             **tiles.SMALL,
         )
     if need_dx and base_weight is not None:

@@ -26,7 +26,7 @@ from ..spec import empty_like_if, grad_needs, num_slots
 from . import tiles
 from .mixes import MIXES
 from .primitives import load_slot_weights, sequences, slot_experts, tile_span, to_int64, trained_columns
-from .products import load_h, shrink, sum_chunks
+from .products import chunks_at_once, load_h, shrink, sum_chunks
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "chunk_size"])
@@ -588,7 +588,7 @@ def grad_output(
             TOTAL=summed,
             **constants,
             BK=BK,
-            GROUP=8,
+            GROUP=chunks_at_once(ids, K),
             **tiles.SMALL,
         )
     return dh if need_dh else dh.new_empty(0), dB, dI, dw if need.dw else dh.new_empty(0), dweights, dscores

@@ -97,6 +97,11 @@ def sum_chunks(
     return b_sum
 
 
+def chunks_at_once(ids: Tensor | None, K: int) -> int:
+    """Return `sum_chunks`' GROUP, with which eight loads are in flight: a chunk has one, or with ids one a slot."""
+    return 8 if ids is None else max(1, 8 // next_power_of_2(K))
+
+
 @triton.jit(do_not_specialize=["T", "num_seqs", "seq_len"])
 def shrink_kernel(
     x_ptr,  # (T, d)
@@ -246,7 +251,8 @@ def shrink(
     T, d = x.shape
     banks, widest = len(A), max(slots, default=num_columns)
     card, RP = card_of(x.device), tiles.padded_rank(r)
-    tile = tiles.choose_tile("shrink", r, widest, x.dtype, card.capability, "one_bank" if banks == 1 else "")
+    variant = "one_bank" if banks == 1 else "wide_banks" if banks and min(slots) * RP > 16 else ""
+    tile = tiles.choose_tile("shrink", r, widest, x.dtype, card.capability, variant)
     extra_tiles = 1 if routed is None or route_mask is None else 2
     num_tiles = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed, extra_tiles)
     BC = tuple(min(next_power_of_2(s) * RP, tile.BC) for s in slots)

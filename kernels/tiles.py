@@ -47,7 +47,7 @@ class Tile:
 # it rounds them; pipelined loads take shared memory for every column block. Registers are limited where that fits a
 # second block on a processor, or where ptxas would choose a tighter limit by itself, and spill.
 FLOAT32 = {
-    "shrink": (Tile(None, BT=32, BD=16, BC=64, warps=8, stages=2, resident=1),),
+    "shrink": (Tile(None, BT=32, BD=16, BC=64, warps=8, stages=2, registers=255, resident=1),),
     "expand": (
         Tile(16, BT=32, BD=64, BC=16, warps=4, stages=2, registers=128, resident=4),
         Tile(32, BT=32, BD=64, BC=32, warps=4, stages=2),
@@ -74,6 +74,10 @@ WARPGROUP = {
         Tile(64, BT=64, BD=64, BC=64, warps=8, stages=4, registers=128),
         Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4, registers=128),
     ),
+    "shrink/wide_banks": (
+        Tile(64, BT=64, BD=64, BC=64, warps=8, stages=4, registers=168, resident=1),
+        Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
+    ),
     "expand": (
         Tile(64, BT=128, BD=64, BC=64, warps=8, stages=2, registers=128),
         Tile(None, BT=64, BD=64, BC=64, warps=4, stages=1, registers=255),
@@ -99,18 +103,37 @@ WARPGROUP = {
 # tcgen05 reads it, too, and its code takes a few registers more: compute capability 10
 TENSOR_MEMORY = {
     **WARPGROUP,
+    "shrink": (
+        Tile(16, BT=64, BD=32, BC=16, warps=8, stages=6, registers=128),
+        Tile(64, BT=64, BD=64, BC=64, warps=8, stages=3, registers=128),
+        *WARPGROUP["shrink"][1:],
+    ),
+    "shrink/one_bank": (
+        Tile(16, BT=64, BD=32, BC=16, warps=8, stages=6, registers=128),
+        *WARPGROUP["shrink/one_bank"],
+    ),
+    "grad_output/one_bank": (
+        WARPGROUP["grad_output/one_bank"][0],
+        Tile(128, BT=64, BD=128, BC=64, warps=8, stages=2, registers=168, resident=1),
+        *WARPGROUP["grad_output/one_bank"][2:],
+    ),
     "grad_input": (
-        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=168, resident=3),
-        *WARPGROUP["grad_input"][1:],
+        WARPGROUP["grad_input"][0],
+        Tile(64, BT=32, BD=64, BC=64, warps=8, stages=3, registers=255, resident=1),
+        *WARPGROUP["grad_input"][2:],
     ),
 }
 # mma.sync, on every other card: within the 99 KB of the smaller ones
 WARP = {
     "shrink": (
-        Tile(16, BT=64, BD=32, BC=16, warps=4, stages=3, registers=128, resident=4),
+        Tile(16, BT=64, BD=32, BC=16, warps=4, stages=3, registers=168, resident=3),
         Tile(None, BT=64, BD=32, BC=64, warps=4, stages=3),
     ),
-    "shrink/one_bank": (Tile(None, BT=64, BD=32, BC=64, warps=4, stages=3),),
+    "shrink/one_bank": (
+        Tile(16, BT=64, BD=32, BC=16, warps=4, stages=3),
+        Tile(None, BT=64, BD=32, BC=64, warps=4, stages=3, registers=168, resident=3),
+    ),
+    "shrink/wide_banks": (Tile(None, BT=64, BD=32, BC=64, warps=8, stages=3, resident=1),),
     "expand": (
         Tile(64, BT=128, BD=64, BC=64, warps=8, stages=2, registers=128),
         Tile(128, BT=32, BD=64, BC=64, warps=8, stages=1, registers=255, resident=1),
@@ -119,7 +142,7 @@ WARP = {
     ),
     "grad_output": (
         Tile(16, BT=32, BD=256, BC=16, warps=8, stages=3, resident=1),
-        Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2, resident=1),
+        Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2, registers=255, resident=1),
     ),
     "grad_input": (
         Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=168, resident=3),
@@ -130,6 +153,7 @@ WARP = {
     ),
 }
 # two banks with masks of their own, and the gradient of the mean
+WARPGROUP["grad_input/routers"] = TENSOR_MEMORY["grad_input"]
 WARP["grad_input/routers"] = (replace(WARP["grad_input"][0], registers=255, resident=2), *WARP["grad_input"][1:])
 for table in (FLOAT32, WARPGROUP, TENSOR_MEMORY, WARP):
     # a token router takes registers, and the tile of 16 columns leaves none
@@ -154,7 +178,7 @@ def choose_tile(
         slots: experts whose columns a bank has in the kernel, the most of any bank.
         dtype: compute dtype.
         capability: compute capability; any that is not named above gets the tiles that fit the smallest card.
-        variant: of a launch that may have tiles of its own, "one_bank", "token_router" or "routers".
+        variant: of a launch that may have tiles of its own, "one_bank", "wide_banks", "token_router" or "routers".
     """
     columns = next_power_of_2(slots) * padded_rank(r)
     if kernel in ("reduce_split_k", "mix_backward"):
