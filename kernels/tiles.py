@@ -131,7 +131,7 @@ WARP = {
     ),
     "shrink/one_bank": (
         Tile(16, BT=64, BD=32, BC=16, warps=4, stages=3),
-        Tile(None, BT=64, BD=32, BC=64, warps=4, stages=3, registers=168, resident=3),
+        Tile(None, BT=64, BD=32, BC=64, warps=4, stages=3, registers=255),
     ),
     "shrink/wide_banks": (Tile(None, BT=64, BD=32, BC=64, warps=8, stages=3, resident=1),),
     "expand": (
