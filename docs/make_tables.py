@@ -1,4 +1,4 @@
-"""Write the tables of methods.md from the results that bench/results/minicvit and bench/results/minicoin keep.
+"""Write the tables of methods.md and minicvit.md from the results that bench/results/minicvit and bench/results/minicoin keep.
 
     python docs/make_tables.py
 
@@ -22,7 +22,7 @@ from smolora.io.markdown import Markup, table
 from smolora.train.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/methods.md"
+PAGES = [ROOT / "docs/methods.md", ROOT / "docs/minicvit.md"]
 RESULTS = ROOT / "bench/results"
 FILE = re.compile(r"(?P<setting>[a-z]+)-(?P<method>[a-z-]+?)(?:-(?P<options>[^-]*=.*))?-(?P<seed>\d+)\.json")
 
@@ -40,7 +40,8 @@ ABLATION = {
 
 
 def main() -> None:
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def with_tables(page: str) -> str:
@@ -65,7 +66,7 @@ def rows_of(setting: str, kind: str) -> Groups:
 
 
 def groups(setting: str) -> Groups:
-    """The results of a setting, "single", "multi" or "minicoin", grouped over seeds."""
+    """The results of a setting, "single", "multi", "minicoin" or another base's, grouped over seeds."""
     found: dict[tuple[int, str], list[Results]] = {}
     order = list(METHODS)
     for path in sorted(RESULTS.glob(f"mini*/{setting}-*.json")):
