@@ -1,4 +1,4 @@
-"""Write the tables of methods.md and minicvit.md from the results that bench/results/minicvit and bench/results/minicoin keep.
+"""Write the tables of methods.md and minicvit.md from the results that `bench/results` keeps of MiniCVIT and MiniCoIN.
 
     python docs/make_tables.py
 
