@@ -48,7 +48,7 @@ def test_tables_are_those_of_the_results_that_are_kept():
     spec.loader.exec_module(tables)
     methods, minicvit = (page.read_text(encoding="utf-8") for page in tables.PAGES)
     for page in (methods, minicvit):
-        assert tables.with_tables(page) == page and page.count("<!-- table: ") == page.count("<!-- end -->") > 4
+        assert tables.with_tables(page) == page and page.count("<!-- table: ") == page.count("<!-- end -->") > 1
     assert "| branchlora (3 seeds) |" in methods and "| smolora |" in minicvit
 
 
