@@ -43,6 +43,8 @@ NUMBER_OR_MARK = r"▁?[01]\.[0-9]{2}|[^\w\s▁]"
 GRID = SIDE // PATCH  # patches along a side
 MERGED = 2  # patches along a side that Qwen2.5-VL and InternVL make one image token of
 TOKENS = (GRID // MERGED) ** 2  # theirs for a picture
+HEADS = 4  # of every attention
+LONGEST = 512  # tokens of a conversation
 QUERIES = 16  # of MiniGPT-4 for a picture
 SPECIAL = ("<pad>", "<s>", "</s>", IMAGE_TOKEN, "<unk>")
 TURN, END = "<|im_start|>", "<|im_end|>"
@@ -76,6 +78,17 @@ class BaseSettings:
     pictures: int = 9000
     backbone: str = "llava"
 
+    def vision(self) -> dict[str, Any]:
+        """Arguments of the vision tower's configuration, of all kinds but Qwen2.5-VL."""
+        return {
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            "hidden_size": self.vision_hidden,
+            "intermediate_size": 2 * self.vision_hidden,
+            "num_hidden_layers": self.vision_layers,
+            "num_attention_heads": HEADS,
+        }
+
     def text(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         """Arguments of the language model's configuration."""
         return {
@@ -83,8 +96,8 @@ class BaseSettings:
             "hidden_size": self.hidden,
             "intermediate_size": 8 * round(self.hidden * 2.7 / 8),
             "num_hidden_layers": self.layers,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 512,
+            "num_attention_heads": HEADS,
+            "max_position_embeddings": LONGEST,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
@@ -185,14 +198,14 @@ class QwenBase(ChatBase):
         picture = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
         self.tokenizer = make_chat_tokenizer(curriculum, picture, "".join(picture[:3]))
         token = self.tokenizer.convert_tokens_to_ids
-        heads, side = 4, PATCH * MERGED
-        half = settings.hidden // heads // 2
+        side = PATCH * MERGED
+        half = settings.hidden // HEADS // 2
         config = Qwen2_5_VLConfig(
             vision_config={
                 "depth": settings.vision_layers,
                 "hidden_size": settings.vision_hidden,
                 "intermediate_size": 2 * settings.vision_hidden,
-                "num_heads": heads,
+                "num_heads": HEADS,
                 "patch_size": PATCH,
                 "spatial_merge_size": MERGED,
                 "out_hidden_size": settings.hidden,
@@ -201,7 +214,7 @@ class QwenBase(ChatBase):
             },
             text_config={
                 **settings.text(self.tokenizer),
-                "num_key_value_heads": heads,
+                "num_key_value_heads": HEADS,
                 "rope_parameters": {
                     "rope_type": "default",
                     "rope_theta": 1e4,
@@ -250,16 +263,8 @@ class InternVLBase(ChatBase):
         }
         self.tokenizer = make_chat_tokenizer(curriculum, tuple(names.values()), "<IMG_CONTEXT>", names)
         config = InternVLConfig(
-            vision_config={
-                "image_size": SIDE,
-                "patch_size": PATCH,
-                "hidden_size": settings.vision_hidden,
-                "intermediate_size": 2 * settings.vision_hidden,
-                "num_hidden_layers": settings.vision_layers,
-                "num_attention_heads": 4,
-                "layer_scale_init_value": 1.0,
-            },
-            text_config={"model_type": "qwen2", **settings.text(self.tokenizer), "num_key_value_heads": 4},
+            vision_config={**settings.vision(), "layer_scale_init_value": 1.0},
+            text_config={"model_type": "qwen2", **settings.text(self.tokenizer), "num_key_value_heads": HEADS},
             image_token_id=self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
             image_seq_length=TOKENS,
             downsample_ratio=1 / MERGED,
@@ -286,19 +291,12 @@ class MiniGPT4Base(Base):
     def __init__(self, settings: BaseSettings, curriculum: Curriculum) -> None:
         self.tokenizer = make_minigpt4_tokenizer(curriculum)
         config = Blip2Config(
-            vision_config={
-                "image_size": SIDE,
-                "patch_size": PATCH,
-                "hidden_size": settings.vision_hidden,
-                "intermediate_size": 2 * settings.vision_hidden,
-                "num_hidden_layers": settings.vision_layers,
-                "num_attention_heads": 4,
-            },
+            vision_config=settings.vision(),
             qformer_config={
                 "hidden_size": settings.hidden,
                 "intermediate_size": 2 * settings.hidden,
                 "num_hidden_layers": 2,
-                "num_attention_heads": 4,
+                "num_attention_heads": HEADS,
                 "cross_attention_frequency": 1,
                 "hidden_dropout_prob": 0.0,
                 "attention_probs_dropout_prob": 0.0,
@@ -365,7 +363,7 @@ def make_tokenizer(curriculum: Curriculum) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         extra_special_tokens={"image_token": IMAGE_TOKEN},
         padding_side="left",
-        model_max_length=512,
+        model_max_length=LONGEST,
     )
 
 
@@ -389,7 +387,7 @@ def make_chat_tokenizer(
         unk_token="<unk>",
         extra_special_tokens=names or {},
         padding_side="left",
-        model_max_length=512,
+        model_max_length=LONGEST,
         chat_template=TEMPLATE.replace("PICTURE", picture),
     )
 
@@ -412,7 +410,7 @@ def make_minigpt4_tokenizer(curriculum: Curriculum) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         extra_special_tokens={"image_token": IMAGE_TOKEN},
         padding_side="left",
-        model_max_length=512,
+        model_max_length=LONGEST,
         chat_template=chat_template(QUERIES),
     )
 
@@ -450,14 +448,7 @@ def _word_level(split: Any, texts: Any, special: Sequence[str], scheme: str) -> 
 def make_model(tokenizer: PreTrainedTokenizerFast, settings: BaseSettings) -> LlavaForConditionalGeneration:
     """Make a randomly initialised LLaVA in float32."""
     config = llava_config(
-        vision={
-            "image_size": SIDE,
-            "patch_size": PATCH,
-            "hidden_size": settings.vision_hidden,
-            "intermediate_size": 2 * settings.vision_hidden,
-            "num_hidden_layers": settings.vision_layers,
-            "num_attention_heads": 4,
-        },
+        vision=settings.vision(),
         text=settings.text(tokenizer),
         image_token=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         feature_layer=-1,

@@ -60,7 +60,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         backbone = recipe_backbone(recipe)
         trained = [stage for stage in stages if all(recipe.train_file(task).is_file() for task in stage.train)]
         most = check_samples(recipe, trained, backbone)
-        image_tokens = backbone.image_tokens or most
+        image_tokens = most or backbone.image_tokens or 0
     plan["stages"] = [_stage(stage, counts, recipe, method) for stage in method.course.stages()]
     plan["downstream"] = [_stage(stage, counts, recipe, method) for stage in method.course.downstream()]
     plan["config"] = method.settings()

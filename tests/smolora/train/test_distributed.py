@@ -2,65 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from smolora.recipe import load_recipe
-from smolora.train.run import TrainingRun
-
-ROOT = Path(__file__).parents[3]
-SAME = (
-    "adapter.lora_dropout=0",
-    "training.epochs=1",
-    "training.batch_size=4",
-    "training.logging_steps=1",
-    "training.save_steps=2",
-)
-
-
-def launch(recipe: Path, *overrides: str) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(ROOT / "tests/lib/support/two_ranks.py"),
-            str(recipe),
-            *overrides,
-        ],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONSAFEPATH": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def run_of(folder: Path) -> tuple[dict, list[float], dict[str, torch.Tensor]]:
-    results = json.loads((folder / "results.json").read_text())
-    losses, adapters = [], {}
-    for stage in results["stages"]:
-        lines = json.loads((folder / stage / "log.json").read_text())
-        losses += [line["loss"] for line in lines if "loss" in line]
-        tensors = load_file(folder / stage / "adapter/adapter_model.safetensors")
-        adapters.update({f"{stage}.{name}": tensor for name, tensor in tensors.items()})
-    return results, losses, adapters
-
+from support.runs import SAME, assert_ranks_agree
 
 FSDP2 = (
     "training.arguments.fsdp=true",
@@ -107,19 +51,4 @@ def test_two_ranks_equal_one(world, tmp_path, method, sharded):
     if sharded == ZERO3:
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     overrides = [*SAME, f"method={method}", "training.learning_rate=1e-3", "downstream={}"]
-    launch(world, *overrides, *sharded, f"output={tmp_path / 'two'}")
-    TrainingRun(load_recipe(world, [*overrides, f"output={tmp_path / 'one'}"]))()
-    (two, losses, adapters), (one, expected, wanted) = run_of(tmp_path / "two"), run_of(tmp_path / "one")
-    assert len(losses) == len(expected) == 6
-    assert losses == pytest.approx(expected, rel=1e-5)
-    assert adapters.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(
-            adapters[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
-    assert {key: two[key] for key in ("matrix", "mif", "training")} == {
-        key: one[key] for key in ("matrix", "mif", "training")
-    }
-    for stage in one["stages"]:
-        for answers in (tmp_path / "one" / stage / "answers").glob("*.jsonl"):
-            assert (tmp_path / "two" / stage / "answers" / answers.name).read_bytes() == answers.read_bytes()
+    assert_ranks_agree(world, tmp_path, *overrides, sharded=sharded)

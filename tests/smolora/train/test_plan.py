@@ -13,7 +13,10 @@ from smolora.cli import main
 from smolora.minicvit.prepare import minicvit
 from smolora.recipe import load_recipe
 from smolora.train import prepare
+from smolora.train.data import Collator, TaskSamples, recipe_backbone
 from smolora.train.plan import make_plan
+from support.chat_models import save_chat
+from support.train_world import make_world
 
 
 def dry_run(capsys, *arguments: str) -> dict:
@@ -35,6 +38,30 @@ def test_plan(world, capsys):
     adapted = [(32, 96)] * 4 + [(96, 32)] * 2 + [(32, 32)] * 2
     assert plan["memory"]["trainable_parameters"] == sum(4 * 4 * (d + k) + 2 * k for d, k in adapted)
     assert not (world.parent / "run").exists(), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_tokens_of_minigpt4(tmp_path, images):
+    """The plan counts the image tokens of the longest sample that the collator makes, whose prompts are as long as is
+    said of them."""
+    path = make_world(tmp_path, train=2, ask=2)
+    shutil.rmtree(tmp_path / "base")
+    save_chat(tmp_path / "base", "minigpt4")
+    file = tmp_path / "data/ImageNet/train.json"
+    records = json.loads(file.read_text())
+    records[1]["image"] = [records[1]["image"]] * images
+    records[1]["conversations"][0]["value"] = "<image>\n" * (images - 1) + records[1]["conversations"][0]["value"]
+    file.write_text(json.dumps(records))
+    recipe = load_recipe(path, ["downstream={}"])
+    backbone = recipe_backbone(recipe)
+    assert backbone.style == "minigpt4"
+    samples = TaskSamples(recipe, recipe.tasks[0], backbone, None)
+    batch = Collator(backbone, recipe.training.max_length, torch.float32)([samples[index] for index in range(2)])
+    lengths = [backbone.length(samples[index].input_ids, samples[index].images) for index in range(2)]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    tokens = int((batch["input_ids"] == backbone.image_token_id).sum(1).max())
+    assert tokens == images * backbone.queries
+    assert make_plan(recipe)["memory"]["assumes"].startswith(f"{2 * (tokens + 128)} tokens a device")
 
 
 def test_plan_for_a_reader(world, capsys):

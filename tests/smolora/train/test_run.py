@@ -23,6 +23,7 @@ from smolora.report.forgetting import Judge
 from smolora.report.layout import read_runs
 from smolora.train.methods import METHODS
 from smolora.train.run import TrainingRun
+from support.runs import assert_same, killed_runs
 from support.train_world import make_world
 
 ROOT = Path(__file__).parents[3]
@@ -36,19 +37,6 @@ TRAINED = sorted(set(METHODS) - {"zeroshot"})
 DRAWN = random.Random(15).sample(sorted(set(TRAINED) - {"smolora"}), 2)  # the others' kills are slow tests
 
 
-def killed_runs(recipe: Path, seed: int, kills: int) -> list[dict]:
-    """Run `killed.py`; the folders `run-whole` and `run-<n>` are beside the recipe then."""
-    paths = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests/lib")]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/lib/support/killed.py"), str(recipe), str(seed), str(kills)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"run"')]
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """A folder with a run that was never disturbed, `run-whole`, and one that was killed three times."""
@@ -56,33 +44,6 @@ def killed(tmp_path_factory):
     kills = killed_runs(recipe, seed=1, kills=3)
     assert [kill["killed at"][0] for kill in kills] == ["step", "save", "ask"]
     return recipe.parent
-
-
-def contents(run: Path) -> dict[str, object]:
-    """All that a run leaves and that may not depend on kills, by path."""
-    found: dict[str, object] = {}
-    for path in sorted(run.rglob("*")):
-        name = str(path.relative_to(run))
-        if not path.is_file() or path.name == "evaluation.json":  # which is timing alone
-            continue
-        if path.name in ("results.json", "training.json"):
-            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "timing"}
-        elif path.suffix == ".safetensors":  # whose metadata come in any order
-            found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
-        elif path.name == "checksums.json":  # of those
-            found[name] = list(json.loads(path.read_text()))
-        elif path.name == "log.json":
-            found[name] = [line for line in json.loads(path.read_text()) if "loss" in line]
-        else:
-            found[name] = path.read_bytes()
-    return found
-
-
-def assert_same(run: Path, whole: Path) -> None:
-    one, other = contents(run), contents(whole)
-    assert "results.json" in other and one.keys() == other.keys()
-    for name in other:
-        assert one[name] == other[name], name
 
 
 def test_killed_three_times_and_continued(killed):
