@@ -68,6 +68,11 @@ class Chat(Backbone):
     def load(cls, folder: str | Path, config: Any, tokenizer: Any) -> Chat:
         if type(config) not in PROCESSOR_MAPPING:
             raise ValueError(f"model.prompt chat needs a model with a processor, got {config.model_type} in {folder}")
+        if config.model_type == "paligemma":
+            raise ValueError(
+                f"model.prompt chat must not be used for a paligemma, got {folder}: its token_type_ids set the answer "
+                "apart from the prompt, while the other models' set images apart from text"
+            )
         kind = without_video(PROCESSOR_MAPPING[type(config)])
         images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         settings, _ = kind.get_processor_dict(str(folder), local_files_only=True)

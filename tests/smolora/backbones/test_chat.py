@@ -14,6 +14,7 @@ from smolora.backbones.load import load_backbone
 from smolora.data.format import Message, ask
 from smolora.data.images import BrokenImageError
 from smolora.data.prompts import IGNORED_LABEL
+from support.backbones import BACKBONES
 from support.chat_models import CHAT_KINDS, save_chat
 
 ANSWER = Message("assistant", ("red",))
@@ -189,6 +190,14 @@ def test_smaller_images_are_padded(backbone):
 def test_padding_is_the_processors(backbone):
     with pytest.raises(ValueError, match=r"evaluation\.padding must be 'all' where model.prompt is chat"):
         backbone.cropping()
+
+
+def test_a_paligemma_is_refused(tmp_path):
+    """With a template of one's own, image tokens would be taken for its answer."""
+    with torch.device("meta"):
+        config = BACKBONES["paligemma"].make().config
+    with pytest.raises(ValueError, match=r"chat must not be used for a paligemma, got .*: its token_type_ids set the"):
+        Chat.load(tmp_path, config, None)
 
 
 def test_it_goes_to_other_processes(backbone):
