@@ -43,6 +43,8 @@ def without_dropout(model):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_is_as_one_by_one(name):
     """Logits, and greedy tokens, of a batch with a cache and of samples without one."""
+    if name == "paligemma" and not hasattr(T.GenerationMixin, "_expand_multimodal_outputs"):
+        pytest.skip("older transformers' PaliGemma answers padded samples otherwise, without adapters too")
     model, backbone, rows = ALL[name].adapted(), ALL[name], rows_for(name)
     e, whole = embeddings(len(rows)) * 2, ALL[name].batch(rows)
     singles = [backbone.batch([row]) for row in rows]
