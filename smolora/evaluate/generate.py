@@ -29,7 +29,7 @@ from accelerate import PartialState
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..arguments import is_int
 from ..backbones.base import Backbone, ImageInput
@@ -344,7 +344,6 @@ class BatchGenerator:
     ) -> None:
         self.model, self.backbone, self.embed, self.recorder = model, backbone, embed, recorder
         self.task_id = task_id
-        self.reads_text = {"tokenizer": backbone.tokenizer} if backbone.stop_texts else {}
         self.config = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
@@ -352,7 +351,6 @@ class BatchGenerator:
             use_cache=True,
             bos_token_id=backbone.tokenizer.bos_token_id,
             eos_token_id=backbone.stop_token_ids,
-            stop_strings=list(backbone.stop_texts) or None,
             pad_token_id=backbone.pad_token_id,
         )
 
@@ -388,11 +386,34 @@ class BatchGenerator:
             inputs["task_ids"] = torch.full((len(questions),), self.task_id)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         self.recorder.start()
+        stops = StoppingCriteriaList([StopTexts(self.backbone, ids.shape[1])] if self.backbone.stop_texts else [])
         with plain_generation(self.model):
-            sequences = self.model.generate(**inputs, generation_config=self.config, **self.reads_text)
+            sequences = self.model.generate(**inputs, generation_config=self.config, stopping_criteria=stops)
         layers = self.recorder.samples(mask)
         answers = [self.backbone.decode(sequence) for sequence in sequences[:, ids.shape[1] :].tolist()]
         return answers, layers, self.recorder.tasks()
+
+
+class StopTexts(StoppingCriteria):
+    """Ends a sequence once its answer holds one of the backbone's `stop_texts`.
+
+    `stop_strings` of transformers would, too, but needs a tokenizer that can spell every text.
+
+    Args:
+        backbone: has the tokenizer and the texts.
+        prompt: length of the prompts, which may hold these texts.
+    """
+
+    def __init__(self, backbone: Backbone, prompt: int) -> None:
+        self.backbone, self.prompt = backbone, prompt
+        self.reach = max(len(text.encode()) for text in backbone.stop_texts)  # a token is a byte or more
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return whether each sequence (n, L) has ended, bool (n,)."""
+        newest = input_ids[:, self.prompt :][:, -self.reach :].tolist()
+        texts = self.backbone.tokenizer.batch_decode(newest)
+        ended = [any(stop in text for stop in self.backbone.stop_texts) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 @contextmanager

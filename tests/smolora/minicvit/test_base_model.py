@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from smolora.backbones.load import load_backbone
+from smolora.data.format import Question
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import SYSTEM, PromptEncoder
 from smolora.io.files import atomic_folder, write_json
@@ -21,6 +22,7 @@ from smolora.minicvit.kinds import BaseSettings, make_model, make_tokenizer
 from smolora.minicvit.pictures import MINICVIT_PICTURES, dialogue
 from smolora.minicvit.scenes import SIDE, StableRandom
 from smolora.minicvit.tasks import MINICVIT
+from support.answers import answered
 
 TINY = BaseSettings(
     vision_hidden=16,
@@ -85,6 +87,9 @@ def test_other_kinds_speak_in_their_own_style(kind, style, tmp_path):
     ids, labels = torch.tensor([sample.input_ids]), torch.tensor([sample.labels])
     inputs = {**backbone.join([shown]), **backbone.token_inputs(ids)}
     assert model(input_ids=ids, labels=labels, **inputs).loss.isfinite()
+    question = Question(0, 0, "Which word does the sign show?\nAnswer in a word.", path.name)
+    answer = answered(model, backbone, [question], {path.name: path})[0][0]
+    assert not any(stop in answer for stop in backbone.stop_texts)
 
 
 def test_training_changed_it_all_and_the_report_says_how(base, tokenizer):
