@@ -148,12 +148,12 @@ def cut(sample: Sample, feature_token_id: int, limit: int) -> Sample:
     """Cut an expanded sample at the end.
 
     Raises:
-        ValueError: that cuts off an image or all answers.
+        ValueError: that cuts off an image or all labels.
     """
     ids, labels = sample
     if feature_token_id in ids[limit:]:
         raise ValueError(f"its image does not fit into training.max_length {limit}")
-    if all(label == IGNORED_LABEL for label in labels[:limit]):
+    if any(label != IGNORED_LABEL for label in labels[limit:]) and set(labels[:limit]) <= {IGNORED_LABEL}:
         raise ValueError(f"training.max_length {limit} cuts off all of its answer, it has {len(ids)} tokens")
     return Sample(ids[:limit], labels[:limit])
 
@@ -180,6 +180,8 @@ class StageSamples(Dataset):
         parts: its own samples, by task.
         extra: samples that the method adds.
 
+    `samples[~i]` is sample i without labels, which fills a batch and teaches nothing.
+
     Attributes:
         own: number of its own samples.
     """
@@ -193,8 +195,9 @@ class StageSamples(Dataset):
         return len(self.places)
 
     def __getitem__(self, index: int) -> TrainingSample:
-        part, place = self.places[index]
-        return part[place]
+        part, place = self.places[index if index >= 0 else ~index]
+        sample = part[place]
+        return sample if index >= 0 else sample._replace(labels=[IGNORED_LABEL] * len(sample.labels))
 
 
 class GlobalBatches(Sampler[int]):
@@ -209,17 +212,22 @@ class GlobalBatches(Sampler[int]):
         seed: seed of the shuffling, which differs from epoch to epoch.
         own: number of the first samples that half of each step is taken from; the other half is taken from the samples
             after them, which are gone through again and again until the own ones are used up. None for no halves.
+        multiple: the last step is filled up to a multiple of this with its shortest sample i, as ~i.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, own: int | None = None) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, own: int | None = None, multiple: int = 1
+    ) -> None:
         self.lengths, self.batch_size, self.seed, self.own, self.epoch = lengths, batch_size, seed, own, 0
+        samples = len(lengths) if own is None else 2 * own
+        self.fillers = -samples % multiple
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that the next iteration shuffles for."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths) if self.own is None else 2 * self.own
+        return (len(self.lengths) if self.own is None else 2 * self.own) + self.fillers
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -231,8 +239,10 @@ class GlobalBatches(Sampler[int]):
         size = self.batch_size if self.own is None else self.batch_size // 2
         for start in range(0, len(order), size):
             end = min(start + size, len(order))
-            step = [*order[start:end], *extra[start:end]]
-            yield from sorted(step, key=lambda index: (-self.lengths[index], index))
+            step = sorted([*order[start:end], *extra[start:end]], key=lambda index: (-self.lengths[index], index))
+            yield from step
+            if end == len(order):
+                yield from [~step[-1]] * self.fillers
 
 
 def epoch_samples(own: int, extra: int, halves: bool) -> int:

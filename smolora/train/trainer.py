@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -159,19 +160,26 @@ class ContinualTrainer(Trainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    model_accepts_loss_kwargs: bool
 
     def __init__(
         self, recipe: Recipe, method: Method, samples: StageSamples, resume: Path | None, **kwargs: Any
     ) -> None:
         super().__init__(train_dataset=samples, **kwargs)
         self.recipe, self.method = recipe, method
+        # Qwen-VL and others have only the mean over a micro-batch, with which a step would depend on how it is cut
+        self._own_loss = not self.model_accepts_loss_kwargs
+        self.model_accepts_loss_kwargs = True
         if method.adds_to_gradients and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
                 f"method {method.name} adds to whole gradients once a step, which DeepSpeed and FSDP do not have: "
                 "leave training.arguments.deepspeed and fsdp out"
             )
         own = samples.own if method.half_extra and samples.own < len(samples) else None
-        self.order = GlobalBatches(samples.lengths, recipe.training.batch_size, self.args.seed, own)
+        # without fillers, accelerate repeats the epoch's first samples in an incomplete last step
+        devices = self.args.world_size
+        multiple = 1 if devices == 1 else devices * self.args.per_device_train_batch_size
+        self.order = GlobalBatches(samples.lengths, recipe.training.batch_size, self.args.seed, own, multiple)
         self.add_callback(_SetSamplerEpoch(self.order))
         self.remove_callback(PrinterCallback)
         self.add_callback(_ShowProgress())
@@ -247,9 +255,16 @@ class ContinualTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss on the answers, plus the term that the method adds."""
+        """The loss, a micro-batch's part of the mean over the answers' tokens of a step, plus what the method adds."""
         batch = {**inputs, **self.method.batch_inputs(inputs)}
-        loss, outputs = super().compute_loss(model, dict(batch), True, num_items_in_batch)
+        if self._own_loss:
+            outputs = model(**batch)
+            logits = outputs.logits
+            loss = ForCausalLMLoss(logits, batch["labels"], logits.shape[-1], num_items_in_batch=num_items_in_batch)
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.args.world_size  # gradients are averaged over the processes
+        else:
+            loss, outputs = super().compute_loss(model, dict(batch), True, num_items_in_batch)
         extra = self.method.loss_term(self.accelerator.unwrap_model(model), batch, outputs)
         if extra is not None:
             loss = loss + extra / self.current_gradient_accumulation_steps

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smolora.backbones.llava import Llava
-from smolora.data.prompts import SYSTEM, PromptEncoder
+from smolora.data.prompts import IGNORED_LABEL, SYSTEM, PromptEncoder
 from smolora.train.data import Collator, GlobalBatches, StageSamples, TaskSamples
 from smolora.train.run import TrainingRun
 from support.train_world import OBJECT, SENTENCE
@@ -137,6 +137,16 @@ def test_order():
     assert list(GlobalBatches(lengths, 16, seed=4)) != first
 
 
+def test_fillers_of_the_last_step():
+    """Several devices each need a batch of it; only the last step has any, and they are its shortest sample."""
+    lengths = [9, 4, 7, 5, 8, 6]
+    plain, filled = GlobalBatches(lengths, 4, seed=0), GlobalBatches(lengths, 4, seed=0, multiple=4)
+    order = list(plain)
+    assert list(filled) == [*order, ~order[5], ~order[5]] and len(filled) == 8 and len(plain) == 6
+    assert lengths[order[5]] == min(lengths[index] for index in order[4:])
+    assert list(GlobalBatches(lengths, 2, seed=0, multiple=2)) == list(GlobalBatches(lengths, 2, seed=0))
+
+
 def test_samples_of_several_tasks(loaded):
     run = loaded()
     parts = [TaskSamples(run.recipe, task, run.backbone, None) for task in run.recipe.tasks]
@@ -144,3 +154,6 @@ def test_samples_of_several_tasks(loaded):
     samples = StageSamples(parts)
     assert len(samples) == len(samples.lengths) == 25
     assert samples[24] == parts[0][7] and samples[12] == parts[1][0]
+    filler = samples[~24]
+    assert set(filler.labels) == {IGNORED_LABEL} and filler.input_ids == samples[24].input_ids
+    assert len(filler.labels) == len(samples[24].labels)
