@@ -24,7 +24,7 @@ from smolora.train.methods import METHODS
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "docs/methods.md", ROOT / "docs/minicvit.md"]
 RESULTS = ROOT / "bench/results"
-FILE = re.compile(r"(?P<setting>[a-z]+)-(?P<method>[a-z-]+?)(?:-(?P<options>[^-]*=.*))?-(?P<seed>\d+)\.json")
+FILE = re.compile(r"(?P<setting>[a-z0-9]+)-(?P<method>[a-z-]+?)(?:-(?P<options>[^-]*=.*))?-(?P<seed>\d+)\.json")
 
 Results = Mapping[str, Any]
 Groups = Mapping[str, Sequence[Results]]  # the runs of a row, one a seed, by the row's name
