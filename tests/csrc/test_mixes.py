@@ -58,9 +58,12 @@ def record_calls(call: Call) -> dict[str, tuple]:
     return recorded.arguments
 
 
-@pytest.mark.parametrize("case", TAKEN, ids=str)
+@pytest.mark.parametrize("case", [case for case in TAKEN if not case.own], ids=str)
 def test_each_pass_is_the_torch_pass(case: MixCase, device: str):
-    """The same results from the same tensors, one by one and by name, empty ones where nothing is needed."""
+    """The same results from the same tensors, one by one and by name, empty ones where nothing is needed.
+
+    Where experts have importance vectors of their own, the engine gives these passes w instead.
+    """
     calls = record_calls(build_call(case).to(device, float32))
     for name in PASSES:
         with torch.no_grad():
