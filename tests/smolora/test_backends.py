@@ -249,9 +249,10 @@ SCENARIOS = {
 
 # importing torch and peft is most of what a process costs: one imports them, and forks for each scenario
 SERVER = """
-import json, os, sys, traceback
+import json, os, sys, time, traceback
+start = time.process_time()
 import peft
-results = {}
+results = {"import peft": time.process_time() - start}
 for name, (environment, code) in json.load(sys.stdin).items():
     read, write = os.pipe()
     child = os.fork()
@@ -297,9 +298,9 @@ def processes(tmp_path_factory) -> dict:
 
 
 def test_import_time(processes: dict):
-    """At most 0.3 s of CPU time beyond peft, which every user imports anyway; the best of three."""
+    """At most a tenth of the CPU time of peft, which every user imports anyway; the best of three."""
     best = min(processes[f"import {turn}"] for turn in range(3))
-    assert best <= 0.3, f"import smolora took {best:.2f} s after import peft"
+    assert best <= processes["import peft"] / 10, f"import smolora took {best:.2f} s after import peft"
 
 
 def test_default_without_gpu(processes: dict):
