@@ -266,7 +266,7 @@ def test_a_model_whose_tower_is_not_shown_is_refused(short, name):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("budget=1.5", "methods.dmole.budget: .* less than or equal to 1"),
+        ("budget=1.5", "methods.dmole.budget must be at most 1, got 1.5"),
         ("quantile=0", "methods.dmole.quantile.* 0"),
         ("router_epoch=3", "unknown key 'methods.dmole.router_epoch'; did you mean 'methods.dmole.router_epochs'"),
     ],
