@@ -33,6 +33,7 @@ from .scenes import COLOURS, SHAPES, SIDE, StableRandom, draw_scene
 STEP = PATCH  # pixels between the places where a shape's box may begin or end
 NUMBERS = tuple(f"{place / (SIDE // STEP):.2f}" for place in range(SIDE // STEP + 1))
 SIZES = ((SIDE, SIDE), (SIDE, SIDE - 2 * STEP), (SIDE - 2 * STEP, SIDE))  # width and height of a picture
+WHERE_IS = ("Where is the {}?", "Which part of the picture has the {}?")
 PADDING = (122, 116, 104)  # CLIP's mean colour, with which LLaVA pads
 
 
@@ -81,11 +82,11 @@ def grounding(rng: StableRandom, held_out: bool) -> DrawnSample:
     """Ask for the box around a shape."""
     canvas, placed = scene(rng)
     asked = rng.choice(placed)
-    question = rng.choice(["Where is the {} {}?", "Which part of the picture has the {} {}?"])
+    question = rng.choice(WHERE_IS).format(f"{asked.colour} {asked.shape}")
     box = f"[{asked.written}]"
     height, width, _ = canvas.pixels.shape
     more = {"answer_bbox": box, "size": [width, height]}
-    return DrawnSample(question.format(asked.colour, asked.shape), box, canvas, more=more)
+    return DrawnSample(question, box, canvas, more=more)
 
 
 TRAIN, TEST = 1600, 400
@@ -165,7 +166,8 @@ def scene_picture(rng: StableRandom) -> Picture:
     )
     for one in placed:
         name = f"{one.colour} {one.shape}"
-        picture.ask(f"Which numbers say where the {name} lies?", one.written, f"The {one.shape} in {one.colour} {{}}.")
+        for question in (f"Which numbers say where the {name} lies?", *WHERE_IS):
+            picture.ask(question.format(name), one.written, f"The {one.shape} in {one.colour} {{}}.")
         picture.ask(f"Which shape is {one.colour}?", one.shape, f"It is a {one.colour} {{}}.")
     return picture
 
@@ -201,4 +203,4 @@ def _texts() -> Iterator[str]:
 
 
 MINICOIN_PICTURES = Curriculum(MINICOIN.seed, PROBE_HEADS | BOX_HEADS, draw_picture, _texts, numbers=True, turns=6)
-MINICOIN_BASE = BaseSettings(vision_steps=2000, steps=700)
+MINICOIN_BASE = BaseSettings(vision_steps=2000, steps=1200)
