@@ -1,14 +1,15 @@
-// One token a sequence, in one launch for all projections of an input:
+// One token a sequence, for all projections of an input:
 //
 //   decode_kernel  y += the mixture's output
 //
 // decode.cuh has the sizes that the work is cut by, and the products with one row of a weight.
 //
-// Each projection has blocks of its own. Before the grid's barrier they share the work that reads weights alone: A x of
-// the experts in use, router logits, and w = s B^T I, each in parts over slices of d or of k. After it, a block has a
-// slice of k for a group of sequences: it adds their parts up, chooses, mixes and expands. All sums run in an order
-// that depends neither on the number of blocks nor on the other projections. There is little to compute and much to
-// wait for, so independent loads are issued back to back to overlap their latency.
+// Each projection has blocks of its own. First they share the work that reads x and weights alone: A x of the experts in
+// use, router logits, and w = s B^T I, each in parts over slices of d or of k. When all of it is done, a block has a
+// slice of k for a group of sequences: it adds their parts up, chooses, mixes and expands. A launch does both, with the
+// grid's barrier in between, or one: the first half does not need y, so it may run beside the base's product. All sums
+// run in an order that depends neither on the number of blocks nor on the other projections. There is little to compute
+// and much to wait for, so independent loads are issued back to back to overlap their latency.
 
 #include "decode.cuh"
 #include "grid.cuh"
@@ -154,8 +155,8 @@ struct Block {
     if (lane == 0) global<float>(p.z)[i * s.E + expert] = sum;
   }
 
-  __device__ __forceinline__ void before_barrier() const {
-    if (s.weights > 0 && block < s.k_slices) take_importance(block);
+  // What both halves need: ids and weights where they are given, and who uses which expert.
+  __device__ __forceinline__ void find_experts() const {
     if (!p.routes) {
       for (int j = threadIdx.x; j < s.n * s.slots; j += kThreads) {
         ids[j] = p.ids == nullptr ? j % s.K : global<const int>(p.ids)[j];
@@ -167,6 +168,9 @@ struct Block {
     }
     if (warp == 0) find_users();
     __syncthreads();
+  }
+
+  __device__ __forceinline__ void read_weights() const {
     const int dots = s.dots(down_rows()), items = s.w_items() + dots + s.logits();
     for (int item = block; item < items; item += blocks) {
       if (item < s.w_items()) {
@@ -295,7 +299,7 @@ struct Block {
 
   __device__ __forceinline__ bool expands() const { return block < s.k_slices * s.groups; }
 
-  __device__ __forceinline__ void after_barrier() const {
+  __device__ __forceinline__ void write_y() const {
     if (s.weights > 0) add_up_w();
     int mixed = -1;
     for (int item = block; item < s.k_slices * s.groups; item += blocks) {
@@ -314,7 +318,7 @@ struct Block {
         mix(begin, end - begin, writes);
         mixed = begin;
       }
-      if (item != block) take_y(item);  // else it was taken before the barrier
+      if (item != block) take_y(item);  // else it is there
       expand(item);
       __syncthreads();  // before the next group's masks and u
     }
@@ -330,10 +334,14 @@ __global__ void __launch_bounds__(kThreads, WIDE && sizeof(Scalar) == 2 ? 2 : 1)
   // multiprocessors of their own
   const int first = all.first_block[mine], end = all.first_block[mine + 1], at = blockIdx.x;
   const Block<Scalar, WIDE> block(all.of[mine], mine % 2 ? end - 1 - at : at - first, end - first);
-  block.before_barrier();
+  const int64_t half = block.p.half;
+  if (half != kSecondHalf && block.s.weights > 0 && block.block < block.s.k_slices) block.take_importance(block.block);
+  block.find_experts();
+  if (half != kSecondHalf) block.read_weights();
+  if (half == kFirstHalf) return;
   if (block.expands()) block.take_y(block.block);
-  grid_barrier();
-  if (block.expands()) block.after_barrier();
+  if (half == kBothHalves) grid_barrier();
+  if (block.expands()) block.write_y();
 }
 
 size_t shared_bytes(const Decode& p) {
@@ -364,7 +372,12 @@ void decode(const Decode* projections, int count) {
       const Decode& p = all.of[i] = projections[i];
       const Sizes s(p);
       shared = std::max(shared, shared_bytes(p));
-      wanted[i] = s.k_slices * s.groups + s.dots(s.downs * s.r) + s.logits();
+      wanted[i] = first.half == kSecondHalf ? 0 : s.dots(s.downs * s.r) + s.logits();
+      if (first.half == kFirstHalf) {
+        wanted[i] += s.w_items();
+      } else {
+        wanted[i] += s.k_slices * s.groups;
+      }
       total += wanted[i];
     }
     const int64_t blocks = std::min<int64_t>(resident_blocks("decode", kernel, kThreads, shared), total);
@@ -373,7 +386,7 @@ void decode(const Decode* projections, int count) {
       const int64_t more = total > count ? (blocks - count) * (wanted[i] - 1) / (total - count) : 0;
       all.first_block[i + 1] = all.first_block[i] + static_cast<int>(1 + more);
     }
-    launch("decode", kernel, dim3(static_cast<unsigned>(all.first_block[count])), kThreads, shared, first.stream, true,
-           all);
+    launch("decode", kernel, dim3(static_cast<unsigned>(all.first_block[count])), kThreads, shared, first.stream,
+           first.half == kBothHalves, all);
   });
 }

@@ -9,7 +9,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSlice = limits::kDecodeInputs;  // 32 lanes of kVectors vectors of 4
 constexpr int kVectors = kSlice / 128;
-constexpr int kLoads = 8;   // of a thread, in flight together: parts of a sum, rows of B
+constexpr int kLoads = 8;   // of a thread, in flight together: rows of B
+constexpr int kParts = 24;  // the same of a sum; more than inputs of LLaVA-7B's FFN have slices
 constexpr int kTokens = 2;  // that a row of A is multiplied with at a time
 constexpr int kGroup = 16;  // sequences that a block expands at a time, at most
 constexpr int kSums = 256;  // numbers of w that a block adds up at a time
@@ -51,12 +52,12 @@ struct Sizes {
 __device__ __forceinline__ float strided_sum(Ptr<const float> from, int count, int stride) {
   float sum = 0;
 #pragma unroll 1
-  for (int i = 0; i < count; i += kLoads) {
-    float v[kLoads];
+  for (int i = 0; i < count; i += kParts) {
+    float v[kParts];
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j, from = from + stride) v[j] = i + j < count ? *from : 0.0f;
+    for (int j = 0; j < kParts; ++j, from = from + stride) v[j] = i + j < count ? *from : 0.0f;
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) sum += v[j];
+    for (int j = 0; j < kParts; ++j) sum += v[j];
   }
   return sum;
 }
@@ -237,43 +238,55 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
 }
 
 // y of one output, y[g * outputs], += a slot's share of it, for the sequences of a group from `begin` on that the
-// thread has, the bits of `taken`.
+// thread has, the bits of `taken`. The next row of B is loaded before the last one is used.
 template <class Scalar, class Reader>
 __device__ __forceinline__ void expand_slot(const Decode& p, const Sizes& s, const Reader& B, int experts,
                                             int64_t output, Ptr<const uint64_t> masks, int begin, uint64_t taken,
                                             Ptr<const float> u, Ptr<float> y) {
-  for (int e = 0; e < experts; ++e, output += p.k) {  // from row to row of B
-    const uint64_t users = masks[e] >> begin & taken;
-    if (users == 0) continue;
-    for (int rank = 0; rank < s.r; rank += 16) {
-      float row[4][4];
-      Four<typename Reader::Value> v[4];
+  const auto users_of = [&](int e) { return masks[e] >> begin & taken; };
+  int e = -1, rank = s.r;  // of the row in `next`: 16 ranks of an output
+  Four<typename Reader::Value> next[4];
+  const auto take_next = [&] {
+    rank += 16;
+    if (rank >= s.r) {
+      rank = 0;
+      for (++e; e < experts && users_of(e) == 0;) ++e;
+    }
+    const auto row = (output + e * p.k) * s.r + rank;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) v[j] = B.take(output * s.r + rank + j * 4, s.r - rank - j * 4);
+    for (int j = 0; j < 4; ++j) next[j] = B.take(row + j * 4, e < experts ? s.r - rank - j * 4 : 0);
+  };
+  take_next();
+  while (e < experts) {
+    const int expert = e, first = rank;
+    Four<typename Reader::Value> v[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        unpack<typename Reader::Value>(row[j], v[j]);
-        round4<Scalar>(row[j]);
-      }
-      for (uint64_t left = users; left != 0;) {  // two at a time
-        const int one = __ffsll(static_cast<long long>(left)) - 1;
-        left &= left - 1;
-        const int other = left == 0 ? one : __ffsll(static_cast<long long>(left)) - 1;
-        left &= left - 1;
-        float sums[2];
+    for (int j = 0; j < 4; ++j) v[j] = next[j];
+    take_next();
+    float row[4][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          sums[i] = 0;
+    for (int j = 0; j < 4; ++j) {
+      unpack<typename Reader::Value>(row[j], v[j]);
+      round4<Scalar>(row[j]);
+    }
+    for (uint64_t left = users_of(expert); left != 0;) {  // two at a time
+      const int one = __ffsll(static_cast<long long>(left)) - 1;
+      left &= left - 1;
+      const int other = left == 0 ? one : __ffsll(static_cast<long long>(left)) - 1;
+      left &= left - 1;
+      float sums[2];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float4 with = *view<const float4>(u + ((i ? other : one) * s.columns + rank + j * 4));
-            sums[i] += row[j][0] * with.x + row[j][1] * with.y;
-            sums[i] += row[j][2] * with.z + row[j][3] * with.w;
-          }
+      for (int i = 0; i < 2; ++i) {
+        sums[i] = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float4 with = *view<const float4>(u + ((i ? other : one) * s.columns + first + j * 4));
+          sums[i] += row[j][0] * with.x + row[j][1] * with.y;
+          sums[i] += row[j][2] * with.z + row[j][3] * with.w;
         }
-        y[one * s.outputs] += sums[0];
-        if (other != one) y[other * s.outputs] += sums[1];
       }
+      y[one * s.outputs] += sums[0];
+      if (other != one) y[other * s.outputs] += sums[1];
     }
   }
 }

@@ -38,6 +38,7 @@ constexpr int kSharedMemory = 99 * 1024;  // bytes that a block may take on ever
 
 enum Dtype : int64_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kFloat64 = 3, kOther = 4 };
 enum MixKind : int64_t { kWeighted = 0, kSmolora = 1 };
+enum DecodeHalf : int64_t { kBothHalves = 0, kFirstHalf = 1, kSecondHalf = 2 };
 
 // A parameter, or another tensor of any floating dtype, rounded to the compute dtype (or float32) where it is loaded.
 struct Weight {
@@ -111,6 +112,7 @@ struct Pass : Layout {
 // A projection in decode, one token a sequence: route, shrink, mix, and expand onto the base's output.
 #define DECODE_FIELDS(FIELD)                                                                                          \
   ROUTING_FIELDS(FIELD)                                                                                               \
+  FIELD(int64_t, half, kBothHalves)            /* the same for all projections; the first half takes no y */          \
   FIELD(int64_t, add, 0)                       /* y has the base's output in it */                                    \
   FIELD(int64_t, outputs, 64)                  /* of a slice of k: a multiple of 64 */                                \
   FIELD(float*, scores, nullptr)               /* (n,) out, if the mix makes scores */                                \
@@ -213,7 +215,7 @@ struct GradInput : Pass {  // `padded`: (experts of A, d, RP)
   GRAD_INPUT_FIELDS(DECLARE_FIELD)
 };
 
-void decode(const Decode* projections, int count);  // one launch for all, on the first one's device and stream
+void decode(const Decode* projections, int count);  // a launch for all, on the first one's device and stream
 void route_shrink(const RouteShrink& p);
 void fuse_expand(const FuseExpand& p);
 void grad_output(const GradOutput& p);

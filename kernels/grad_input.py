@@ -323,8 +323,9 @@ def grad_input(
     dx = dh.new_empty((T, d) if need_dx else 0, dtype=dtype)
     dA = [empty_like_if(need, a) for need, a in zip(need_A, A, strict=True)]
     drouter = empty_like_if(need_token_router, dh if token_router is None else token_router)
-    A_part = dh.new_empty((chunks, banks, K, r, d)) if any(need_A) else None
-    router_part = dh.new_empty((chunks, Z, d)) if need_token_router else None
+    float32 = dict(dtype=torch.float32, device=dh.device)
+    A_part = torch.empty((chunks, banks, K, r, d), **float32) if any(need_A) else None
+    router_part = torch.empty((chunks, Z, d), **float32) if need_token_router else None
     chunk_to_seq = torch.empty(chunks, dtype=torch.int32, device=dh.device)
     if threshold and masks is None:
         masks = draw_masks(new_masks(dh, streams, d), seed, streams, threshold)

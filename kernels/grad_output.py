@@ -199,7 +199,7 @@ def mix_backward_kernel(
     slot_weights_ptr,  # (n, b, K) or None
     scores_ptr,  # (T, K) or (T,), or None
     cu_seqlens_ptr,  # (n + 1,) or None
-    dh_ptr,  # (T, b, DOWN, R) out
+    dh_ptr,  # (T, b, DOWN, R) out, as grad_input's products take it
     dscores_ptr,  # (T, K) out, or None
     dw_part_ptr,  # (tiles, b, K, R) out
     dweights_part_ptr,  # (tiles, b, K, R) out, which the next kernel sums over ranks; or None
@@ -281,7 +281,7 @@ def mix_backward_kernel(
                 b_dh = b_gated * b_q[None, :]
                 if DOWN == K:
                     o_h = rows[:, None] * (BANKS * DOWN * R) + o_slot[None, :]
-                    tl.store(dh_ptr + o_h, b_dh, mask=m_h)
+                    tl.store(dh_ptr + o_h, b_dh.to(dh_ptr.dtype.element_ty), mask=m_h)
                 else:
                     b_shared += b_dh
                 if FUSE_BACKWARD is not None or dscores_ptr is not None or dweights_part_ptr is not None:
@@ -297,7 +297,7 @@ def mix_backward_kernel(
                     b_dshare += tl.where((o_slots == j)[None, :], b_ph_j, 0.0)
             if DOWN < K:
                 o_h = rows[:, None] * (BANKS * R) + (bank * R + rank)[None, :]
-                tl.store(dh_ptr + o_h, b_shared, mask=m_h)
+                tl.store(dh_ptr + o_h, b_shared.to(dh_ptr.dtype.element_ty), mask=m_h)
     if dscores_ptr is not None:
         b_dscores = SCORES_BACKWARD(state, scores_ptr, rows, inside, b_dshare, K, KP)
         m_s = inside[:, None] & (o_slots < K)[None, :]
@@ -455,7 +455,10 @@ def grad_output(
     need_slot_weights: bool,
     need_scores: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
-    """Backward from g = dL/dy; arguments and results as in `smolora.engine.torch_passes.grad_output`."""
+    """Backward from g = dL/dy; arguments and results as in `smolora.engine.torch_passes.grad_output`.
+
+    dh has the dtype of g, to which `grad_input` would round it: half the bytes for each block of d to read.
+    """
     (T, k), (_, banks, down, r) = g.shape, h.shape
     K = num_slots(ids, B, 0)
     need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
@@ -467,7 +470,7 @@ def grad_output(
     fused_p_and_dB = blocks == 1 and banks * KP * RP <= tiles.MAX_FUSED_P_AND_DB_COLUMNS
     float32 = dict(dtype=torch.float32, device=g.device)
     int32 = dict(dtype=torch.int32, device=g.device)
-    dh = torch.empty(h.shape if need.p else 0, **float32)
+    dh = g.new_empty(h.shape if need.p else 0)
     dweights = torch.empty(slot_weights.shape if need_slot_weights else 0, **float32)
     dscores = torch.empty(scores.shape if need_scores else 0, **float32)
     dB = [empty_like_if(needed, b) for needed, b in zip(need_B, B, strict=True)]
@@ -591,4 +594,4 @@ def grad_output(
             GROUP=chunks_at_once(ids, K),
             **tiles.SMALL,
         )
-    return dh if need_dh else dh.new_empty(0), dB, dI, dw if need.dw else dh.new_empty(0), dweights, dscores
+    return dh if need_dh else dh.new_empty(0), dB, dI, dw if need.dw else h.new_empty(0), dweights, dscores

@@ -251,7 +251,12 @@ def shrink(
     T, d = x.shape
     banks, widest = len(A), max(slots, default=num_columns)
     card, RP = card_of(x.device), tiles.padded_rank(r)
-    variant = "one_bank" if banks == 1 else "wide_banks" if banks and min(slots) * RP > 16 else ""
+    if banks == 1:
+        variant = "one_bank"
+    elif banks and min(slots) * RP > 16:
+        variant = "wide_banks"
+    else:
+        variant = "" if masks is None else "masks"
     tile = tiles.choose_tile("shrink", r, widest, x.dtype, card.capability, variant)
     extra_tiles = 1 if routed is None or route_mask is None else 2
     num_tiles = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed, extra_tiles)

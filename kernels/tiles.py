@@ -67,7 +67,11 @@ FLOAT32 = {
 # wgmma reads shared memory, of which there are 227 KB: compute capability 9
 WARPGROUP = {
     "shrink": (
-        Tile(64, BT=64, BD=64, BC=64, warps=8, stages=4, registers=128),
+        Tile(64, BT=128, BD=64, BC=64, warps=8, stages=3, registers=128),
+        Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
+    ),
+    "shrink/masks": (
+        Tile(64, BT=64, BD=32, BC=64, warps=4, stages=3, registers=128, resident=4),
         Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
     ),
     "shrink/one_bank": (
@@ -93,7 +97,7 @@ WARPGROUP = {
         Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2, registers=255, resident=1),
     ),
     "grad_input": (
-        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=168, resident=3),
+        Tile(16, BT=64, BD=64, BC=16, warps=4, stages=3, registers=168, resident=3),
         Tile(64, BT=32, BD=64, BC=64, warps=4, stages=3, registers=255),
         Tile(128, BT=32, BD=64, BC=64, warps=4, stages=2, registers=255),
         Tile(256, BT=32, BD=64, BC=64, warps=4, stages=1),
@@ -101,13 +105,15 @@ WARPGROUP = {
     ),
 }
 # tcgen05 reads it, too, and its code takes a few registers more: compute capability 10
+TENSOR_MEMORY_SHRINK = (
+    Tile(16, BT=64, BD=32, BC=16, warps=8, stages=6, registers=128),
+    Tile(64, BT=64, BD=64, BC=64, warps=8, stages=3, registers=128),
+    *WARPGROUP["shrink"][1:],
+)
 TENSOR_MEMORY = {
     **WARPGROUP,
-    "shrink": (
-        Tile(16, BT=64, BD=32, BC=16, warps=8, stages=6, registers=128),
-        Tile(64, BT=64, BD=64, BC=64, warps=8, stages=3, registers=128),
-        *WARPGROUP["shrink"][1:],
-    ),
+    "shrink": TENSOR_MEMORY_SHRINK,
+    "shrink/masks": TENSOR_MEMORY_SHRINK,
     "shrink/one_bank": (
         Tile(16, BT=64, BD=32, BC=16, warps=8, stages=6, registers=128),
         *WARPGROUP["shrink/one_bank"],
@@ -118,7 +124,7 @@ TENSOR_MEMORY = {
         *WARPGROUP["grad_output/one_bank"][2:],
     ),
     "grad_input": (
-        WARPGROUP["grad_input"][0],
+        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=168, resident=3),
         Tile(64, BT=32, BD=64, BC=64, warps=8, stages=3, registers=255, resident=1),
         *WARPGROUP["grad_input"][2:],
     ),
@@ -178,7 +184,7 @@ def choose_tile(
         slots: experts whose columns a bank has in the kernel, the most of any bank.
         dtype: compute dtype.
         capability: compute capability; any that is not named above gets the tiles that fit the smallest card.
-        variant: of a launch that may have tiles of its own, "one_bank", "wide_banks", "token_router" or "routers".
+        variant: of a launch that may have tiles of its own, such as "one_bank": what follows a slash above.
     """
     columns = next_power_of_2(slots) * padded_rank(r)
     if kernel in ("reduce_split_k", "mix_backward"):

@@ -17,6 +17,7 @@ from smolora.engine.cuda_passes import decode_outputs
 from smolora.launch import cdiv
 
 CSRC = Path(__file__).parents[2] / "csrc"
+ITEM = 2  # bytes of a weight
 FMA = 4  # cycles of a dependent floating-point instruction
 OVERHEAD = 100  # cycles of addresses and branches of a stage
 
@@ -39,12 +40,13 @@ MODELS = {"llava-7b": Model(4096, 11008, 32, 32064), "llava-13b": Model(5120, 13
 class Structure:
     """How csrc/decode.cu is laid out."""
 
-    forked: bool = False  # what needs x and weights alone runs beside the base's product
+    forked: bool = False  # the half that reads x and weights alone is a launch beside the base's product
     keeps_B: bool = False  # rows of B that w was made of stay in shared memory for `expand`
+    rows_ahead: bool = False  # the next expert's row of B is loaded before the last one is used
     tokens_ahead: bool = False  # the next tokens of an item of A x are loaded before the last ones are reduced
 
 
-STRUCTURE = Structure()
+STRUCTURE = Structure(forked=True, rows_ahead=True)
 
 
 @cache
@@ -63,6 +65,7 @@ class Projection:
     d: int
     k: int
     blocks: int  # of the grid that it has
+    together: int  # that share the launch
 
 
 def chain(p: Projection, n: int, r: int, experts: int, machine: Machine, structure: Structure) -> dict[str, float]:
@@ -73,7 +76,8 @@ def chain(p: Projection, n: int, r: int, experts: int, machine: Machine, structu
         r, experts: rank, and experts of each of the two banks.
     """
     threads = constant("decode.cuh", "kThreads")
-    loads, tokens_at_once = constant("decode.cuh", "kLoads"), constant("decode.cuh", "kTokens")
+    loads, parts = constant("decode.cuh", "kLoads"), constant("decode.cuh", "kParts")
+    tokens_at_once = constant("decode.cuh", "kTokens")
     kslice, group = constant("params.h", "kDecodeInputs"), min(constant("decode.cuh", "kGroup"), n)
     warps = threads // 32
     memory, l2, shared = machine["memory_latency"], machine["l2_latency"], machine["shared_latency"]
@@ -90,16 +94,29 @@ def chain(p: Projection, n: int, r: int, experts: int, machine: Machine, structu
     again = max(turn, l2) if structure.tokens_ahead else turn + l2
     d_item = memory + turn + (users - 1) * again
     rounds = max(0, cdiv(k_slices + dots, p.blocks) - 1)
-    before = k_item + rounds * d_item + 3 * barrier + OVERHEAD
-    add_w = cdiv(cdiv(k_slices, warps), loads) * l2 + 2 * barrier + 8 * shared
-    sums = cdiv(group * 2 * r, threads) * cdiv(d_slices, loads) * l2
+    find = 3 * barrier + OVERHEAD
+    before = find + k_item + rounds * d_item
+    add_w = cdiv(cdiv(k_slices, warps), parts) * l2 + 2 * barrier + 8 * shared
+    sums = cdiv(group * 2 * r, threads) * cdiv(d_slices, parts) * l2
     mix = sums + cdiv(group, warps) * (6 * shuffle + 1.5 * OVERHEAD) + 3 * barrier
-    rows = 0 if structure.keeps_B else min(experts, n) * l2
-    expand = 2 * (rows + group * 4 * (shared + 2 * FMA)) + OVERHEAD
+    rows = min(experts, n)
+    row = group * 4 * (shared + 2 * FMA) / rows  # of one expert, with its users
+    if structure.keeps_B:
+        slot = rows * row
+    elif structure.rows_ahead:
+        slot = l2 + (rows - 1) * max(l2, row) + row
+    else:
+        slot = rows * (l2 + row)
+    expand = 2 * slot + OVERHEAD
     cycles = {"add_up_w": add_w, "mix": mix, "expand": expand}
     after = {name: machine.seconds(value) for name, value in cycles.items()}
-    if structure.forked:
-        return after
+    if structure.forked:  # the base's product has the memory's rate to itself otherwise
+        moved = p.together * used * r * (p.d + p.k) * ITEM
+        return {
+            "weights beside the base": moved / machine["memory"],
+            "find experts": machine.seconds(l2 + find),
+            **after,
+        }
     return {"before the barrier": machine.seconds(before), "barrier": machine["grid_barrier"], **after}
 
 
@@ -118,10 +135,10 @@ class DecodePrediction:
         return self.step / (self.step + self.adapter)
 
 
-def base_bytes(model: Model, item: int = 2) -> int:
+def base_bytes(model: Model) -> int:
     """Return the bytes of weights that a decode step reads: attention, FFN and the output projection."""
     per_layer = 4 * model.hidden**2 + 3 * model.hidden * model.ffn
-    return item * (model.layers * per_layer + model.hidden * model.vocabulary)
+    return ITEM * (model.layers * per_layer + model.hidden * model.vocabulary)
 
 
 def predict_decode(
@@ -134,8 +151,8 @@ def predict_decode(
     """
     blocks = 2 * int(machine["processors"])
     launches = {
-        "gate and up": Projection(model.hidden, model.ffn, blocks // 2),
-        "down": Projection(model.ffn, model.hidden, blocks),
+        "gate and up": Projection(model.hidden, model.ffn, blocks // 2, 2),
+        "down": Projection(model.ffn, model.hidden, blocks, 1),
     }
     stages = {name: chain(p, sequences, r, experts, machine, structure) for name, p in launches.items()}
     starts = len(launches) * machine["launch"]

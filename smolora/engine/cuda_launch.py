@@ -12,6 +12,7 @@ from . import cuda_build
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 OTHER_DTYPE = 4
 MIXES = {"weighted": 0, "smolora": 1}
+BOTH_HALVES, FIRST_HALF, SECOND_HALF = range(3)  # of decode
 
 
 def run_pass(name: str, like: Tensor, *parts: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ and the tensors are CPU tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from ..spec import (
     num_slots,
 )
 from . import cuda_build
-from .cuda_launch import MIXES, layout, run_pass
+from .cuda_launch import BOTH_HALVES, FIRST_HALF, MIXES, SECOND_HALF, layout, run_pass
 
 COLUMNS = (32, 80, 128)  # of rank space that a block of the shrink may have; in float32 the last would spill
 MAX_BANKS = 2
@@ -479,7 +481,10 @@ def decode(
     scaling: float,
     mix: str,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Run P projections of one token a sequence in one launch, after their bases' products.
+    """Run P projections of one token a sequence: in one launch, after their bases' products.
+
+    Where a graph is captured, the half that reads x and weights alone is a branch of it beside the bases' products, and
+    the other half, which adds to y, is a launch after them. Elsewhere a second launch would cost more than it saves.
 
     Arguments are those of `route_shrink` and `fuse_expand`, with a list where projections differ. The right operand of
     the up-projection stays in float32 here.
@@ -501,10 +506,9 @@ def decode(
         own = slice(i * b, i * b + b)
         k, r, E = B[own][0].shape[1], A[own][0].shape[1], sum(each.shape[0] for each in B[own])
         slots = num_slots(ids[i] if ids else None, B[own], top_k if routes else 0)
-        y = x.new_empty((n, k)) if weight is None else torch.nn.functional.linear(x, weight, base_bias[i])
         routed_ids, routed_weights, logits = new_routing(x, n, B[own], top_k, routes)
         scores = logits.new_empty(n if mix == "smolora" else 0)
-        results.append((y, routed_ids, routed_weights, logits, scores))
+        results.append((routed_ids, routed_weights, logits, scores))
         banks = [
             dict(
                 E=B[j].shape[0],
@@ -546,12 +550,41 @@ def decode(
             add=weight is not None,
             outputs=outputs,
             scores=scores,
-            y=y,
             h_part=scores.new_empty((d_slices, n, b if shared else E, r)),
             z_part=scores.new_empty((d_slices, n, E)) if routes else None,
             z=scores.new_empty((n, E)) if routes else None,
             w_part=scores.new_empty((cdiv(k, outputs), E, r)) if mix == "smolora" else None,
         )
         calls.append(fields)
-    run_pass("decode", x, *calls)
-    return tuple(map(list, zip(*results, strict=True)))
+    forked = any(weight is not None for weight in base_weight) and in_capture(x)
+    with beside(x) if forked else nullcontext() as branch:
+        if forked:
+            run_pass("decode", x, *(fields | dict(half=FIRST_HALF) for fields in calls))
+    y = [
+        x.new_empty((n, fields["k"])) if weight is None else torch.nn.functional.linear(x, weight, bias)
+        for fields, weight, bias in zip(calls, base_weight, base_bias, strict=True)
+    ]
+    if branch is not None:
+        torch.cuda.current_stream(x.device).wait_stream(branch)
+    half = SECOND_HALF if forked else BOTH_HALVES
+    run_pass("decode", x, *(fields | dict(half=half, y=out) for fields, out in zip(calls, y, strict=True)))
+    return y, *map(list, zip(*results, strict=True))
+
+
+def in_capture(x: Tensor) -> bool:
+    """Tell whether what is launched for a tensor becomes a part of a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def beside(x: Tensor) -> Iterator[torch.cuda.Stream]:
+    """Launch what is inside on a stream of its own, from here on; yield that stream."""
+    branch = _branch(x.device)
+    branch.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(branch):
+        yield branch
+
+
+@cache
+def _branch(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -102,7 +102,8 @@ def _fake_grad_output(a: Any) -> Any:
     dslot_weights = torch.empty_like(a.slot_weights) if a.need_slot_weights else a.h.new_empty(0)
     dscores = torch.empty_like(a.scores) if a.need_scores else a.h.new_empty(0)
     need = grad_needs(a.mix, a.need_dh, any(a.need_B), a.need_importance, a.need_slot_weights, a.need_scores)
-    return empty_like_if(a.need_dh, a.h), dB, dI, empty_like_if(need.dw, a.w), dslot_weights, dscores
+    dh = a.h.new_empty(a.h.shape if a.need_dh else 0, dtype=a.g.dtype if a.backend == "triton" else None)
+    return dh, dB, dI, empty_like_if(need.dw, a.w), dslot_weights, dscores
 
 
 def _fake_grad_input(a: Any) -> Any:

@@ -1,5 +1,7 @@
 """Decoding in CUDA C++: one token a sequence, in one launch, emulated and on a GPU."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,6 +132,35 @@ def test_decode_together(case: Case, dtype: torch.dtype, device: str, monkeypatc
     for layer, batch, y in zip(layers, batches, alone, strict=True):
         truth, eager = ({"y": reference(layer, batch, each)["y"]} for each in (torch.float64, dtype))
         assert not complaints({"y": y}, truth, eager, dtype)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
+@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
+def test_decode_as_a_graph_has_it(case: Case, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch):
+    """A launch before the base's products and one after them, which y alone goes into: the bits of a single launch."""
+    built = [build(case.but(S=1, k=k, seed=seed), dtype, device) for seed, k in enumerate((1100, 56))]
+    layers, batch = [layer for layer, _ in built], built[0][1]
+    run_pass, linear, order = cuda_passes.run_pass, torch.nn.functional.linear, []
+
+    def launch(name: str, like: torch.Tensor, *parts: dict) -> None:
+        order.append((name, {fields["half"] for fields in parts}, {"y" in fields for fields in parts}))
+        run_pass(name, like, *parts)
+
+    with torch.no_grad(), smolora.use_backend("cuda"):
+        for layer in layers:
+            layer(batch.x, **batch.keywords)  # of which `together` takes the routes, where they are given
+        whole = together(batch.x, layers, batch)
+        monkeypatch.setattr(cuda_passes, "in_capture", lambda x: True)
+        if device == "cpu":
+            monkeypatch.setattr(cuda_passes, "beside", lambda x: nullcontext())
+        monkeypatch.setattr(cuda_passes, "run_pass", launch)
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda *rest: (order.append("linear"), linear(*rest))[1])
+        halves = together(batch.x, layers, batch)
+    assert order == [("decode", {1}, {False}), "linear", "linear", ("decode", {2}, {True})]
+    for one, other in zip(whole, halves, strict=True):
+        for left, right in zip(one, other, strict=True):
+            assert (left is None and right is None) or torch.equal(left, right)
 
 
 def test_more_projections_than_a_launch_takes(device: str):
