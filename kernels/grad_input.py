@@ -13,13 +13,14 @@ program for each block.
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
+from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, part_rounds, tile_count
 from ..spec import empty_like_if, new_masks
 from . import tiles
 from .dropout import BITS, draw_masks, load_mask
@@ -72,7 +73,7 @@ def load_dh(
     return tl.load(p_h, mask=inside[:, None] & ((slot < K) & (rank < R))[None, :], other=0)
 
 
-@triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "chunk_size"])
+@triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "chunk_size", "first_chunk"])
 def grad_input_kernel(
     x_ptr,  # (T, d), or None for dx alone
     dh_ptr,  # (T, b, K, R); K = 1 where the slots share an A
@@ -86,13 +87,14 @@ def grad_input_kernel(
     dmean_ptr,  # (n, d), gradient of the mean over the number of routed tokens; or None
     masks_ptr,  # (b, T, words of 32 columns) or None: no dropout
     dx_ptr,  # (T, d) out, or None
-    A_part_ptr,  # (chunks, b, K, R, d) out
-    router_part_ptr,  # (chunks, Z, d) out, or None
+    A_part_ptr,  # (chunks of this launch, b, K, R, d) out
+    router_part_ptr,  # (chunks of this launch, Z, d) out, or None
     chunk_to_seq_ptr,  # (chunks,) out: the chunk's sequence, -1 if it has no token
     T,
     num_seqs,
     seq_len,
     chunk_size,
+    first_chunk,
     d,
     words,
     scale,
@@ -116,7 +118,7 @@ def grad_input_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty if dx_ptr is None else dx_ptr.dtype.element_ty
     d_blocks = tl.cdiv(d, BD)
     i_d = tl.program_id(0) % d_blocks
-    chunk = tl.program_id(0) // d_blocks
+    chunk = tl.program_id(0) // d_blocks + first_chunk
     own = tl.program_id(1)
     i_n, start, end = tile_span(chunk, cu_seqlens_ptr, num_seqs, seq_len, chunk_size)
     if i_d == 0 and own == 0:
@@ -216,10 +218,12 @@ def grad_input_kernel(
         m_a = ((slot < K) & (rank < R))[:, None] & m_d[None, :]
         for bank in tl.static_range(BANKS):
             if NEED_A[bank]:
-                o_a = ((to_int64(chunk) * (BANKS * K) + bank * K + slot) * R + rank)[:, None] * d + o_d[None, :]
+                o_a = ((to_int64(chunk - first_chunk) * (BANKS * K) + bank * K + slot) * R + rank)[:, None] * d + o_d[
+                    None, :
+                ]
                 tl.store(A_part_ptr + o_a, tl.trans(b_dA[bank] * scale), mask=m_a)
     if router_part_ptr is not None:
-        p_r = router_part_ptr + (to_int64(chunk) * Z + o_z)[:, None] * d + o_d[None, :]
+        p_r = router_part_ptr + (to_int64(chunk - first_chunk) * Z + o_z)[:, None] * d + o_d[None, :]
         tl.store(p_r, b_dr, mask=m_z[:, None] & m_d[None, :])
 
 
@@ -227,6 +231,8 @@ def grad_input_kernel(
 def reduce_dA_kernel(
     part_ptr,  # (chunks, b, K, size)
     router_part_ptr,  # (chunks, Z, d) or None
+    sum_ptrs,  # (E, size): what is added to the parts; or None
+    router_sum_ptr,  # (Z, d), the same for theirs; or None
     chunk_to_seq_ptr,  # (chunks,)
     ids_ptr,  # (n, b, K) or None
     trained_ptrs,  # bool (E,), or None
@@ -271,16 +277,27 @@ def reduce_dA_kernel(
                         BLOCK,
                         GROUP,
                     )
-                    p_dA = dA_ptrs[bank] + to_int64(expert) * size + o
-                    tl.store(p_dA, b_dA.to(dA_ptrs[bank].dtype.element_ty), mask=o < size)
+                    o_dA = to_int64(expert) * size + o
+                    if sum_ptrs is not None:
+                        b_dA += tl.load(sum_ptrs[bank] + o_dA, mask=o < size, other=0)
+                    tl.store(dA_ptrs[bank] + o_dA, b_dA.to(dA_ptrs[bank].dtype.element_ty), mask=o < size)
     else:
         if router_part_ptr is not None:
             i_z = i_e - TOTAL
             b_dR = sum_chunks(
                 router_part_ptr, chunk_to_seq_ptr, None, 0, i_z, o, o < d, chunks, to_int64(d), 1, Z, BLOCK, GROUP
             )
-            p_dR = drouter_ptr + to_int64(i_z) * d + o
-            tl.store(p_dR, b_dR.to(drouter_ptr.dtype.element_ty), mask=o < d)
+            o_dR = to_int64(i_z) * d + o
+            if router_sum_ptr is not None:
+                b_dR += tl.load(router_sum_ptr + o_dR, mask=o < d, other=0)
+            tl.store(drouter_ptr + o_dR, b_dR.to(drouter_ptr.dtype.element_ty), mask=o < d)
+
+
+class Sums(NamedTuple):
+    """Gradients that the parts of chunks add up to."""
+
+    A: tuple[Tensor, ...]  # of each bank, (E, r, d)
+    router: Tensor  # (Z, d)
 
 
 def grad_input(
@@ -324,16 +341,17 @@ def grad_input(
     dA = [empty_like_if(need, a) for need, a in zip(need_A, A, strict=True)]
     drouter = empty_like_if(need_token_router, dh if token_router is None else token_router)
     float32 = dict(dtype=torch.float32, device=dh.device)
-    A_part = torch.empty((chunks, banks, K, r, d), **float32) if any(need_A) else None
-    router_part = torch.empty((chunks, Z, d), **float32) if need_token_router else None
+    rounds = part_rounds(chunks, (banks * K * r * d if any(need_A) else 0) + (Z * d if need_token_router else 0))
+    A_part = torch.empty((len(rounds[0]), banks, K, r, d), **float32) if any(need_A) else None
+    router_part = torch.empty((len(rounds[0]), Z, d), **float32) if need_token_router else None
     chunk_to_seq = torch.empty(chunks, dtype=torch.int32, device=dh.device)
     if threshold and masks is None:
         masks = draw_masks(new_masks(dh, streams, d), seed, streams, threshold)
 
-    def launch(programs: int, blocks: int, with_dx: bool, with_parts: bool) -> None:
-        """Launch the pass for dx, for the parts of dA and dR, or for all."""
+    def launch(of: range, programs: int, blocks: int, with_dx: bool, with_parts: bool) -> None:
+        """Launch the pass over some chunks for dx, for the parts of dA and dR, or for all."""
         with_router = Z > 0 and (with_dx or need_token_router)
-        grad_input_kernel[(chunks * d_blocks, programs)](
+        grad_input_kernel[(len(of) * d_blocks, programs)](
             x_ptr=x if with_parts else None,
             dh_ptr=dh,
             A_ptrs=tuple(A),
@@ -351,6 +369,7 @@ def grad_input(
             T=T,
             **seqs.arguments(),
             chunk_size=chunk,
+            first_chunk=of.start,
             d=d,
             words=cdiv(d, BITS),
             scale=256 / (256 - threshold),
@@ -369,40 +388,48 @@ def grad_input(
             **tile.options(),
         )
 
-    need_parts = any(need_A) or need_token_router
-    if chunks and blocks == 1 and (need_dx or need_parts):
-        launch(1, 1, need_dx, need_parts)
-    elif chunks:
-        if need_dx:
-            launch(1, blocks, True, False)
-        if need_parts:
-            launch(blocks if any(need_A) else 1, 1, False, True)
-
     experts = [a.shape[0] for a in A]
     summed, summed_Z = sum(experts) if any(need_A) else 0, Z if need_token_router else 0
-    if summed + summed_Z:
-        reduce_dA_kernel[(cdiv(r * d if summed else d, 1024), summed + summed_Z)](
-            part_ptr=A_part,
-            router_part_ptr=router_part,
-            chunk_to_seq_ptr=chunk_to_seq,
-            ids_ptr=ids,
-            trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
-            dA_ptrs=tuple(dA) if summed else None,
-            drouter_ptr=drouter if summed_Z else None,
-            chunks=chunks,
-            size=r * d,
-            d=d,
-            NEED_A=tuple(need_A),
-            EXPERTS=tuple(experts),
-            FIRST=tuple(accumulate([0, *experts[:-1]])),
-            TOTAL=summed,
-            BANKS=banks,
-            K=K,
-            Z=Z,
-            BLOCK=1024,
-            GROUP=chunks_at_once(ids, K),
-            **tiles.SMALL,
-        )
+
+    def reduce_dA(of: range, added: Sums | None, into: Sums) -> None:
+        """Add up the parts of a round's chunks."""
+        if summed + summed_Z:
+            reduce_dA_kernel[(cdiv(r * d if summed else d, 1024), summed + summed_Z)](
+                part_ptr=A_part,
+                router_part_ptr=router_part,
+                sum_ptrs=added.A if added and summed else None,
+                router_sum_ptr=added.router if added and summed_Z else None,
+                chunk_to_seq_ptr=chunk_to_seq[of.start :],
+                ids_ptr=ids,
+                trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
+                dA_ptrs=into.A if summed else None,
+                drouter_ptr=into.router if summed_Z else None,
+                chunks=len(of),
+                size=r * d,
+                d=d,
+                NEED_A=tuple(need_A),
+                EXPERTS=tuple(experts),
+                FIRST=tuple(accumulate([0, *experts[:-1]])),
+                TOTAL=summed,
+                BANKS=banks,
+                K=K,
+                Z=Z,
+                BLOCK=1024,
+                GROUP=chunks_at_once(ids, K),
+                **tiles.SMALL,
+            )
+
+    need_parts, at_once = any(need_A) or need_token_router, blocks == 1
+    if chunks and need_dx and not (at_once and need_parts):
+        launch(range(chunks), 1, blocks, True, False)
+    sums = (
+        Sums(tuple(torch.empty(a.shape, **float32) for a in A), torch.empty((Z, d), **float32)) if rounds[1:] else None
+    )
+    for number, of in enumerate(rounds):
+        if of and need_parts:
+            launch(of, blocks if any(need_A) else 1, 1, need_dx and at_once, True)
+        into = Sums(tuple(dA), drouter) if of is rounds[-1] or sums is None else sums
+        reduce_dA(of, sums if number else None, into)
     if need_dx and base_weight is not None:
         dx.addmm_(g, base_weight)
     return dx, dA, drouter

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, tile_count
+from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, part_rounds, tile_count
 from ..spec import empty_like_if, grad_needs, num_slots
 from . import tiles
 from .mixes import MIXES
@@ -29,7 +29,7 @@ from .primitives import load_slot_weights, sequences, slot_experts, tile_span, t
 from .products import chunks_at_once, load_h, shrink, sum_chunks
 
 
-@triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "chunk_size"])
+@triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "chunk_size", "first_chunk"])
 def grad_output_kernel(
     g_ptr,  # (T, k)
     h_ptr,  # (T, b, DOWN, R)
@@ -40,12 +40,13 @@ def grad_output_kernel(
     trained_ptrs,  # bool (E,), or None
     cu_seqlens_ptr,  # (n + 1,) or None
     p_part_ptr,  # (blocks of k, T, b, K, R) out, or None
-    B_part_ptr,  # (chunks, b, K, k, R) out
+    B_part_ptr,  # (chunks of this launch, b, K, k, R) out
     chunk_to_seq_ptr,  # (chunks,) out: the chunk's sequence, -1 if it has no token
     T,
     num_seqs,
     seq_len,
     chunk_size,
+    first_chunk,
     k,
     scaling,
     STATE: tl.constexpr,  # the functions of the mix
@@ -71,7 +72,7 @@ def grad_output_kernel(
     dtype: tl.constexpr = g_ptr.dtype.element_ty
     k_blocks = tl.cdiv(k, BK)
     i_k = tl.program_id(0) % k_blocks
-    chunk = tl.program_id(0) // k_blocks
+    chunk = tl.program_id(0) // k_blocks + first_chunk
     block = tl.program_id(1)
     i_n, start, end = tile_span(chunk, cu_seqlens_ptr, num_seqs, seq_len, chunk_size)
     if i_k == 0 and block == 0:
@@ -139,7 +140,7 @@ def grad_output_kernel(
             b_dB = tl.dot(tl.trans(b_g), b_u, b_dB, input_precision="ieee")
 
     if ANY_B:
-        p_out = B_part_ptr + ((to_int64(chunk) * (BANKS * K) + o_slot) * k * R + rank_w)[None, :]
+        p_out = B_part_ptr + ((to_int64(chunk - first_chunk) * (BANKS * K) + o_slot) * k * R + rank_w)[None, :]
         tl.store(p_out + o_k[:, None].to(tl.int64) * R, b_dB, mask=m_k[:, None] & m_dB[None, :])
 
 
@@ -359,6 +360,7 @@ def reduce_dw_dweights_kernel(
 @triton.jit(do_not_specialize=["chunks"])
 def reduce_dB_kernel(
     B_part_ptr,  # (chunks, b, K, k, R)
+    sum_ptrs,  # (E, k, R): what is added to the parts; or None
     chunk_to_seq_ptr,  # (chunks,)
     ids_ptr,  # (n, b, K) or None
     dw_ptr,  # (EXPERTS, R), or None
@@ -414,12 +416,14 @@ def reduce_dB_kernel(
                         BK * RP,
                         GROUP,
                     )
+                    o_dB = to_int64(expert) * k * R + o_b
+                    if sum_ptrs is not None:
+                        b_dB += tl.load(sum_ptrs[bank] + o_dB, mask=m_b, other=0)
                     if dw_ptr is not None:
                         b_i = tl.load(importance_ptrs[bank] + i_k * BK + o_e // R, mask=m_b, other=0).to(tl.float32)
                         b_dw = tl.load(dw_ptr + i_e * R + o_e % R, mask=m_b, other=0)
                         b_dB += tl.where(trains, scaling * b_i * b_dw, 0.0)
-                    p_dB = dB_ptrs[bank] + to_int64(expert) * k * R + o_b
-                    tl.store(p_dB, b_dB.to(dB_ptrs[bank].dtype.element_ty), mask=m_b)
+                    tl.store(dB_ptrs[bank] + o_dB, b_dB.to(dB_ptrs[bank].dtype.element_ty), mask=m_b)
     else:
         if dI_ptrs is not None:
             o_k = i_k * BK + tl.arange(0, BK)
@@ -490,34 +494,73 @@ def grad_output(
         p_parts = p_part.split(K * r, dim=2)
     elif need.p:
         p_parts = shrink(g, B, [K] * banks, [ids is not None] * banks, ids, seqs, r=r, strides=(k * r, 1, r)).parts
+    rounds = part_rounds(chunks, banks * K * k * r if any(need_B) else 0)
     if any(need_B):
-        B_part = torch.empty((chunks, banks, K, k, r), **float32)
-    if chunks and (any(need_B) or (need.p and fused_p_and_dB)):
-        grad_output_kernel[(chunks * k_blocks, blocks)](
-            g_ptr=g,
-            h_ptr=h,
-            ids_ptr=ids,
-            slot_weights_ptr=slot_weights,
-            scores_ptr=scores,
-            B_ptrs=tuple(B),
-            trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
-            p_part_ptr=p_part,
-            B_part_ptr=B_part,
-            chunk_to_seq_ptr=chunk_to_seq,
-            T=T,
-            **seqs.arguments(),
-            chunk_size=chunk,
-            k=k,
-            scaling=scaling,
-            NEED_B=tuple(need_B),
-            ANY_B=any(need_B),
-            **mix_constants,
-            BT=tile.BT,
-            BK=tile.BD,
-            BC=tile.BC,
-            WIDE=next_power_of_2(banks) * tile.BC,
-            **tile.options(),
-        )
+        B_part = torch.empty((len(rounds[0]), banks, K, k, r), **float32)
+    sums: tuple[Tensor, ...] | None = None
+    if len(rounds) > 1:
+        sums = tuple(torch.empty(b.shape, **float32) for b in B)
+
+    def reduce_dB(of: range, added: tuple[Tensor, ...] | None, into: tuple[Tensor, ...]) -> None:
+        """Add up the parts of a round's chunks; the last round has what comes of w, too."""
+        last = of is rounds[-1]
+        summed, with_w = sum(experts) if any(need_B) else 0, need.dw and last
+        programs, BK = summed + (banks if need_importance and last else 0), tiles.dB_rows(r)
+        if programs and k:
+            reduce_dB_kernel[(cdiv(k, BK), programs)](
+                B_part_ptr=B_part,
+                sum_ptrs=added,
+                chunk_to_seq_ptr=chunk_to_seq[of.start :],
+                ids_ptr=ids,
+                dw_ptr=dw if with_w else None,
+                B_ptrs=tuple(B),
+                importance_ptrs=tuple(importance) if with_w else None,
+                trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
+                dB_ptrs=into if summed else None,
+                dI_ptrs=tuple(dI) if need_importance and last else None,
+                chunks=len(of),
+                k=k,
+                scaling=scaling,
+                NEED_B=tuple(need_B),
+                EXPERTS=tuple(experts),
+                FIRST=first,
+                TOTAL=summed,
+                **constants,
+                BK=BK,
+                GROUP=chunks_at_once(ids, K),
+                **tiles.SMALL,
+            )
+
+    for number, of in enumerate(rounds):
+        if of and (any(need_B) or (need.p and fused_p_and_dB)):
+            grad_output_kernel[(len(of) * k_blocks, blocks)](
+                g_ptr=g,
+                h_ptr=h,
+                ids_ptr=ids,
+                slot_weights_ptr=slot_weights,
+                scores_ptr=scores,
+                B_ptrs=tuple(B),
+                trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
+                p_part_ptr=p_part,
+                B_part_ptr=B_part,
+                chunk_to_seq_ptr=chunk_to_seq,
+                T=T,
+                **seqs.arguments(),
+                chunk_size=chunk,
+                first_chunk=of.start,
+                k=k,
+                scaling=scaling,
+                NEED_B=tuple(need_B),
+                ANY_B=any(need_B),
+                **mix_constants,
+                BT=tile.BT,
+                BK=tile.BD,
+                BC=tile.BC,
+                WIDE=next_power_of_2(banks) * tile.BC,
+                **tile.options(),
+            )
+        if sums is not None and of is not rounds[-1]:
+            reduce_dB(of, sums if number else None, sums)
     dw = torch.empty((sum(experts) if need.dw else 0, r), **float32)
     if need.p:
         mix_tile = tiles.choose_tile("mix_backward", r, K, g.dtype, card.capability)
@@ -569,29 +612,5 @@ def grad_output(
                 TILES=64,
                 **tiles.SMALL,
             )
-    BK, summed = tiles.dB_rows(r), sum(experts) if any(need_B) else 0
-    programs = summed + (banks if need_importance else 0)
-    if programs and k:
-        reduce_dB_kernel[(cdiv(k, BK), programs)](
-            B_part_ptr=B_part,
-            chunk_to_seq_ptr=chunk_to_seq,
-            ids_ptr=ids,
-            dw_ptr=dw if need.dw else None,
-            B_ptrs=tuple(B),
-            importance_ptrs=tuple(importance) if need.dw else None,
-            trained_ptrs=tuple(t.view(torch.uint8) for t in trained) or None,
-            dB_ptrs=tuple(dB) if summed else None,
-            dI_ptrs=tuple(dI) if need_importance else None,
-            chunks=chunks,
-            k=k,
-            scaling=scaling,
-            NEED_B=tuple(need_B),
-            EXPERTS=tuple(experts),
-            FIRST=first,
-            TOTAL=summed,
-            **constants,
-            BK=BK,
-            GROUP=chunks_at_once(ids, K),
-            **tiles.SMALL,
-        )
+    reduce_dB(rounds[-1], sums, tuple(dB))
     return dh if need_dh else dh.new_empty(0), dB, dI, dw if need.dw else h.new_empty(0), dweights, dscores

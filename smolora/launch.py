@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+PART_BYTES = 2**28  # of partial sums at a time
+
 
 def cdiv(a: int, b: int) -> int:
     """Divide and round up."""
@@ -61,6 +63,22 @@ def chunk_tokens(tokens: int, num_seqs: int, blocks: int, block_tokens: int, pro
     """
     seq_blocks = max(1, cdiv(tokens // max(num_seqs, 1), block_tokens))
     return cdiv(seq_blocks, fewest_parts(blocks * max(num_seqs, 1), seq_blocks, programs)) * block_tokens
+
+
+def part_rounds(chunks: int, numbers: int) -> list[range]:
+    """Cut the chunks of a backward pass into rounds, so that the parts of a round take no more than PART_BYTES.
+
+    Chunks grow with the number of sequences, and short sequences would have more parts than anything else.
+
+    Args:
+        numbers: of a chunk's parts, in float32.
+
+    Returns:
+        At least one round, all nearly as long.
+    """
+    most = max(1, PART_BYTES // max(numbers * 4, 1))
+    each = max(1, cdiv(chunks, max(1, cdiv(chunks, most))))
+    return [range(first, min(first + each, chunks)) for first in range(0, max(chunks, 1), each)]
 
 
 def tile_count(tokens: int, num_seqs: int, block: int, packed: bool, extra_tiles: int = 1) -> int:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import smolora
 from recorded import RecordedPasses, named_results
+from smolora import launch
 from smolora.engine import torch_passes
 from support import mixtures
 from support.cases import OPTIONS, RANKS, SHAPES, plain
@@ -86,6 +87,34 @@ def test_each_pass_is_the_torch_pass(case: MixCase, without: tuple[str, ...], de
         for label, value in expected.items():
             assert (got[label].shape, got[label].dtype) == (value.shape, value.dtype), (name, label)
             assert error(got[label], value) <= (2e-6 if value.is_floating_point() else 0), (name, label)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        mixtures.plain.but(E=(4, 3), K=2, lengths=(5, 40, 0, 70, 3)),
+        mixtures.plain.but(frozen=True, threshold=64),
+        MIX_OPTIONS[16].but(S=50),  # a token router
+        MIX_OPTIONS[21],  # importance vectors
+    ],
+    ids=str,
+)
+def test_parts_in_rounds(case: MixCase, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Where the parts of all chunks would take more memory than they may, they take turns in it: against float64."""
+    from smolora.kernels import grad_input, grad_output
+
+    rounds = []
+
+    def part_rounds(chunks: int, numbers: int) -> list[range]:
+        rounds.append(launch.part_rounds(chunks, numbers))
+        return rounds[-1]
+
+    monkeypatch.setattr(launch, "PART_BYTES", 1)
+    for module in (grad_output, grad_input):
+        monkeypatch.setattr(module, "part_rounds", part_rounds)
+    check_call(case, torch.float32, "triton", device)
+    assert len(rounds) == 2 and all(len(each) > 1 for each in rounds)
 
 
 @pytest.mark.parametrize("device", DEVICES)
