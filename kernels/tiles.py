@@ -87,7 +87,7 @@ WARPGROUP = {
         Tile(None, BT=64, BD=64, BC=64, warps=4, stages=1, registers=255),
     ),
     "grad_output": (
-        Tile(16, BT=64, BD=256, BC=16, warps=8, stages=3, registers=168, resident=1),
+        Tile(16, BT=64, BD=256, BC=16, warps=4, stages=3, registers=255, resident=1),
         Tile(32, BT=64, BD=256, BC=32, warps=8, stages=2, resident=1),
         Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2, registers=255, resident=1),
     ),
@@ -147,21 +147,30 @@ WARP = {
         Tile(None, BT=32, BD=64, BC=32, warps=8, stages=1, registers=255, resident=1),
     ),
     "grad_output": (
-        Tile(16, BT=32, BD=256, BC=16, warps=8, stages=3, resident=1),
+        Tile(16, BT=32, BD=256, BC=16, warps=4, stages=2, registers=255),
         Tile(None, BT=64, BD=128, BC=64, warps=8, stages=2, registers=255, resident=1),
     ),
     "grad_input": (
-        Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=168, resident=3),
+        Tile(16, BT=64, BD=64, BC=16, warps=4, stages=2, registers=168, resident=3),
         Tile(32, BT=32, BD=64, BC=32, warps=4, stages=2, registers=255),
         Tile(64, BT=32, BD=32, BC=64, warps=8, stages=2, registers=255, resident=1),
         Tile(256, BT=32, BD=32, BC=64, warps=4, stages=1),
         Tile(None, BT=32, BD=32, BC=64, warps=8, stages=1, resident=1),
     ),
 }
+# the same on compute capability 12, for which ptxas takes more registers
+WARP_12 = {
+    **WARP,
+    "grad_input": (replace(WARP["grad_input"][0], registers=255, resident=2), *WARP["grad_input"][1:]),
+}
 # two banks with masks of their own, and the gradient of the mean
 WARPGROUP["grad_input/routers"] = TENSOR_MEMORY["grad_input"]
-WARP["grad_input/routers"] = (replace(WARP["grad_input"][0], registers=255, resident=2), *WARP["grad_input"][1:])
-for table in (FLOAT32, WARPGROUP, TENSOR_MEMORY, WARP):
+WARP["grad_input/routers"] = (
+    Tile(16, BT=32, BD=64, BC=16, warps=4, stages=3, registers=255),
+    *WARP["grad_input"][1:],
+)
+WARP_12["grad_input/routers"] = WARP["grad_input/routers"]
+for table in (FLOAT32, WARPGROUP, TENSOR_MEMORY, WARP, WARP_12):
     # a token router takes registers, and the tile of 16 columns leaves none
     table["grad_input/token_router"] = table["grad_input"][1:]
 # rank space alone, in float32 on every card
@@ -190,7 +199,7 @@ def choose_tile(
     if kernel in ("reduce_split_k", "mix_backward"):
         rows = RANK_SPACE
     else:
-        halves = {9: WARPGROUP, 10: TENSOR_MEMORY}.get(capability[0], WARP)
+        halves = {9: WARPGROUP, 10: TENSOR_MEMORY, 12: WARP_12}.get(capability[0], WARP)
         table = FLOAT32 if dtype == torch.float32 else halves
         rows = table.get(f"{kernel}/{variant}", table[kernel])
     tile = next(row for row in rows if row.max_columns is None or columns <= row.max_columns)
