@@ -118,7 +118,8 @@ def grad_input_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty if dx_ptr is None else dx_ptr.dtype.element_ty
     d_blocks = tl.cdiv(d, BD)
     i_d = tl.program_id(0) % d_blocks
-    chunk = tl.program_id(0) // d_blocks + first_chunk
+    part = tl.program_id(0) // d_blocks
+    chunk = first_chunk + part
     own = tl.program_id(1)
     i_n, start, end = tile_span(chunk, cu_seqlens_ptr, num_seqs, seq_len, chunk_size)
     if i_d == 0 and own == 0:
@@ -218,12 +219,10 @@ def grad_input_kernel(
         m_a = ((slot < K) & (rank < R))[:, None] & m_d[None, :]
         for bank in tl.static_range(BANKS):
             if NEED_A[bank]:
-                o_a = ((to_int64(chunk - first_chunk) * (BANKS * K) + bank * K + slot) * R + rank)[:, None] * d + o_d[
-                    None, :
-                ]
+                o_a = ((to_int64(part) * (BANKS * K) + bank * K + slot) * R + rank)[:, None] * d + o_d[None, :]
                 tl.store(A_part_ptr + o_a, tl.trans(b_dA[bank] * scale), mask=m_a)
     if router_part_ptr is not None:
-        p_r = router_part_ptr + (to_int64(chunk - first_chunk) * Z + o_z)[:, None] * d + o_d[None, :]
+        p_r = router_part_ptr + (to_int64(part) * Z + o_z)[:, None] * d + o_d[None, :]
         tl.store(p_r, b_dr, mask=m_z[:, None] & m_d[None, :])
 
 
@@ -422,9 +421,9 @@ def grad_input(
     need_parts, at_once = any(need_A) or need_token_router, blocks == 1
     if chunks and need_dx and not (at_once and need_parts):
         launch(range(chunks), 1, blocks, True, False)
-    sums = (
-        Sums(tuple(torch.empty(a.shape, **float32) for a in A), torch.empty((Z, d), **float32)) if rounds[1:] else None
-    )
+    sums = None
+    if len(rounds) > 1:
+        sums = Sums(tuple(torch.empty(a.shape, **float32) for a in A), torch.empty((Z, d), **float32))
     for number, of in enumerate(rounds):
         if of and need_parts:
             launch(of, blocks if any(need_A) else 1, 1, need_dx and at_once, True)

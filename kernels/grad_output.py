@@ -72,7 +72,8 @@ def grad_output_kernel(
     dtype: tl.constexpr = g_ptr.dtype.element_ty
     k_blocks = tl.cdiv(k, BK)
     i_k = tl.program_id(0) % k_blocks
-    chunk = tl.program_id(0) // k_blocks + first_chunk
+    part = tl.program_id(0) // k_blocks
+    chunk = first_chunk + part
     block = tl.program_id(1)
     i_n, start, end = tile_span(chunk, cu_seqlens_ptr, num_seqs, seq_len, chunk_size)
     if i_k == 0 and block == 0:
@@ -140,7 +141,7 @@ def grad_output_kernel(
             b_dB = tl.dot(tl.trans(b_g), b_u, b_dB, input_precision="ieee")
 
     if ANY_B:
-        p_out = B_part_ptr + ((to_int64(chunk - first_chunk) * (BANKS * K) + o_slot) * k * R + rank_w)[None, :]
+        p_out = B_part_ptr + ((to_int64(part) * (BANKS * K) + o_slot) * k * R + rank_w)[None, :]
         tl.store(p_out + o_k[:, None].to(tl.int64) * R, b_dB, mask=m_k[:, None] & m_dB[None, :])
 
 
