@@ -176,8 +176,19 @@ def cost(found: Groups) -> str:
     return table(["", "trained in the first stage", "in the last", "stored"], lines)
 
 
+def pace(found: Groups) -> str:
+    """Milliseconds of a training step, over all stages; for runs beside which nothing else ran."""
+
+    def cells(results: Results) -> list[float | None]:
+        stages = results["stages"]
+        seconds = sum(results["timing"][stage]["training"]["seconds"] for stage in stages)
+        return [1000 * seconds / sum(results["training"][stage]["steps"] for stage in stages)]
+
+    return rows(found, ["ms a step"], cells)
+
+
 TABLES: dict[str, Callable[[Groups], str]] = {
-    table.__name__: table for table in (final, own, selector, coin, downstream, cost)
+    table.__name__: table for table in (final, own, selector, coin, downstream, cost, pace)
 } | {"ablation": final, "options": final}
 
 if __name__ == "__main__":
