@@ -177,14 +177,15 @@ def cost(found: Groups) -> str:
 
 
 def pace(found: Groups) -> str:
-    """Milliseconds of a training step, over all stages; for runs beside which nothing else ran."""
+    """Milliseconds of a training step, over all stages; for runs of one seed beside which nothing else ran."""
 
-    def cells(results: Results) -> list[float | None]:
+    def milliseconds(results: Results) -> float:
         stages = results["stages"]
         seconds = sum(results["timing"][stage]["training"]["seconds"] for stage in stages)
-        return [1000 * seconds / sum(results["training"][stage]["steps"] for stage in stages)]
+        return 1000 * seconds / sum(results["training"][stage]["steps"] for stage in stages)
 
-    return rows(found, ["ms a step"], cells)
+    lines = [[name, ", ".join(f"{milliseconds(results):.0f}" for results in runs)] for name, runs in found.items()]
+    return table(["", "ms a step, each run"], lines)
 
 
 TABLES: dict[str, Callable[[Groups], str]] = {
