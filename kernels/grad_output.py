@@ -26,7 +26,7 @@ from ..spec import empty_like_if, grad_needs, num_slots
 from . import tiles
 from .mixes import MIXES
 from .primitives import load_slot_weights, sequences, slot_experts, tile_span, to_int64, trained_columns
-from .products import chunks_at_once, load_h, shrink, sum_chunks
+from .products import chunks_at_once, load_h, shrink, sum_chunks, sum_p
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "chunk_size", "first_chunk"])
@@ -164,32 +164,6 @@ def load_B(
     expert = slot_experts(ids_ptr, i_n, bank, slot, BANKS, K)
     p_b = B_ptr + (expert.to(tl.int64) * k * R + rank)[None, :] + o_k[:, None].to(tl.int64) * R
     return tl.load(p_b, mask=(o_k < k)[:, None] & mask[None, :], other=0).to(tl.float32)
-
-
-@triton.jit
-def sum_p(
-    p_part_ptr,  # (p_parts, T, P_WIDTH)
-    rows,
-    inside,
-    slot,
-    rank,
-    T,
-    p_parts,
-    scaling,
-    P_WIDTH: tl.constexpr,
-    R: tl.constexpr,
-    BT: tl.constexpr,
-    BR: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Return a block of p [BT, BR]: the sum of its parts over k, in their order."""
-    m_p = inside[:, None] & (rank < R)[None, :]
-    b_p = tl.zeros([BT, BR], tl.float32)
-    for first in range(0, p_parts, GROUP):
-        for i in tl.static_range(GROUP):  # loads that are in flight together
-            o_p = (rows + to_int64(first + i) * T)[:, None] * P_WIDTH + (slot * R + rank)[None, :]
-            b_p += tl.load(p_part_ptr + o_p, mask=m_p & (first + i < p_parts), other=0)
-    return scaling * b_p
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "seq_len", "p_parts"])

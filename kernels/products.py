@@ -1,4 +1,4 @@
-"""The products that two passes share: x (or g) into rank space, and the right operand of the up-projection.
+"""What passes share: the product of x (or g) into rank space, the right operand of the up-projection, sums of parts.
 
 Kernels:
 
@@ -100,6 +100,32 @@ def sum_chunks(
 def chunks_at_once(ids: Tensor | None, K: int) -> int:
     """Return `sum_chunks`' GROUP, with which eight loads are in flight: a chunk has one, or with ids one a slot."""
     return 8 if ids is None else max(1, 8 // next_power_of_2(K))
+
+
+@triton.jit
+def sum_p(
+    p_part_ptr,  # (p_parts, T, P_WIDTH)
+    rows,
+    inside,
+    slot,
+    rank,
+    T,
+    p_parts,
+    scaling,
+    P_WIDTH: tl.constexpr,
+    R: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Return a block of p [BT, BR]: the sum of its parts over k, in their order."""
+    m_p = inside[:, None] & (rank < R)[None, :]
+    b_p = tl.zeros([BT, BR], tl.float32)
+    for first in range(0, p_parts, GROUP):
+        for i in tl.static_range(GROUP):  # loads that are in flight together
+            o_p = (rows + to_int64(first + i) * T)[:, None] * P_WIDTH + (slot * R + rank)[None, :]
+            b_p += tl.load(p_part_ptr + o_p, mask=m_p & (first + i < p_parts), other=0)
+    return scaling * b_p
 
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "seq_len"])

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from smolora.kernels.primitives import tile_to_seq
-from smolora.launch import PART_BYTES, chunk_tokens, part_rounds, tile_count
+from smolora.launch import chunk_tokens, tile_count
 from support.marks import DEVICE, on_device
 
 pytestmark = on_device
@@ -64,14 +64,3 @@ def test_chunks_are_whole_tiles():
         for n in (1, 3, 64):
             chunk = chunk_tokens(tokens, n, 43, 64, 132)
             assert chunk % 64 == 0 and chunk < max(1, tokens // n) + 64
-
-
-@pytest.mark.parametrize("chunks", [0, 1, 7, 190, 191, 8192])
-@pytest.mark.parametrize("numbers", [0, 352256, PART_BYTES])  # gate/up of LLaVA-7B, r 16; and more than fits at once
-def test_part_rounds(chunks: int, numbers: int):
-    """Every chunk is in a round, in order; rounds are alike, and take no more memory than they may, or a chunk each."""
-    rounds = part_rounds(chunks, numbers)
-    assert [chunk for each in rounds for chunk in each] == list(range(chunks)) and len(rounds) >= 1
-    longest = max(map(len, rounds))
-    assert longest * numbers * 4 <= PART_BYTES or longest == 1
-    assert longest == 1 or len(rounds) <= 2 * max(1, chunks * numbers * 4 / PART_BYTES)
