@@ -17,7 +17,7 @@ from shapes import PRESETS, MixtureCase, Shape, SMoLoRACase
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOAT = 4  # bytes of h, alpha, dh, and of a float32 gradient
+FLOAT = 4  # bytes of h, alpha, and of a float32 gradient
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def _smolora(case: SMoLoRACase) -> dict[str, Work]:
     T, d, k, r, item = case.tokens, case.d, case.k, case.r, case.item
     chosen = min(case.batch, case.vu) + min(case.batch, case.if_)  # experts that some instance uses
     A, B = chosen * r * d, chosen * r * k  # elements
-    rank = T * 2 * r * FLOAT  # h, or dh
+    h, dh = T * 2 * r * FLOAT, T * 2 * r * item
     alpha = T * FLOAT
     return {
         "route_shrink": _route_shrink(case),
-        "fuse_expand": Work(rank + alpha + B * item + T * k * item, 2 * T * k * 2 * r),
-        "grad_output": Work(T * k * item + rank + alpha + B * item + rank + B * FLOAT, 2 * 2 * T * k * 2 * r),
-        "grad_input": Work(T * d * item + rank + A * item + T * d * item + A * FLOAT, 2 * 2 * T * d * 2 * r),
+        "fuse_expand": Work(h + alpha + B * item + T * k * item, 2 * T * k * 2 * r),
+        "grad_output": Work(T * k * item + h + alpha + B * item + dh + B * FLOAT, 2 * 2 * T * k * 2 * r),
+        "grad_input": Work(T * d * item + dh + A * item + T * d * item + A * FLOAT, 2 * 2 * T * d * 2 * r),
     }
 
 
@@ -97,13 +97,13 @@ def _mixture(case: MixtureCase) -> dict[str, Work]:
     router = case.experts if case.method == "moelora" else 0
     branches = min(case.batch * case.active, case.experts) if case.method == "branchlora" else rank // case.r
     A, B = (columns + router) * d, branches * case.r * k  # elements
-    h, scores = T * columns * FLOAT, T * router * FLOAT
+    h, dh, scores = T * columns * FLOAT, T * columns * item, T * router * FLOAT
     down = 2 * T * d * (columns + router)
     return {
         "route_shrink": Work(T * d * item + A * item + h + scores, down),
         "fuse_expand": Work(h + scores + B * item + T * k * item, 2 * T * k * rank),
-        "grad_output": Work(T * k * item + 2 * (h + scores) + B * (item + FLOAT), 2 * 2 * T * k * rank),
-        "grad_input": Work(2 * T * d * item + h + scores + A * (item + FLOAT), 2 * down),
+        "grad_output": Work(T * k * item + h + dh + 2 * scores + B * (item + FLOAT), 2 * 2 * T * k * rank),
+        "grad_input": Work(2 * T * d * item + dh + scores + A * (item + FLOAT), 2 * down),
     }
 
 
