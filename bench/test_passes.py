@@ -56,11 +56,11 @@ def result(folder):
 def test_operands_by_hand():
     """gate/up: 8192 tokens in bfloat16, two branches of rank 16, eight experts of which every one is chosen."""
     T, d, k, experts = 8192, 4096, 11008, 8 * 16
-    h = T * 32 * 4
+    h, dh = T * 32 * 4, T * 32 * 2
     assert operand_bytes(GATE, "route_shrink") == T * d * 2 + (4 * 16 + 4 + 16) * d * 2 + h
     assert operand_bytes(GATE, "fuse_expand") == h + T * 4 + experts * k * 2 + T * k * 2
-    assert operand_bytes(GATE, "grad_output") == T * k * 2 + h + T * 4 + experts * k * 2 + h + experts * k * 4
-    assert operand_bytes(GATE, "grad_input") == T * d * 2 + h + experts * d * 2 + T * d * 2 + experts * d * 4
+    assert operand_bytes(GATE, "grad_output") == T * k * 2 + h + T * 4 + experts * k * 2 + dh + experts * k * 4
+    assert operand_bytes(GATE, "grad_input") == T * d * 2 + dh + experts * d * 2 + T * d * 2 + experts * d * 4
 
 
 def print_triton_counts():
