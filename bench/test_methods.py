@@ -184,12 +184,12 @@ def test_floors_by_hand():
     gate = PRESETS["llava-7b"][0]
     passes = {name: roofline.adapter(of_method(gate, name, METHODS[name])) for name in LAYERS}
     lora = passes["lilora"]
-    h, A, B = T * r * 4, r * d, r * k
+    h, dh, A, B = T * r * 4, T * r * 2, r * d, r * k
     assert [work.bytes for work in lora.values()] == [
         x + 2 * A + h,
         h + 2 * B + y,
-        y + 2 * h + B * (2 + 4),
-        2 * x + h + A * (2 + 4),
+        y + h + dh + B * (2 + 4),
+        2 * x + dh + A * (2 + 4),
     ]
     assert [work.flops for work in lora.values()] == [2 * T * d * r, 2 * T * k * r, 4 * T * k * r, 4 * T * d * r]
     assert passes["routedlora"]["fuse_expand"].flops == passes["branchlora"]["fuse_expand"].flops == 2 * T * k * 2 * r
