@@ -17,6 +17,7 @@ from torch import Tensor
 from ..launch import cdiv, next_power_of_2
 
 BITS = 32  # of a word
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -85,9 +86,10 @@ def draw_masks_kernel(
 
 @triton.jit
 def load_mask(masks_ptr, rows, inside, column, T, words, stream: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """Load the mask of a tile [BT, BD], True where an element stays; `column` is the tile's first, `stream` a position.
+    """Load the mask of a tile of BD columns from `column`, as `keep` and `keeps` take it; `stream` is a position.
 
-    BD is 16, or a multiple of 32, and `column` of BD.
+    A word [BT, BD // 4] has the bits of four columns, each at the top of a byte. BD is 16, or a multiple of 32, and
+    `column` of BD.
     """
     o_w = column // 32 + tl.arange(0, max(1, BD // 32))
     p_words = masks_ptr + (stream * T.to(tl.int64) + rows)[:, None] * words + o_w[None, :]
@@ -95,8 +97,39 @@ def load_mask(masks_ptr, rows, inside, column, T, words, stream: tl.constexpr, B
     group = tl.arange(0, min(8, BD // 4))  # of four columns
     if BD < 32:
         group += column % 32 // 4
-    b_groups = tl.reshape(b_words[:, :, None] >> group[None, None, :], [BT, BD // 4])
-    return tl.reshape(b_groups[:, :, None] & (1 << 8 * tl.arange(0, 4))[None, None, :], [BT, BD]) != 0
+    return tl.reshape(b_words[:, :, None] << (7 - group)[None, None, :], [BT, BD // 4])
+
+
+@triton.jit
+def keeps(b_mask, BT: tl.constexpr, BD: tl.constexpr):
+    """Return a loaded mask as booleans [BT, BD], True where an element stays."""
+    return tl.reshape(b_mask[:, :, None] & (128 << 8 * tl.arange(0, 4))[None, None, :], [BT, BD]) != 0
+
+
+@triton.jit
+def keep(b_x, b_mask, BT: tl.constexpr, BD: tl.constexpr):
+    """Return x [BT, BD], zero where a loaded mask drops it.
+
+    Two elements of 16 bits are masked at once: `prmt` spreads the top bit of a byte over a byte. Its selector has four
+    bits for each byte of the result, of which the highest asks for that; an element's column has them for both places.
+    """
+    if INTERPRETED or b_x.dtype == tl.float32:
+        b_kept = tl.where(keeps(b_mask, BT, BD), b_x, 0.0).to(b_x.dtype)
+    else:
+        b_words = tl.reshape(tl.broadcast_to(b_mask[:, :, None], [BT, BD // 4, 4]), [BT, BD])
+        selector = 0xCC88 + 0x1111 * (tl.arange(0, BD) % 4)
+        b_kept = tl.inline_asm_elementwise(
+            """{ .reg .b32 selector, mask;
+            prmt.b32 selector, $4, $5, 0x0050;
+            prmt.b32 mask, $2, $3, selector;
+            and.b32 $0, $1, mask; }""",
+            "=r,r,r,r,r,r",
+            [b_x, b_words, tl.broadcast_to(selector[None, :], [BT, BD])],
+            dtype=b_x.dtype,
+            is_pure=True,
+            pack=2,
+        )
+    return b_kept
 
 
 def draw_masks(masks: Tensor, seed: Tensor, streams: list[int], threshold: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, part_rounds, tile_count
 from ..spec import empty_like_if, new_masks
 from . import tiles
-from .dropout import BITS, draw_masks, load_mask
+from .dropout import BITS, draw_masks, keep, keeps, load_mask
 from .primitives import (
     sequences,
     slot_experts,
@@ -165,10 +165,10 @@ def grad_input_kernel(
         if token_router_ptr is not None:
             b_dz = tl.load(dlogits_ptr + rows[:, None] * Z + o_z[None, :], mask=inside[:, None] & m_z[None, :], other=0)
             b_dz = b_dz.to(dtype)  # [BT, ZP]
-        keep = ()
+        masks = ()
         if masks_ptr is not None:
             for bank in tl.static_range(BANKS):
-                keep = keep + (load_mask(masks_ptr, rows, inside, i_d * BD, T, words, bank, BT, BD),)
+                masks = masks + (load_mask(masks_ptr, rows, inside, i_d * BD, T, words, bank, BT, BD),)
         dhs = ()  # of the own column block, for both products; [BT, BC] each
         if ANY_A or BLOCKS == 1:
             for bank in tl.static_range(BANKS):
@@ -189,7 +189,8 @@ def grad_input_kernel(
                         b_dh = load_dh(dh_ptr, rows, inside, slot_b, rank_b, bank, BANKS, K, R).to(dtype)
                     b_bank = tl.dot(b_dh, b_a, b_bank, input_precision="ieee")
                 if masks_ptr is not None:
-                    b_dx += tl.where(keep[bank], b_bank, 0.0)
+                    b_bank = tl.where(keeps(masks[bank], BT, BD), b_bank, 0.0)
+                    b_dx += b_bank
                 else:
                     b_dx = b_bank
             b_dx = b_dx * scale
@@ -208,7 +209,7 @@ def grad_input_kernel(
                 if trains[bank]:
                     b_kept = b_x
                     if masks_ptr is not None:
-                        b_kept = tl.where(keep[bank], b_x, 0.0).to(dtype)
+                        b_kept = keep(b_x, masks[bank], BT, BD)
                     b_sum = tl.dot(tl.trans(b_kept), dhs[bank], b_sum, input_precision="ieee")
                 b_summed = b_summed + (b_sum,)
             b_dA = b_summed

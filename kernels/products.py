@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..launch import card_of, cdiv, next_power_of_2, split_k, tile_count
 from . import tiles
-from .dropout import BITS, load_mask
+from .dropout import BITS, keep, load_mask
 from .primitives import Sequences, slot_experts, slots_and_ranks, tile_to_seq, to_int64, zero_tile
 
 
@@ -196,7 +196,9 @@ def shrink_kernel(
         routed = inside
         if route_mask_ptr is not None:
             routed = tl.load(route_mask_ptr + rows, mask=inside, other=0) != 0
-        b_ones = ((tl.arange(0, 16)[:, None] == 0) & routed[None, :]).to(dtype)  # [16, BT]
+        b_ones = (routed[:, None] & (tl.arange(0, 16)[None, :] == 0)).to(dtype)  # [BT, 16]
+        if BD < 64:
+            b_ones = tl.trans(b_ones)
 
     span = tl.cdiv(tl.cdiv(d, BD), tl.num_programs(1)) * BD
     for c in range(i_s * span, tl.minimum(d, (i_s + 1) * span), BD):
@@ -209,8 +211,11 @@ def shrink_kernel(
                 b_seen = tl.where(routed[:, None], b_x, 0.0).to(dtype)
             if dtype == tl.float32:  # no tensor core adds float32 exactly
                 b_sum = tl.sum(b_seen, 0)
-            else:
-                b_sum = tl.sum(tl.dot(b_ones, b_seen), 0)  # of 16 rows, only the first is not zero
+            else:  # of 16 sums, only the first is not zero; with 64 rows, wgmma reads x as it lies
+                if BD < 64:
+                    b_sum = tl.sum(tl.dot(b_ones, b_seen), 0)
+                else:
+                    b_sum = tl.sum(tl.dot(tl.trans(b_seen), b_ones), 1)
             if block == 0:
                 tl.store(sums_ptr + to_int64(tile) * d + o_d, b_sum, mask=m_d)
         if BANKS > 0:
@@ -220,8 +225,9 @@ def shrink_kernel(
                 b_a = tl.load(p_a[bank][None, :] + o_a, mask=m_d[:, None] & m_c[bank][None, :], other=0).to(dtype)
                 b_kept = b_x
                 if masks_ptr is not None:
-                    b_kept = tl.where(load_mask(masks_ptr, rows, inside, c, T, words, bank, BT, BD), b_x, 0.0)
-                b_added = b_added + (tl.dot(b_kept.to(dtype), b_a, b_h[bank], input_precision="ieee"),)
+                    b_mask = load_mask(masks_ptr, rows, inside, c, T, words, bank, BT, BD)
+                    b_kept = keep(b_x, b_mask, BT, BD)
+                b_added = b_added + (tl.dot(b_kept, b_a, b_h[bank], input_precision="ieee"),)
             b_h = b_added
         if token_router_ptr is not None:
             p_z = token_router_ptr + o_z[None, :].to(tl.int64) * d + o_d[:, None]
@@ -281,8 +287,10 @@ def shrink(
         variant = "one_bank"
     elif banks and min(slots) * RP > 16:
         variant = "wide_banks"
+    elif masks is None:
+        variant = ""
     else:
-        variant = "" if masks is None else "masks"
+        variant = "masks" if routed is None or route_mask is None else "masks_and_route_mask"
     tile = tiles.choose_tile("shrink", r, widest, x.dtype, card.capability, variant)
     extra_tiles = 1 if routed is None or route_mask is None else 2
     num_tiles = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed, extra_tiles)

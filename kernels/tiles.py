@@ -59,7 +59,7 @@ FLOAT32 = {
         Tile(None, BT=32, BD=32, BC=32, warps=8, stages=2, resident=1),
     ),
     "grad_input": (
-        Tile(16, BT=32, BD=32, BC=16, warps=8, stages=3, registers=255, resident=1),
+        Tile(16, BT=32, BD=32, BC=16, warps=8, stages=2, registers=255, resident=1),
         Tile(128, BT=32, BD=32, BC=32, warps=8, stages=2, resident=1),
         Tile(None, BT=16, BD=32, BC=16, warps=4, stages=1),
     ),
@@ -71,7 +71,11 @@ WARPGROUP = {
         Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
     ),
     "shrink/masks": (
-        Tile(64, BT=64, BD=32, BC=64, warps=4, stages=3, registers=128, resident=4),
+        Tile(64, BT=64, BD=64, BC=64, warps=4, stages=3, registers=168, resident=3),
+        Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
+    ),
+    "shrink/masks_and_route_mask": (
+        Tile(64, BT=64, BD=64, BC=64, warps=4, stages=3, registers=255),
         Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
     ),
     "shrink/one_bank": (
@@ -114,6 +118,7 @@ TENSOR_MEMORY = {
     **WARPGROUP,
     "shrink": TENSOR_MEMORY_SHRINK,
     "shrink/masks": TENSOR_MEMORY_SHRINK,
+    "shrink/masks_and_route_mask": TENSOR_MEMORY_SHRINK,
     "shrink/one_bank": (
         Tile(16, BT=64, BD=32, BC=16, warps=8, stages=6, registers=128),
         *WARPGROUP["shrink/one_bank"],
@@ -161,6 +166,8 @@ WARP = {
 # the same on compute capability 12, for which ptxas takes more registers
 WARP_12 = {
     **WARP,
+    "shrink/masks_and_route_mask": (Tile(None, BT=32, BD=32, BC=64, warps=8, stages=3),),
+    "shrink/wide_banks": (Tile(None, BT=32, BD=32, BC=32, warps=8, stages=3),),
     "grad_input": (replace(WARP["grad_input"][0], registers=255, resident=2), *WARP["grad_input"][1:]),
 }
 # two banks with masks of their own, and the gradient of the mean
@@ -173,6 +180,9 @@ WARP_12["grad_input/routers"] = WARP["grad_input/routers"]
 for table in (FLOAT32, WARPGROUP, TENSOR_MEMORY, WARP, WARP_12):
     # a token router takes registers, and the tile of 16 columns leaves none
     table["grad_input/token_router"] = table["grad_input"][1:]
+WARP_12["grad_input/token_router"] = tuple(
+    replace(tile, registers=255) if tile.max_columns == 256 else tile for tile in WARP["grad_input/token_router"]
+)
 # rank space alone, in float32 on every card
 RANK_SPACE = (
     Tile(32, BT=32, BC=32, warps=4, registers=168),

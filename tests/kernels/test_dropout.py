@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from smolora.kernels.dropout import draw_masks, load_mask
+from smolora.kernels.dropout import draw_masks, keep, keeps, load_mask
 from smolora.reference import philox_bytes
 from smolora.spec import new_masks
 from support.marks import DEVICE, on_device
@@ -32,20 +32,27 @@ def test_masks_are_those_of_the_reference(seed: int, threshold: int):
 
 
 @triton.jit
-def _expand(masks_ptr, out_ptr, T, words, D, BT: tl.constexpr, BD: tl.constexpr):
+def _masked(x_ptr, masks_ptr, bits_ptr, out_ptr, T, words, D, BT: tl.constexpr, BD: tl.constexpr):
     rows = tl.arange(0, BT)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    m_x = (rows < T)[:, None] & (o_d < D)[None, :]
     for stream in tl.static_range(2):
-        keep = load_mask(masks_ptr, rows, rows < T, tl.program_id(0) * BD, T, words, stream, BT, BD)
-        p_out = out_ptr + (stream * T + rows)[:, None] * D + o_d[None, :]
-        tl.store(p_out, keep.to(tl.uint8), mask=(rows < T)[:, None] & (o_d < D)[None, :])
+        b_mask = load_mask(masks_ptr, rows, rows < T, tl.program_id(0) * BD, T, words, stream, BT, BD)
+        o_x = (stream * T + rows)[:, None] * D + o_d[None, :]
+        tl.store(bits_ptr + o_x, keeps(b_mask, BT, BD).to(tl.uint8), mask=m_x)
+        tl.store(out_ptr + o_x, keep(tl.load(x_ptr + o_x, mask=m_x), b_mask, BT, BD), mask=m_x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("BD", [16, 32, 64])
-def test_tiles_of_a_mask(BD: int):
-    """Each element's bit, also at an edge that is no multiple of anything."""
+def test_tiles_of_a_mask(BD: int, dtype: torch.dtype):
+    """Each element's bit, and the element itself or zero, also at an edge that is no multiple of anything."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.randint(-(2**31), 2**31, (2, 13, 3), generator=generator).to(DEVICE, torch.int32)
-    out = torch.full((2, 13, 70), 7, dtype=torch.uint8, device=DEVICE)
-    _expand[(-(-70 // BD),)](masks, out, 13, 3, 70, BT=16, BD=BD)
-    assert torch.equal(out.cpu().bool(), unpacked(masks, 70)) and out.max() == 1
+    x = torch.randn(2, 13, 70, generator=generator).to(DEVICE, dtype)
+    bits = torch.full((2, 13, 70), 7, dtype=torch.uint8, device=DEVICE)
+    out = torch.full_like(x, float("nan"))
+    _masked[(-(-70 // BD),)](x, masks, bits, out, 13, 3, 70, BT=16, BD=BD)
+    expected = unpacked(masks, 70)
+    assert torch.equal(bits.cpu(), expected.to(torch.uint8))
+    assert torch.equal(out.cpu(), torch.where(expected, x.cpu(), 0.0))

@@ -27,9 +27,9 @@ def test_barriers(arch: int):
 
 
 def test_fences():
-    """Each fence left out between what a warp stores and a wgmma reads. grad_input stores A before its loop, with two
-    fences between that and any wgmma, of which one would do."""
-    check_noticed("fence", 90, at_least=0.75, kernels={"shrink_kernel", "fuse_expand_kernel", "grad_output_kernel"})
+    """Each fence left out between what a warp stores and a wgmma reads. grad_input stores A before its loop, and shrink
+    its ones, with two fences between that and any wgmma, of which one would do."""
+    check_noticed("fence", 90, at_least=0.65, kernels={"shrink_kernel", "fuse_expand_kernel", "grad_output_kernel"})
 
 
 @pytest.mark.parametrize("arch", [80, 90])

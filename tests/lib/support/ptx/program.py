@@ -38,14 +38,18 @@ class Program:
                 raise ValueError(f"{self.name}: no label {instruction.operands[0]}")
 
     def _add(self, statement: str) -> None:
+        statement = statement.lstrip("{} ")  # of a block with registers of its own, which stands for new ones
+        if not statement:
+            return
         if statement.endswith(":"):
             self.labels[statement[:-1]] = len(self.code)
             return
-        declared = re.fullmatch(r"\.reg \.(\w+) (%\w+)<(\d+)>", statement)
+        declared = re.fullmatch(r"\.reg \.(\w+) (.+)", statement)
         if declared:
             kind = np.bool_ if declared[1] == "pred" else BITS[size_of(TYPES[declared[1]])]
-            for i in range(int(declared[3])):
-                self.slots[f"{declared[2]}{i}"] = len(self.kinds)
+            many = re.fullmatch(r"(%\w+)<(\d+)>", declared[2])
+            for name in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else declared[2].split(", "):
+                self.slots[name] = len(self.kinds)
                 self.kinds.append(kind)
             return
         where = f"{self.name}:{len(self.code)}: {statement[:80]}"
