@@ -287,10 +287,8 @@ def shrink(
         variant = "one_bank"
     elif banks and min(slots) * RP > 16:
         variant = "wide_banks"
-    elif masks is None:
-        variant = ""
     else:
-        variant = "masks" if routed is None or route_mask is None else "masks_and_route_mask"
+        variant = "" if masks is None else "masks"
     tile = tiles.choose_tile("shrink", r, widest, x.dtype, card.capability, variant)
     extra_tiles = 1 if routed is None or route_mask is None else 2
     num_tiles = tile_count(T, seqs.num_seqs, tile.BT, seqs.packed, extra_tiles)

@@ -71,11 +71,7 @@ WARPGROUP = {
         Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
     ),
     "shrink/masks": (
-        Tile(64, BT=64, BD=64, BC=64, warps=4, stages=3, registers=168, resident=3),
-        Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
-    ),
-    "shrink/masks_and_route_mask": (
-        Tile(64, BT=64, BD=64, BC=64, warps=4, stages=3, registers=255),
+        Tile(64, BT=64, BD=64, BC=64, warps=4, stages=2, registers=255),
         Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
     ),
     "shrink/one_bank": (
@@ -118,7 +114,6 @@ TENSOR_MEMORY = {
     **WARPGROUP,
     "shrink": TENSOR_MEMORY_SHRINK,
     "shrink/masks": TENSOR_MEMORY_SHRINK,
-    "shrink/masks_and_route_mask": TENSOR_MEMORY_SHRINK,
     "shrink/one_bank": (
         Tile(16, BT=64, BD=32, BC=16, warps=8, stages=6, registers=128),
         *WARPGROUP["shrink/one_bank"],
@@ -166,7 +161,7 @@ WARP = {
 # the same on compute capability 12, for which ptxas takes more registers
 WARP_12 = {
     **WARP,
-    "shrink/masks_and_route_mask": (Tile(None, BT=32, BD=32, BC=64, warps=8, stages=3),),
+    "shrink/masks": (Tile(None, BT=32, BD=32, BC=64, warps=8, stages=3),),
     "shrink/wide_banks": (Tile(None, BT=32, BD=32, BC=32, warps=8, stages=3),),
     "grad_input": (replace(WARP["grad_input"][0], registers=255, resident=2), *WARP["grad_input"][1:]),
 }
