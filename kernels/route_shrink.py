@@ -378,6 +378,9 @@ def route_shrink(
             **tiles.SMALL,
         )
 
+    if x.dtype != torch.float32 and T > n:  # in a step of decoding A is read only once
+        A = [a.to(x.dtype) for a in A]
+
     # fused routing: one pass over x computes all experts of the banks that x routes, as slots are known only after it
     routed_by_x = [reads and not shared for reads in reads_x]
     widest = max((e * RP for e, by_x in zip(experts, routed_by_x, strict=True) if by_x), default=0)

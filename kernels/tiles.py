@@ -71,7 +71,7 @@ WARPGROUP = {
         Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
     ),
     "shrink/masks": (
-        Tile(64, BT=64, BD=64, BC=64, warps=4, stages=2, registers=255),
+        Tile(64, BT=64, BD=64, BC=64, warps=4, stages=3, registers=168, resident=3),
         Tile(None, BT=64, BD=32, BC=128, warps=8, stages=4),
     ),
     "shrink/one_bank": (

@@ -50,7 +50,8 @@ def check_resident(rows: list[dict]) -> None:
         if row["arch"] not in (80, 90) or row["kernel"] not in names or not row["setting"].endswith(" r=16"):
             continue
         name, dtype = names[row["kernel"]], torch.bfloat16 if row["half"] else torch.float32
-        tile = tiles.choose_tile(name, 16, 4 if name == "shrink" else 1, dtype, (row["arch"] // 10, 0))
+        slots, variant = (4, "masks") if name == "shrink" else (1, "")
+        tile = tiles.choose_tile(name, 16, slots, dtype, (row["arch"] // 10, 0), variant)
         by_registers = 65536 // (-(-row["registers"] // 8) * 256) // tile.warps
         by_shared = {80: 164, 90: 228}[row["arch"]] * 1024 // (row["shared"] + 1024)
         assert min(by_registers, by_shared) >= tile.resident, row
