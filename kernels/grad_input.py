@@ -189,8 +189,7 @@ def grad_input_kernel(
                         b_dh = load_dh(dh_ptr, rows, inside, slot_b, rank_b, bank, BANKS, K, R).to(dtype)
                     b_bank = tl.dot(b_dh, b_a, b_bank, input_precision="ieee")
                 if masks_ptr is not None:
-                    b_bank = tl.where(keeps(masks[bank], BT, BD), b_bank, 0.0)
-                    b_dx += b_bank
+                    b_dx += tl.where(keeps(masks[bank], BT, BD), b_bank, 0.0)
                 else:
                     b_dx = b_bank
             b_dx = b_dx * scale

@@ -378,7 +378,7 @@ def route_shrink(
             **tiles.SMALL,
         )
 
-    if x.dtype != torch.float32 and T > n:  # in a step of decoding A is read only once
+    if x.dtype != torch.float32 and T > n:  # every tile of tokens reads A; a step of decoding has only one
         A = [a.to(x.dtype) for a in A]
 
     # fused routing: one pass over x computes all experts of the banks that x routes, as slots are known only after it

@@ -175,6 +175,7 @@ WARP_12["grad_input/routers"] = WARP["grad_input/routers"]
 for table in (FLOAT32, WARPGROUP, TENSOR_MEMORY, WARP, WARP_12):
     # a token router takes registers, and the tile of 16 columns leaves none
     table["grad_input/token_router"] = table["grad_input"][1:]
+# without a limit, ptxas chooses a tighter one than it needs there, and spills
 WARP_12["grad_input/token_router"] = tuple(
     replace(tile, registers=255) if tile.max_columns == 256 else tile for tile in WARP["grad_input/token_router"]
 )
