@@ -139,7 +139,7 @@ WARP = {
         Tile(16, BT=64, BD=32, BC=16, warps=4, stages=3),
         Tile(None, BT=64, BD=32, BC=64, warps=4, stages=3, registers=255),
     ),
-    "shrink/wide_banks": (Tile(None, BT=64, BD=32, BC=64, warps=8, stages=3, resident=1),),
+    "shrink/wide_banks": (Tile(None, BT=64, BD=32, BC=64, warps=8, stages=3, registers=255, resident=1),),
     "expand": (
         Tile(64, BT=128, BD=64, BC=64, warps=8, stages=2, registers=128),
         Tile(128, BT=32, BD=64, BC=64, warps=8, stages=1, registers=255, resident=1),
