@@ -162,6 +162,7 @@ WARP = {
 WARP_12 = {
     **WARP,
     "shrink/masks": (Tile(None, BT=32, BD=32, BC=64, warps=8, stages=3),),
+    "shrink/one_bank": (replace(WARP["shrink/one_bank"][0], registers=168), *WARP["shrink/one_bank"][1:]),
     "shrink/wide_banks": (Tile(None, BT=32, BD=32, BC=32, warps=8, stages=3),),
     "grad_input": (replace(WARP["grad_input"][0], registers=255, resident=2), *WARP["grad_input"][1:]),
 }
