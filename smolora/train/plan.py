@@ -69,7 +69,9 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     for stage in stages:
         accumulation(recipe.of_stage(stage.train), devices)
     plan["devices"], plan["accumulation"] = devices, accumulation(recipe, devices)
-    plan["memory"] = _memory(recipe, method, devices, image_tokens) if Path(recipe.model.path).is_dir() else None
+    plan["memory"] = (
+        estimate_memory(recipe, method, devices, image_tokens) if Path(recipe.model.path).is_dir() else None
+    )
     return plan
 
 
@@ -170,7 +172,7 @@ class _Checker:
         return self.planned[path.resolve()] or 0
 
 
-def _memory(recipe: Recipe, method: Method, devices: int, image_tokens: int) -> dict[str, Any]:
+def estimate_memory(recipe: Recipe, method: Method, devices: int, image_tokens: int) -> dict[str, Any]:
     """Estimate the memory of a device that holds the whole model. Activations follow a rule of thumb.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from smolora.minicvit.prepare import minicvit
 from smolora.recipe import load_recipe
 from smolora.train import prepare
 from smolora.train.data import Collator, TaskSamples, recipe_backbone
-from smolora.train.plan import make_plan
+from smolora.train.methods import Method
+from smolora.train.plan import GIB, estimate_memory, make_plan
 from support.chat_models import save_chat
 from support.train_world import make_world
 
@@ -38,6 +40,33 @@ def test_plan(world, capsys):
     adapted = [(32, 96)] * 4 + [(96, 32)] * 2 + [(32, 32)] * 2
     assert plan["memory"]["trainable_parameters"] == sum(4 * 4 * (d + k) + 2 * k for d, k in adapted)
     assert not (world.parent / "run").exists(), "a dry run writes nothing"
+
+
+# LLaVA-1.5-7B's adapted layers, inputs x outputs: gate, up and down of 32 decoder layers, and the projector's two
+LAYERS_7B = [(4096, 11008)] * 64 + [(11008, 4096)] * 32 + [(1024, 4096), (4096, 4096)]
+LORA_7B = sum(128 * (d + k) for d, k in LAYERS_7B)
+PROJECTOR_7B = (1024 + 1) * 4096 + (4096 + 1) * 4096
+
+
+@pytest.mark.parametrize("setting", ["single", "multi"])
+@pytest.mark.parametrize(
+    ("method", "trained", "kept"),
+    [
+        ("seqlora", LORA_7B, 0),
+        ("replay", LORA_7B, 0),
+        ("dora", LORA_7B + sum(k for _, k in LAYERS_7B), 2 * sum(d * k for d, k in LAYERS_7B)),  # copies in 16 bits
+        ("ewc", LORA_7B, 8 * LORA_7B),  # Fisher information and anchor
+        ("ewc-tir", LORA_7B, 8 * LORA_7B),
+        ("clora", LORA_7B, 6 * 4 * LORA_7B),  # P of six tasks in the few-shot stage
+        ("eproj", PROJECTOR_7B, 6 * 4 * PROJECTOR_7B),  # of the other five tasks and the few-shot ones
+    ],
+)
+def test_what_the_baselines_need_for_llava_7b(llava_7b, setting, method, trained, kept):
+    path = Path(__file__).parents[3] / f"recipes/cvit_llava7b_{setting}.yaml"
+    recipe = load_recipe(path, [f"model.path={llava_7b.parent / 'base'}", f"method={method}"])
+    memory = estimate_memory(recipe, Method(recipe), devices=1, image_tokens=576)
+    assert memory["trainable_parameters"] == trained
+    assert memory["method_gib"] * GIB == kept
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -18,7 +18,6 @@ from smolora import InstructionEncoder, cli
 from smolora.data.format import read_questions
 from smolora.data.images import ImageTransform
 from smolora.data.prompts import PromptEncoder
-from smolora.official.llava import llava_config
 from smolora.recipe import load_recipe
 from smolora.train.data import Collator
 from smolora.train.methods import Method
@@ -26,30 +25,11 @@ from smolora.train.methods.branchlora import adapted, most_used
 from smolora.train.plan import make_plan
 from smolora.train.run import TrainingRun
 from smolora.tuner.counts import num_trainable
-from support.train_world import make_world
 
 SMALL = ["baseline.rank=8", "baseline.experts=4"]
 ADAPTER = "adapter/adapter_model.safetensors"
 
 # ---- what trains
-
-
-@pytest.fixture(scope="module")
-def llava_7b(tmp_path_factory) -> Path:
-    """A recipe whose base model has the sizes of LLaVA-1.5-7B, and no weights."""
-    recipe = make_world(tmp_path_factory.mktemp("7b"), train=2, ask=1)
-    base = recipe.parent / "base"
-    small = AutoConfig.from_pretrained(base)
-    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    text = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    sizes = {"num_attention_heads": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = llava_config(
-        vision={**vision, "image_size": 336, "patch_size": 14, "projection_dim": 768},
-        text={**text, **sizes},
-        image_token=small.image_token_id,
-    )
-    config.save_pretrained(base)
-    return recipe
 
 
 ALL_LINEARS = r"target_modules=.*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
