@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 RESULTS = {
     "route_shrink": ("h", "w", "ids", "slot_weights", "logits", "mean", "token_logits", "masks"),
     "fuse_expand": ("y", "scores"),
-    "grad_output": ("dh", "dB", "dimportance", "dw", "dslot_weights", "dscores"),
+    "grad_output": ("dh", "dB", "dimportance", "dslot_weights", "dscores"),
     "grad_input": ("dx", "dA", "dtoken_router"),
 }
 

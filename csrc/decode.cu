@@ -36,7 +36,6 @@ struct Block {
   Ptr<int> used;        // how many these are
   Ptr<int> ids;         // of all sequences, and the slots' weights
   Ptr<float> weights;
-  Ptr<float> importance;  // a slice of both banks'
   Ptr<float> scratch, w;
   Ptr<float> logits;  // of a warp's sequence
   Ptr<float> u, sums;  // h, then what B is multiplied with; y
@@ -50,7 +49,6 @@ struct Block {
     used = smem.take<int>(1);
     ids = smem.take<int>(s.n * s.slots);
     weights = smem.take<float>(s.n * s.slots);
-    importance = smem.take<float>(2 * s.outputs);
     scratch = smem.take<float>(kWarps * kSums);
     w = smem.take<float>(s.weights);
     logits = smem.take<float>(kWarps * s.E) + warp * s.E;
@@ -101,23 +99,10 @@ struct Block {
   // Rows of A that h is made of.
   __device__ __forceinline__ int down_rows() const { return (p.shared ? s.downs : *used) * s.r; }
 
-  __device__ __forceinline__ void take_importance(int slice) const {
-    const int64_t first = slice * static_cast<int64_t>(s.outputs);
-    for (int o = threadIdx.x; o < outputs_of(slice); o += kThreads) {
-      importance[o] = rounded<Scalar>(weight_at(p.banks[0].importance, first + o));
-      importance[s.outputs + o] = rounded<Scalar>(weight_at(p.banks[1].importance, first + o));
-    }
-  }
-
   // A slice of k: its part of w.
   __device__ __forceinline__ void k_item(int slice) const {
-    if (slice != block) {  // else it is there
-      take_importance(slice);
-      __syncthreads();
-    }
     with_reader<WIDE>(p.banks[0].B, [&](auto B) {
-      add_w<Scalar>(p, s, B, B.of(p.banks[1].B), list, *used, slice * static_cast<int64_t>(s.outputs),
-                    outputs_of(slice), importance, scratch,
+      add_w<Scalar>(p, s, B, list, *used, slice * static_cast<int64_t>(s.outputs), outputs_of(slice), scratch,
                     global<float>(p.w_part) + slice * static_cast<int64_t>(s.E * s.r));
     });
   }
@@ -335,7 +320,6 @@ __global__ void __launch_bounds__(kThreads, WIDE && sizeof(Scalar) == 2 ? 2 : 1)
   const int first = all.first_block[mine], end = all.first_block[mine + 1], at = blockIdx.x;
   const Block<Scalar, WIDE> block(all.of[mine], mine % 2 ? end - 1 - at : at - first, end - first);
   const int64_t half = block.p.half;
-  if (half != kSecondHalf && block.s.weights > 0 && block.block < block.s.k_slices) block.take_importance(block.block);
   block.find_experts();
   if (half != kSecondHalf) block.read_weights();
   if (half == kFirstHalf) return;
@@ -346,8 +330,8 @@ __global__ void __launch_bounds__(kThreads, WIDE && sizeof(Scalar) == 2 ? 2 : 1)
 
 size_t shared_bytes(const Decode& p) {
   const Sizes s(p);
-  const int64_t sizes[] = {2 * s.masks, 2 * s.E, s.E, 1, s.n * s.slots, s.n * s.slots, 2 * s.outputs, kWarps * kSums,
-                           s.weights, kWarps * s.E, s.group * s.columns, s.group * s.outputs};
+  const int64_t sizes[] = {2 * s.masks, 2 * s.E, s.E, 1, s.n * s.slots, s.n * s.slots, kWarps * kSums, s.weights,
+                           kWarps * s.E, s.group * s.columns, s.group * s.outputs};
   size_t bytes = 0;
   for (int64_t size : sizes) bytes += cdiv(size * 4, 16) * 16;
   return bytes;

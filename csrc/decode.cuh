@@ -70,6 +70,7 @@ struct Vectors {
   using Value = W;
   const void* data;
   __device__ __forceinline__ Vectors of(const Weight& other) const { return {other.data}; }
+  __device__ __forceinline__ W one(int64_t i, bool inside) const { return inside ? global<const W>(data)[i] : W(); }
   __device__ __forceinline__ Four<W> take(int64_t i, int count) const {
     return count > 0 ? *view<const Four<W>>(global<const W>(data) + i) : Four<W>();  // rows are a multiple of 4 long
   }
@@ -79,6 +80,7 @@ struct Elements {
   using Value = float;
   Weight weight;
   __device__ __forceinline__ Elements of(const Weight& other) const { return {other}; }
+  __device__ __forceinline__ float one(int64_t i, bool inside) const { return inside ? weight_at(weight, i) : 0.0f; }
   __device__ __forceinline__ float4 take(int64_t i, int count) const {
     float v[4];
 #pragma unroll
@@ -91,7 +93,7 @@ inline bool is_wide(const Decode& p) {
   bool wide = p.d % 4 == 0 && p.r % 4 == 0 && is_aligned(p.x, 16);
   for (int bank = 0; bank < p.b; ++bank) {
     const Bank& of = p.banks[bank];
-    wide = wide && of.B.dtype == p.banks[0].B.dtype;
+    wide = wide && of.B.dtype == p.banks[0].B.dtype && (p.mix != kSmolora || of.importance.dtype == of.B.dtype);
     for (const Weight& weight : {of.A, of.B, of.router_reads_x ? of.router : Weight()}) {
       wide = wide && is_aligned(weight.data, 16) && weight.dtype != kFloat64;
     }
@@ -175,12 +177,11 @@ __device__ __forceinline__ void dot_item(const Decode& p, const Reader& weight, 
   }
 }
 
-// A block's part of w = s B^T I, for `used` experts of a list, over a slice of k; `importance` has that slice of both
-// banks.
+// A block's part of w = s B^T I, for `used` experts of a list, over a slice of k; `reader` reads weights of B's dtype.
 template <class Scalar, class Reader>
-__device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Reader& first_B, const Reader& second_B,
-                                      Ptr<const int> list, int used, int64_t first_output, int outputs,
-                                      Ptr<const float> importance, Ptr<float> scratch, Ptr<float> out) {
+__device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Reader& reader, Ptr<const int> list,
+                                      int used, int64_t first_output, int outputs, Ptr<float> scratch,
+                                      Ptr<float> out) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = s.r;
   int quads = 1;  // threads that share a row: a power of two, 4 ranks each
   while (quads * 4 < r) quads *= 2;
@@ -192,13 +193,16 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
     int loaded = 0, load_step = 0, added = 0, add_step = 0;  // experts, and steps of the next one
     for (int left = count * steps; left > 0; left -= Reader::kRows) {
       Four<typename Reader::Value> v[Reader::kRows];
+      typename Reader::Value importance[Reader::kRows];
 #pragma unroll
       for (int j = 0; j < Reader::kRows; ++j) {
         const int expert = list[base + min(loaded, count - 1)], row = load_step * rows + first;
-        const bool second = expert >= s.E0;
-        const Reader B = second ? second_B : first_B;
-        v[j] = B.take(((second ? expert - s.E0 : expert) * p.k + first_output + row) * r + quad * 4,
-                      j < left && row < outputs ? r - quad * 4 : 0);
+        const bool second = expert >= s.E0, inside = j < left && row < outputs;
+        const Reader B = reader.of(second ? p.banks[1].B : p.banks[0].B);
+        const Reader I = reader.of(second ? p.banks[1].importance : p.banks[0].importance);
+        const int64_t in_bank = second ? expert - s.E0 : expert, output = first_output + row;
+        v[j] = B.take((in_bank * p.k + output) * r + quad * 4, inside ? r - quad * 4 : 0);
+        importance[j] = I.one((p.own_importance ? in_bank * p.k : 0) + output, inside);
         if (++load_step == steps) load_step = 0, ++loaded;
       }
 #pragma unroll
@@ -206,7 +210,7 @@ __device__ __forceinline__ void add_w(const Decode& p, const Sizes& s, const Rea
         if (j >= left) continue;
         const int row = add_step * rows + first;
         if (row < outputs) {
-          const float here = importance[(list[base + added] < s.E0 ? 0 : s.outputs) + row];
+          const float here = rounded<Scalar>(to_float(importance[j]));
           float four[4];
           unpack<typename Reader::Value>(four, v[j]);
           round4<Scalar>(four);

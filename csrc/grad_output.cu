@@ -130,21 +130,25 @@ __global__ void __launch_bounds__(kSumThreads, 1) reduce_dw_dweights_kernel(Grad
   }
 }
 
-// Grid (outputs, banks): dI, a warp an output, the sum over experts and ranks of B dw; dw has the scaling in it.
+// Grid (outputs, banks, or experts that have an I of their own): dI, a warp an output, the sum of B dw over ranks and
+// over the experts that share I; dw has the scaling in it.
 __global__ void __launch_bounds__(kThreads, 1) dimportance_kernel(GradOutput p) {
-  const bool second = blockIdx.y != 0;
   const int64_t l = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (l >= p.k) return;
-  const int64_t E0 = p.banks[0].E, experts = second ? p.banks[1].E : E0;
+  const int64_t E0 = p.banks[0].E, of = blockIdx.y;
+  const bool own = p.own_importance, second = own ? of >= E0 : of != 0;
+  const int64_t first = own ? of - second * E0 : 0, experts = own ? 1 : second ? p.banks[1].E : E0;
+  const auto trained = second ? p.banks[1].trained : p.banks[0].trained;
+  const bool learns = !own || trained == nullptr || global<const uint8_t>(trained)[first];
   const Weight B = second ? p.banks[1].B : p.banks[0].B;
   float sum = 0;
-  for (int64_t i = lane; i < experts * p.r; i += 32) {
-    const int64_t expert = i / p.r, rank = i % p.r;
+  for (int64_t i = lane; learns && i < experts * p.r; i += 32) {
+    const int64_t expert = first + i / p.r, rank = i % p.r;
     const float dw = global<const float>(p.dw)[(second * E0 + expert) * p.r + rank];
     sum += weight_at(B, (expert * p.k + l) * p.r + rank) * dw;
   }
   sum = warp_sum(sum);
-  if (lane == 0) set_weight(second ? p.banks[1].dimportance : p.banks[0].dimportance, l, sum);
+  if (lane == 0) set_weight(second ? p.banks[1].dimportance : p.banks[0].dimportance, first * p.k + l, sum);
 }
 
 void mix_backward(const GradOutput& p) {
@@ -213,6 +217,7 @@ void grad_output(const GradOutput& p) {
     c.L = p.k;
     c.chunks = p.chunks;
     c.factor = p.need_dw ? p.dw : nullptr;
+    c.own_addend = p.own_importance;
     for (int bank = 0; bank < p.b; ++bank) {
       c.experts[bank] = p.banks[bank].E;
       c.trained[bank] = p.banks[bank].trained;
@@ -222,7 +227,8 @@ void grad_output(const GradOutput& p) {
     reduce_chunks(c);
   }
   if (p.need_importance) {
-    const dim3 grid(static_cast<unsigned>(cdiv(p.k, kWarps)), static_cast<unsigned>(p.b));
+    const int64_t vectors = p.own_importance ? p.banks[0].E + p.banks[1].E : p.b;
+    const dim3 grid(static_cast<unsigned>(cdiv(p.k, kWarps)), static_cast<unsigned>(vectors));
     launch("dimportance", dimportance_kernel, grid, kThreads, 0, p.stream, false, p);
   }
 }

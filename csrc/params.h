@@ -54,14 +54,14 @@ struct Weight {
   FIELD(int64_t, dropout_stream, 0)                                                                                   \
   FIELD(Weight, A, {})                         /* (E, r, d), or (1, r, d) */                                          \
   FIELD(Weight, B, {})                         /* (E, k, r) */                                                        \
-  FIELD(Weight, importance, {})                /* (k,) */                                                             \
+  FIELD(Weight, importance, {})                /* (k,), or (E, k) with own_importance */                              \
   FIELD(Weight, router, {})                    /* (E, d) or (E, e); or one a task, (tasks, E, ...) */                 \
   FIELD(int64_t, router_reads_x, 0)            /* the mean of the routed tokens; else the instruction */              \
   FIELD(void*, padded, nullptr)                /* buffer for A or B as the products read it; null: as it is */        \
   FIELD(const uint8_t*, trained, nullptr)      /* (E,), or null for all: experts whose A (in grad_input) or B learns */ \
   FIELD(Weight, dA, {})                        /* like A, out; null: not needed */                                    \
   FIELD(Weight, dB, {})                        /* like B, out; null: not needed */                                    \
-  FIELD(Weight, dimportance, {})               /* (k,) out */
+  FIELD(Weight, dimportance, {})               /* as importance, out */
 
 struct Bank {
   BANK_FIELDS(DECLARE_FIELD)
@@ -79,6 +79,7 @@ struct Bank {
   FIELD(int64_t, r, 0)                                                                                                \
   FIELD(int64_t, shared, 0)                    /* the B of each bank share an A */                                    \
   FIELD(int64_t, mix, kWeighted)                                                                                      \
+  FIELD(int64_t, own_importance, 0)            /* each expert has an importance vector of its own */                  \
   FIELD(double, scaling, 1)                                                                                           \
   FIELD(const int*, ids, nullptr)              /* (n, b, K), -1: none; null: slot j has expert j */                   \
   FIELD(const float*, slot_weights, nullptr)   /* (n, b, K), or null: 1 */                                            \

@@ -108,7 +108,7 @@ __device__ __forceinline__ void add_w_part(const Layout& p, const Weight& B, con
     for (int64_t row = begin + first; row < end; row += rows) {
       float v[4];
       load4(v, B, (expert * k + row) * r + quad * 4, r - quad * 4, aligned);
-      const float with = rounded<Scalar>(weight_at(importance, row));
+      const float with = rounded<Scalar>(weight_at(importance, (p.own_importance ? expert * k : 0) + row));
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum[j] += rounded<Scalar>(v[j]) * with;
     }

@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_chunks_kernel(ReduceChunks
   if (!inside) return;
   sum *= static_cast<float>(p.scale);
   if (p.factor != nullptr) {
-    sum += weight_at(second ? p.addend[1] : p.addend[0], l) * global<const float>(p.factor)[blockIdx.y * p.r + rank];
+    const int64_t row = (p.own_addend ? expert * p.L : 0) + l;
+    sum += weight_at(second ? p.addend[1] : p.addend[0], row) * global<const float>(p.factor)[blockIdx.y * p.r + rank];
   }
   set_weight(out, expert * p.r * p.L + i, sum);
 }

@@ -12,7 +12,8 @@ struct ReduceChunks : Product {
   double scale = 1;
   int64_t experts[limits::kBanks] = {};
   const uint8_t* trained[limits::kBanks] = {};  // (E,) or null: experts that are not get zeros
-  Weight addend[limits::kBanks];                // (L,)
+  Weight addend[limits::kBanks];                // (L,), or (experts, L) with own_addend
+  int64_t own_addend = 0;
   const float* factor = nullptr;                // (sum E, r) or null
   Weight out[limits::kBanks];                   // (experts, L, r), or (experts, r, L) by columns; or null
   using Product::Product;

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import card_of, cdiv, chunk_tokens, next_power_of_2, part_rounds, tile_count
-from ..spec import empty_like_if, grad_needs, num_slots
+from ..spec import empty_like_if, grad_needs, has_own_importance, num_slots
 from . import tiles
 from .mixes import MIXES
 from .primitives import load_slot_weights, sequences, slot_experts, tile_span, to_int64, trained_columns
@@ -340,10 +340,10 @@ def reduce_dB_kernel(
     ids_ptr,  # (n, b, K) or None
     dw_ptr,  # (EXPERTS, R), or None
     B_ptrs,  # (E, k, R)
-    importance_ptrs,  # (k,), or None
+    importance_ptrs,  # (k,), or (E, k); or None
     trained_ptrs,  # bool (E,), or None
     dB_ptrs,  # (E, k, R) out, or None
-    dI_ptrs,  # (k,) out, or None
+    dI_ptrs,  # as I, out; or None
     chunks,
     k,
     scaling,
@@ -351,6 +351,7 @@ def reduce_dB_kernel(
     EXPERTS: tl.constexpr,  # of each bank
     FIRST: tl.constexpr,  # for each bank, the index of its first expert in the concatenated list
     TOTAL: tl.constexpr,  # experts of all banks whose dB is needed, else 0
+    OWN_I: tl.constexpr,  # whether each expert has an importance vector of its own
     BANKS: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
@@ -358,9 +359,10 @@ def reduce_dB_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Grid (blocks of k, TOTAL + b if dI): dB_e = sum of its parts + s I dw_e^T, and dI = s times the sum of B_e dw_e.
+    """Grid (blocks of k, TOTAL + vectors of I if dI): dB_e = sum of its parts + s I dw_e^T, and dI = s times B_e dw_e,
+    summed over the experts that share I.
 
-    A program has BK rows of an expert's dB, or of a bank's dI.
+    A program has BK rows of an expert's dB, or of a dI.
     """
     i_k = tl.program_id(0)
     i_e = tl.program_id(1)
@@ -395,7 +397,8 @@ def reduce_dB_kernel(
                     if sum_ptrs is not None:
                         b_dB += tl.load(sum_ptrs[bank] + o_dB, mask=m_b, other=0)
                     if dw_ptr is not None:
-                        b_i = tl.load(importance_ptrs[bank] + i_k * BK + o_e // R, mask=m_b, other=0).to(tl.float32)
+                        p_i = importance_ptrs[bank] + (to_int64(expert) * k if OWN_I else 0) + i_k * BK + o_e // R
+                        b_i = tl.load(p_i, mask=m_b, other=0).to(tl.float32)
                         b_dw = tl.load(dw_ptr + i_e * R + o_e % R, mask=m_b, other=0)
                         b_dB += tl.where(trains, scaling * b_i * b_dw, 0.0)
                     tl.store(dB_ptrs[bank] + o_dB, b_dB.to(dB_ptrs[bank].dtype.element_ty), mask=m_b)
@@ -404,14 +407,19 @@ def reduce_dB_kernel(
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = o_k < k
             for bank in tl.static_range(BANKS):
-                if i_e - TOTAL == bank:
+                first = i_e - TOTAL - FIRST[bank] if OWN_I else 0
+                if ((first >= 0) & (first < EXPERTS[bank])) if OWN_I else i_e - TOTAL == bank:
+                    trains = True
+                    if OWN_I and trained_ptrs is not None:
+                        trains = tl.load(trained_ptrs[bank] + first) != 0
                     b_dI = tl.zeros([BK], tl.float32)
-                    for expert in range(EXPERTS[bank]):
+                    for expert in range(first, first + 1 if OWN_I else EXPERTS[bank]):
                         b_dw = tl.load(dw_ptr + (FIRST[bank] + expert) * R + o_r, mask=o_r < R, other=0)
                         p_b = B_ptrs[bank] + to_int64(expert) * k * R + o_k[:, None].to(tl.int64) * R + o_r[None, :]
                         b_b = tl.load(p_b, mask=m_k[:, None] & (o_r < R)[None, :], other=0).to(tl.float32)
                         b_dI += tl.sum(b_b * (scaling * b_dw)[None, :], 1)
-                    tl.store(dI_ptrs[bank] + o_k, b_dI.to(dI_ptrs[bank].dtype.element_ty), mask=m_k)
+                    p_dI = dI_ptrs[bank] + to_int64(first) * k + o_k
+                    tl.store(p_dI, tl.where(trains, b_dI, 0.0).to(dI_ptrs[bank].dtype.element_ty), mask=m_k)
 
 
 def grad_output(
@@ -433,7 +441,7 @@ def grad_output(
     need_importance: bool,
     need_slot_weights: bool,
     need_scores: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
     """Backward from g = dL/dy; arguments and results as in `smolora.engine.torch_passes.grad_output`.
 
     dh has the dtype of g, to which `grad_input` would round it: half the bytes for each block of d to read.
@@ -454,6 +462,7 @@ def grad_output(
     dscores = torch.empty(scores.shape if need_scores else 0, **float32)
     dB = [empty_like_if(needed, b) for needed, b in zip(need_B, B, strict=True)]
     dI = [empty_like_if(need_importance, i) for i in importance]
+    own_importance = has_own_importance(importance)
     constants = dict(BANKS=banks, K=K, R=r, RP=RP)
     mix_constants = dict(STATE=functions.state, SHARE=functions.share, KP=KP, DOWN=down, **constants)
     first = tuple(accumulate([0, *experts[:-1]]))
@@ -480,7 +489,8 @@ def grad_output(
         """Add up the parts of a round's chunks; the last round has what comes of w, too."""
         last = of is rounds[-1]
         summed, with_w = sum(experts) if any(need_B) else 0, need.dw and last
-        programs, BK = summed + (banks if need_importance and last else 0), tiles.dB_rows(r)
+        vectors = sum(experts) if own_importance else banks
+        programs, BK = summed + (vectors if need_importance and last else 0), tiles.dB_rows(r)
         if programs and k:
             reduce_dB_kernel[(cdiv(k, BK), programs)](
                 B_part_ptr=B_part,
@@ -500,6 +510,7 @@ def grad_output(
                 EXPERTS=tuple(experts),
                 FIRST=first,
                 TOTAL=summed,
+                OWN_I=own_importance,
                 **constants,
                 BK=BK,
                 GROUP=chunks_at_once(ids, K),
@@ -588,4 +599,4 @@ def grad_output(
                 **tiles.SMALL,
             )
     reduce_dB(rounds[-1], sums, tuple(dB))
-    return dh if need_dh else dh.new_empty(0), dB, dI, dw if need.dw else h.new_empty(0), dweights, dscores
+    return dh if need_dh else dh.new_empty(0), dB, dI, dweights, dscores

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import card_of, cdiv, next_power_of_2, tile_count
-from ..spec import down_slots, new_masks, new_rank_space, new_routing, num_slots
+from ..spec import down_slots, has_own_importance, new_masks, new_rank_space, new_routing, num_slots
 from . import tiles
 from .dropout import draw_masks
 from .primitives import choose_top_k, first_tile, sequences, slot_experts, slots_and_ranks, tile_span, to_int64
@@ -74,7 +74,7 @@ def route_instruction_and_w_kernel(
     slot_weights_ptr,  # (n, b, K) out
     logits_ptr,  # (n, TOTAL) out
     B_ptrs,  # (E, k, R); None: there is no w
-    importance_ptrs,  # (k,)
+    importance_ptrs,  # (k,), or (E, k)
     w_part_ptr,  # (parts of k, TOTAL, R) out
     num_seqs,
     seq_len,
@@ -88,6 +88,7 @@ def route_instruction_and_w_kernel(
     TOTAL: tl.constexpr,
     READS_X: tl.constexpr,  # of each bank's router
     TASKS: tl.constexpr,  # of each bank's router, whether there is one a task
+    OWN_I: tl.constexpr,  # whether each expert has an importance vector of its own
     GATE_ALL: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -136,7 +137,8 @@ def route_instruction_and_w_kernel(
                 if (expert >= 0) & (expert < EXPERTS[bank]):
                     p_b = B_ptrs[bank] + to_int64(expert) * k * R + o_k[:, None].to(tl.int64) * R + o_r[None, :]
                     b_b = tl.load(p_b, mask=m_b, other=0).to(ROUND).to(tl.float32)
-                    b_i = tl.load(importance_ptrs[bank] + o_k, mask=o_k < k, other=0).to(ROUND).to(tl.float32)
+                    p_i = importance_ptrs[bank] + (to_int64(expert) * k if OWN_I else 0) + o_k
+                    b_i = tl.load(p_i, mask=o_k < k, other=0).to(ROUND).to(tl.float32)
                     b_w = scaling * tl.sum(b_b * b_i[:, None], 0)
                     tl.store(w_part_ptr + to_int64(pid - num_seqs) * R + o_r, b_w, mask=o_r < R)
 
@@ -366,6 +368,7 @@ def route_shrink(
             scaling=scaling,
             **bank_constants,
             TASKS=tasks,
+            OWN_I=has_own_importance(importance),
             GATE_ALL=gate == "all",
             K=K,
             KP=KP,

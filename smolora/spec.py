@@ -9,6 +9,7 @@ For token t of sequence i, with slots j = 1..K chosen for the sequence, every mi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,11 @@ def grad_needs(mix: str, dh: bool, dB: bool, importance: bool, slot_weights: boo
     """Return what the requested gradients need."""
     dw = mix == "smolora" and (dB or importance)
     return GradNeeds(dh or dw or slot_weights or scores, dw)
+
+
+def has_own_importance(importance: Sequence[Tensor]) -> bool:
+    """Tell whether each expert has an importance vector of its own, (E, k) of each bank; else a bank has one, (k,)."""
+    return bool(importance) and importance[0].dim() == 2
 
 
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Bank, Mixed, Slots, Tokens, empty_like_if, grad_needs
+from ..spec import Bank, Mixed, Slots, Tokens, empty_like_if, grad_needs, has_own_importance
 from . import compiled, torch_passes
 from .checks import check_ids
 from .compiled import TYPES, address, function, is_plain
@@ -327,11 +327,10 @@ def grad_output(
                     dimportance=address(grad_i),
                     threads=torch.get_num_threads(),
                 )
-            if trained and need_importance and importance[0].dim() == 2:
+            if trained and need_importance and has_own_importance(importance):
                 for grad_i, t in zip(dI, trained, strict=True):
                     grad_i.masked_fill_(~t[:, None], 0)
-    dw = dw if need.dw else g.new_empty(0)
-    return dh if need_dh else g.new_empty(0), dB, dI, dw, dslot_weights, dscores
+    return dh if need_dh else g.new_empty(0), dB, dI, dslot_weights, dscores
 
 
 @_else_torch

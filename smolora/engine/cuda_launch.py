@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..spec import has_own_importance
 from . import cuda_build
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -63,6 +64,7 @@ def layout(
     threshold: int = 0,
 ) -> dict[str, Any]:
     """Return the fields that every pass has."""
+    vectors = [bank["importance"] for bank in banks if bank.get("importance") is not None]
     return dict(
         dtype=DTYPES[dtype],
         T=tokens,
@@ -73,6 +75,7 @@ def layout(
         r=r,
         shared=shared,
         mix=MIXES[mix],
+        own_importance=has_own_importance(vectors),
         scaling=scaling,
         ids=ids,
         slot_weights=slot_weights,

@@ -286,7 +286,7 @@ def grad_output(
     need_importance: bool,
     need_slot_weights: bool,
     need_scores: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
     """Go from g = dL/dy (T, k) to rank space, and to the gradients of what lies behind it."""
     (T, k), n, down, r, slots = g.shape, num_seqs, h.shape[2], h.shape[3], num_slots(ids, B, 0)
     need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
@@ -306,7 +306,6 @@ def grad_output(
     dB = [empty_like_if(needed, b) for needed, b in zip(need_B, B, strict=True)]
     dI = [empty_like_if(need_importance, i) for i in importance]
     dslot_weights = empty_like_if(need_slot_weights, h if slot_weights is None else slot_weights)
-    scaled_dw = h.new_empty((sum(b.shape[0] for b in B), r) if need.dw else 0)  # s times the gradient of w
     shape = (k, RP) if fused else (RP, _up_to_8(k))
     banks = [
         dict(
@@ -357,12 +356,12 @@ def grad_output(
         dw_part=torch.empty(rank_space, **float32) if need.dw else None,
         dweights_part=torch.empty(rank_space, **float32) if need_slot_weights else None,
         tile_to_seq=torch.empty(mix_tiles, **int32),
-        dw=scaled_dw if need.dw else None,
+        dw=h.new_empty((sum(b.shape[0] for b in B), r)) if need.dw else None,
         dh=dh,
         dslot_weights=dslot_weights,
     )
     run_pass("grad_output", g, fields)
-    return dh if need_dh else dh.new_empty(0), dB, dI, scaled_dw / scaling, dslot_weights, h.new_empty(0)
+    return dh if need_dh else dh.new_empty(0), dB, dI, dslot_weights, h.new_empty(0)
 
 
 def grad_input(
@@ -450,8 +449,6 @@ def decodes(
     """Tell whether `decode` can take a forward: one token a sequence, without dropout and without gradients."""
     one_token = x.shape[0] == num_seqs and cu_seqlens is None and 0 < num_seqs <= MAX_DECODE_SEQS
     if not one_token or threshold or torch.is_grad_enabled() or any(router.weight.dim() != 2 for router in routers):
-        return False
-    if any(bank.importance is not None and bank.importance.dim() != 1 for bank in banks):
         return False
     experts, r, limits = sum(bank.B.shape[0] for bank in banks), banks[0].B.shape[2], cuda_build.extension
     return (

@@ -62,7 +62,6 @@ class _Mixture(torch.autograd.Function):
         scores: Tensor | None,
         instruction: Tensor | None,
         token_router: Tensor | None,
-        given_w: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         o = options
@@ -95,8 +94,6 @@ class _Mixture(torch.autograd.Function):
             ids, slot_weights = routed_ids, routed_weights
         if token_router is not None:
             scores = token_logits
-        if given_w is not None:
-            w = given_w
         y, fused = fuse_expand(
             h=h,
             w=w,
@@ -151,13 +148,13 @@ class _Mixture(torch.autograd.Function):
         trained, trained_A, parameters = rest[:of_B], rest[of_B : of_B + of_A], rest[of_B + of_A :]
         A, B, importance, routers = _split(parameters, o)
         needs = ctx.needs_input_grad[10:]
-        need_x, need_weights, need_scores, need_instruction, need_token_router, need_w, *need_parameters = needs
+        need_x, need_weights, need_scores, need_instruction, need_token_router, *need_parameters = needs
         need_A, need_B, need_I, need_routers = _split(need_parameters, o)
         dy = dy.contiguous()
         learn = o.gate_grad is not None and (need_x or need_instruction or any(need_routers))
         through_tokens = token_router is not None and (need_x or need_token_router)
         need_dh = need_x or any(need_A) or need_token_router
-        dh, dB, dI, dw, dslot_weights, dscores = grad_output(
+        dh, dB, dI, dslot_weights, dscores = grad_output(
             g=dy,
             h=h,
             w=w,
@@ -173,7 +170,7 @@ class _Mixture(torch.autograd.Function):
             mix=o.mix,
             need_dh=need_dh,
             need_B=need_B,
-            need_importance=any(need_I) or (need_w and not any(need_B)),
+            need_importance=any(need_I),
             need_slot_weights=need_weights or learn,
             need_scores=need_scores or through_tokens,
             backend=o.backend,
@@ -213,7 +210,7 @@ class _Mixture(torch.autograd.Function):
                 base_weight=base_weight,
                 backend=o.backend,
             )
-        gradients = (dx, dslot_weights, dscores, dinstruction, dtoken_router, dw, *dA, *dB, *dI, *drouters)
+        gradients = (dx, dslot_weights, dscores, dinstruction, dtoken_router, *dA, *dB, *dI, *drouters)
         kept = [grad if need else None for grad, need in zip(gradients, ctx.needs_input_grad[10:], strict=True)]
         return *(None,) * 10, *kept
 
@@ -278,13 +275,6 @@ def _dense_router(router: Router) -> Router:
     return router._replace(weight=router.weight.contiguous())
 
 
-def _own_scores(bank: Bank, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Return w = s B^T I (E, r) of a bank under autograd; experts that are not trained get no gradient through it."""
-    assert bank.importance is not None  # mix "smolora" needs it
-    w = torch_passes.score_weights(bank.B, bank.importance, scaling, dtype)
-    return w if bank.trained is None else torch.where(bank.trained[:, None], w, w.detach())
-
-
 def mixture_linear(
     x: Tensor,
     banks: Sequence[Bank],
@@ -301,7 +291,6 @@ def mixture_linear(
     token_router: Tensor | None = None,
     token_weights: Tensor | None = None,
     instruction: Tensor | None = None,
-    w: Tensor | None = None,
     dropout: Dropout = Dropout(),  # noqa: B008
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -322,8 +311,6 @@ def mixture_linear(
             `gate` "all" over all of them.
         gate_grad: the softmax whose gradient the routers get, "chosen" or "all"; None for none.
         instruction: (n, e), contiguous, for routers that do not read x.
-        w: (sum of E, r), in the place of s B^T I of the banks, for scores of another origin; it may need a gradient.
-            "triton" and "cuda" get it where experts have an I of their own.
         dropout: of the input of A. Routers see x without it.
 
     Returns:
@@ -338,15 +325,11 @@ def mixture_linear(
         slots = Slots(*(None if each is None else each.contiguous() for each in slots))
     if bias is not None:
         bias = bias.contiguous()
-    if mix == "smolora" and w is None and backend != "torch" and any(bank.importance.dim() == 2 for bank in banks):
-        w = torch.cat([_own_scores(bank, scaling, x.dtype) for bank in banks])
     if backend == "cuda":
         given_ids = None if slots is None else slots.ids
         K = num_slots(given_ids, [bank.B for bank in banks], top_k)
         cuda_passes.refuse_unsupported(mix, len(banks), K, banks[0].B.shape[2], token_weights is not None)
-        if w is None and cuda_passes.decodes(
-            x, tokens.num_seqs, tokens.cu_seqlens, dropout.threshold, banks, K, routers, mix
-        ):
+        if cuda_passes.decodes(x, tokens.num_seqs, tokens.cu_seqlens, dropout.threshold, banks, K, routers, mix):
             (mixed,) = decode_linears(
                 x,
                 [banks],
@@ -362,7 +345,7 @@ def mixture_linear(
                 instruction=instruction,
             )
             return mixed
-    fixed = not dropout.threshold and token_weights is None and token_router is None and w is None
+    fixed = not dropout.threshold and token_weights is None and token_router is None
     if fixed and cpu_passes.decodes(backend, x, banks, tokens, slots):
         return cpu_passes.decode(x, banks, slots, scaling, mix, weight, bias)
     ids = slot_weights = None
@@ -374,8 +357,6 @@ def mixture_linear(
             slot_weights = slot_weights.masked_fill(ids < 0, 0)  # an empty slot
     A, B = [bank.A for bank in banks], [bank.B for bank in banks]
     importance = [bank.importance for bank in banks] if mix == "smolora" else []
-    if w is not None:  # the passes add nothing of I to dB, and nobody asks for dI
-        importance = [b.new_zeros(b.shape[1]) for b in B]
     trained = tuple(bank.trained for bank in banks if bank.trained is not None)
     trained_A = tuple(bank.trained_A for bank in banks if bank.trained_A is not None)
     trains = [*A, *(() if token_router is None else (token_router,))]
@@ -410,7 +391,6 @@ def mixture_linear(
         None if token_weights is None else token_weights.contiguous(),
         instruction,
         None if token_router is None else token_router.contiguous(),
-        None if w is None else w.contiguous(),
         *A,
         *B,
         *importance,

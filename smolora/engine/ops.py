@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import empty_like_if, grad_needs, new_masks, new_rank_space, new_routing, num_slots
+from ..spec import empty_like_if, new_masks, new_rank_space, new_routing, num_slots
 from . import cpu_passes, cuda_passes, torch_passes
 from .checks import check_ids, check_values
 
@@ -101,9 +101,8 @@ def _fake_grad_output(a: Any) -> Any:
     dI = [empty_like_if(a.need_importance, i) for i in a.importance]
     dslot_weights = torch.empty_like(a.slot_weights) if a.need_slot_weights else a.h.new_empty(0)
     dscores = torch.empty_like(a.scores) if a.need_scores else a.h.new_empty(0)
-    need = grad_needs(a.mix, a.need_dh, any(a.need_B), a.need_importance, a.need_slot_weights, a.need_scores)
     dh = a.h.new_empty(a.h.shape if a.need_dh else 0, dtype=a.g.dtype if a.backend == "triton" else None)
-    return dh, dB, dI, empty_like_if(need.dw, a.w), dslot_weights, dscores
+    return dh, dB, dI, dslot_weights, dscores
 
 
 def _fake_grad_input(a: Any) -> Any:

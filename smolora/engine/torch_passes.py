@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import accurate_dtype, down_slots, grad_needs, num_slots
+from ..spec import accurate_dtype, down_slots, grad_needs, has_own_importance, num_slots
 from .mixes import MIX
 from .philox import keep_masks
 from .varlen import Blocks, cut, laid, whole
@@ -392,7 +392,7 @@ def grad_output(
     need_importance: bool,
     need_slot_weights: bool,
     need_scores: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
     """From g = dL/dy (T, k) to rank space, and to the gradients of what lies behind it.
 
     Args:
@@ -400,8 +400,8 @@ def grad_output(
             has its own; none for all.
 
     Returns:
-        dh, dB and dimportance of each bank, dw (sum of E, r), dslot_weights and dscores. What is not needed comes back
-        empty. dB and dimportance have what w brings to them.
+        dh, dB and dimportance of each bank, dslot_weights and dscores. What is not needed comes back empty. dB has what
+        w brings to it.
     """
     accurate = accurate_dtype(g.dtype)
     slots = num_slots(ids, B, 0)
@@ -410,7 +410,7 @@ def grad_output(
     scores = None if scores is None else blocks.split(scores)
     g_blocks = blocks.split(g).to(accurate)
     need = grad_needs(mix, need_dh, any(need_B), need_importance, need_slot_weights, need_scores)
-    dh, dslot_weights, dscores, dw = (g.new_empty(0, dtype=accurate) for _ in range(4))
+    dh, dslot_weights, dscores = (g.new_empty(0, dtype=accurate) for _ in range(3))
     dB = [b.new_empty(0) for b in B]
     dI = [i.new_empty(0) for i in importance]
     if need.p:
@@ -422,7 +422,7 @@ def grad_output(
         dh = blocks.join(grads.dh) if need_dh else dh
         dslot_weights = blocks.gather(grads.slot_weights) if need_slot_weights else dslot_weights
         dscores = blocks.join(grads.scores) if need_scores else dscores
-    own_importance = bool(importance) and importance[0].dim() == 2
+    own_importance = has_own_importance(importance)
     if need_importance and not own_importance:
         by_bank = (dw_slots.flatten(2)[..., None] * torch.eye(2, dtype=accurate, device=g.device)[:, None]).flatten(
             1, 2
@@ -441,7 +441,7 @@ def grad_output(
                 grad.masked_fill_(~trained[bank][:, None], 0)
             dI[bank] = grad.to(dI[bank].dtype)
     if used is None:
-        return dh, dB, dI, dw, dslot_weights, dscores
+        return dh, dB, dI, dslot_weights, dscores
     c = MIX[mix].coefficients(slot_weights, scores, scaling)
     banks = range(len(B))[used]
     live = _live_slots(ids, trained)
@@ -468,7 +468,7 @@ def grad_output(
         if trained:
             grad.masked_fill_(~trained[bank][:, None, None], 0)
         dB[bank] = grad.mT.contiguous().to(B[bank].dtype)
-    return dh, dB, dI, dw, dslot_weights, dscores
+    return dh, dB, dI, dslot_weights, dscores
 
 
 def _live_slots(ids: Tensor | None, trained: list[Tensor]) -> Tensor | None:

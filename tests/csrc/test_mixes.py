@@ -58,12 +58,9 @@ def record_calls(call: Call) -> dict[str, tuple]:
     return recorded.arguments
 
 
-@pytest.mark.parametrize("case", [case for case in TAKEN if not case.own], ids=str)
+@pytest.mark.parametrize("case", TAKEN, ids=str)
 def test_each_pass_is_the_torch_pass(case: MixCase, device: str):
-    """The same results from the same tensors, one by one and by name, empty ones where nothing is needed.
-
-    Where experts have importance vectors of their own, the engine gives these passes w instead.
-    """
+    """The same results from the same tensors, one by one and by name, empty ones where nothing is needed."""
     calls = record_calls(build_call(case).to(device, float32))
     for name in PASSES:
         with torch.no_grad():
@@ -110,6 +107,8 @@ DECODED = [
     smolora.but(E=(3, 5), K=2, mask=True, n=9),
     smolora.but(shared=True, K=2, gate="all"),
     smolora.but(routed=False, K=2),
+    smolora.but(own=True, E=(3, 5), K=2, n=9),  # an importance vector for each expert
+    smolora.but(own=True, routed=False, d=600, k=1100),
 ]
 
 

@@ -68,6 +68,8 @@ def test_mixtures_in_half_precision(case: MixCase, device: str, dtype: torch.dty
         (MIX_OPTIONS[16], ()),  # softmax,
         (MIX_OPTIONS[21], ()),  # and smolora
         (MIX_OPTIONS[24], ("x", "A0", "A1", "I0", "I1")),
+        (mixtures.smolora.but(own=True, frozen=True, E=(3, 5), K=2), ()),  # importance vectors of experts
+        (mixtures.smolora.but(own=True, frozen=True, E=(3, 5), K=2), ("x", "A0", "A1", "B0", "B1")),  # these alone
         (MIX_SHAPES[1], ()),
     ],
     ids=str,
@@ -97,6 +99,7 @@ def test_each_pass_is_the_torch_pass(case: MixCase, without: tuple[str, ...], de
         mixtures.plain.but(frozen=True, threshold=64),
         MIX_OPTIONS[16].but(S=50),  # a token router
         MIX_OPTIONS[21],  # importance vectors
+        mixtures.smolora.but(own=True, frozen=True, E=(3, 5), K=2),  # of each expert
     ],
     ids=str,
 )

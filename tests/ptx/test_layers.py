@@ -28,6 +28,7 @@ FEW = [
     (90, float16, weighted.but(empty=True, shared=True, threshold=26, frozen=True)),  # one h for all slots
     (80, bfloat16, weighted.but(mix="softmax", K=0, threshold=64)),  # a router that reads every token
     (90, bfloat16, fused.but(shared=True, K=2, gate_grad="chosen", lengths=(5, 0, 17, 1))),
+    (80, bfloat16, fused.but(own=True, frozen=True, routed=False, K=2, E=(3, 5), threshold=64)),  # I of each expert
 ]
 
 ALL = [*(case.but(r=12) for case in OPTIONS), *SHAPES, *RANKS, *MIX_OPTIONS, *MIX_SHAPES]
@@ -44,9 +45,7 @@ def test_against_float64(arch: int, dtype: torch.dtype, case: Case | MixCase):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [*(c.but(r=12) for c in OPTIONS), *SHAPES, *RANKS, *MIX_OPTIONS, *MIX_SHAPES], ids=name
-)
+@pytest.mark.parametrize("case", ALL, ids=name)
 @pytest.mark.parametrize("dtype", [bfloat16, float16], ids=name)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_all_cases(arch: int, dtype: torch.dtype, case: Case | MixCase):

@@ -54,7 +54,7 @@ MUTANTS = {
     "slots exchanged": (plain, given("fuse_expand", ids=lambda ids: ids.flip(2).contiguous())),
     "frozen experts' B train": (plain.but(frozen=True), given("grad_output", trained=lambda trained: [])),
     "frozen experts' A train": (plain.but(frozen=True), given("grad_input", trained=lambda trained: [])),
-    "dslot_weights zero": (plain, returning("grad_output", 4, lambda q: q * 0)),
+    "dslot_weights zero": (plain, returning("grad_output", 3, lambda q: q * 0)),
     "dh of one slot": (shared, returning("grad_output", 0, lambda dh: dh / 3)),
     "given scores shifted": (
         plain.but(weights="token"),
@@ -69,7 +69,7 @@ MUTANTS = {
     ),
     "token router learns nothing": (softmax, given("grad_input", dtoken_logits=torch.zeros_like)),
     "dR zero": (softmax, returning("grad_input", 2, lambda dr: dr * 0)),
-    "dscores without the normaliser": (softmax, returning("grad_output", 5, lambda dz: dz + 0.01)),
+    "dscores without the normaliser": (softmax, returning("grad_output", 4, lambda dz: dz + 0.01)),
 }
 
 

@@ -4,30 +4,20 @@ import pytest
 import torch
 
 from recorded import RecordedPasses
-from smolora.engine import cuda_passes
 from support.mixtures import (
     MIX_OPTIONS,
     MIX_SHAPES,
     STRIDED,
     MixCase,
-    banks_of,
     build_call,
     naive_call,
     plain,
     run_call,
-    smolora,
     strided,
 )
 from support.oracle import agree
 
 pytestmark = pytest.mark.usefixtures("without_compiled_code")
-
-
-def test_the_fused_decode_refuses_importance_vectors_of_experts():
-    """Its kernel knows one a bank."""
-    call = build_call(smolora.but(S=1, own=True))
-    with torch.no_grad():
-        assert not cuda_passes.decodes(call.x, 3, None, 0, banks_of(call, call.named), 1, [], "smolora")
 
 
 @pytest.mark.parametrize("case", MIX_OPTIONS + MIX_SHAPES, ids=str)
