@@ -1,6 +1,7 @@
 """Preparation of recipes on a benchmark in small: its data, and the base model aligned on its kinds of pictures.
 
     prepare: {minicvit: {data: DIR, base: DIR, tasks: [NAME, ...], backbone: KIND}}
+    prepare: {minicvit_20: {data: DIR, base: DIR, tasks: [NAME, ...], backbone: KIND}}
     prepare: {minicoin: {data: DIR, base: DIR, tasks: [NAME, ...], backbone: KIND}}
 
 Both are made once and kept for later runs.
@@ -20,6 +21,7 @@ from .kinds import KINDS, BaseSettings
 from .minicoin import MINICOIN, MINICOIN_BASE, MINICOIN_PICTURES
 from .pictures import MINICVIT_PICTURES, Curriculum
 from .tasks import MINICVIT
+from .twenty import MINICVIT_20
 
 
 class Options(NamedTuple):
@@ -97,4 +99,5 @@ class Preparation(NamedTuple):
 
 
 minicvit = Preparation("minicvit", MINICVIT, BaseSettings(), MINICVIT_PICTURES)
+minicvit_20 = Preparation("minicvit_20", MINICVIT_20, BaseSettings(), MINICVIT_PICTURES)
 minicoin = Preparation("minicoin", MINICOIN, MINICOIN_BASE, MINICOIN_PICTURES)

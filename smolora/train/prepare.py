@@ -16,6 +16,7 @@ from ..recipe.messages import not_one_of
 
 PREPARATIONS: dict[str, str] = {  # name: module
     "minicvit": "smolora.minicvit.prepare",
+    "minicvit_20": "smolora.minicvit.prepare",
     "minicoin": "smolora.minicvit.prepare",
 }
 

@@ -44,7 +44,8 @@ class Replay(AddOn):
     """Samples of earlier tasks that later stages train on again, each with its own instruction and task.
 
     They are drawn uniformly without replacement after the task's stage, by a seed that depends on the recipe's and on
-    the task's name. Only their indices are kept.
+    the task's name. Only their indices are kept. Stages downstream train on their own few samples alone: nothing is
+    asked of earlier tasks after them.
 
     Raises:
         ValueError: both sizes are given; or a batch cannot be halved.
@@ -90,15 +91,21 @@ class Replay(AddOn):
     # ---- hooks
 
     def extra_samples(self, stage: Stage, kept: tuple[Path, ...]) -> list[tuple[TaskRecipe, int]]:
+        if stage.is_downstream:
+            return []
         tasks = {task.name: task for task in self.recipe.all_tasks}
         memory = [json.loads(read_text(folder / FILE)) for folder in kept]
         return [(tasks[name], index) for part in memory for name, indices in part.items() for index in indices]
 
     def num_extra_samples(self, stage: Stage, sizes: Mapping[str, int]) -> int:
+        if stage.is_downstream:
+            return 0
         return sum(self.size(sizes[task.name]) for earlier in stage.lineage for task in earlier.train)
 
     def after_stage(self, model: nn.Module, work: StageWork, folder: Path) -> None:
         """Draw the stage's samples."""
+        if work.stage.is_downstream:
+            return
         (task,) = work.stage.train  # of a stage of one task after another
         if work.process.is_main_process:
             write_json(folder / FILE, {task.name: self.draw(task, len(work))})

@@ -153,3 +153,12 @@ def test_runs_as_planned(short, tmp_path, mode, extra, samples, steps):
     drawn = Method(recipe).hooks[1].draw(recipe.tasks[0], 12)
     assert json.loads((folder / "kept/replay.json").read_text()) == {"ImageNet": drawn}
     assert "kept/replay.json" in json.loads((folder / "checksums.json").read_text())
+
+
+def test_downstream_stages_do_not_replay(world):
+    recipe = load_recipe(world, ["method=replay"])
+    plan = make_plan(recipe)
+    assert [stage["extra"] for stage in plan["stages"]] == [0, 12]
+    assert [stage["extra"] for stage in plan["downstream"]] == [0, 0]
+    method = Method(recipe)
+    assert all(method.hooks[1].extra_samples(stage, (Path("no/such"),)) == [] for stage in method.course.downstream())
