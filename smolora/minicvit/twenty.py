@@ -19,7 +19,7 @@ Draw = Callable[[StableRandom, bool], DrawnSample]
 
 
 def part(draw: Draw, *, answers: Collection[str] = (), asks: str | tuple[str, ...] = "") -> Draw:
-    """A drawing that goes on until a sample has one of some answers, if there are any, and a question that begins so."""
+    """A drawing that goes on until a sample has one of `answers` (if there are any) and a question that begins so."""
 
     def draw_part(rng: StableRandom, held_out: bool) -> DrawnSample:
         while True:
