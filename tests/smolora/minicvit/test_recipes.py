@@ -9,8 +9,9 @@ from small_llava import save_base, small_llava
 from smolora.evaluate.benchmarks import find_dataset
 from smolora.evaluate.coin import COIN_DATASETS
 from smolora.instructions.texts import MULTI_TYPE, SINGLE_TYPE
-from smolora.minicvit.minicoin import INSTRUCTIONS, MINICOIN
+from smolora.minicvit.minicoin import MINICOIN
 from smolora.minicvit.tasks import MINICVIT, TASKS
+from smolora.minicvit.twenty import MINICVIT_20
 from smolora.recipe import load_recipe
 from smolora.train.plan import make_plan
 from smolora.train.prepare import planned
@@ -27,8 +28,8 @@ def test_there_are_recipes():
 def test_a_recipe_fits_its_data(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where nothing is made yet
     recipe = load_recipe(path)
-    benchmark = MINICOIN if recipe.benchmark == "MiniCoIN" else MINICVIT
-    table = INSTRUCTIONS if benchmark is MINICOIN else TABLES[recipe.setting]
+    benchmark = {"MiniCoIN": MINICOIN, "MiniCVIT-20": MINICVIT_20}.get(recipe.benchmark, MINICVIT)
+    table = TABLES[recipe.setting] if benchmark is MINICVIT else next(iter(benchmark.settings.values()))
     made = planned(recipe.prepare)
     for task in recipe.all_tasks:
         assert tuple(task.instructions) == table[task.dataset or task.name]
