@@ -1,4 +1,4 @@
-"""Write the tables of methods.md and minicvit.md from the results that `bench/results` keeps of MiniCVIT and MiniCoIN.
+"""Write tables and a plot of methods.md and minicvit.md from the results of the small benchmarks in `bench/results`.
 
     python docs/make_tables.py
 
@@ -19,6 +19,7 @@ from typing import Any
 
 from smolora.evaluate.metrics import COIN_FIGURES, FIGURES, continual_metrics
 from smolora.io.markdown import Markup, table
+from smolora.report.figures import over_values
 from smolora.train.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,7 @@ ABLATION = {
 def main() -> None:
     for page in PAGES:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    plot_weights(ROOT / "docs/weights.png")
 
 
 def with_tables(page: str) -> str:
@@ -52,6 +54,15 @@ def with_tables(page: str) -> str:
         page,
         flags=re.DOTALL,
     )
+
+
+def plot_weights(path: Path) -> None:
+    """Plot the sweeps of `weight`, on `minicvit_run`, with a line for each method."""
+    means = {}
+    for name, runs in groups("run").items():
+        method, _, option = name.partition(", weight=")
+        means[option, method] = {figure: statistics.mean(one[figure][-1] for one in runs) for figure in FIGURES}
+    over_values(path, ["λ", "method"], dict(sorted(means.items(), key=lambda item: float(item[0][0]))))
 
 
 def rows_of(setting: str, kind: str) -> Groups:
@@ -66,7 +77,7 @@ def rows_of(setting: str, kind: str) -> Groups:
 
 
 def groups(setting: str) -> Groups:
-    """The results of a setting, "single", "multi", "minicoin" or another base's, grouped over seeds."""
+    """The results of a setting, "single", "multi", "run", "minicoin" or another base's, grouped over seeds."""
     found: dict[tuple[int, str], list[Results]] = {}
     order = list(METHODS)
     for path in sorted(RESULTS.glob(f"mini*/{setting}-*.json")):

@@ -13,7 +13,7 @@ FSDP2 = (
     "cpu_ram_efficient_loading: false}",
 )
 ZERO3 = (
-    "training.arguments.deepspeed={zero_optimization: {stage: 3}, "
+    "training.arguments.deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 0}, "
     "train_micro_batch_size_per_gpu: auto, gradient_accumulation_steps: auto, gradient_clipping: auto}",
 )
 
