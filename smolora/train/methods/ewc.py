@@ -24,7 +24,7 @@ class EWCOptions:
     """Options of EWC.
 
     Args:
-        weight: lambda, the weight of the penalty.
+        weight: lambda, the weight of the penalty. The default is the best of a sweep on MiniCVIT.
         scale: "mean1" divides a task's Fisher information by its mean over the trained parameters, so that lambda is
             the mean pull per unit of drift; "raw" takes it as it is, far smaller after training than at its start.
         samples: training samples of a task whose gradients are squared, at even distances in its file, or all where it
@@ -33,7 +33,7 @@ class EWCOptions:
             tokens of `training.batch_size` samples, as Prism does, which is smaller by about that size.
     """
 
-    weight: Annotated[Number, Field(ge=0)] = 1.0
+    weight: Annotated[Number, Field(ge=0)] = 0.1
     scale: Literal["raw", "mean1"] = "mean1"
     samples: Count = 200
     fisher: Literal["sample", "batch"] = "sample"
