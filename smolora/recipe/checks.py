@@ -45,6 +45,9 @@ def _check_tasks(recipe: Recipe) -> None:
             raise ValueError(f"{task.name}: give dataset or metric, got both, {task.dataset!r} and {task.metric}")
         if task.format is not None and not task.metric:
             raise ValueError(f"{task.name}.format needs a metric, which {task.benchmark_name!r} has of its own")
+    upstream = [task.name for task in recipe.tasks]
+    if recipe.order is not None and sorted(recipe.order) != sorted(upstream):
+        raise ValueError(f"order must have each of the tasks {', '.join(upstream)} once, got {', '.join(recipe.order)}")
     for task in recipe.tasks:
         if task.train is None:
             raise ValueError(f"tasks: {task.name} must have a training file, train")

@@ -6,6 +6,7 @@ are replaced as a whole.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ValueError(f"{path}: {invalid_recipe(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return recipe
+    if recipe.order is None:
+        return recipe
+    by_name = {task.name: task for task in recipe.tasks}
+    return dataclasses.replace(recipe, tasks=[by_name[name] for name in recipe.order])
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

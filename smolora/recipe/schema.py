@@ -273,6 +273,7 @@ class Recipe:
         model, data, instructions, baseline, training, evaluation: sections, see their classes.
         adapter: arguments of `SMoLoRAConfig`; the allowed ones are `ADAPTER_KEYS`.
         tasks: upstream tasks in the order of training.
+        order: names of all upstream tasks in another order of training; None for that of `tasks`.
         downstream: tables of tasks by name ("zero-shot", "few-shot"). A task with a training file is trained from the
             last stage's adapter first; the others are evaluated with that adapter.
         benchmark: name of the benchmark; None for `name`. The report shows the paper's rows beside "CVIT" (its tables
@@ -288,6 +289,7 @@ class Recipe:
     model: ModelRecipe
     data: DataRecipe
     tasks: list[TaskRecipe]
+    order: list[Text] | None = None
     output: PathText | None = None
     benchmark: Text | None = None
     setting: Literal["single", "multi"] = "single"

@@ -26,8 +26,8 @@ class CLoRAOptions:
     """Options of C-LoRA.
 
     Args:
-        weight: lambda, the weight of the penalty. The default is the best of a sweep on MiniCVIT. Values of the paper
-            do not transfer, since they depend on the size of the weights, and on whether the penalty is a sum or a mean.
+        weight: lambda, the weight of the penalty. The default is the best of a sweep on MiniCVIT. The paper's values do
+            not transfer, since they depend on the size of the weights, and on whether the penalty is a sum or a mean.
     """
 
     weight: Annotated[Number, Field(ge=0)] = 100.0

@@ -64,6 +64,7 @@ def test_defaults_are_the_papers(path):
             "metric iou + exact, format box",
         ),
         ("benchmark='${x}'", lambda r: r.benchmark, "${x}"),  # a text, and nothing to be replaced in it
+        ("order=[GQA, ImageNet]", lambda r: [task.name for task in r.tasks], ["GQA", "ImageNet"]),
         ("downstream.zero-shot=[{name: OCRVQA, test: t}]", lambda r: r.downstream["zero-shot"][0].test, "t"),
     ],
 )
@@ -104,6 +105,9 @@ def test_overrides(path, override, get, value):
         ("training=5", r"training must be a section of keys and values, got 5"),
         ("tasks={}", r"tasks must be a list, got"),
         ("tasks=[]", r"tasks must have an entry"),
+        ("order=[GQA]", r"order must have each of the tasks ImageNet, GQA once, got GQA$"),
+        ("order=[GQA, GQA]", r"order must have each of the tasks ImageNet, GQA once, got GQA, GQA"),
+        ("order=[GQA, Image]", r"order must have each of the tasks ImageNet, GQA once, got GQA, Image"),
         ("tasks.1.name=ImageNet", r"tasks and downstream must have different names"),
         ("tasks.1.name=../x", r"a name must be letters, digits, spaces and any of ,._\+-, got '../x'"),
         ("tasks.1.train=null", r"GQA must have a training file, train"),
@@ -254,6 +258,7 @@ def test_encodings(path, encoding):
 
 
 def test_a_resolved_recipe_is_a_recipe(path):
-    recipe = load_recipe(path, ["adapter.r=8", "downstream.few-shot=[{name: 'Places365, 5-shot', test: t, train: u}]"])
+    few_shot = "downstream.few-shot=[{name: 'Places365, 5-shot', test: t, train: u}]"
+    recipe = load_recipe(path, ["adapter.r=8", "order=[GQA, ImageNet]", few_shot])
     path.write_text(yaml.safe_dump(recipe.as_dict()))
     assert load_recipe(path) == recipe
