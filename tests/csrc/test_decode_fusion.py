@@ -92,9 +92,11 @@ def test_one_launch_for_two(model: PeftModel, launches: list[int]):
 
 
 @pytest.mark.parametrize("decode_routing", ["prompt", "token"])
-def test_generate(decode_routing: str, device: str, launches: list[int]):
+@pytest.mark.parametrize("importance", ["shared", "expert"])
+def test_generate(decode_routing: str, importance: str, device: str, launches: list[int]):
     """Each new token, with its prompt's routes or with its own."""
-    model = get_peft_model(tiny_llama(), tiny_config(decode_routing=decode_routing, top_k=2))
+    config = tiny_config(decode_routing=decode_routing, top_k=2, importance=importance)
+    model = get_peft_model(tiny_llama(), config)
     fill_adapters(model)
     model.to(device).eval()
     ids = torch.arange(4, 14, device=device).view(2, 5)
