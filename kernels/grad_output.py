@@ -360,9 +360,7 @@ def reduce_dB_kernel(
     GROUP: tl.constexpr,
 ):
     """Grid (blocks of k, TOTAL + vectors of I if dI): dB_e = sum of its parts + s I dw_e^T, and dI = s times B_e dw_e,
-    summed over the experts that share I.
-
-    A program has BK rows of an expert's dB, or of a dI.
+    summed over the experts that share I. A program has BK rows of one of them.
     """
     i_k = tl.program_id(0)
     i_e = tl.program_id(1)
