@@ -161,7 +161,7 @@ def test_everything_that_is_missing_is_named(world, capsys):
         (["tasks.0.test=ImageNet/train.json"], "ImageNet.test must be named test.json"),
         (["trainin.epochs=3"], "did you mean 'training'"),
         (["method=smolra"], "got 'smolra'; did you mean 'smolora'?"),
-        (["prepare.nothing=1"], "prepare must be one of minicvit, minicoin, got 'nothing'"),
+        (["prepare.nothing=1"], "prepare must be one of minicvit, minicvit_20, minicoin, got 'nothing'"),
     ],
 )
 def test_refused(world, capsys, overrides, message):
