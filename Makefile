@@ -242,10 +242,11 @@ gpu-train:
 	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(ON_GPU) bench/train_step.py --preset llava-7b --seconds 60 \
 		--output $(OUT) 2>&1 | tee $(OUT)/gpu-train.log
 
-# and one decode step of it, captured in a graph
+# and one decode step of it, captured in a graph; then both with computed routers
 gpu-decode:
 	@mkdir -p $(OUT)
 	$(ON_GPU) bench/decode_step.py --preset llava-7b --seconds 60 --output $(OUT) 2>&1 | tee $(OUT)/gpu-decode.log
+	$(ON_GPU) bench/routers.py --preset llava-7b --seconds 60 --output $(OUT) 2>&1 | tee $(OUT)/gpu-routers.log
 
 # and its answers, one by one and in batches
 gpu-evaluate:

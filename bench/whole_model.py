@@ -196,7 +196,8 @@ def with_smolora(shape: ModelShape, base: nn.Module, **options: str) -> PeftMode
         for name, linear in targets(base).items():
             experts = model.get_submodule(f"base_model.model.{name}").smolora_experts["default"]
             for kind, values in draw_adapter(name, linear, shape).items():
-                getattr(experts, kind).copy_(values)
+                if hasattr(experts, kind):  # computed routers are no weights of a layer
+                    getattr(experts, kind).copy_(values)
     return model
 
 
