@@ -27,7 +27,6 @@ CHOICES = {
     "router_kind": ("random", "prototype", "ridge"),
     "router_features": ("layer", "vision", "vision+instruction", "hidden"),
     "experts": ("fixed", "grow"),
-    "new_experts": ("random", "nearest"),
     "shared_experts": ("freeze", "train"),
     "unseen": ("nearest", "mix", "none"),
     "importance": ("shared", "expert"),
@@ -236,8 +235,6 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
         experts: "fixed", or "grow" to add experts for new tasks, up to `max_experts` in each branch (None: no limit).
         vu_share, if_share: the least cosine between the mean features of two tasks that share an expert; None: they
             share one only where none is left.
-        new_experts: how an expert starts that a new task has for itself: "random" (B is zero) or "nearest" (a copy of
-            the expert of the task that looks most like it).
         shared_experts: "freeze" (training on a task leaves experts of other tasks as they are) or "train".
         unseen: what a sample does whose best score is below `unseen_below`: use the "nearest" expert as others do,
             "mix" its `top_k` nearest ones by a softmax over their scores, or use "none".
@@ -289,9 +286,6 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
     max_experts: int | None = field(default=None, metadata={"help": "most experts of a branch that grows"})
     vu_share: float | None = field(default=None, metadata={"help": "cosine from which tasks share a VU expert"})
     if_share: float | None = field(default=0.99, metadata={"help": "cosine from which tasks share an IF expert"})
-    new_experts: Literal["random", "nearest"] = field(
-        default="random", metadata={"help": "how the experts of new tasks start"}
-    )
     shared_experts: Literal["freeze", "train"] = field(
         default="freeze", metadata={"help": "whether a task trains the experts of other tasks"}
     )
@@ -334,7 +328,7 @@ class SMoLoRAConfig(MixtureConfig, method="smolora"):
             share = self.share(branch)
             if share is not None and not (is_number(share) and -1 <= share <= 1):
                 raise ValueError(f"{branch}_share must be a cosine, -1 to 1, or None, got {share!r}")
-        for name in ("router_features", "experts", "new_experts", "shared_experts", "unseen", "importance"):
+        for name in ("router_features", "experts", "shared_experts", "unseen", "importance"):
             check_choice(name, getattr(self, name), CHOICES[name])
         if not is_number(self.router_ridge) or self.router_ridge <= 0:
             raise ValueError(f"router_ridge must be a positive finite number, got {self.router_ridge!r}")

@@ -238,7 +238,11 @@ class ExpertRouters(Selector):
 
     def _choose_expert(self, branch: str, task: int, experts: list[int]) -> int:
         share, count = self.config.share(branch), self.config.num_experts(branch)
-        nearest, cosine = self.nearest(branch, task)
+        nearest, cosine = -1, -1.0
+        alike = self.similarity(branch)[task].tolist()
+        for other, expert in enumerate(experts):
+            if expert >= 0 and alike[other] > cosine:
+                nearest, cosine = expert, alike[other]
         if nearest >= 0 and share is not None and cosine >= share:
             return nearest
         free = next(expert for expert in range(len(experts) + 1) if expert not in experts)
@@ -246,25 +250,6 @@ class ExpertRouters(Selector):
         if free < count or (self.config.experts == "grow" and (limit is None or free < limit)):
             return free
         return nearest
-
-    def nearest(self, branch: str, task: int) -> tuple[int, float]:
-        """Return the expert of the other task that looks most like a task, and their cosine; -1 where there is none."""
-        expert, cosine = -1, -1.0
-        alike = self.similarity(branch)[task].tolist()
-        for other, its_expert in enumerate(self.get_buffer(f"{branch}_experts").tolist()):
-            if other != task and its_expert >= 0 and alike[other] > cosine:
-                expert, cosine = its_expert, alike[other]
-        return expert, cosine
-
-    def model_of(self, branch: str, task: int) -> int | None:
-        """Return the expert that a new task's own expert starts as a copy of; None if it starts at random.
-
-        That is one of the task that looks most like it, with `new_experts="nearest"`.
-        """
-        experts = self.get_buffer(f"{branch}_experts")
-        nearest, _ = self.nearest(branch, task)
-        own = int((experts == experts[task]).sum()) == 1
-        return nearest if self.config.new_experts == "nearest" and own and nearest >= 0 else None
 
     def similarity(self, branch: str) -> Tensor:
         """Return the cosines between the mean features of tasks, float64 (T, T), averaged over the branch's routers."""

@@ -197,14 +197,6 @@ class SMoLoRAExperts(MixtureExperts):
             setattr(self, f"{branch}_frozen", grown)
 
     @torch.no_grad()
-    def copy_expert(self, branch: str, source: int, expert: int) -> None:
-        """Make an expert of a branch, "vu" or "if", a copy of another one."""
-        for name in self.sliced:
-            if name.startswith(branch):
-                values = self.get_parameter(name)
-                values[expert] = values[source]
-
-    @torch.no_grad()
     def freeze_experts(self, branch: str, frozen: Tensor) -> None:
         """Set which experts of a branch, "vu" or "if", get no gradient: bool (E,)."""
         self.get_buffer(f"{branch}_frozen").copy_(frozen)

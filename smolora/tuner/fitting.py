@@ -64,9 +64,8 @@ def fit_routers(
         for module, training in modes:
             module.training = training
     selector.add(task, sums)
-    is_new = not bool(selector.fitted[task])
     chosen = selector.assign(task)
-    _fit_layers(tuner, name, config, selector, task, chosen, is_new)
+    _fit_layers(tuner, name, config, selector, task, chosen)
     return chosen
 
 
@@ -125,20 +124,14 @@ def _fit_layers(
     selector: ExpertRouters,
     task: int,
     chosen: TaskExperts,
-    is_new: bool,
 ) -> None:
-    """Let the layers grow to a task's experts, start them if it is new, and freeze those that it does not train."""
-    of_branch = dict(zip(("vu", "if"), chosen, strict=True))
-    models = {branch: selector.model_of(branch, task) if is_new else None for branch in config.computed_branches}
-    for branch, expert in of_branch.items():
+    """Let the layers grow to a task's experts, and freeze those that it does not train."""
+    for branch, expert in zip(("vu", "if"), chosen, strict=True):
         if expert is not None:
             setattr(config, f"num_{branch}_experts", max(config.num_experts(branch), expert + 1))
     for layer in tuner.model.modules():
         if isinstance(layer, MixtureLayer) and name in layer.experts:
             experts: Any = layer.experts[name]
             experts.grow()
-            for branch, model in models.items():
-                if model is not None:
-                    experts.copy_expert(branch, model, of_branch[branch])
-            for branch in of_branch:
+            for branch in ("vu", "if"):
                 experts.freeze_experts(branch, ~selector.trained_experts(task, branch))

@@ -36,7 +36,6 @@ class RouterOptions:
         features: what the VU router sees, `router_features`.
         ridge: strength of ridge regression, `router_ridge`.
         vu_share, if_share: cosines from which tasks share an expert.
-        new_experts: how the expert of a task of its own starts, at "random" or as a copy of the "nearest" task's.
         shared_experts: whether a task trains the experts of other tasks.
         max_experts: most experts of a branch; None: one more for each task that shares none.
         unseen, unseen_below: what a sample does that is far from all tasks.
@@ -49,7 +48,6 @@ class RouterOptions:
     ridge: Positive = 1e-3
     vu_share: Number | None = None
     if_share: Number | None = 0.99
-    new_experts: Literal["random", "nearest"] = "random"
     shared_experts: Literal["freeze", "train"] = "freeze"
     max_experts: Count | None = None
     unseen: Literal["nearest", "mix", "none"] = "nearest"
@@ -108,7 +106,6 @@ class SMoLoRARidge(Adapter):
                 for name in (
                     "vu_share",
                     "if_share",
-                    "new_experts",
                     "shared_experts",
                     "max_experts",
                     "unseen",

@@ -112,16 +112,6 @@ def test_experts_of_tasks():
     assert fitted(vu_share=-1.0).vu_experts.tolist() == [0, 0, 0]
 
 
-def test_what_a_new_expert_starts_as():
-    """A copy of the expert of the task that looks most like its own; nothing for a first task, or a shared expert."""
-    routers = fitted(new_experts="nearest", if_share=None)
-    assert routers.nearest("vu", 2)[0] == int(routers.similarity("vu")[2, :2].argmax())
-    assert routers.model_of("vu", 2) == routers.nearest("vu", 2)[0] and routers.model_of("if", 2) is not None
-    assert fitted(order=(0,), new_experts="nearest").model_of("vu", 0) is None
-    assert fitted(new_experts="nearest", vu_share=-1.0).model_of("vu", 2) is None
-    assert fitted().model_of("vu", 2) is None
-
-
 def test_shared_experts_count_for_all_of_their_tasks():
     """A ridge router's score of an expert is the regression of the expert itself."""
     routers = fitted(vu_share=-1.0)
@@ -178,7 +168,6 @@ def test_routers_refuse():
         ({"router_ridge": 0}, "router_ridge must be a positive finite number, got 0"),
         ({"if_share": 2}, "if_share must be a cosine, -1 to 1, or None, got 2"),
         ({"vu_router_kind": "random", "if_router_kind": "random"}, "experts must be 'fixed' where"),
-        ({"new_experts": "zeros"}, "new_experts must be one of"),
         ({"max_experts": 0}, "max_experts must be a positive integer, got 0"),
         ({"unseen_below": math.nan}, "unseen_below must be a finite number"),
     ],
@@ -296,18 +285,6 @@ def test_a_layer_grows():
     assert torch.equal(layer(x, routes=routes), before)
     new = layer(x, routes=(torch.tensor([4, 3]), torch.tensor([2, 2])))
     assert torch.equal(new, layer.base_layer(x)) and layer.vu_A[3:].abs().max() > 0
-
-
-def test_an_expert_is_copied():
-    layer = expert_layer()
-    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
-    layer.copy_expert("vu", 0, 2)
-    for name, parameter in layer.named_parameters():
-        of_expert = name in ("vu_A", "vu_B", "vu_importance")
-        assert torch.equal(
-            parameter[:2] if of_expert else parameter, before[name][:2] if of_expert else before[name]
-        ), name
-        assert not of_expert or torch.equal(parameter[2], before[name][0]), name
 
 
 def test_a_random_router_beside_a_computed_one():

@@ -85,29 +85,6 @@ def test_a_stream_is_answered_without_task_ids(features: str):
         assert torch.equal(logits(model, task, task_ids=torch.full((3,), task)), answers[task])
 
 
-@pytest.mark.parametrize("start", ["random", "nearest"])
-def test_how_new_experts_start(start: str):
-    """At the base's answers, or at those of the task that looks most alike, which stay what they are."""
-    model = stream((0, 1), new_experts=start)
-    answers = [logits(model, task) for task in range(2)]
-    alike = {**questions(2), "pixel_values": questions(1)["pixel_values"]}
-    alike["instruction_embeds"] = questions(1)["instruction_embeds"] + 0.3 * questions(2)["instruction_embeds"]
-
-    def answer(task: int | None = None) -> Tensor:
-        with torch.no_grad():
-            return model(**alike, task_ids=None if task is None else torch.full((3,), task)).logits
-
-    with model.disable_adapter():
-        base = answer()
-    assert smolora.fit_routers(model, [alike], 2) == (2, 2)
-    assert torch.equal(answer(2), answer(1) if start == "nearest" else base)
-    train(model, 2)
-    trained = answer(2)
-    smolora.fit_routers(model, [alike], 2)  # more samples of a known task start nothing anew
-    assert torch.equal(answer(2), trained) and not torch.equal(trained, answer(1))
-    assert all(torch.equal(logits(model, task, task_ids=torch.full((3,), task)), answers[task]) for task in range(2))
-
-
 def test_saved_and_continued_later(tmp_path):
     """Also with tasks that share an instruction, and with more samples of a known task."""
     model = stream((0, 1))
