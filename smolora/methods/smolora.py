@@ -86,6 +86,18 @@ class SMoLoRAExperts(MixtureExperts):
         }
         return {name: s for name, s in shapes.items() if name.removesuffix("_router") not in c.computed_branches}
 
+    def reset_parameter(self, name: str, parameter: Tensor) -> None:
+        """Initialise a parameter as `MixtureExperts` does; A of a branch with a computed router, as PEFT's LoRA does.
+
+        Each task starts with an expert there that has learned nothing, and from a small A it learns less.
+        """
+        branch, _, letter = name.partition("_")
+        if letter == "A" and branch in self.config.computed_branches:
+            bound = self.in_features**-0.5
+            torch.nn.init.uniform_(parameter, -bound, bound)
+        else:
+            super().reset_parameter(name, parameter)
+
     def trains(self, name: str) -> bool:
         branch, _, kind = name.partition("_")
         if ("vu", "if").index(branch) not in BRANCHES[self.config.fusion]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from peft import PeftConfig
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -13,12 +12,11 @@ from torch import nn
 
 from ...config import MAX_RANK
 from ...io.files import write_json
-from ...methods.routers import ExpertRouters, TaskExperts
+from ...methods.routers import ExpertRouters
 from ...methods.smolora import BRANCHES
 from ...recipe import Recipe
 from ...recipe.schema import SECTION, Count, Number, Positive
 from ...tuner import fit_routers
-from ...tuner.layer import MixtureLayer
 from .adapter import NEW_PARAMETERS, Adapter, adapter_section, baseline_rank
 from .stage import StageWork
 
@@ -85,7 +83,6 @@ class SMoLoRARidge(Adapter):
     refused_add_ons: ClassVar = NEW_PARAMETERS
     options_class: ClassVar[type] = RouterOptions
     options: RouterOptions
-    chosen: TaskExperts
 
     def changes(self) -> dict[str, Any]:
         """How the adapter's configuration differs from the recipe's."""
@@ -144,7 +141,7 @@ class SMoLoRARidge(Adapter):
         (task,) = work.stage.train
         number = self.recipe.task_id(task)
         assert number is not None  # it is trained
-        self.chosen = fit_routers(model, work.batches(), number)
+        fit_routers(model, work.batches(), number)
 
     def after_stage(self, model: Any, work: StageWork, folder: Path) -> None:
         """Write which experts each task has, and how alike the tasks are."""
@@ -178,10 +175,7 @@ class RoutedOptions:
 
 
 class Routed(SMoLoRARidge):
-    """A LoRA for each task, as `dirlora` has, with the rank of the baselines. A computed router finds the task.
-
-    A starts as in PEFT's LoRA.
-    """
+    """A LoRA for each task, as `dirlora` has, with the rank of the baselines. A computed router finds the task."""
 
     name = "routed"
     options_class = RoutedOptions
@@ -209,11 +203,3 @@ class Routed(SMoLoRARidge):
             "unseen": o.unseen,
             "unseen_below": o.unseen_below,
         }
-
-    @torch.no_grad()
-    def before_stage(self, model: nn.Module, work: StageWork) -> None:
-        super().before_stage(model, work)
-        for layer in model.modules():
-            if isinstance(layer, MixtureLayer):
-                for experts in layer.experts.values():
-                    nn.init.kaiming_uniform_(experts.vu_A[self.chosen.vu], a=5**0.5)

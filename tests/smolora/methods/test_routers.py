@@ -287,6 +287,20 @@ def test_a_layer_grows():
     assert torch.equal(new, layer.base_layer(x)) and layer.vu_A[3:].abs().max() > 0
 
 
+@pytest.mark.parametrize("grown", [False, True])
+def test_how_experts_start(grown: bool):
+    """A as in PEFT's LoRA where the router is computed, as SMoLoRA's where it is random; B = 0."""
+    torch.manual_seed(0)
+    options = dict(experts="grow", num_vu_experts=2, num_if_experts=2, if_router_kind="random", r=16)
+    layer = smolora.FusedSMoLoRA(nn.Linear(100, 12), config(**options))
+    if grown:
+        layer.config.num_vu_experts = 4
+        layer.grow()
+    assert 0.095 < layer.vu_A.abs().max() <= 0.1 and abs(layer.vu_A.std().item() - 0.1 / 3**0.5) < 2e-3
+    assert abs(layer.if_A.std().item() - 0.01) < 1e-3
+    assert not layer.vu_B.any() and not layer.if_B.any()
+
+
 def test_a_random_router_beside_a_computed_one():
     """The random VU router chooses as it does by itself; the computed branch has the experts and gates it was given."""
     options = dict(num_vu_experts=3, num_if_experts=2, experts="fixed", vu_router_kind="random")
