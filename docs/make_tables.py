@@ -125,10 +125,32 @@ def own_task(results: Results) -> list[float | None]:
     return [row[place] for place, row in enumerate(matrix)]
 
 
+def last_stage(results: Results) -> dict[str, float]:
+    """The score of each task after the last stage."""
+    return dict(zip(results["tasks"], results["matrix"][-1], strict=True))
+
+
 def final(found: Groups) -> str:
-    """Each task after the last stage, and the figures of the last stage."""
+    """Each task after the last stage, and the figures of the last stage; runs may have the tasks in another order."""
     tasks = next(iter(found.values()))[0]["tasks"]
-    return rows(found, [*tasks, *FIGURES], lambda results: [*results["matrix"][-1], *(results[f][-1] for f in FIGURES)])
+
+    def cells(results: Results) -> list[float | None]:
+        scores = last_stage(results)
+        return [*(scores[task] for task in tasks), *(results[figure][-1] for figure in FIGURES)]
+
+    return rows(found, [*tasks, *FIGURES], cells)
+
+
+def parts(found: Groups) -> str:
+    """As `final`, with the mean over the tasks that are parts of a dataset, "dataset-part"."""
+    datasets = dict.fromkeys(task.partition("-")[0] for task in next(iter(found.values()))[0]["tasks"])
+
+    def cells(results: Results) -> list[float | None]:
+        scores = last_stage(results).items()
+        means = [statistics.mean(v for task, v in scores if task.startswith(f"{dataset}-")) for dataset in datasets]
+        return [*means, *(results[figure][-1] for figure in FIGURES)]
+
+    return rows(found, [*datasets, *FIGURES], cells)
 
 
 def own(found: Groups) -> str:
@@ -200,7 +222,7 @@ def pace(found: Groups) -> str:
 
 
 TABLES: dict[str, Callable[[Groups], str]] = {
-    table.__name__: table for table in (final, own, selector, coin, downstream, cost, pace)
+    table.__name__: table for table in (final, parts, own, selector, coin, downstream, cost, pace)
 } | {"ablation": final, "options": final}
 
 if __name__ == "__main__":
