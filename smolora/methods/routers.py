@@ -65,14 +65,21 @@ def prototypes(totals: Tensor) -> Tensor:
 def ridge_regression(totals: Tensor, outer: Tensor, strength: float) -> Tensor:
     """Return the weights (T, d + 1) of the ridge regression of one-hot tasks on features: W^T = (C + γ I)^-1 Q.
 
+    All tasks weigh the same, however many samples they have: C is the covariance within tasks, over all samples, and
+    the mean of μ μ^T over the tasks' means μ; Q has μ / T. Where tasks have equally many samples, that is the
+    regression over all samples. Otherwise a task of few samples would hardly be found beside one of many.
+
     Args:
-        totals: int64 (T, d + 1), sums of the tasks' features: Q^T.
-        outer: int64 (d + 1, d + 1), C.
+        totals: int64 (T, d + 1), sums of the tasks' features; those of a task without samples are zeros.
+        outer: int64 (d + 1, d + 1), the sum of h h^T over all samples.
         strength: γ as a share of the mean of C's diagonal.
     """
-    C = outer.double() / UNIT**2
+    sums = totals.double() / UNIT
+    counts = sums[:, -1:]  # of samples, each of which has a 1 there
+    means, num_tasks = sums / counts.clamp(min=1), (counts > 0).sum()
+    C = (outer.double() / UNIT**2 - sums.mT @ means) / counts.sum() + means.mT @ means / num_tasks
     C.diagonal().add_(strength * C.diagonal().mean())
-    return torch.cholesky_solve(totals.double().mT / UNIT, torch.linalg.cholesky(C)).mT.contiguous()
+    return torch.cholesky_solve(means.mT / num_tasks, torch.linalg.cholesky(C)).mT.contiguous()
 
 
 class TaskExperts(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import smolora
-from smolora.methods.routers import ExpertRouters, RouterFeatures, moments
+from smolora.methods.routers import UNIT, ExpertRouters, RouterFeatures, moments, ridge_regression
 
 TEXT, IMAGE = 7, 9
 
@@ -120,6 +120,34 @@ def test_shared_experts_count_for_all_of_their_tasks():
     cosines = fitted(vu_share=-1.0, vu_router_kind="prototype")
     scores = cosines.task_scores(samples(1))["vu"]
     assert torch.equal(cosines.expert_scores("vu", scores)[..., 0], scores.amax(-1))
+
+
+def test_a_ridge_router_weighs_all_tasks_the_same():
+    """The least squares of samples weighted by 1 / n of their task, for tasks that differ in their means alone."""
+    draw = torch.Generator().manual_seed(0)
+    spread = torch.randn(10, 6, generator=draw, dtype=torch.float64)
+    spread -= spread.mean(0)
+    means = torch.randn(3, 6, generator=draw, dtype=torch.float64)
+    H = [
+        torch.cat([mean + spread, torch.ones(10, 1)], 1).repeat(n, 1) for mean, n in zip(means, (1, 7, 50), strict=True)
+    ]
+    totals = torch.stack([(h.sum(0) * UNIT).round().long() for h in [*H, torch.zeros(0, 7, dtype=torch.float64)]])
+    outer = (sum(h.mT @ h for h in H) * UNIT**2).round().long()
+    C = sum(h.mT @ h / len(h) for h in H) / 3
+    ridge = 0.01 * C.diagonal().mean() * torch.eye(7, dtype=torch.float64)
+    W = torch.linalg.solve(C + ridge, torch.stack([h.mean(0) for h in H], 1) / 3)
+    torch.testing.assert_close(ridge_regression(totals, outer, 0.01)[:3], W.mT, rtol=0, atol=1e-5)
+    assert not ridge_regression(totals, outer, 0.01)[3].any()  # it has no sample
+
+
+def test_a_task_of_few_samples_is_found():
+    """Beside others with a hundred times as many, and without taking their samples."""
+    routers = ExpertRouters(config())
+    for task, count in enumerate((500, 500, 5)):
+        routers.add(task, routers.moments(samples(task, count)))
+        routers.config.num_vu_experts, routers.config.num_if_experts = routers.assign(task)[0] + 1, task + 1
+    for task in range(3):
+        assert (routers.choose(samples(task, 40))["routes"] == task).all()
 
 
 def test_which_experts_train():
