@@ -70,7 +70,7 @@ def rows_of(setting: str, kind: str) -> Groups:
     found = groups(setting)
     if kind == "ablation":
         return {name: found[row] for name, row in ABLATION.items() if row in found}
-    if kind == "options":
+    if kind.startswith("options"):
         shown = {name for name in found if ", " in name and name not in ABLATION.values()}
         return {name: runs for name, runs in found.items() if name in shown | {row.split(", ")[0] for row in shown}}
     return {name: runs for name, runs in found.items() if ", " not in name}
@@ -223,7 +223,7 @@ def pace(found: Groups) -> str:
 
 TABLES: dict[str, Callable[[Groups], str]] = {
     table.__name__: table for table in (final, parts, own, selector, coin, downstream, cost, pace)
-} | {"ablation": final, "options": final}
+} | {"ablation": final, "options": final, "options_selector": selector, "options_downstream": downstream}
 
 if __name__ == "__main__":
     main()

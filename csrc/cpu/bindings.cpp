@@ -45,7 +45,7 @@ void set(Pointer* pointers, const Addresses& addresses) {
 }
 
 template <class T>
-int decode(Address x, Address y, Address ids, Address slot_weights, const std::vector<std::array<Address, 4>>& banks,
+int decode(Address x, Address y, Address ids, Address slot_weights, const std::vector<std::array<Address, 5>>& banks,
            Address scores, const std::array<int64_t, 5>& sizes, bool shared, double scaling, int threads) {
   cpu::Decode<T> job{};
   job.x = at<T>(x);
@@ -57,7 +57,8 @@ int decode(Address x, Address y, Address ids, Address slot_weights, const std::v
     job.A[bank] = at<T>(banks[bank][0]);
     job.B[bank] = at<T>(banks[bank][1]);
     job.importance[bank] = at<T>(banks[bank][2]);
-    job.experts[bank] = banks[bank][3];
+    job.own_importance[bank] = banks[bank][3];
+    job.experts[bank] = banks[bank][4];
   }
   job.scores = at<T>(scores);
   job.n = sizes[0];

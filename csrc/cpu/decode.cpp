@@ -85,8 +85,10 @@ INLINE void up_body(const Decode<T>& job, int64_t task) {
       add_rows<T, Bytes>(B, h, weight, job.r, count, out);
     }
     if (fused) {
+      const int64_t id = job.ids[(seq * job.banks + bank) * job.slots];
+      const T* importance = job.importance[bank] + (job.own_importance[bank] && id >= 0 ? id * job.k : 0) + first;
       T score = 0;
-      for (int64_t c = 0; c < count; ++c) score += out[c] * job.importance[bank][first + c];
+      for (int64_t c = 0; c < count; ++c) score += out[c] * importance[c];
       job.partial[task * job.banks + bank] = score;
       std::copy(out, out + count, job.branch + (seq * job.banks + bank) * job.k + first);
     } else {

@@ -15,7 +15,8 @@ struct Decode {
   const T* slot_weights;  // (n, b, K), or null: 1
   const T* A[kMaxBanks];  // (E, r, d) of each bank, or (1, r, d)
   const T* B[kMaxBanks];  // (E, k, r)
-  const T* importance[kMaxBanks];  // (k,) of both banks: mix "smolora"; null: mix "weighted"
+  const T* importance[kMaxBanks];  // (k,), or (E, k) where K is 1, of both banks: mix "smolora"; null: mix "weighted"
+  bool own_importance[kMaxBanks];  // whether it is of each expert
   T* scores;              // (n,), the fusion's logit of mix "smolora"
   int64_t n, d, k, r, banks, slots;
   int64_t experts[kMaxBanks];

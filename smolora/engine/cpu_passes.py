@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -426,26 +425,6 @@ def decodes(backend: str, x: Tensor, banks: Sequence[Bank], tokens: Tokens, slot
     )
 
 
-def _equal_importance(banks: Sequence[Bank], ids: Tensor) -> Iterator[tuple[int, int, list[int]]]:
-    """Yield runs of sequences that score by the same vectors: the first, the end, and the vector's address a bank."""
-    if all(bank.importance is None or bank.importance.dim() == 1 for bank in banks):
-        yield 0, len(ids), [address(bank.importance) for bank in banks]
-        return
-    first = 0
-    for experts, run in groupby(ids[:, :, 0].tolist()):
-        end = first + len(list(run))
-        yield first, end, [_own_address(bank, expert) for bank, expert in zip(banks, experts, strict=True)]
-        first = end
-
-
-def _own_address(bank: Bank, expert: int) -> int:
-    """Return where the importance vector of an expert lies; the compiled code refuses an expert that is none."""
-    I = bank.importance
-    assert I is not None  # mix "smolora" needs it
-    own = I.dim() == 2 and 0 <= expert < I.shape[0]
-    return I.data_ptr() + (expert * I.shape[1] * I.element_size() if own else 0)
-
-
 def decode(
     x: Tensor, banks: Sequence[Bank], slots: Slots, scaling: float, mix: str, weight: Tensor | None, bias: Tensor | None
 ) -> Mixed:
@@ -467,22 +446,21 @@ def decode(
         y = torch.nn.functional.linear(x, weight, bias)
     ids, slot_weights = slots
     scores = x.new_empty(n) if mix == "smolora" else None
-    found, compiled_decode, size = 0, function("decode", x.dtype), x.element_size()
-    slots_of_one = len(banks) * ids.shape[2]
-    for first, end, importance in _equal_importance(banks, ids):
-        run = compiled_decode(
-            x.data_ptr() + first * d * size,
-            y.data_ptr() + first * k * size,
-            ids.data_ptr() + first * slots_of_one * ids.element_size(),
-            0 if slot_weights is None else slot_weights.data_ptr() + first * slots_of_one * size,
-            [(b.A.data_ptr(), b.B.data_ptr(), i, b.B.shape[0]) for b, i in zip(banks, importance, strict=True)],
-            0 if scores is None else scores.data_ptr() + first * size,
-            (end - first, d, k, r, ids.shape[2]),
-            banks[0].A.shape[0] == 1,
-            scaling,
-            torch.get_num_threads(),
-        )
-        found = max(found, run)
+    found = function("decode", x.dtype)(
+        x.data_ptr(),
+        y.data_ptr(),
+        ids.data_ptr(),
+        address(slot_weights),
+        [
+            (A.data_ptr(), B.data_ptr(), address(I), I is not None and I.dim() == 2, B.shape[0])
+            for A, B, I in ((bank.A, bank.B, bank.importance) for bank in banks)
+        ],
+        address(scores),
+        (n, d, k, r, ids.shape[2]),
+        banks[0].A.shape[0] == 1,
+        scaling,
+        torch.get_num_threads(),
+    )
     if found == OUT_OF_RANGE:
         check_ids(ids, [bank.B for bank in banks])
     if found == EMPTY and slot_weights is not None and mix == "weighted":

@@ -327,7 +327,7 @@ class ExpertRouters(Selector):
         Returns:
             task: int64 (n,), the task that looks most like it, for reports.
             routes, gates: int32 and float (n, routers, 2, K), the VU and IF experts and their weights; K is `top_k`
-                where unseen samples mix experts, else 1. The experts of a random router are -1.
+                where unseen samples mix experts, else 1. Empty slots and those of a random router are -1.
             margins: (n, routers, 2), how much higher the score of the best expert is than the second best's.
         """
         scores = self.task_scores(features)
@@ -342,7 +342,8 @@ class ExpertRouters(Selector):
             ranked, order = torch.sort(self.expert_scores(branch, of_tasks), dim=-1, descending=True, stable=True)
             best, used = ranked[..., 0], int(ranked[0, 0].isfinite().sum()) if n else 0
             ids, weights = _slots(order[..., :K], ranked[..., :K], best < self.config.unseen_below, self.config.unseen)
-            routes[:, :, b], gates[:, :, b] = ids.int(), weights
+            there = ids.shape[-1]  # fewer than K where a branch has fewer experts: the other slots are empty
+            routes[:, :, b, :there], gates[:, :, b, :there] = ids.int(), weights
             margins[:, :, b] = best - ranked[..., 1] if used > 1 else best
         first = scores["vu" if "vu" in scores else "if"]
         return {"task": first.mean(1).argmax(1), "routes": routes, "gates": gates, "margins": margins}

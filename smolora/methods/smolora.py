@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..config import SMoLoRAConfig
 from ..engine.torch_passes import choose
@@ -174,15 +175,21 @@ class SMoLoRAExperts(MixtureExperts):
         if c.if_router_kind == "random" and 1 in used:
             seen = self._instruction(instruction, num_seqs)
             assert seen is not None  # the branch is in use
-            ids, weights = choose(seen.to(gates.dtype) @ self.if_router.to(gates.dtype).mT, K)
-            routes = torch.stack([routes[:, 0], ids.to(routes.dtype)], 1)
-            gates = torch.stack([gates[:, 0], weights], 1)
+            ids, weights = choose(seen.to(gates.dtype) @ self.if_router.to(gates.dtype).mT, min(K, c.num_if_experts))
+            empty = (0, K - ids.shape[1])
+            routes = torch.stack([routes[:, 0], pad(ids.to(routes.dtype), empty, value=-1)], 1)
+            gates = torch.stack([gates[:, 0], pad(weights, empty)], 1)
         elif c.vu_router_kind == "random" and 0 in used:
             # The engine routes both banks or none: its IF router reads the logarithms of the gates that were found.
             logits = gates.new_full((num_seqs, c.num_if_experts), NOT_CHOSEN)
-            logits.scatter_(1, routes[:, 1].long(), gates[:, 1].clamp(min=1e-20).log())
+            found = gates[:, 1].clamp(min=1e-20).log().masked_fill(routes[:, 1] < 0, NOT_CHOSEN)
+            logits.scatter_reduce_(1, routes[:, 1].long().clamp(min=0), found, "amax")  # an empty slot changes nothing
             same = torch.eye(c.num_if_experts, dtype=gates.dtype, device=gates.device)
-            return {"routers": [Router(self.vu_router, True), Router(same, False)], "instruction": logits, "top_k": K}
+            return {
+                "routers": [Router(self.vu_router, True), Router(same, False)],
+                "instruction": logits,
+                "top_k": min(K, c.num_vu_experts, c.num_if_experts),
+            }
         return {"slots": Slots(routes[:, used].contiguous(), gates[:, used].contiguous())}
 
     # ---- experts for new tasks

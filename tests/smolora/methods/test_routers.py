@@ -122,6 +122,42 @@ def test_shared_experts_count_for_all_of_their_tasks():
     assert torch.equal(cosines.expert_scores("vu", scores)[..., 0], scores.amax(-1))
 
 
+@pytest.mark.parametrize("unseen_below", [-9.0, 9.0], ids=["near", "far"])
+def test_mixing_more_experts_than_there_are(unseen_below: float):
+    """The other slots are empty: an expert is not counted twice."""
+    options = dict(unseen="mix", top_k=3, unseen_below=unseen_below)
+    found = fitted(order=(0,), **options).choose(samples(0, 2))
+    assert (
+        found["routes"].tolist() == [[[[0, -1, -1]] * 2]] * 2 and found["gates"].tolist() == [[[[1.0, 0, 0]] * 2]] * 2
+    )
+    layer = expert_layer(num_vu_experts=1, **options)
+    x = torch.randn(2, 5, 10, dtype=torch.float64)
+    routes, gates = (
+        torch.tensor([[[[0, -1, -1], [1, 0, -1]]]] * 2).int(),
+        torch.tensor([[[[1.0, 0, 0], [0.3, 0.7, 0]]]] * 2),
+    )
+    y = layer(x, routes=routes, gates=gates.double())
+    two = (torch.tensor([[0, 0]] * 2), torch.tensor([[1, 0]] * 2)), (torch.tensor([[1.0, 0]] * 2), gates[:, 0, 1, :2])
+    expected = expert_layer(num_vu_experts=1, top_k=2)(x, routes=two[0], gates=two[1])
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("random", ["vu", "if"])
+def test_mixing_beside_a_random_router_of_fewer_experts(random: str):
+    options = dict(num_vu_experts=1 + (random == "if"), num_if_experts=1 + (random == "vu"), experts="fixed")
+    layer = expert_layer(**options, **{f"{random}_router_kind": "random"}, unseen="mix", top_k=3)
+    x, e = torch.randn(2, 5, 10, dtype=torch.float64), torch.randn(2, TEXT, dtype=torch.float64)
+    computed = [1, -1, -1]
+    pair = [computed, [-1, -1, -1]] if random == "if" else [[-1, -1, -1], computed]
+    routes = torch.tensor([[pair]] * 2).int()
+    y = layer(x, e, routes=routes, gates=(routes >= 0).double())
+    chosen = (torch.ones(2).long(), torch.zeros(2).long())
+    plain = expert_layer(**options)
+    plain.load_state_dict(layer.state_dict(), strict=False)  # it has no router
+    expected = plain(x, routes=chosen if random == "if" else chosen[::-1])
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
 def test_a_ridge_router_weighs_all_tasks_the_same():
     """The least squares of samples weighted by 1 / n of their task, for tasks that differ in their means alone."""
     draw = torch.Generator().manual_seed(0)
